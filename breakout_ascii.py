@@ -1,0 +1,559 @@
+"""Breakout on a page of text, 24 lines of 80 characters, for one game or for many at once.
+
+The rules stand here once, in `Games`, vectorised over N games with NumPy. Around them: `BreakoutAscii` (Gymnasium
+Env), `BreakoutAsciiVec` (Gymnasium VectorEnv, for training), `to_text` and `to_image`, and play in the terminal
+with `python breakout_ascii.py`. Left out: sound, speed-ups, and a ball that flies at any other angle than 45 degrees.
+
+The serves are the only chance in the game. They are drawn before a game begins, so the rules themselves draw nothing.
+"""
+
+import argparse
+import functools
+import math
+import sys
+import time
+
+try:
+    import curses
+except ImportError:  # only play in the terminal needs it
+    curses = None
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+ROWS, COLS = 24, 81  # the last column is the newline
+TOKENS = ROWS * COLS  # 1944, the length of an observation
+RIGHT_WALL, FLOOR = 79, 23  # the other two walls are column 0 and row 0
+BRICK, BRICK_TOP, BRICK_ROWS, BRICK_COLS = "|____|", 5, 7, 13
+PADDLE, PADDLE_ROW, PADDLE_START, PADDLE_MAX = "=======", 22, 36, 72  # a paddle is known by its left end, 1..72
+SERVE_X, SERVE_ROW = 40, 21
+LIVES = 5  # also the number of serves in a game
+BRICK_POINTS, CLEAR_POINTS = 10, 50  # 91 * 10 + 50 = 960 at most
+PADDLE_MOVES = np.array([0, -2, 2])  # actions: 0 stay, 1 left, 2 right
+MAX_EPISODE_STEPS = 5000
+MIN_KEEP = 0.3  # varied starts keep this share of the bricks or more
+
+WIDTH = len(BRICK)
+EMPTY_PAGE = np.array([list(f"{line}\n".encode()) for line in
+                       ["#" * 80] + ["#" + " " * 78 + "#"] * (ROWS - 2) + ["#" * 80]], np.uint8)  # (24, 81)
+PADDLE_LINES = np.array([list(("#" + " " * (x - 1) + PADDLE).ljust(79).encode() + b"#\n")
+                         for x in range(PADDLE_MAX + 1)], np.uint8)  # (73, 81), the line for each paddle_x
+
+
+class Games:
+    """N games of Breakout side by side; game i is row i of every array.
+
+    ball_x, ball_y, dx, dy, paddle_x  (N,) int      cells, and cells per step
+    lives, score, elapsed             (N,) int      lives left, points, steps since the game began
+    bricks, bricks_left               (N, 7, 13) bool, (N,) int
+    serves                            (N, 5, 3) int for each serve of the game: ball_x, dx, paddle_x
+    pages                             (N, 24, 81) uint8 ASCII codes, always up to date
+    """
+
+    STATE = "ball_x ball_y dx dy paddle_x lives score elapsed bricks bricks_left serves".split()  # pages follow from it
+
+    def __init__(self, num_games):
+        for name in ("ball_x", "ball_y", "dx", "dy", "paddle_x", "lives", "score", "elapsed", "bricks_left"):
+            setattr(self, name, np.zeros(num_games, np.int64))
+        self.bricks = np.ones((num_games, BRICK_ROWS, BRICK_COLS), bool)
+        self.serves = np.zeros((num_games, LIVES, 3), np.int64)
+        self.pages = np.tile(EMPTY_PAGE, (num_games, 1, 1))
+        self.first_cell = np.arange(num_games) * TOKENS  # of each page, in pages laid out flat
+
+    def begin(self, which, serves, bricks):
+        """Begin new games: which (n,) indices, serves (n, 5, 3), bricks (n, 7, 13) bool."""
+        self.serves[which], self.bricks[which] = serves, bricks
+        self.bricks_left[which] = self.bricks[which].sum((1, 2))
+        self.lives[which], self.score[which], self.elapsed[which] = LIVES, 0, 0
+        self.serve(which)
+        self.draw(which)
+
+    def step(self, actions):
+        """Play one step of every game: actions (N,) of 0, 1, 2 -> rewards, terminated, life_lost, each (N,)."""
+        self.elapsed += 1
+        old_x, old_y = self.ball_x.copy(), self.ball_y.copy()
+        self.move_paddles(actions)
+        self.ball_x += self.dx
+        self.ball_y += self.dy
+        self.bounce_off_walls()
+        life_lost = self.lose_balls(old_x, old_y)
+        self.bounce_off_paddles()
+        rewards, brick = self.break_bricks()
+        self.redraw(old_x, old_y, brick)
+        return rewards, (self.lives == 0) | (self.bricks_left == 0), life_lost
+
+    # The rules, in the order in which a step applies them.
+
+    def move_paddles(self, actions):
+        self.paddle_x += PADDLE_MOVES[actions]
+        np.clip(self.paddle_x, 1, PADDLE_MAX, out=self.paddle_x)
+
+    def bounce_off_walls(self):
+        """Left, right and top: the ball stands on the wall for one step and turns round."""
+        side = (self.ball_x <= 0) | (self.ball_x >= RIGHT_WALL)
+        np.clip(self.ball_x, 0, RIGHT_WALL, out=self.ball_x)
+        np.negative(self.dx, out=self.dx, where=side)
+        np.negative(self.dy, out=self.dy, where=self.ball_y <= 0)
+        np.maximum(self.ball_y, 0, out=self.ball_y)
+
+    def lose_balls(self, old_x, old_y):
+        """A ball at the floor costs a life: the next is served, or the last stays in the cell it came from."""
+        life_lost = self.ball_y >= FLOOR
+        which = np.flatnonzero(life_lost)
+        if which.size:
+            self.lives[which] -= 1
+            alive = self.lives[which] > 0
+            over = which[~alive]
+            self.ball_x[over], self.ball_y[over] = old_x[over], old_y[over]
+            self.serve(which[alive])
+        return life_lost
+
+    def serve(self, which):
+        self.ball_x[which], self.dx[which], self.paddle_x[which] = self.serves[which, LIVES - self.lives[which]].T
+        self.ball_y[which], self.dy[which] = SERVE_ROW, -1
+
+    def bounce_off_paddles(self):
+        """The left four cells of a paddle send the ball up and left, the right three up and right."""
+        offset = self.ball_x - self.paddle_x
+        # A game that has just ended may show its ball in the paddle's row: it was lost, not met.
+        which = np.flatnonzero((self.ball_y == PADDLE_ROW) & (offset >= 0) & (offset < len(PADDLE)) & (self.lives > 0))
+        self.ball_y[which], self.dy[which] = SERVE_ROW, -1
+        self.dx[which] = np.where(offset[which] <= 3, -1, 1)
+
+    def break_bricks(self):
+        """A brick under the ball goes and the ball turns -> rewards (N,), and (games, rows, columns) of the bricks."""
+        rewards = np.zeros(len(self.ball_x))
+        row, col = self.ball_y - BRICK_TOP, (self.ball_x - 1) // WIDTH
+        game = np.flatnonzero((row >= 0) & (row < BRICK_ROWS) & (col >= 0) & (col < BRICK_COLS))
+        game = game[self.bricks[game, row[game], col[game]]]
+        row, col = row[game], col[game]
+        self.bricks[game, row, col] = False
+        self.bricks_left[game] -= 1
+        self.dy[game] *= -1
+        rewards[game] = BRICK_POINTS + CLEAR_POINTS * (self.bricks_left[game] == 0)
+        self.score[game] += rewards[game].astype(np.int64)
+        return rewards, (game, row, col)
+
+    # The pages. A step changes few cells, so only these are written; the ball comes last, over whatever is there.
+
+    def draw(self, which):
+        """Draw the pages of games `which` (n,) from nothing."""
+        self.pages[which] = EMPTY_PAGE
+        wall = np.where(self.bricks[which, :, :, None], list(BRICK.encode()), ord(" "))  # (n, 7, 13, 6)
+        self.pages[which, BRICK_TOP:BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall.reshape(len(which), BRICK_ROWS, -1)
+        self.pages[which, PADDLE_ROW] = PADDLE_LINES[self.paddle_x[which]]
+        self.pages[which, self.ball_y[which], self.ball_x[which]] = ord("O")
+
+    def redraw(self, old_x, old_y, brick):
+        """Bring the pages up to date after a step that began with the balls at old_x, old_y and broke `brick`."""
+        cells = self.pages.reshape(-1)
+        old_cell = old_y * COLS + old_x
+        cells[self.first_cell + old_cell] = EMPTY_PAGE.reshape(-1)[old_cell]  # no ball ever stands on a whole brick
+        game, row, col = brick
+        corner = self.first_cell[game] + (BRICK_TOP + row) * COLS + 1 + WIDTH * col
+        cells[corner[:, None] + np.arange(WIDTH)] = ord(" ")
+        self.pages[:, PADDLE_ROW] = PADDLE_LINES[self.paddle_x]
+        cells[self.first_cell + self.ball_y * COLS + self.ball_x] = ord("O")
+
+
+def standard_serves(dx):
+    """dx (n, 5) of -1 and +1 -> serves (n, 5, 3)."""
+    return np.stack(np.broadcast_arrays(SERVE_X, dx, PADDLE_START), axis=-1)
+
+
+def draw_serves(rng, num_games, varied_starts=0.0):
+    """Draw all serves of new games -> (num_games, 5, 3) int: ball_x, dx, paddle_x.
+
+    With probability varied_starts a serve starts anywhere on its row, with the paddle under the ball.
+    """
+    shape = num_games, LIVES
+    serves = standard_serves(2 * rng.integers(2, size=shape) - 1)
+    if varied_starts > 0:
+        varied = rng.random(shape) < varied_starts
+        x = rng.integers(1, RIGHT_WALL, size=shape)
+        serves[varied, 0] = x[varied]
+        serves[varied, 2] = np.clip(x[varied] - 3, 1, PADDLE_MAX)
+    return serves
+
+
+def draw_bricks(rng, num_games, varied_starts=0.0):
+    """Draw the bricks of new games -> (num_games, 7, 13) bool: all, or with probability varied_starts a random set."""
+    bricks = np.ones((num_games, BRICK_ROWS, BRICK_COLS), bool)
+    if varied_starts > 0:
+        varied = rng.random(num_games) < varied_starts
+        keep = np.where(varied, rng.uniform(MIN_KEEP, 1.0, num_games), 1.0)
+        bricks = rng.random(bricks.shape) < keep[:, None, None]
+        bricks[~bricks.any((1, 2)), 0, 0] = True  # hardly ever: a game needs a brick
+    return bricks
+
+
+def fixed_serves(options, num_games):
+    """-> serves (num_games, 5, 3) for reset's options={"serves": (5,) or (num_games, 5) of -1 and +1}, or None.
+
+    Raises ValueError for serves of another shape or value, and for any other option.
+    """
+    options = options or {}
+    if set(options) - {"serves"}:
+        raise ValueError(f'the only option of reset is "serves"; got {", ".join(map(repr, options))}')
+    if options.get("serves") is None:
+        return None
+    try:
+        dx = np.asarray(options["serves"])
+    except ValueError:
+        dx = np.asarray(None)  # rows of unequal length: refused below
+    if dx.shape not in ((LIVES,), (num_games, LIVES)) or dx.dtype.kind not in "iuf" or not np.isin(dx, (-1, 1)).all():
+        raise ValueError(f'options["serves"] must be the dx of the five serves, -1 or +1 each, in shape ({LIVES},) or '
+                         f"({num_games}, {LIVES}); got shape {dx.shape}, values {np.unique(dx.astype(str))[:4]}")
+    return standard_serves(np.broadcast_to(dx.astype(np.int64), (num_games, LIVES)))
+
+
+def check_actions(actions, shape):
+    """-> actions as an integer array. Raises ValueError unless they have this shape and are all 0, 1 or 2."""
+    actions = np.asarray(actions)
+    if actions.shape != shape or actions.dtype.kind not in "iu":
+        raise ValueError(f"actions must be integers of shape {shape}; got {actions.dtype} of shape {actions.shape}")
+    if actions.min() < 0 or actions.max() > 2:
+        bad = actions[(actions < 0) | (actions > 2)].flat[0]
+        raise ValueError(f"actions must be 0 (stay), 1 (left) or 2 (right); got {bad}")
+    return actions
+
+
+def check_arguments(max_episode_steps, render_mode, modes, num_envs=1, varied_starts=0.0):
+    """Raise ValueError, in one line, for the first argument of an environment that is out of range."""
+    whole = int, np.integer
+    if not isinstance(num_envs, whole) or num_envs < 1:
+        raise ValueError(f"num_envs must be an integer above 0; got {num_envs!r}")
+    if max_episode_steps is not None and (not isinstance(max_episode_steps, whole) or max_episode_steps < 1):
+        raise ValueError(f"max_episode_steps must be None (no limit) or an integer above 0; got {max_episode_steps!r}")
+    if not 0.0 <= varied_starts <= 1.0:
+        raise ValueError(f"varied_starts is a probability, 0 to 1; got {varied_starts!r}")
+    if render_mode not in (None, *modes):
+        raise ValueError(f"render_mode must be None or one of {', '.join(modes)}; got {render_mode!r}")
+
+
+class BreakoutAsciiVec(VectorEnv):
+    """Many games at once, as a Gymnasium VectorEnv that starts a new game in the step that ends one (SAME_STEP).
+
+    step returns observations (N, 1944) uint8, rewards (N,) raw points, terminated and truncated (N,) bool, and infos
+    `score lives bricks life_lost`, with `final_obs` and `final_info` where a game ended, as Gymnasium's own
+    SyncVectorEnv lays them out.
+
+    max_episode_steps  a longer game is truncated, None for no limit
+    varied_starts      probability that a serve, and that a game's set of bricks, is drawn at random (for training)
+    Raises ValueError for arguments out of range.
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 15, "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(self, num_envs, *, max_episode_steps=MAX_EPISODE_STEPS, varied_starts=0.0, render_mode=None):
+        check_arguments(max_episode_steps, render_mode, self.metadata["render_modes"], num_envs, varied_starts)
+        self.num_envs, self.render_mode, self.varied_starts = int(num_envs), render_mode, varied_starts
+        self.max_episode_steps = max_episode_steps or math.inf
+        self.single_observation_space = gym.spaces.Box(0, 127, (TOKENS,), np.uint8)
+        self.single_action_space = gym.spaces.Discrete(len(PADDLE_MOVES))
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.games = Games(num_envs)
+        self._started = False
+
+    def reset(self, *, seed=None, options=None):
+        """Begin N new games -> observations, infos.
+
+        options={"serves": (5,) or (N, 5) of -1 and +1} fixes the dx of the serves of these games, first serve first,
+        and makes them standard serves; games that an autoreset begins are drawn again. Raises ValueError otherwise.
+        """
+        serves = fixed_serves(options, self.num_envs)
+        super().reset(seed=seed)
+        self._begin(np.arange(self.num_envs), serves)
+        self._started = True
+        everyone = np.ones(self.num_envs, bool)
+        return self.observation(), self._infos(life_lost=~everyone, mask=everyone)
+
+    def step(self, actions):
+        """Play one step of every game. Raises ResetNeeded before the first reset, ValueError for a bad action."""
+        self._check_started()
+        actions = check_actions(actions, (self.num_envs,))
+        rewards, terminated, life_lost = self.games.step(actions)
+        truncated = (self.games.elapsed >= self.max_episode_steps) & ~terminated
+        done = terminated | truncated
+        infos = {}
+        if done.any():
+            infos = self._final(life_lost, done)
+            self._begin(np.flatnonzero(done))
+            life_lost &= ~done
+        infos |= self._infos(life_lost, mask=np.ones(self.num_envs, bool))
+        return self.observation(), rewards, terminated, truncated, infos
+
+    def observation(self):
+        """-> (N, 1944) uint8, a copy of the current pages."""
+        self._check_started()
+        return self.games.pages.reshape(self.num_envs, TOKENS).copy()
+
+    def render(self):
+        """-> a tuple with one str ("ansi") or (264, 480, 3) uint8 picture ("rgb_array") per game, None without mode."""
+        if self.render_mode is None:
+            return None
+        draw = to_text if self.render_mode == "ansi" else to_image
+        return tuple(draw(tokens) for tokens in self.observation())
+
+    def state_dict(self):
+        """-> all that a run needs to go on bit for bit, in NumPy arrays and plain types."""
+        self._check_started()
+        state = {name: getattr(self.games, name).copy() for name in Games.STATE}
+        return state | {"np_random": self.np_random.bit_generator.state}
+
+    def load_state_dict(self, state):
+        """Go on from a state_dict. Raises ValueError if it is not one of an environment with as many games."""
+        for name in Games.STATE:
+            expected, shape = getattr(self.games, name).shape, np.shape(state.get(name))
+            if shape != expected:
+                raise ValueError(f"state[{name!r}] must have shape {expected} with this num_envs; got {shape}")
+        if "np_random" not in state:
+            raise ValueError("state['np_random'], the state of the random generator, is missing")
+        self.np_random.bit_generator.state = state["np_random"]
+        for name in Games.STATE:
+            getattr(self.games, name)[...] = state[name]
+        self.games.draw(np.arange(self.num_envs))
+        self._started = True
+
+    def _check_started(self):
+        if not self._started:
+            raise ResetNeeded("call reset() first: no game has begun")
+
+    def _begin(self, which, serves=None):
+        if serves is None:
+            serves = draw_serves(self.np_random, len(which), self.varied_starts)
+        self.games.begin(which, serves, draw_bricks(self.np_random, len(which), self.varied_starts))
+
+    def _infos(self, life_lost, mask):
+        """The four infos (N,), zero outside mask (N,) bool, each with its own copy of the mask, as Gymnasium has it."""
+        score, lives, bricks = self.games.score, self.games.lives, self.games.bricks_left
+        infos = {}
+        for name, value in dict(score=score, lives=lives, bricks=bricks, life_lost=life_lost).items():
+            infos[name], infos[f"_{name}"] = value * mask, mask.copy()
+        return infos
+
+    def _final(self, life_lost, done):
+        final_obs = np.full(self.num_envs, None, object)
+        for i in np.flatnonzero(done):
+            final_obs[i] = self.games.pages[i].flatten()
+        return {"final_obs": final_obs, "_final_obs": done.copy(),
+                "final_info": self._infos(life_lost, mask=done), "_final_info": done.copy()}
+
+
+class BreakoutAscii(gym.Env):
+    """One game, as a Gymnasium Env: observations (1944,) uint8, rewards in raw points, infos plain ints and bools.
+
+    render_mode        "ansi": the page as str; "rgb_array": (264, 480, 3) uint8; "human": drawn over the terminal
+    max_episode_steps  a longer game is truncated, None for no limit
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array", "human"], "render_fps": 15}
+
+    def __init__(self, render_mode=None, max_episode_steps=MAX_EPISODE_STEPS):
+        check_arguments(max_episode_steps, render_mode, self.metadata["render_modes"])
+        self.render_mode = render_mode
+        self.max_episode_steps = max_episode_steps or math.inf
+        self.observation_space = gym.spaces.Box(0, 127, (TOKENS,), np.uint8)
+        self.action_space = gym.spaces.Discrete(len(PADDLE_MOVES))
+        self.games = Games(1)
+        self._playing = False
+
+    def reset(self, *, seed=None, options=None):
+        """Begin a game -> observation, info; options={"serves": (5,) of -1 and +1} fixes the dx of its serves."""
+        serves = fixed_serves(options, 1)
+        super().reset(seed=seed)
+        self.games.begin([0], draw_serves(self.np_random, 1) if serves is None else serves, bricks=True)
+        self._playing = True
+        if self.render_mode == "human":
+            sys.stdout.write("\x1b[2J")  # clear the terminal once; a frame then overwrites the last
+            self.render()
+        return self._observation(), self._info(life_lost=False)
+
+    def step(self, action):
+        """Raises ResetNeeded before the first reset and after the end of a game, ValueError for a bad action."""
+        if not self._playing:
+            raise ResetNeeded("call reset() first: no game has begun, or the last one is over")
+        rewards, terminated, life_lost = self.games.step(check_actions(action, ())[None])
+        terminated = bool(terminated[0])
+        truncated = not terminated and bool(self.games.elapsed[0] >= self.max_episode_steps)
+        self._playing = not (terminated or truncated)
+        if self.render_mode == "human":
+            self.render()
+            time.sleep(1 / self.metadata["render_fps"])
+        return self._observation(), float(rewards[0]), terminated, truncated, self._info(bool(life_lost[0]))
+
+    def render(self):
+        if self.render_mode == "ansi":
+            return to_text(self._observation())
+        if self.render_mode == "rgb_array":
+            return to_image(self._observation())
+        if self.render_mode == "human":
+            sys.stdout.write("\x1b[H" + to_text(self._observation()))
+            sys.stdout.flush()
+        return None
+
+    def _observation(self):
+        return self.games.pages[0].flatten()
+
+    def _info(self, life_lost):
+        score, lives, bricks = self.games.score[0], self.games.lives[0], self.games.bricks_left[0]
+        return {"score": int(score), "lives": int(lives), "bricks": int(bricks), "life_lost": life_lost}
+
+
+def untimed(**kwargs):
+    """What gym.make calls: a game without its own limit, because gym.make wraps it in a TimeLimit."""
+    return BreakoutAscii(max_episode_steps=None, **kwargs)
+
+
+untimed.metadata = BreakoutAscii.metadata  # gym.make looks up the render modes here
+
+if "BreakoutAscii-v0" not in gym.registry:  # a reload must not warn
+    gym.register("BreakoutAscii-v0", entry_point="breakout_ascii:untimed", max_episode_steps=MAX_EPISODE_STEPS,
+                 vector_entry_point="breakout_ascii:BreakoutAsciiVec")
+
+
+# Drawing. Brick rows have colours in the picture only; the page, which is all an agent sees, has none.
+
+CHARACTERS = " #|_=O\n"
+BRICK_COLOURS = [(232, 80, 80), (226, 120, 64), (214, 154, 58), (206, 196, 70),
+                 (92, 190, 96), (74, 170, 200), (104, 120, 240)]  # top row first, RGB
+COLOURS = {"#": (140, 140, 140), "=": (230, 110, 200), "O": (255, 255, 255)}
+
+
+def check_tokens(tokens, shapes):
+    """-> tokens as an array. Raises ValueError unless its last axis is a page and every value a character of one."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim not in shapes or tokens.shape[-1] != TOKENS:
+        expected = " or ".join({1: f"({TOKENS},)", 2: f"(B, {TOKENS})"}[n] for n in shapes)
+        raise ValueError(f"tokens must have shape {expected}; got {tokens.shape}")
+    if tokens.dtype.kind not in "iu":
+        raise ValueError(f"tokens must be integers, ASCII codes; got {tokens.dtype}")
+    known = np.isin(tokens, list(CHARACTERS.encode()))
+    if not known.all():
+        raise ValueError(f"tokens must be codes of the characters {CHARACTERS!r}; got {tokens[~known].flat[0]}")
+    return tokens
+
+
+def to_text(tokens):
+    """tokens (1944,) -> str of 24 lines, each ended by a newline. Raises ValueError for anything but a page."""
+    return check_tokens(tokens, (1,)).astype(np.uint8).tobytes().decode("ascii")
+
+
+@functools.cache
+def glyph_atlas():
+    """-> (24, 11, 128, 6, 3) uint8: row of the page, line of the glyph, character, dot in the line, RGB."""
+    from PIL import Image, ImageDraw, ImageFont  # here, so that training needs no Pillow
+    font = ImageFont.load_default_imagefont()  # every glyph is 6 wide and 11 high
+    atlas = np.zeros((ROWS, 11, 128, 6, 3), np.uint8)
+    for character in CHARACTERS.strip():
+        glyph = Image.new("1", (6, 11))
+        ImageDraw.Draw(glyph).text((0, 0), character, fill=1, font=font)
+        ink = np.array(glyph)[..., None]  # (11, 6, 1)
+        for row in range(ROWS):
+            brick_row = np.clip(row - BRICK_TOP, 0, BRICK_ROWS - 1)
+            colour = np.uint8(COLOURS.get(character, BRICK_COLOURS[brick_row]))
+            paper = 0 * colour if character == "O" else colour // 4  # things are solid, yet their characters legible
+            atlas[row, :, ord(character)] = np.where(ink, colour, paper)
+    return atlas
+
+
+def to_image(tokens):
+    """tokens (1944,) -> (264, 480, 3) uint8 RGB, or (B, 1944) -> (B, 264, 480, 3). Raises ValueError for non-pages."""
+    tokens = check_tokens(tokens, (1, 2))
+    pages = tokens.reshape(-1, ROWS, 1, COLS)[..., :-1]  # (B, 24, 1, 80): newlines are not drawn
+    dots = glyph_atlas()[np.arange(ROWS)[:, None, None], np.arange(11)[:, None], pages]  # (B, 24, 11, 80, 6, 3)
+    return dots.reshape(*tokens.shape[:-1], ROWS * 11, (COLS - 1) * 6, 3)
+
+
+# Play in the terminal.
+
+SCREEN_ROWS, SCREEN_COLS = ROWS + 2, COLS - 1  # the page, the score, a line of help
+
+
+def last_key(screen, seconds):
+    """Wait so many seconds, then return the last key pressed meanwhile, or -1."""
+    key, end = -1, time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        screen.timeout(max(1, int(1000 * left)))
+        pressed = screen.getch()
+        if pressed not in (-1, curses.KEY_RESIZE):
+            key = pressed
+    return key
+
+
+def show(screen, lines):
+    screen.erase()
+    for row, line in enumerate(lines):
+        try:
+            screen.addstr(row, 0, line)
+        except curses.error:  # the window has just become smaller
+            break
+    screen.refresh()
+
+
+def play(screen, fps):
+    """Play until q is pressed. Returns None, or one line that says why it is impossible."""
+    def fits():
+        rows, cols = screen.getmaxyx()
+        return rows >= SCREEN_ROWS and cols >= SCREEN_COLS
+
+    if not fits():
+        return f"the terminal is smaller than {SCREEN_COLS}x{SCREEN_ROWS}: enlarge it and start again"
+    try:
+        curses.curs_set(0)
+    except curses.error:  # some terminals cannot hide the cursor
+        pass
+    env = BreakoutAscii(max_episode_steps=None)
+    (tokens, info), over = env.reset(), False
+    while True:
+        status = f"score {info['score']}   lives {info['lives']}" + ("   GAME OVER" if over else "")
+        help_line = "left and right arrow: move   r: new game   q: quit"
+        if fits():
+            show(screen, [*to_text(tokens).splitlines(), status, help_line])
+        else:
+            show(screen, ["too small"])  # the game waits
+        key = last_key(screen, 1 / fps)
+        if key in (ord("q"), ord("Q")):
+            return None
+        if key in (ord("r"), ord("R")):
+            (tokens, info), over = env.reset(), False
+        elif fits() and not over:
+            action = {curses.KEY_LEFT: 1, curses.KEY_RIGHT: 2}.get(key, 0)
+            tokens, _, over, _, info = env.step(action)
+
+
+def terminal_problem():
+    """-> one line that says why nobody can play here, or None."""
+    if curses is None:
+        return "Python's curses module is missing (on Windows: pip install windows-curses)"
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return "input and output must be a terminal"
+    try:
+        curses.setupterm()
+        able = curses.tigetstr("cup")  # move the cursor
+    except curses.error:
+        able = False
+    return None if able else "the terminal type in TERM is unknown or too simple: try TERM=xterm"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Play Breakout in the terminal with the arrow keys.")
+    parser.add_argument("--fps", type=float, default=15.0, help="steps per second (default 15)")
+    fps = parser.parse_args().fps
+    if not 0.1 <= fps <= 1000:
+        parser.error(f"--fps must lie between 0.1 and 1000; got {fps}")
+    try:
+        problem = terminal_problem() or curses.wrapper(play, fps)
+    except KeyboardInterrupt:
+        return 130
+    if problem:
+        print(f"breakout_ascii: {problem}", file=sys.stderr)
+    return 1 if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

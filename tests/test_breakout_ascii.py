@@ -1,0 +1,645 @@
+"""The rules of the game one by one and against a slow reference, then the Gymnasium faces, the drawing, the play."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.error import ResetNeeded
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+import breakout_ascii
+from breakout_ascii import BreakoutAscii, BreakoutAsciiVec, Games, to_image, to_text
+
+ALL_SERVES = np.array(list(itertools.product((-1, 1), repeat=5)))  # (32, 5)
+
+
+# A reference: one game in plain Python, its page drawn from nothing, character by character.
+
+class SlowGame:
+    def __init__(self, serves, bricks):
+        self.serves = [tuple(map(int, serve)) for serve in serves]
+        self.bricks = {(r, j) for r in range(7) for j in range(13) if bricks[r][j]}
+        self.lives, self.score, self.elapsed = 5, 0, 0
+        self.serve()
+
+    def serve(self):
+        self.x, self.dx, self.px = self.serves[5 - self.lives]
+        self.y, self.dy = 21, -1
+
+    def step(self, action):
+        """-> reward, terminated, life_lost"""
+        self.elapsed += 1
+        if action == 1:
+            self.px = max(1, self.px - 2)
+        elif action == 2:
+            self.px = min(72, self.px + 2)
+        x, y = self.x + self.dx, self.y + self.dy
+        if x <= 0:
+            x, self.dx = 0, -self.dx
+        elif x >= 79:
+            x, self.dx = 79, -self.dx
+        if y <= 0:
+            y, self.dy = 0, -self.dy
+        elif y >= 23:
+            self.lives -= 1
+            if self.lives == 0:
+                return 0, True, True
+            self.serve()
+            return 0, False, True
+        if y == 22 and x in range(self.px, self.px + 7):
+            y, self.dy = 21, -1
+            self.dx = -1 if x - self.px in (0, 1, 2, 3) else 1
+        self.x, self.y = x, y
+        reward = 0
+        for r, j in list(self.bricks):
+            if y == 5 + r and 1 + 6 * j <= x <= 6 + 6 * j:
+                self.bricks.remove((r, j))
+                self.dy = -self.dy
+                reward = 10 if self.bricks else 60
+        self.score += reward
+        return reward, not self.bricks, False
+
+    def page(self):
+        page = [["#"] * 80] + [["#"] + [" "] * 78 + ["#"] for _ in range(22)] + [["#"] * 80]
+        for r, j in self.bricks:
+            page[5 + r][1 + 6 * j:7 + 6 * j] = "|____|"
+        page[22][self.px:self.px + 7] = "======="
+        page[self.y][self.x] = "O"
+        return "".join("".join(line) + "\n" for line in page)
+
+
+def tracker(games, dead_zone):
+    """Move towards the ball only if the paddle's centre is further from it than dead_zone -> actions (N,)."""
+    off = games.ball_x - (games.paddle_x + 3)
+    return np.where(np.abs(off) <= dead_zone, 0, np.where(off < 0, 1, 2))
+
+
+def careless(games, rng):
+    """The tracker, with every fourth action at random."""
+    return np.where(rng.random(len(games.lives)) < 0.25, rng.integers(3, size=len(games.lives)), tracker(games, 1))
+
+
+def compare_with_reference(env, policy, steps):
+    """Play both side by side, every array and every page compared at each step -> counts of what happened."""
+    observations, _ = env.reset(seed=7)
+    slow = [SlowGame(s, b) for s, b in zip(env.games.serves, env.games.bricks)]
+    seen = dict(lost=0, terminated=0, cleared=0, truncated=0, on_wall=0, corner=0, bricks=0, beside_paddle=0)
+    for _ in range(steps):
+        if not env.varied_starts:
+            assert (env.games.serves[..., 0] == 40).all() and (env.games.serves[..., 2] == 36).all()
+        actions = policy(env.games)
+        observations, rewards, terminated, truncated, infos = env.step(actions)
+        for i, game in enumerate(slow):
+            reward, over, lost = game.step(actions[i])
+            cut = not over and game.elapsed >= env.max_episode_steps
+            assert (rewards[i], terminated[i], truncated[i]) == (reward, over, cut)
+            page, info = observations[i], infos
+            if over or cut:
+                page, info = infos["final_obs"][i], infos["final_info"]
+                slow[i] = SlowGame(env.games.serves[i], env.games.bricks[i])
+                assert to_text(observations[i]) == slow[i].page()
+            assert to_text(page) == game.page()
+            expected = dict(score=game.score, lives=game.lives, bricks=len(game.bricks), life_lost=lost)
+            assert {key: info[key][i] for key in expected} == expected
+            seen["lost"] += lost
+            seen["terminated"] += over
+            seen["cleared"] += not game.bricks
+            seen["truncated"] += cut
+            seen["on_wall"] += game.x in (0, 79)
+            seen["corner"] += game.x in (0, 79) and game.y == 0
+            seen["bricks"] += reward > 0
+            seen["beside_paddle"] += game.y == 22
+    return seen
+
+
+def test_random_play_equals_the_reference():
+    rng = np.random.default_rng(0)
+    seen = compare_with_reference(BreakoutAsciiVec(8), lambda games: rng.integers(3, size=8), 500)
+    assert seen["lost"] > 50 and seen["terminated"] > 10 and seen["bricks"] > 50 and seen["beside_paddle"] > 20
+
+
+def test_good_play_equals_the_reference_until_the_wall_is_cleared():
+    seen = compare_with_reference(BreakoutAsciiVec(2), lambda games: tracker(games, 1), 2000)
+    assert seen["cleared"] == 2 and seen["on_wall"] > 50
+
+
+def test_careless_play_from_varied_starts_with_truncation_equals_the_reference():
+    rng = np.random.default_rng(1)
+    env = BreakoutAsciiVec(8, varied_starts=0.7, max_episode_steps=900)
+    seen = compare_with_reference(env, lambda games: careless(games, rng), 1000)
+    assert seen["truncated"] and seen["terminated"] and seen["lost"] > 5 and seen["corner"]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("PADDLE_MOVES", np.array([0, -1, 1])), ("FLOOR", 22), ("RIGHT_WALL", 78), ("PADDLE_MAX", 71),
+    ("BRICK_POINTS", 11), ("PADDLE_START", 37), ("PADDLE_LINES", breakout_ascii.PADDLE_LINES.copy()[::-1]),
+])
+def test_a_wrong_constant_is_noticed(monkeypatch, name, value):
+    monkeypatch.setattr(breakout_ascii, name, value)
+    rng = np.random.default_rng(0)
+    with pytest.raises((AssertionError, ValueError, IndexError)):  # half of the games go right for ever
+        compare_with_reference(BreakoutAsciiVec(8), lambda games: np.append(rng.integers(3, size=4), [2] * 4), 400)
+
+
+@pytest.mark.parametrize("rule", ["move_paddles", "bounce_off_walls", "bounce_off_paddles"])
+def test_a_missing_rule_is_noticed(monkeypatch, rule):
+    monkeypatch.setattr(Games, rule, lambda self, *args: None)
+    rng = np.random.default_rng(0)
+    with pytest.raises((AssertionError, IndexError)):
+        compare_with_reference(BreakoutAsciiVec(8), lambda games: rng.integers(3, size=8), 400)
+
+
+# Each rule by hand.
+
+def one_game(**values):
+    """-> a fresh game with these arrays set."""
+    games = Games(1)
+    games.begin([0], breakout_ascii.standard_serves(np.ones((1, 5), int)), True)
+    for name, value in values.items():
+        getattr(games, name)[0] = value
+    games.bricks_left[0] = games.bricks.sum()
+    games.draw([0])
+    return games
+
+
+def ball(games):
+    return tuple(int(getattr(games, name)[0]) for name in ("ball_x", "ball_y", "dx", "dy"))
+
+
+def test_the_first_page():
+    lines = to_text(one_game().pages[0].flatten()).split("\n")
+    assert lines[0] == lines[23] == "#" * 80 and lines[24] == ""
+    assert lines[5:12] == ["#" + "|____|" * 13 + "#"] * 7
+    assert lines[21] == "#" + " " * 39 + "O" + " " * 38 + "#"
+    assert lines[22] == "#" + " " * 35 + "=======" + " " * 36 + "#"
+
+
+@pytest.mark.parametrize("action, before, after", [
+    (0, 36, 36), (1, 36, 34), (2, 36, 38), (1, 2, 1), (1, 1, 1), (2, 71, 72), (2, 72, 72)])
+def test_paddle(action, before, after):
+    games = one_game(paddle_x=before)
+    games.move_paddles([action])
+    assert games.paddle_x[0] == after
+
+
+@pytest.mark.parametrize("before, after", [
+    ((40, 15, 1, -1), (41, 14, 1, -1)),
+    ((1, 15, -1, -1), (0, 14, 1, -1)), ((0, 14, 1, -1), (1, 13, 1, -1)),
+    ((78, 15, 1, 1), (79, 16, -1, 1)), ((79, 16, -1, 1), (78, 17, -1, 1)),
+    ((40, 1, 1, -1), (41, 0, 1, 1)), ((41, 0, 1, 1), (42, 1, 1, 1)),
+    ((1, 1, -1, -1), (0, 0, 1, 1)), ((78, 1, 1, -1), (79, 0, -1, 1)),
+    ((78, 21, 1, 1), (79, 22, -1, 1)),
+])
+def test_flight_and_walls(before, after):
+    x, y, dx, dy = before
+    games = one_game(ball_x=x, ball_y=y, dx=dx, dy=dy)
+    games.step([0])
+    assert ball(games) == after
+    games.step([0])  # the wall is restored when the ball leaves it
+    walls = breakout_ascii.EMPTY_PAGE == ord("#")
+    assert ((games.pages[0] == ord("#")) | (games.pages[0] == ord("O")))[walls].all()
+    assert (games.pages[0] == ord("O")).sum() == 1
+
+
+@pytest.mark.parametrize("offset, dx_after", [(0, -1), (1, -1), (2, -1), (3, -1), (4, 1), (5, 1), (6, 1)])
+@pytest.mark.parametrize("dx", [-1, 1])
+def test_paddle_meets_ball(offset, dx_after, dx):
+    games = one_game(ball_x=30 + offset - dx, ball_y=21, dx=dx, dy=1, paddle_x=30)
+    games.step([0])
+    assert ball(games) == (30 + offset, 21, dx_after, -1)
+
+
+@pytest.mark.parametrize("offset", [-1, 7])
+def test_paddle_misses_ball_and_a_life_is_lost(offset):
+    games = one_game(ball_x=29 + offset, ball_y=21, dx=1, dy=1, paddle_x=30)
+    games.step([0])
+    assert ball(games) == (30 + offset, 22, 1, 1)
+    rewards, terminated, life_lost = games.step([0])
+    assert (rewards[0], terminated[0], life_lost[0], games.lives[0]) == (0, False, True, 4)
+    assert ball(games) == (40, 21, 1, -1) and games.paddle_x[0] == 36
+
+
+def test_the_last_ball_stays_in_its_cell_over_the_paddle():
+    games = one_game(ball_x=37, ball_y=22, dx=1, dy=1, paddle_x=30, lives=1)
+    rewards, terminated, life_lost = games.step([2])
+    assert (rewards[0], terminated[0], life_lost[0], games.lives[0]) == (0, True, True, 0)
+    assert ball(games)[:2] == (37, 22)
+    assert bytes(games.pages[0, 22, 32:39]) == b"=====O="
+
+
+@pytest.mark.parametrize("x", [1, 6, 7, 78])
+@pytest.mark.parametrize("dy", [-1, 1])
+def test_a_brick_goes_and_the_ball_turns(x, dy):
+    games = one_game(ball_x=x + 1 if x == 1 else x - 1, ball_y=8 - dy, dx=-1 if x == 1 else 1, dy=dy)
+    column = (x - 1) // 6
+    games.bricks[0, 8 - dy - 5] = False  # where the ball comes from
+    games.bricks_left[0] = 78
+    games.draw([0])
+    rewards, terminated, life_lost = games.step([0])
+    assert (rewards[0], terminated[0], life_lost[0], games.score[0], games.bricks_left[0]) == (10, False, False, 10, 77)
+    assert ball(games)[1::2] == (8, -dy) and not games.bricks[0, 3, column]
+    line = bytearray(b"#" + b"|____|" * 13 + b"#\n")
+    line[1 + 6 * column:7 + 6 * column] = b" " * 6
+    line[x] = ord("O")
+    assert bytes(games.pages[0, 8]) == bytes(line)
+
+
+def test_the_last_brick_brings_60_and_ends_the_game():
+    bricks = np.zeros((7, 13), bool)
+    bricks[6, 5] = True
+    games = one_game(ball_x=34, ball_y=12, dx=1, dy=-1, bricks=bricks)
+    rewards, terminated, life_lost = games.step([0])
+    assert (rewards[0], terminated[0], life_lost[0], games.score[0]) == (60, True, False, 60)
+
+
+def play_all_serves(dead_zone):
+    """-> final score, steps, truncated, each (32,), of the first game of each serve sequence."""
+    env = BreakoutAsciiVec(32)
+    env.reset(options={"serves": ALL_SERVES})
+    score, steps, cut = np.zeros(32), np.zeros(32), np.zeros(32, bool)
+    for t in range(1, 5001):
+        *_, truncated, infos = env.step(tracker(env.games, dead_zone))
+        if "final_info" in infos:
+            new = infos["_final_info"] & (steps == 0)
+            score[new], steps[new], cut[new] = infos["final_info"]["score"][new], t, truncated[new]
+        if steps.all():
+            return score, steps, cut
+    raise AssertionError("a game of more than 5000 steps")
+
+
+def test_yardstick_a_tracker_with_a_dead_zone_clears_the_wall():
+    score, steps, cut = play_all_serves(dead_zone=1)
+    assert (score == 960).all() and not cut.any() and 1700 < steps.min() <= steps.max() < 1950
+
+
+def test_yardstick_a_ball_chaser_is_caught_in_a_loop():
+    score, steps, cut = play_all_serves(dead_zone=0)
+    assert cut.all() and (steps == 5000).all() and set(score) == {680, 740}
+
+
+def test_yardstick_random_play():
+    env, rng, scores = BreakoutAsciiVec(256), np.random.default_rng(0), []
+    env.reset(seed=0)
+    for _ in range(1500):
+        infos = env.step(rng.integers(3, size=256))[-1]
+        if "final_info" in infos:
+            scores.extend(infos["final_info"]["score"][infos["_final_info"]])
+    assert 75 < np.mean(scores) < 89 and 48 < np.std(scores) < 64
+
+
+# The Gymnasium faces.
+
+def assert_same(a, b, path="infos"):
+    """Equal keys, types, dtypes and values, all the way down."""
+    assert type(a) is type(b), path
+    if isinstance(a, tuple):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict):
+        assert set(a) == set(b), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}[{key!r}]")
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype and a.shape == b.shape, path
+        if a.dtype == object:
+            for i, (x, y) in enumerate(zip(a, b)):
+                assert_same(x, y, f"{path}[{i}]")
+        else:
+            assert (a == b).all(), path
+    else:
+        assert a == b, path
+
+
+def test_steps_infos_and_autoresets_are_those_of_gymnasiums_sync_vector_env():
+    theirs = SyncVectorEnv([lambda: BreakoutAscii(max_episode_steps=170)] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
+    ours = BreakoutAsciiVec(4, max_episode_steps=170)
+    options = {"serves": [1, -1, 1, 1, -1]}
+    assert_same(ours.reset(options=options), theirs.reset(options=options))
+    rng, finished = np.random.default_rng(0), []
+    for _ in range(700):
+        actions = rng.integers(3, size=4)
+        assert_same(a := ours.step(actions), theirs.step(actions))
+        finished.append((a[2] | a[3]).sum())
+        for i in np.flatnonzero(a[2] | a[3]):  # the serves of the next game are drawn: give both the same
+            games = theirs.envs[i].games
+            ours.games.serves[i], ours.games.dx[i] = games.serves[0], games.dx[0]
+    assert sum(finished) > 15 and 1 in finished
+    assert ours.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    for space in ("observation_space", "action_space", "single_observation_space", "single_action_space"):
+        assert getattr(ours, space) == getattr(theirs, space)
+
+
+@pytest.mark.filterwarnings("error")
+def test_check_env_has_nothing_to_say(capsys):
+    check_env(BreakoutAscii(), skip_render_check=True)  # without a spec it cannot build the render modes
+    check_env(gym.make("BreakoutAscii-v0").unwrapped)
+
+
+@pytest.mark.filterwarnings("error")
+def test_make():
+    env = gym.make("breakout_ascii:BreakoutAscii-v0")
+    assert isinstance(env.unwrapped, BreakoutAscii) and env.spec.max_episode_steps == 5000
+    vec = gym.make_vec("BreakoutAscii-v0", num_envs=4)
+    assert isinstance(vec, BreakoutAsciiVec) and vec.num_envs == 4 and vec.max_episode_steps == 5000
+    assert gym.make_vec("BreakoutAscii-v0", num_envs=2, varied_starts=0.5, max_episode_steps=9).varied_starts == 0.5
+    assert isinstance(gym.make(env.spec).unwrapped, BreakoutAscii)
+
+
+def test_a_reload_does_not_warn():
+    reload = "import importlib, breakout_ascii; importlib.reload(breakout_ascii)"  # elsewhere: it makes new classes
+    subprocess.run([sys.executable, "-W", "error", "-c", reload], check=True,
+                   cwd=os.path.dirname(breakout_ascii.__file__))
+
+
+def steps_until_truncation(env):
+    """Play one game (or the first of several) as the ball chaser, who never ends one."""
+    env.reset(seed=0)
+    for t in itertools.count(1):
+        action = tracker(env.unwrapped.games, 0)
+        *_, truncated, _ = env.step(action if isinstance(env, gym.vector.VectorEnv) else action[0])
+        if np.any(truncated):
+            return t
+
+
+@pytest.mark.parametrize("limit", [100, None, 5010])
+def test_truncation_comes_when_asked(limit):
+    asked = {} if limit is None else {"max_episode_steps": limit}
+    for env in [gym.make("BreakoutAscii-v0", **asked), gym.make_vec("BreakoutAscii-v0", 2, **asked)]:
+        assert steps_until_truncation(env) == (limit or 5000)
+
+
+def test_truncation_comes_when_asked_of_the_environment_itself_or_of_gymnasiums_vector_env():
+    assert steps_until_truncation(BreakoutAscii(max_episode_steps=100)) == 100
+    sync = gym.make_vec("BreakoutAscii-v0", 1, vectorization_mode="sync", max_episode_steps=100)
+    assert steps_until_truncation(sync.envs[0]) == 100
+
+
+def test_single_env_gives_plain_values_and_stops_at_the_end():
+    env = BreakoutAscii(max_episode_steps=3)
+    observation, info = env.reset(seed=1)
+    assert info == {"score": 0, "lives": 5, "bricks": 91, "life_lost": False}
+    assert [type(value) for value in info.values()] == [int, int, int, bool]
+    assert env.observation_space.contains(observation)
+    for t in range(3):
+        observation, reward, terminated, truncated, info = env.step(np.int64(t))
+    assert (type(reward), terminated, truncated) == (float, False, True)
+    with pytest.raises(ResetNeeded, match="reset"):
+        env.step(0)
+    assert env.reset()[1]["score"] == 0
+    env.step(0)
+
+
+def test_a_game_that_terminates_at_the_limit_is_not_truncated():
+    lengths = []
+    for limit in (5000, None):
+        env = BreakoutAsciiVec(1, max_episode_steps=limit or lengths[0])
+        env.reset(options={"serves": [1] * 5})
+        for t in itertools.count(1):
+            _, _, terminated, truncated, _ = env.step([0])
+            if terminated[0] or truncated[0]:
+                assert terminated[0] and not truncated[0]
+                lengths.append(t)
+                break
+    assert lengths[0] == lengths[1]
+
+
+def test_returned_arrays_are_copies():
+    env = BreakoutAsciiVec(2)
+    observations, infos = env.reset(seed=0)
+    before = observations.copy()
+    env.step([0, 0])
+    assert (observations == before).all() and infos["bricks"] is not env.games.bricks_left
+    observations[:] = 0
+    infos["score"][:] = 9
+    assert env.observation().all() and not env.games.score.any()
+
+
+# Chance: seeds, serves, varied starts.
+
+def serves_of(env, **kwargs):
+    env.reset(**kwargs)
+    return env.games.serves.copy()
+
+
+def test_seeds():
+    first, second = BreakoutAsciiVec(16), BreakoutAsciiVec(16)
+    assert (serves_of(first, seed=3) == serves_of(second, seed=3)).all()
+    assert (serves_of(first) == serves_of(second)).all()  # and so on, without a seed
+    assert (serves_of(first, seed=4) != serves_of(second, seed=3)).any()
+    dx = serves_of(BreakoutAsciiVec(2000), seed=0)[..., 1]
+    assert set(dx.flat) == {-1, 1} and abs(dx.mean()) < 0.04
+
+
+def test_serves_can_be_fixed_and_are_random_again_after_an_autoreset():
+    env = BreakoutAsciiVec(32, varied_starts=1.0, max_episode_steps=2)
+    serves = serves_of(env, seed=0, options={"serves": ALL_SERVES})
+    assert (serves[..., 0] == 40).all() and (serves[..., 1] == ALL_SERVES).all() and (serves[..., 2] == 36).all()
+    env.step(np.zeros(32, int))
+    env.step(np.zeros(32, int))
+    assert (env.games.serves[..., 1] != ALL_SERVES).any() and (env.games.serves[..., 0] != 40).any()
+    assert (serves_of(env, options={"serves": [1, -1, 1, -1, -1]})[..., 1] == [1, -1, 1, -1, -1]).all()
+    single = BreakoutAscii()
+    assert (serves_of(single, options={"serves": [1, -1, 1, -1, -1]})[0, :, 1] == [1, -1, 1, -1, -1]).all()
+
+
+def test_varied_starts():
+    env = BreakoutAsciiVec(4000, varied_starts=0.7)
+    x, dx, paddle = np.moveaxis(serves_of(env, seed=0), -1, 0)
+    assert (env.games.ball_x == x[:, 0]).all() and (env.games.paddle_x == paddle[:, 0]).all()
+    assert 0.68 < (x != 40).mean() < 0.71 and x.min() == 1 and x.max() == 78 and abs(dx.mean()) < 0.03
+    varied = x != 40
+    assert (paddle[varied] == np.clip(x[varied] - 3, 1, 72)).all() and (env.games.ball_y == 21).all()
+    share = env.games.bricks.mean((1, 2))
+    assert 0.66 < (share < 1).mean() < 0.72 and 0.62 < share[share < 1].mean() < 0.68
+    assert 0.1 < share.min() < 0.3 and (env.games.bricks_left == env.games.bricks.sum((1, 2))).all()
+
+
+def test_a_game_always_has_a_brick(monkeypatch):
+    monkeypatch.setattr(breakout_ascii, "MIN_KEEP", 0.0)
+    rng = np.random.default_rng(0)
+    assert breakout_ascii.draw_bricks(rng, 5000, 1.0).any((1, 2)).all()
+
+
+def test_no_varied_starts_never_varies():
+    env, rng = BreakoutAsciiVec(16, max_episode_steps=100), np.random.default_rng(0)
+    env.reset(seed=0)
+    for _ in range(500):
+        infos = env.step(rng.integers(3, size=16))[-1]
+        assert (env.games.serves[..., 0] == 40).all() and (env.games.serves[..., 2] == 36).all()
+        if "_final_info" in infos:
+            assert env.games.bricks[infos["_final_info"]].all()
+
+
+@pytest.mark.parametrize("saved_at", [0, 137])
+def test_a_run_goes_on_bit_for_bit(saved_at):
+    rng = np.random.default_rng(0)
+    actions = rng.integers(3, size=(600, 8))
+    one, other = (BreakoutAsciiVec(8, varied_starts=0.5, max_episode_steps=200) for _ in range(2))
+    one.reset(seed=0)
+    for a in actions[:saved_at]:
+        one.step(a)
+    state = one.state_dict()
+    other.load_state_dict(state)
+    assert (one.observation() == other.observation()).all()
+    for a in actions[saved_at:]:
+        assert_same(one.step(a), other.step(a))
+    other.load_state_dict(state)  # the state was not written to
+    assert_same(state, other.state_dict())
+
+
+# Errors: one line that says what is wrong, before anything has changed.
+
+BAD_SERVES = [[1, 1, 1, 1], [[1] * 5] * 3, [1, 1, 0, 1, 1], [1, 1, 2, 1, 1], "left", [[1], [1, 1]], [None] * 5, 1]
+
+
+@pytest.mark.parametrize("options", [{"serves": bad} for bad in BAD_SERVES] + [{"serve": [1] * 5}])
+def test_bad_reset_options(options):
+    for env in (BreakoutAsciiVec(2), BreakoutAscii()):
+        with pytest.raises(ValueError, match="serves") as error:
+            env.reset(options=options)
+        assert "\n" not in str(error.value)
+        with pytest.raises(ResetNeeded):
+            env.step(0)
+
+
+@pytest.mark.parametrize("actions, said", [
+    ([0, 3], "got 3"), ([-1, 0], "got -1"), ([0], r"shape \(1,\)"), ([[0, 1]], "shape"), (1, "shape"),
+    ([0.0, 1.0], "float64"), ([True, False], "bool"), (["0", "1"], "integers"), ([0, None], "object")])
+def test_bad_actions(actions, said):
+    env = BreakoutAsciiVec(2)
+    env.reset(seed=0)
+    before = env.state_dict()
+    with pytest.raises(ValueError, match=said) as error:
+        env.step(actions)
+    assert "\n" not in str(error.value)
+    assert_same(before, env.state_dict())
+
+
+@pytest.mark.parametrize("action", [3, -1, 1.0, True, None, [1]])
+def test_bad_action(action):
+    env = BreakoutAscii()
+    env.reset()
+    with pytest.raises(ValueError, match="actions must be"):
+        env.step(action)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (dict(num_envs=0), "num_envs"), (dict(num_envs=2.0), "num_envs"), (dict(varied_starts=1.1), "varied_starts"),
+    (dict(varied_starts=float("nan")), "varied_starts"), (dict(max_episode_steps=0), "max_episode_steps"),
+    (dict(max_episode_steps=1.5), "max_episode_steps"), (dict(render_mode="human"), "render_mode")])
+def test_bad_arguments(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        BreakoutAsciiVec(**{"num_envs": 2} | arguments)
+    with pytest.raises(ValueError):
+        BreakoutAscii(max_episode_steps=-1)
+    with pytest.raises(ValueError):
+        BreakoutAscii(render_mode="png")
+
+
+def test_nothing_works_before_reset():
+    env = BreakoutAsciiVec(2)
+    for use in (lambda: env.step([0, 0]), env.observation, env.state_dict, lambda: BreakoutAscii().step(0)):
+        with pytest.raises(ResetNeeded, match="reset"):
+            use()
+
+
+def test_bad_states():
+    env = BreakoutAsciiVec(2)
+    env.reset(seed=0)
+    state = env.state_dict()
+    for bad in (BreakoutAsciiVec(3), {key: state[key] for key in state if key != "lives"}):
+        if isinstance(bad, BreakoutAsciiVec):
+            bad.reset()
+            bad = bad.state_dict()
+        with pytest.raises(ValueError, match="state"):
+            env.load_state_dict(bad)
+    with pytest.raises(ValueError, match="np_random"):
+        env.load_state_dict({key: state[key] for key in state if key != "np_random"})
+    assert_same(state, env.state_dict())
+
+
+# Drawing and play.
+
+def test_to_text_is_the_page_and_refuses_anything_else():
+    tokens = BreakoutAscii().reset()[0]
+    text = to_text(tokens)
+    assert text.encode() == tokens.tobytes() and text.count("\n") == 24 and to_text(tokens.astype(np.int64)) == text
+    for bad in (tokens[:-1], tokens[None], tokens.astype(float), np.full(1944, 65, np.uint8), np.full(1944, -1)):
+        with pytest.raises(ValueError, match="tokens must"):
+            to_text(bad)
+
+
+def test_to_image():
+    env = BreakoutAsciiVec(3)
+    tokens, _ = env.reset(seed=0)
+    images = to_image(tokens)
+    assert images.shape == (3, 264, 480, 3) and images.dtype == np.uint8
+    assert (images[1] == to_image(tokens[1])).all()
+    cells = images[0].reshape(24, 11, 80, 6, 3).swapaxes(1, 2)  # (24, 80, 11, 6, 3)
+    assert (cells[21, 40] == 255).any() and not cells[15, 40].any()  # the ball is white, nothing is black
+    brightest = cells.max((2, 3))  # (24, 80, 3)
+    assert len({tuple(brightest[row, 1]) for row in range(5, 12)}) == 7
+    assert (brightest[0] == brightest[23]).all() and len(set(map(tuple, brightest[0]))) == 1
+    assert (cells[5, 1] == cells[5, 7]).all() and (cells[5, 1] != cells[5, 2]).any()  # characters can be told apart
+    with pytest.raises(ValueError, match="tokens must"):
+        to_image(np.zeros((2, 2, 1944), np.uint8))
+    with pytest.raises(ValueError, match="tokens must"):
+        to_image(np.zeros(1944, np.uint8))
+
+
+def test_render_modes(capsys):
+    for mode, kind in (("ansi", str), ("rgb_array", np.ndarray), (None, type(None))):
+        single, vec = BreakoutAscii(render_mode=mode), BreakoutAsciiVec(2, render_mode=mode)
+        tokens, _ = single.reset(seed=0)
+        vec.reset(seed=0)
+        assert isinstance(single.render(), kind)
+        if mode:
+            frames = vec.render()
+            assert isinstance(frames, tuple) and len(frames) == 2 and isinstance(frames[0], kind)
+    human = BreakoutAscii(render_mode="human")
+    tokens, _ = human.reset()
+    assert human.render() is None and to_text(tokens) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, status", [([], 1), (["--fps", "0"], 2)])
+def test_play_without_a_terminal_is_one_line(arguments, status):
+    run = subprocess.run([sys.executable, breakout_ascii.__file__, *arguments], stdin=subprocess.DEVNULL,
+                         capture_output=True, text=True)
+    assert run.returncode == status and "Traceback" not in run.stderr
+    assert run.stderr.strip().splitlines()[-1].startswith("breakout_ascii")
+
+
+def play_in_a_terminal(keys, rows=26, cols=80, term="xterm"):
+    """Play in a pseudo-terminal -> exit status, all that was written."""
+    pty, fcntl, termios, struct = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios", "struct"))
+    pid, terminal = pty.fork()
+    if pid == 0:
+        # Whoever imports readline leaves LINES and COLUMNS behind, and curses would believe them.
+        environment = {key: os.environ[key] for key in os.environ if key not in ("LINES", "COLUMNS")}
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+        command = [sys.executable, breakout_ascii.__file__, "--fps", "100"]
+        os.execve(sys.executable, command, environment | {"TERM": term})
+    written = b""
+    try:
+        while chunk := os.read(terminal, 4096):
+            written += chunk
+            if keys and b"quit" in written:  # it is ready
+                os.write(terminal, keys)
+                keys = b""
+    except OSError:  # the other end is closed
+        pass
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), written.decode()
+
+
+@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+def test_play_in_a_terminal():
+    status, written = play_in_a_terminal(b"q")
+    assert status == 0 and "|____|" in written and "lives 5" in written
+    assert play_in_a_terminal(b"\x03")[0] == 130
+    for bad, said in ((dict(cols=79), "smaller than 80x26"), (dict(rows=25), "smaller"), (dict(term="none"), "TERM")):
+        status, written = play_in_a_terminal(b"", **bad)
+        assert status == 1 and said in written and "Traceback" not in written
