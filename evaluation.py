@@ -1,0 +1,98 @@
+"""How well a policy plays: exactly, and smoothly.
+
+The serves are the only chance in the game, so a greedy policy plays at most 2^5 = 32 different games. `exact` plays them
+all. But they share two beginnings, and one changed decision can move 16 games at once; `returned` is the smoother
+figure beside it.
+"""
+
+import itertools
+
+import numpy as np
+import torch
+
+from breakout_ascii import MAX_EPISODE_STEPS, BreakoutAsciiVec
+from rollout_buffer import reader_of
+
+SERVES = np.array(list(itertools.product((-1, 1), repeat=5)))  # (32, 5)
+
+
+def evaluate(policy):
+    """Greedy play -> {"score", "min", "max", "cleared", "games", "mean_length", "returned"}, plain numbers."""
+    return {**exact(policy), "returned": returned(policy)}
+
+
+def greedy(reader, obs):
+    """(B, 1944) tokens -> (B,) actions."""
+    logits, _ = reader(reader.encode(obs))
+    return logits.argmax(-1).cpu().numpy()
+
+
+def exact(policy, max_episode_steps=MAX_EPISODE_STEPS):
+    """Scores and lengths of all 32 games. A game whose state returns is in a loop: it keeps its score until truncation.
+
+    Whether a state returns is Brent's question: compare with one kept state, and keep a new one at each power of two.
+    """
+    reader, env = reader_of(policy), BreakoutAsciiVec(len(SERVES), max_episode_steps=max_episode_steps)
+    obs, _ = env.reset(seed=0, options={"serves": SERVES})
+    scores, lengths, bricks = np.zeros((3, len(SERVES)), int)
+    playing, kept = np.ones(len(SERVES), bool), None
+    for step in range(1, max_episode_steps + 1):
+        actions = np.zeros(len(SERVES), int)
+        actions[playing] = greedy(reader, obs[playing])
+        obs, _, terminated, truncated, infos = env.step(actions)
+        games = env.games
+        state = np.column_stack([obs, games.dx + 1, games.dy + 1, games.lives]).astype(np.uint8)
+        loops = playing & (state == kept).all(1) if kept is not None else np.zeros_like(playing)
+        ends = playing & (terminated | truncated)
+        scores[loops], bricks[loops], lengths[loops] = games.score[loops], games.bricks_left[loops], max_episode_steps
+        if ends.any():
+            final = infos["final_info"]
+            scores[ends], bricks[ends], lengths[ends] = final["score"][ends], final["bricks"][ends], step
+        playing &= ~(loops | ends)
+        if not playing.any():
+            break
+        if step & (step - 1) == 0:
+            kept = state
+    return summary(scores, lengths, bricks)
+
+
+def sampled(policy, games, seed):
+    """Actions drawn from the policy, `games` standard games -> the same keys as `exact`."""
+    env, generator = BreakoutAsciiVec(games), torch.Generator().manual_seed(seed)
+    reader, (obs, _) = reader_of(policy), env.reset(seed=seed)
+    scores, lengths, bricks = np.zeros((3, games), int)
+    playing = np.ones(games, bool)
+    while playing.any():
+        actions = np.zeros(games, int)
+        logits, _ = reader(reader.encode(obs[playing]))
+        actions[playing] = torch.multinomial(logits.cpu().softmax(-1), 1, generator=generator).squeeze(1).numpy()
+        obs, _, terminated, truncated, infos = env.step(actions)
+        lengths += playing
+        ends = playing & (terminated | truncated)
+        if ends.any():
+            scores[ends], bricks[ends] = infos["final_info"]["score"][ends], infos["final_info"]["bricks"][ends]
+            playing &= ~ends
+    return summary(scores, lengths, bricks)
+
+
+def summary(scores, lengths, bricks):
+    return {
+        "score": float(scores.mean()), "min": int(scores.min()), "max": int(scores.max()),
+        "cleared": int((bricks == 0).sum()), "games": len(scores), "mean_length": float(lengths.mean()),
+    }  # fmt: skip
+
+
+def returned(policy, starts=256, steps=300):
+    """The share of falling balls that the paddle returns, from fixed varied starts: 0..1."""
+    reader, env = reader_of(policy), BreakoutAsciiVec(starts, varied_starts=1.0)
+    obs, _ = env.reset(seed=0)
+    hits = misses = 0
+    for _ in range(steps):
+        falling = env.games.dy == 1
+        obs, _, terminated, _, infos = env.step(greedy(reader, obs))
+        lost = infos["life_lost"].copy()
+        if terminated.any():
+            lost[terminated] = infos["final_info"]["bricks"][terminated] > 0
+        misses += int(lost.sum())
+        hits += int((falling & ~lost & ~terminated & (env.games.dy == -1) & (env.games.ball_y == 21)).sum())
+    return hits / max(hits + misses, 1)

@@ -1,0 +1,414 @@
+"""A small GPT that reads a page of text and answers from its last position.
+
+The blocks are nanoGPT's: pre-LayerNorm, causal self-attention, GELU MLP. Three things differ. Only the last position is
+read, so the last block computes a single query. A position is a row plus a column, so what is learned about a column
+holds in every row. And the weights start large enough for attention to find one character among 1944.
+
+With one layer the pages of a batch share nearly all of their work, exactly: see `LineIndex` and `SharedAttention`. Left
+out on purpose: dropout, biases inside the blocks, weight tying, generation of text.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROWS, COLUMNS = 24, 81
+POSITIONS = ROWS * COLUMNS
+CHARACTERS = " #|_=O\n"
+NEWLINE = CHARACTERS.index("\n")
+PIECE = 9  # characters in a piece of a line: 27 made the forward and backward pass slower
+
+CODES = np.full(256, len(CHARACTERS), np.uint8)  # token -> row of the character table; len(CHARACTERS) marks a stranger
+CODES[[ord(c) for c in CHARACTERS]] = range(len(CHARACTERS))
+
+
+def check_pages(tokens):
+    """Raises ValueError unless tokens, an array or a tensor, are (B, 1944) uint8."""
+    if tokens.ndim != 2 or tokens.shape[1] != POSITIONS or tokens.dtype not in (np.uint8, torch.uint8):
+        raise ValueError(f"pages must be (B, {POSITIONS}) uint8 tokens, not {tuple(tokens.shape)} {tokens.dtype}")
+
+
+def encode_characters(tokens):
+    """uint8 array of ASCII codes -> character numbers 0..6 in the same shape. A token outside CHARACTERS: ValueError."""
+    codes = CODES[tokens]
+    if codes.size and codes.max() == len(CHARACTERS):
+        stranger = chr(tokens[codes == len(CHARACTERS)][0])
+        raise ValueError(f"token {ord(stranger)} ({stranger!r}) is not in the character set {CHARACTERS!r}")
+    return codes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The GPT
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = POSITIONS  # tokens on a page
+    n_layer: int = 1
+    n_head: int = 16
+    n_embd: int = 64
+    mlp_expansion: int = 4
+    n_action: int = 3
+
+    def __post_init__(self):
+        if self.block_size != POSITIONS:
+            raise ValueError(f"block_size must be {POSITIONS}, {ROWS} rows of {COLUMNS} characters, not {self.block_size}")
+        if min(self.n_layer, self.n_head, self.n_embd, self.mlp_expansion, self.n_action) < 1:
+            raise ValueError(f"layers, heads, embedding, expansion and actions must be at least 1: {self}")
+        if self.n_embd % self.n_head or self.n_embd % 4:
+            raise ValueError(f"n_embd must be a multiple of n_head and of 4; n_embd {self.n_embd}, n_head {self.n_head}")
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # query, key, value
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, last_only):
+        B, T, C = x.size()
+        heads = lambda z: z.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T or 1, hs)
+        w_q, w_k, w_v = self.c_attn.weight.chunk(3)
+        q = heads(F.linear(x[:, -1:] if last_only else x, w_q))
+        y = F.scaled_dot_product_attention(q, heads(F.linear(x, w_k)), heads(F.linear(x, w_v)), is_causal=not last_only)
+        return self.c_proj(y.transpose(1, 2).reshape(B, -1, C))  # (B, T or 1, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_expansion * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.mlp_expansion * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=False)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=False)
+        self.mlp = MLP(config)
+
+    def forward(self, x, last_only=False):
+        """(B, T, C) -> (B, T, C), or (B, 1, C) for the last position alone."""
+        x = (x[:, -1:] if last_only else x) + self.attn(self.ln_1(x), last_only)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Pages of text in, action logits and values out: `logits, values = gpt(tokens)`."""
+
+    page_columns = COLUMNS
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C = config.n_embd
+        self.wte = nn.Embedding(len(CHARACTERS), C)
+        self.wre = nn.Embedding(ROWS, C)
+        self.wce = nn.Embedding(COLUMNS, C)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(C, bias=False)
+        self.policy_head = nn.Linear(C, config.n_action)
+        self.value_head = nn.Linear(C, 1)
+        self.change_head = nn.Linear(C, ROWS + COLUMNS)  # which rows and columns differ in the next frame
+        self.bf16 = False  # see speed_up
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Large enough to see: with std 0.02 everywhere attention is uniform and the ball weighs 1 in 1944."""
+        C = self.config.n_embd
+        nn.init.normal_(self.wte.weight)
+        self.wre.weight.copy_(sinusoids(ROWS, C))
+        self.wce.weight.copy_(sinusoids(COLUMNS, C).roll(C // 2, dims=1))
+        for block in self.blocks:
+            nn.init.normal_(block.attn.c_attn.weight[: 2 * C], std=3 / math.sqrt(C))
+            for weight in (block.attn.c_attn.weight[2 * C :], block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight):
+                nn.init.normal_(weight, std=1 / math.sqrt(weight.size(1)))
+        for head, gain in ((self.policy_head, 0.01), (self.value_head, 1.0), (self.change_head, 0.1)):
+            nn.init.normal_(head.weight, std=gain / math.sqrt(C))
+            nn.init.zeros_(head.bias)
+
+    def embed(self, characters, positions):
+        """Character numbers and positions 0..1943, of shapes that broadcast -> (..., C)."""
+        return self.wte(characters) + self.wre(positions // COLUMNS) + self.wce(positions % COLUMNS)
+
+    def features(self, pages):
+        """(B, 1944) uint8 tokens, or their `Tree` -> (B, C), the last position after the final LayerNorm."""
+        if isinstance(pages, Tree):
+            return self.finish(SharedAttention.apply(*self.scores_and_values(pages.pairs), pages.levels))
+        check_pages(pages)
+        if self.config.n_layer > 1 or bool((pages[:, -1] != ord("\n")).any()):  # the lines share one query: the newline's
+            return self.read_every_token(pages)
+        index = LineIndex()
+        return self.features(index.tree(index.encode(pages.cpu()), self.device))
+
+    def read_every_token(self, tokens, plain=False):
+        """`features` without sharing. `plain` skips nothing at all: every token through the whole of every block."""
+        check_pages(tokens)
+        characters = torch.as_tensor(encode_characters(tokens.cpu().numpy()), device=self.device).int()
+        x = self.embed(characters, torch.arange(POSITIONS, device=self.device))  # (B, T, C)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            for i, block in enumerate(self.blocks):
+                x = block(x, last_only=not plain and i == self.config.n_layer - 1)
+        return self.ln_f(x[:, -1].float() if self.bf16 else x[:, -1])
+
+    def speed_up(self):
+        """For deeper models on CUDA: bf16 and compiled blocks, where they work. The shared path needs neither."""
+        if self.config.n_layer > 1 and self.device.type == "cuda":
+            self.bf16 = torch.cuda.is_bf16_supported()
+            self.compile_blocks()
+
+    def compile_blocks(self):
+        for block in self.blocks:
+            block.compile()  # in place: the weights keep their names
+        try:
+            self.features(torch.full((2, POSITIONS), ord("\n"), dtype=torch.uint8)).sum().backward()
+        except Exception as error:  # no compiler, no Triton: whatever it is, the plain blocks work
+            for block in self.blocks:
+                block._compiled_call_impl = None
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"torch.compile does not work here, going on without: {reason}", stacklevel=2)
+        self.zero_grad()
+
+    def heads(self, features):
+        """(B, C) -> action logits (B, A) and values (B,)."""
+        return self.policy_head(features), self.value_head(features).squeeze(-1)
+
+    def forward(self, pages):
+        """(B, 1944) uint8 tokens, or their `Tree` -> action logits (B, A), values (B,), float32."""
+        return self.heads(self.features(pages))
+
+    def reader(self):
+        """How a rollout is read while the weights stand still; None where every token is read anew each time."""
+        return Reader(self) if self.config.n_layer == 1 else None
+
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    # What the one-layer path needs, with H heads of size D.
+
+    def scores_and_values(self, pairs):
+        """(P,) pairs character * 1944 + position -> scores (P, H) under the last position's query, values (P, D, H)."""
+        block, C, H = self.blocks[0], self.config.n_embd, self.config.n_head
+        x = block.ln_1(self.embed(pairs // POSITIONS, pairs % POSITIONS))  # (P, C)
+        w_q, w_k, w_v = block.attn.c_attn.weight.view(3, H, C // H, C)
+        q = w_q @ block.ln_1(self.last_embedding())  # (H, D)
+        scores = x @ torch.einsum("hd,hdc->ch", q, w_k) / math.sqrt(C // H)  # q.(W_k x) = (W_k' q).x: no keys needed
+        values = x @ w_v.transpose(0, 1).reshape(C, C).T
+        return scores, values.view(-1, C // H, H)
+
+    def last_embedding(self):
+        return self.embed(torch.tensor(NEWLINE, device=self.device), torch.tensor(POSITIONS - 1, device=self.device))
+
+    def finish(self, y):
+        """Attention outputs of the last position, (B, D, H) -> (B, C): the rest of the block and the final LayerNorm."""
+        block = self.blocks[0]
+        x = self.last_embedding() + block.attn.c_proj(y.transpose(1, 2).flatten(1))
+        return self.ln_f(x + block.mlp(block.ln_2(x)))
+
+
+def sinusoids(n, C):
+    """(n, C): sines and cosines of wavelengths from 2 pi to 4 n, spaced geometrically."""
+    rates = torch.logspace(0, math.log10(2 * math.pi / (4 * n)), C // 4)
+    angles = torch.arange(n).unsqueeze(1) * rates
+    return torch.cat([angles.sin(), angles.cos(), torch.zeros(n, C // 2)], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One layer: pages share their lines
+#
+# The last position reads the page with one query, the same for every page, so keys and values depend on (character,
+# position) alone. And a softmax splits over parts of a page: a part gives, per head, its largest score m and the sums
+# Z = (sum of e^(s-m), sum of e^(s-m) v); parts combine as Z = sum of e^(m_part - m) Z_part, as in flash attention
+# (Dao et al. 2022). A page is 24 lines of 9 pieces of 9 characters. Most lines and pieces stand on many pages of a
+# batch; each distinct one is computed once.
+
+
+class Level(NamedTuple):
+    """One level of a `Tree`: n parts, each made of J parts of the level below."""
+
+    children: torch.Tensor  # (n, J) numbers of parts below
+    order: torch.Tensor  # (n * J,) positions in children.flatten(), sorted by child: the way of the gradient
+    offsets: torch.Tensor  # (parts below,) where each child's run in `order` begins
+
+
+class Tree(NamedTuple):
+    """A batch of pages as its distinct parts."""
+
+    pairs: torch.Tensor  # (P,) distinct character * 1944 + position
+    levels: list  # pieces of pairs, lines of pieces, pages of lines
+
+
+class LineIndex:
+    """Numbers the distinct lines of the pages it is shown, and the distinct pieces of those lines."""
+
+    def __init__(self):
+        self.lines, self.line_pieces = {}, Rows(COLUMNS // PIECE, dtype=torch.int64)  # row and text -> number -> pieces
+        self.pieces, self.piece_pairs = {}, Rows(PIECE, dtype=torch.int64)  # place and text -> number -> pairs
+        self.last = None  # the batch of pages shown last, and its lines: from frame to frame few lines change
+
+    def encode(self, tokens):
+        """(B, 1944) uint8 tokens -> (B, 24) int64 numbers of their lines. ValueError for other shapes and characters."""
+        tokens = np.asarray(tokens)
+        check_pages(tokens)
+        text = tokens.reshape(-1, ROWS, COLUMNS)
+        if self.last is not None and len(self.last[0]) == len(text):
+            changed, numbers = (text != self.last[0]).any(-1), self.last[1].copy()
+        else:
+            changed, numbers = np.ones((len(text), ROWS), bool), np.empty((len(text), ROWS), np.int64)
+        rows, text_changed = changed.nonzero()[1], text[changed]
+        characters = encode_characters(text_changed)  # (n, 81)
+        keys = np.column_stack([rows.astype(np.uint8), text_changed]).tobytes()
+        keys = [keys[i : i + COLUMNS + 1] for i in range(0, len(keys), COLUMNS + 1)]
+        numbers[changed], new = number(self.lines, keys)
+        self.add(rows[new], characters[new])
+        self.last = text.copy(), numbers
+        return numbers
+
+    def add(self, rows, characters):
+        """New lines: rows (n,), characters (n, 81)."""
+        places = rows[:, None] * COLUMNS + np.arange(COLUMNS)  # (n, 81)
+        pairs = (characters.astype(np.int64) * POSITIONS + places).reshape(-1, PIECE)
+        keys = pairs[:, 0] * len(CHARACTERS) ** PIECE  # unequal for unequal pieces: 9 digits in base 7 and the first pair
+        keys += characters.reshape(-1, PIECE) @ len(CHARACTERS) ** np.arange(PIECE)
+        pieces, new = number(self.pieces, keys.tolist())
+        self.piece_pairs.append(torch.from_numpy(pairs[new]))
+        self.line_pieces.append(torch.from_numpy(pieces).view(-1, COLUMNS // PIECE))
+
+    def tree(self, numbers, device="cpu"):
+        """(B, 24) numbers of lines -> the `Tree` of these pages."""
+        lines, pages = level(numbers, len(self.lines))
+        pieces, lines = level(self.line_pieces().numpy()[lines], len(self.pieces))
+        pairs, pieces = level(self.piece_pairs().numpy()[pieces], len(CHARACTERS) * POSITIONS)
+        levels = [Level(*(torch.from_numpy(x).to(device) for x in part)) for part in (pieces, lines, pages)]
+        return Tree(torch.from_numpy(pairs).to(device), levels)
+
+
+def number(table, keys):
+    """Numbers (n,) of the keys in `table`, new keys taking the next ones; and where each new key stands first."""
+    known = len(table)
+    numbers = np.fromiter((table.setdefault(key, len(table)) for key in keys), np.int64, len(keys))
+    distinct, first = np.unique(numbers, return_index=True)
+    return numbers, first[distinct >= known]
+
+
+def level(children, n):
+    """(..., J) numbers below n -> the distinct ones, and the `Level` (as arrays) with its children renumbered into them."""
+    used = np.zeros(n, bool)
+    used[children] = True
+    children = (np.cumsum(used) - 1)[children]
+    flat = children.ravel().astype(np.int16 if n < 2**15 else np.int32)  # 16 bits: a radix sort
+    counts = np.bincount(flat)
+    return used.nonzero()[0], Level(children, np.argsort(flat, kind="stable"), np.cumsum(counts) - counts)
+
+
+def combine(m, Z, children):
+    """Parts m (K, H), Z (K, 1 + D, H) -> the wholes of `children` (n, J): m (n, H), Z (n, 1 + D, H), weights (n, J, H)."""
+    n, J = children.shape
+    parts = m.index_select(0, children.flatten()).view(n, J, -1)
+    m = parts.amax(1)
+    weights = (parts - m.unsqueeze(1)).exp_()
+    Z = Z.flatten(1).index_select(0, children.flatten()).view(n, J, *Z.shape[1:])
+    return m, Z.mul_(weights.unsqueeze(2)).sum(1), weights
+
+
+def leaves(scores, values):
+    """Single characters as parts: m = s, Z = (1, v)."""
+    return scores, torch.cat([torch.ones_like(values[:, :1]), values], dim=1)
+
+
+class SharedAttention(torch.autograd.Function):
+    """Softmax attention of the last position on each page of a `Tree`.
+
+    scores (P, H), values (P, D, H) -> (B, D, H). The result does not depend on the m, so they are constants to the
+    gradient, Z is linear in the parts, and the gradient is the same tree walked down with the same weights.
+    """
+
+    @staticmethod
+    def forward(ctx, scores, values, levels):
+        m, Z = leaves(scores, values)
+        saved = [Z]
+        for part in levels:
+            m, Z, weights = combine(m, Z, part.children)
+            saved.append(weights)
+        y = Z[:, 1:] / Z[:, :1]
+        ctx.levels = levels
+        ctx.save_for_backward(*saved, Z[:, :1], y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        leaf, *weights, D, y = ctx.saved_tensors
+        dZ = torch.cat([-(dy * y).sum(1, keepdim=True), dy], dim=1) / D
+        for part, w in zip(reversed(ctx.levels), reversed(weights)):
+            dZ = (dZ.unsqueeze(1) * w.unsqueeze(2)).flatten(0, 1)  # (n * J, 1 + D, H), then summed over each child's run
+            dZ = F.embedding_bag(part.order, dZ.flatten(1), part.offsets, mode="sum").view(-1, *leaf.shape[1:])
+        return (dZ * leaf).sum(1), dZ[:, 1:], None
+
+
+class Reader:
+    """Reads pages while the weights stand still, as in a rollout or an evaluation: each distinct line is summed once.
+
+    `encode` numbers the lines of a batch of pages, calling the reader with these numbers gives logits and values, and
+    `batch` makes of any such numbers what the model itself reads, with gradients.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model):
+        self.model, self.index = model, LineIndex()
+        every = torch.arange(len(CHARACTERS) * POSITIONS, device=model.device)
+        m, Z = self.pairs = leaves(*model.scores_and_values(every))
+        rows = lambda x: Rows(*x.shape[1:], dtype=x.dtype, device=x.device)
+        self.pieces, self.lines = (rows(m), rows(Z)), (rows(m), rows(Z))
+
+    def encode(self, tokens):
+        """(B, 1944) uint8 tokens -> (B, 24) int64 array."""
+        return self.index.encode(tokens)
+
+    def batch(self, numbers):
+        return self.index.tree(numbers, self.model.device)
+
+    @torch.no_grad()
+    def __call__(self, numbers):
+        """(B, 24) numbers of lines -> logits (B, A), values (B,)."""
+        self.extend(self.pieces, self.pairs, self.index.piece_pairs)
+        self.extend(self.lines, [rows() for rows in self.pieces], self.index.line_pieces)
+        _, Z, _ = combine(*[rows() for rows in self.lines], torch.from_numpy(numbers).to(self.model.device))
+        return self.model.heads(self.model.finish(Z[:, 1:] / Z[:, :1]))
+
+    def extend(self, parts, below, children):
+        """Sums the parts that `children` has gained since the last call."""
+        new = children()[parts[0].n :]
+        if len(new):
+            for rows, x in zip(parts, combine(*below, new.to(self.model.device))):
+                rows.append(x)
+
+
+class Rows:
+    """A table that grows by rows."""
+
+    def __init__(self, *shape, **kwargs):
+        self.table, self.n = torch.empty(1024, *shape, **kwargs), 0
+
+    def append(self, rows):
+        while self.n + len(rows) > len(self.table):
+            self.table = torch.cat([self.table, torch.empty_like(self.table)])
+        self.table[self.n : self.n + len(rows)] = rows
+        self.n += len(rows)
+
+    def __call__(self):
+        return self.table[: self.n]

@@ -1,0 +1,238 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from breakout_ascii import BreakoutAsciiVec
+from model import CHARACTERS, COLUMNS, GPT, POSITIONS, ROWS, GPTConfig, LineIndex, sinusoids
+from rollout_buffer import reader_of
+
+
+def make_gpt(seed=0, **config):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**config))
+
+
+def random_play():
+    env = BreakoutAsciiVec(3)
+    env.reset(seed=1)
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        obs, *_ = env.step(rng.integers(3, size=3))
+    return obs
+
+
+def late_game():
+    """Nearly empty walls, the balls anywhere."""
+    env = BreakoutAsciiVec(3, varied_starts=1.0)
+    env.reset(seed=2)
+    env.games.bricks &= np.random.default_rng(2).random(env.games.bricks.shape) < 0.1
+    env.games.ball_y[:], env.games.ball_x[:] = (14, 20, 3), (5, 33, 70)
+    env.games.draw(np.arange(3))
+    return env.observation()
+
+
+def all_new():
+    """No two lines alike, nor any two pieces: random characters but for the last newline."""
+    pages = np.random.default_rng(3).choice(np.frombuffer(CHARACTERS.encode(), np.uint8), (3, POSITIONS))
+    pages[:, -1] = ord("\n")
+    return pages
+
+
+def foreign_end():
+    """The last character is another on each page, so the pages share no query."""
+    pages = all_new()
+    pages[:, -1] = [ord(c) for c in "O# "]
+    return pages
+
+
+PAGES = [random_play, late_game, all_new, foreign_end]
+
+
+def outputs_and_gradients(gpt, pages, plain):
+    gpt.zero_grad()
+    features = gpt.read_every_token(pages, plain=True) if plain else gpt.features(pages)
+    logits, values = gpt.heads(features)
+    changes = gpt.change_head(features)
+    weights = torch.linspace(-1, 1, logits.numel() + values.numel() + changes.numel(), dtype=logits.dtype)
+    (torch.cat([x.flatten() for x in (logits, values, changes)]) * weights).sum().backward()
+    return logits, values, {name: p.grad.clone() for name, p in gpt.named_parameters()}
+
+
+def relative_error(x, reference):
+    return ((x - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 3])
+@pytest.mark.parametrize("pages", PAGES)
+def test_fast_path_equals_plain_path(pages, n_layer):
+    gpt = make_gpt(n_layer=n_layer, n_head=8, n_embd=32, mlp_expansion=2)
+    torch.nn.init.ones_(gpt.value_head.bias)  # a value that happens to be near 0 has no relative error to speak of
+    tokens = torch.from_numpy(pages())
+    logits, values, gradients = outputs_and_gradients(gpt, tokens, plain=False)
+    plain_logits, plain_values, plain_gradients = outputs_and_gradients(gpt, tokens, plain=True)
+    assert relative_error(logits, plain_logits) <= 1e-5
+    assert relative_error(values, plain_values) <= 1e-5
+    whole = torch.cat([g.flatten() for g in plain_gradients.values()]).norm()
+    for name, gradient in gradients.items():
+        difference = (gradient - plain_gradients[name]).norm()
+        assert difference <= 1e-4 * max(plain_gradients[name].norm(), 1e-3 * whole), name
+
+
+@pytest.mark.parametrize("pages", [random_play, late_game, all_new])
+def test_default_gpt_is_exact_when_scores_are_huge(pages):
+    gpt, tokens = make_gpt(), torch.from_numpy(pages())
+    every = torch.arange(len(CHARACTERS) * POSITIONS)
+    with torch.no_grad():
+        gpt.blocks[0].attn.c_attn.weight[: gpt.config.n_embd] *= 5000 / gpt.scores_and_values(every)[0].abs().max()
+        assert gpt.scores_and_values(every)[0].abs().max() == pytest.approx(5000, rel=1e-4)
+        reference = copy.deepcopy(gpt).double()
+        exact = torch.cat([reference.heads(reference.read_every_token(tokens, plain=True))[0].flatten(),
+                           reference.heads(reference.read_every_token(tokens, plain=True))[1]])  # fmt: skip
+        fast = torch.cat([x.flatten() for x in gpt(tokens)])
+        plain = torch.cat([x.flatten() for x in gpt.heads(gpt.read_every_token(tokens, plain=True))])
+    assert (fast - exact).abs().max() <= 4 * (plain - exact).abs().max() + 1e-6
+
+
+def test_one_layer_equals_attention_written_out():
+    """An independent reference in NumPy float64: one head and one position at a time."""
+    gpt, page = make_gpt(n_head=4, n_embd=16).double(), late_game()[:1]
+    w = {name: p.detach().numpy() for name, p in gpt.named_parameters()}
+
+    def norm(x, g):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * g
+
+    x = np.array([w["wte.weight"][CHARACTERS.index(chr(t))] + w["wre.weight"][p // 81] + w["wce.weight"][p % 81]
+                  for p, t in enumerate(page[0])])  # fmt: skip
+    w_q, w_k, w_v = np.split(w["blocks.0.attn.c_attn.weight"], 3)
+    h = norm(x, w["blocks.0.ln_1.weight"])
+    y = []
+    for head in range(4):
+        rows = slice(4 * head, 4 * head + 4)
+        scores = np.array([h[-1] @ w_q[rows].T @ w_k[rows] @ h[p] for p in range(POSITIONS)]) / math.sqrt(4)
+        weights = np.exp(scores - scores.max())
+        y.append((weights / weights.sum()) @ (h @ w_v[rows].T))
+    z = x[-1] + w["blocks.0.attn.c_proj.weight"] @ np.concatenate(y)
+    hidden = w["blocks.0.mlp.c_fc.weight"] @ norm(z, w["blocks.0.ln_2.weight"])
+    gelu = np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in hidden])
+    z = norm(z + w["blocks.0.mlp.c_proj.weight"] @ gelu, w["ln_f.weight"])
+    logits, values = gpt(torch.from_numpy(page))
+    np.testing.assert_allclose(logits[0].detach(), w["policy_head.weight"] @ z + w["policy_head.bias"], atol=1e-9)
+    np.testing.assert_allclose(values.detach(), w["value_head.weight"] @ z + w["value_head.bias"], atol=1e-9)
+
+
+def test_every_character_counts():
+    """Change one character anywhere that a game can: the answer changes, on both paths."""
+    gpt, page = make_gpt(), random_play()[:1]
+    for place in (0, 81 * 3 + 40, 81 * 22 + 79):
+        other = page.copy()
+        other[0, place] = ord("O")
+        for read in (gpt.features, lambda t: gpt.read_every_token(t, plain=True)):
+            assert not torch.allclose(read(torch.from_numpy(page)), read(torch.from_numpy(other)), atol=1e-5)
+
+
+def test_reader_reads_what_the_model_reads():
+    gpt, env = make_gpt(), BreakoutAsciiVec(8, varied_starts=0.7)
+    obs, _ = env.reset(seed=0)
+    reader = gpt.reader()
+    for step in range(80):
+        numbers = reader.encode(obs)
+        logits, values = reader(numbers)
+        if step % 16 == 0:
+            expected_logits, expected_values = gpt(torch.from_numpy(obs))
+            torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-6)
+            batch_logits, _ = gpt(reader.batch(numbers))
+            torch.testing.assert_close(logits, batch_logits, rtol=1e-5, atol=1e-6)
+        obs, *_ = env.step(np.arange(8) % 3)
+    assert not logits.requires_grad
+
+
+def test_deeper_models_are_read_token_by_token():
+    gpt = make_gpt(n_layer=2, n_head=2, n_embd=8)
+    reader = reader_of(gpt)
+    logits, _ = reader(reader.encode(late_game()))
+    torch.testing.assert_close(logits, gpt(torch.from_numpy(late_game()))[0])
+
+
+def test_line_index_numbers_distinct_lines_once():
+    index, pages = LineIndex(), random_play()
+    first = index.encode(pages)
+    known = len(index.lines)
+    assert known == len({(row, page[81 * row : 81 * row + 81].tobytes()) for page in pages for row in range(ROWS)})
+    again = index.encode(pages[::-1].copy())
+    np.testing.assert_array_equal(again, first[::-1])
+    assert len(index.lines) == known
+    pairs = index.piece_pairs()[index.line_pieces()[torch.from_numpy(first)]].reshape(len(pages), POSITIONS)
+    text = np.array([ord(c) for c in CHARACTERS])[pairs.numpy() // POSITIONS]
+    np.testing.assert_array_equal(text, pages)
+    np.testing.assert_array_equal(pairs.numpy() % POSITIONS, np.tile(np.arange(POSITIONS), (len(pages), 1)))
+
+
+@pytest.mark.parametrize("n_layer", [1, 2])
+@pytest.mark.parametrize("spoil", [
+    lambda pages: pages[:, :-1], lambda pages: pages[0], lambda pages: pages.astype(np.int64),
+    lambda pages: np.where(pages == ord("O"), ord("x"), pages).astype(np.uint8),
+    lambda pages: np.where(pages == ord("O"), 200, pages).astype(np.uint8),
+])  # fmt: skip
+def test_wrong_pages_are_refused(spoil, n_layer):
+    gpt = make_gpt(n_layer=n_layer, n_head=2, n_embd=8)
+    with pytest.raises(ValueError, match="pages must be|character set") as error:
+        gpt(torch.from_numpy(np.ascontiguousarray(spoil(late_game()))))
+    assert "\n" not in str(error.value)
+
+
+def test_a_refused_page_leaves_the_index_as_it_was():
+    index, pages = LineIndex(), random_play()
+    expected = index.encode(pages)
+    bad = pages.copy()
+    bad[1, 500] = ord("x")
+    with pytest.raises(ValueError):
+        index.encode(bad)
+    np.testing.assert_array_equal(index.encode(pages), expected)
+
+
+@pytest.mark.parametrize("wrong", [{"block_size": 100}, {"n_layer": 0}, {"n_head": 7}, {"n_embd": 30, "n_head": 15}])
+def test_wrong_configurations_are_refused(wrong):
+    with pytest.raises(ValueError):
+        GPTConfig(**wrong)
+
+
+def test_initial_attention_finds_one_ball():
+    """With std 0.02 everywhere, as in nanoGPT, no head gives the ball ten times its share; with ours some do."""
+    ball = torch.tensor([CHARACTERS.index("O") * POSITIONS + 14 * COLUMNS + x for x in range(1, 79)])
+    blank = torch.tensor([CHARACTERS.index(" ") * POSITIONS + 14 * COLUMNS + x for x in range(1, 79)])
+
+    def lift(gpt):
+        scores = gpt.scores_and_values(torch.cat([ball, blank]))[0]
+        return (scores[: len(ball)] - scores[len(ball) :]).mean(0).max().item()
+
+    gpt = make_gpt()
+    small = copy.deepcopy(gpt)
+    with torch.no_grad():
+        for p in small.parameters():
+            p.normal_(std=0.02) if p.dim() > 1 else None
+    assert lift(small) < math.log(1.1) and lift(gpt) > math.log(10)
+
+
+def test_no_two_positions_look_alike():
+    positions = (sinusoids(ROWS, 64).unsqueeze(1) + sinusoids(COLUMNS, 64).roll(32, dims=1)).flatten(0, 1)
+    distances = torch.cdist(positions, positions) + 9 * torch.eye(POSITIONS)
+    assert distances.min() > 0.1
+
+
+def test_speed_up_falls_back_without_a_compiler(monkeypatch):
+    gpt = make_gpt(n_layer=2, n_head=2, n_embd=8)
+    expected, _ = gpt(torch.from_numpy(late_game()))
+    gpt.speed_up()  # not on CUDA: nothing happens
+    assert gpt.bf16 is False
+
+    def no_compiler(self, *args, **kwargs):
+        self._compiled_call_impl = lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no compiler\nat all"))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", no_compiler)
+    with pytest.warns(UserWarning, match="going on without: no compiler$"):
+        gpt.compile_blocks()
+    torch.testing.assert_close(gpt(torch.from_numpy(late_game()))[0], expected)
