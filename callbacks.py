@@ -1,0 +1,297 @@
+"""Observers of the training: progress, metrics.csv, TensorBoard, the learning curve, checkpoints.
+
+PPO calls every method of every callback, in the order of its list, and nothing here changes the training: no callback
+writes to `ppo` or draws a random number. Put `MetricsCSV` before `LearningCurve`, which draws its file, and before
+`Checkpoints`, so that a resume point never knows of an update that metrics.csv does not. A full disk costs files, not
+the training.
+"""
+
+import contextlib
+import csv
+import io
+import math
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, atomic_write, save_checkpoint
+
+CHARTS = ("lr", "steps_per_second", "train_score")  # the other statistics are losses
+EVALUATION = {  # column in metrics.csv: key in ppo.evaluation
+    "eval_score": "score", "eval_min": "min", "eval_max": "max", "eval_cleared": "cleared",
+    "eval_length": "mean_length", "eval_returned": "returned",
+}  # fmt: skip
+RANDOM_SCORE, CLEARED_SCORE = 82, 960  # random play; every brick, which a tracker with a one-cell dead zone gets
+PLAIN_INTERVAL = 10  # seconds between progress lines where no bar can be drawn
+
+
+class Callback:
+    """Does nothing at any event. Within an update the events come in this order."""
+
+    # fmt: off
+    def on_training_start(self, ppo): pass
+    def on_rollout_start(self, ppo): pass
+    def on_rollout_end(self, ppo): pass
+    def on_evaluation_end(self, ppo): pass  # only in updates with one; ppo.best_score is still the best before it
+    def on_update_end(self, ppo): pass
+    def on_training_end(self, ppo): pass  # not after an interruption
+    # fmt: on
+
+
+def say(line):
+    """Print a line without tearing a progress bar."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def duration(seconds):
+    """42 -> "42s", 102 -> "1m42s", 7500 -> "2h05m"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def evaluation_line(ppo):
+    e = ppo.evaluation
+    return (f"{ppo.global_step:>11,} steps  {duration(ppo.seconds):>6}  score {e['score']:5.1f} "
+            f"(min {e['min']:.0f} max {e['max']:.0f})  cleared {e['cleared']}/{e['games']}  "
+            f"returned {100 * e['returned']:.0f} %" + ("  best" if ppo.is_best else ""))  # fmt: skip
+
+
+class ProgressBar(Callback):
+    """A bar on a terminal, otherwise a line every few seconds; in both cases a line for each evaluation."""
+
+    def __init__(self, plan=""):
+        """plan: a line to print first, on what is about to happen."""
+        self.plan = plan
+
+    def on_training_start(self, ppo):
+        if self.plan:
+            say(self.plan)
+        self.first_step, self.first_seconds, self.estimated = ppo.global_step, ppo.seconds, False
+        self.said_at, self.bar = ppo.seconds, None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=ppo.num_steps, initial=min(ppo.global_step, ppo.num_steps), unit=" steps",
+                            unit_scale=True, dynamic_ncols=True)  # fmt: skip
+
+    def on_evaluation_end(self, ppo):
+        say(evaluation_line(ppo))
+        self.said_at = ppo.seconds
+
+    def on_update_end(self, ppo):
+        train_score = f"{ppo.stats['train_score']:.1f}".replace("nan", "-")
+        rate = (ppo.global_step - self.first_step) / (ppo.seconds - self.first_seconds)  # evaluations included
+        left = duration(max(ppo.num_steps - ppo.global_step, 0) / rate)
+        if not self.estimated:
+            say(f"the first update ran at {rate:,.0f} steps/s: about {left} to go")
+            self.estimated = True
+        if self.bar is not None:
+            score = f"{ppo.evaluation['score']:.1f}" if ppo.evaluation else "-"
+            self.bar.set_postfix_str(f"score {score}, in training {train_score}", refresh=False)
+            self.bar.update(min(ppo.global_step, ppo.num_steps) - self.bar.n)
+        elif ppo.seconds - self.said_at >= PLAIN_INTERVAL:
+            say(f"{ppo.global_step:>11,} steps  {duration(ppo.seconds):>6}  in training {train_score}  "
+                f"{rate:,.0f} steps/s  {left} left")
+            self.said_at = ppo.seconds
+
+    def on_training_end(self, ppo):
+        if self.bar is not None:
+            self.bar.close()
+        best = f", best score {ppo.best_score:.1f}" if math.isfinite(ppo.best_score) else ""
+        say(f"trained {ppo.global_step:,} steps in {duration(ppo.seconds)}{best}")
+
+
+def read_metrics(path):
+    """metrics.csv -> (columns, rows), lists of str. No file: empty. What a kill or a full disk tore is left out."""
+    path = Path(path)
+    text = path.read_text(errors="replace") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a line without its end is torn, even if it parses
+    columns, *rows = list(csv.reader(whole.split("\n")[:-1])) or [[]]
+    if columns[:1] != ["update"]:
+        return [], []
+    return columns, [row for row in rows if len(row) == len(columns) and row[0].isdecimal()]
+
+
+class MetricsCSV(Callback):
+    """One row per update. A resumed run drops the rows after its checkpoint, and goes on as if never stopped."""
+
+    def __init__(self, path):
+        self.path, self.columns, self.evaluated = Path(path), None, False
+
+    def on_rollout_start(self, ppo):
+        self.evaluated = False
+
+    def on_evaluation_end(self, ppo):
+        self.evaluated = True
+
+    def on_update_end(self, ppo):
+        row = {"update": ppo.update_count, "global_step": ppo.global_step, "seconds": round(ppo.seconds, 2)}
+        row |= ppo.stats | {name: ppo.evaluation[key] if self.evaluated else "" for name, key in EVALUATION.items()}
+        try:
+            if self.columns is None:
+                self.columns = self.start(row)
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        except OSError as error:
+            self.columns = None  # the next update starts again, which mends what this one tore
+            say(f"warning: {self.path}: row {ppo.update_count} not written ({error.strerror}); training goes on")
+
+    def start(self, row):
+        """Rewrite the file: its header, with any new columns of `row`, and the rows before it -> the columns."""
+        old_columns, old_rows = read_metrics(self.path)
+        columns = old_columns + [name for name in row if name not in old_columns]
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(columns)
+        missing = [""] * (len(columns) - len(old_columns))
+        writer.writerows(old + missing for old in old_rows if int(old[0]) < row["update"])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.path, table.getvalue().encode())
+        return columns
+
+
+class TensorBoard(Callback):
+    """Event files in the run directory: losses/, charts/ and eval/ over environment steps."""
+
+    def __init__(self, run_dir):
+        self.run_dir, self.writer = run_dir, None
+
+    def on_training_start(self, ppo):
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # here, because the training can do without
+        except ImportError:
+            say("warning: tensorboard is not installed, so there are no event files (pip install tensorboard)")
+            return
+        # purge_step hides what an interrupted run logged after the checkpoint that this one goes on from
+        purge_step = ppo.global_step + 1 if ppo.global_step else None
+        with self.giving_up():
+            self.writer = SummaryWriter(self.run_dir, purge_step=purge_step)
+
+    def on_evaluation_end(self, ppo):
+        self.add(ppo, {f"eval/{name}": value for name, value in ppo.evaluation.items()})
+
+    def on_update_end(self, ppo):
+        self.add(ppo, {f"{'charts' if name in CHARTS else 'losses'}/{name}": x for name, x in ppo.stats.items()})
+
+    def on_training_end(self, ppo):
+        if self.writer is not None:
+            with self.giving_up():
+                self.writer.close()
+
+    def add(self, ppo, scalars):
+        if self.writer is not None:
+            with self.giving_up():
+                for name, value in scalars.items():
+                    self.writer.add_scalar(name, value, ppo.global_step)
+
+    @contextlib.contextmanager
+    def giving_up(self):
+        try:
+            yield
+        except OSError as error:
+            self.writer = None  # its thread ends with the first error
+            say(f"warning: {self.run_dir}: no more TensorBoard events ({error.strerror}); training goes on")
+
+
+class LearningCurve(Callback):
+    """learning_curve.png, drawn from metrics.csv after each evaluation and at the end."""
+
+    def __init__(self, path, csv_path):
+        self.path, self.csv_path, self.evaluated = Path(path), csv_path, False
+
+    def on_evaluation_end(self, ppo):
+        self.evaluated = True  # but its row is written at the end of the update
+
+    def on_update_end(self, ppo):
+        if self.evaluated:
+            self.draw()
+            self.evaluated = False
+
+    def on_training_end(self, ppo):
+        self.draw()
+
+    def draw(self):
+        try:
+            columns, rows = read_metrics(self.csv_path)
+            image = io.BytesIO()
+            learning_curve([dict(zip(columns, row)) for row in rows]).savefig(image, format="png", dpi=120)
+            atomic_write(self.path, image.getvalue())
+        except OSError as error:
+            say(f"warning: {self.path}: not drawn ({error.strerror}); training goes on")
+
+
+def learning_curve(rows):
+    """Rows of metrics.csv (dicts of str) -> a Figure: scores over steps, and over minutes."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")  # no pyplot: it keeps global state and may want a screen
+    left, right = figure.subplots(1, 2, sharey=True)
+    long_run = any(int(row["global_step"]) >= 1_000_000 for row in rows)
+    unit, name = (1e6, "million") if long_run else (1e3, "thousand")
+    draw_scores(left, rows, "global_step", unit, f"{name} environment steps")
+    draw_scores(right, rows, "seconds", 60, "minutes")
+    left.set(ylabel="points per game", ylim=(0, 1000), yticks=range(0, 1001, 200))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def draw_scores(axes, rows, column, unit, label):
+    """The scores of `rows` over `column` / `unit`, between the two yardsticks."""
+    evaluated = [row for row in rows if row["eval_score"]]
+    axes.axhline(CLEARED_SCORE, color="tab:green", linestyle="--", linewidth=1.2,
+                 label=f"the whole wall, as a simple tracker plays it: {CLEARED_SCORE}")  # fmt: skip
+    axes.axhline(RANDOM_SCORE, color="gray", linestyle=":", linewidth=1.5, label=f"random play: {RANDOM_SCORE}")
+    axes.plot([float(row[column]) / unit for row in evaluated], [float(row["eval_score"]) for row in evaluated],
+              color="tab:blue", linewidth=2, marker="o", markersize=3.5, zorder=3,
+              label="exact greedy score: the mean of all games")  # fmt: skip
+    axes.plot([float(row[column]) / unit for row in rows], [float(row["train_score"] or "nan") for row in rows],
+              color="tab:blue", linewidth=1, alpha=0.4, label="training games: actions are sampled")  # fmt: skip
+    axes.set(xlabel=label)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+class Checkpoints(Callback):
+    """last.pt and the newest few checkpoint_<update>.pt to resume from, best_model.pt to play."""
+
+    def __init__(self, run_dir, save_freq, keep=3):
+        """save_freq: updates between two checkpoints. keep: how many checkpoint_<update>.pt stay."""
+        self.run_dir, self.save_freq, self.keep, self.new_best = Path(run_dir), save_freq, keep, False
+
+    def on_evaluation_end(self, ppo):
+        if ppo.is_best:
+            self.save("best_model.pt", ppo.policy_state())
+            self.new_best = True
+
+    def on_update_end(self, ppo):
+        due = ppo.update_count % self.save_freq == 0
+        if due or self.new_best:  # a resume point that knew a lower best score could overwrite the best model
+            state = ppo.state_dict()
+            self.save("last.pt", state)
+            if due:
+                self.save(f"checkpoint_{ppo.update_count}.pt", state)
+                self.prune()
+        self.new_best = False
+
+    def on_training_end(self, ppo):
+        """Raises CheckpointError if the result of the training cannot be saved."""
+        save_checkpoint(self.run_dir / "last.pt", ppo.state_dict())
+
+    def save(self, name, state):
+        try:
+            save_checkpoint(self.run_dir / name, state)
+        except CheckpointError as error:
+            say(f"warning: {error}; training goes on")
+
+    def prune(self):
+        """Delete all but the newest. By time, not by number: higher numbers may be left from before a resume."""
+        def written(file):
+            return file.stat().st_mtime_ns, int(file.stem.removeprefix("checkpoint_"))
+
+        files = [f for f in self.run_dir.glob("checkpoint_*.pt") if f.stem.removeprefix("checkpoint_").isdecimal()]
+        for file in sorted(files, key=written, reverse=True)[self.keep :]:
+            with contextlib.suppress(OSError):  # one file too many is no reason to stop
+                file.unlink()

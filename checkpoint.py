@@ -1,0 +1,193 @@
+"""Checkpoints that survive a kill, and that never run code when they are loaded.
+
+A checkpoint is a dict of plain values and tensors, written by `torch.save` with a format version added. It is saved
+whole or not at all, checked for damage before it is unpickled, and read with `weights_only=True`. Whatever is wrong
+with a file becomes a `CheckpointError`: one line that names the file, says what is wrong and what to do.
+
+What belongs into a checkpoint is not decided here; `to_plain` and `random_states` help to put it in.
+"""
+
+import contextlib
+import io
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FORMAT_VERSION = 1  # raise it when a change makes older code misread the file
+PLAIN_TYPES = (type(None), bool, int, float, str)
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message is one line: file, what is wrong, what to do."""
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, state):
+    """Write `state` to `path`, so that a kill at any moment leaves either the previous file or the new one.
+
+    state: dict of None, bool, int, float, str, list, tuple, dict and tensors, to any depth. The key "format_version"
+        is reserved.
+
+    Raises TypeError for any other type (it names the key), CheckpointError if the disk refuses; the previous file is
+    then still whole.
+    """
+    _check_plain(state, "state")
+    buffer = io.BytesIO()
+    torch.save({**state, "format_version": FORMAT_VERSION}, buffer)
+    try:
+        atomic_write(path, buffer.getvalue())
+    except OSError as error:
+        raise CheckpointError(f"{path}: not saved ({error.strerror}), an earlier file of this name is intact; "
+                              "free some disk space or check the permissions") from error
+
+
+def atomic_write(path, data):
+    """Replace the file `path` by the bytes `data`, all or nothing. Raises OSError and then leaves no trace."""
+    path = Path(path)
+    # A fixed name in the same directory: os.replace is atomic only within one file system, and what a killed
+    # process leaves behind is overwritten by the next save instead of piling up.
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # makes the new name itself survive a power cut; not every OS can
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _check_plain(value, where):
+    """Raise TypeError, naming the place, unless `value` will load again with weights_only=True."""
+    # Exact types: np.float64 is a float to isinstance, yet its pickle needs numpy.
+    if type(value) in (dict, OrderedDict):  # model.state_dict() is an OrderedDict
+        for key, item in value.items():
+            if type(key) not in (str, int):
+                raise TypeError(f"{where} has the key {key!r} of type {type(key).__name__}; keys are str or int")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{where}[{i}]")
+    elif not (type(value) in PLAIN_TYPES or isinstance(value, torch.Tensor)):
+        raise TypeError(f"{where} is a {type(value).__module__}.{type(value).__name__}; a checkpoint holds plain "
+                        "values and tensors (see to_plain)")
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path):
+    """The dict given to `save_checkpoint`, its tensors on the CPU. `path`: a file, or a run directory (its last.pt).
+
+    Raises CheckpointError if there is no such file, or if it is unreadable, damaged, foreign or too new.
+    """
+    path = find_checkpoint(path)
+    try:
+        data = path.read_bytes()  # one read: a training run may replace the file at any moment
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    _check_zip(path, data)
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: holds more than tensors and plain values, loading it could run foreign code; "
+                              "use a checkpoint written by train_ppo.py") from error
+    except Exception as error:  # torch raises whatever its reader met
+        raise CheckpointError(f"{path}: is a zip archive but not a PyTorch file; "
+                              "use a checkpoint written by train_ppo.py") from error
+
+    version = state.pop("format_version", None) if isinstance(state, dict) else None
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path}: is a PyTorch file of another kind (it has no format version); "
+                              "use a checkpoint written by train_ppo.py")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path}: has format version {version}, this code reads up to {FORMAT_VERSION}; "
+                              "update the code")
+    return state
+
+
+def _check_zip(path, data):
+    """Compare every checksum in the archive before anything in it is interpreted; torch.load does not."""
+    if not data:
+        raise CheckpointError(f"{path}: is empty; use another checkpoint of the run")
+    if not data.startswith(b"PK\x03\x04"):
+        raise CheckpointError(f"{path}: is not a checkpoint (no zip archive); "
+                              "use a checkpoint written by train_ppo.py")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a damaged header makes zipfile raise almost anything
+        damaged = f"archive: {type(error).__name__}"
+    if damaged:
+        raise CheckpointError(f"{path}: is cut off or damaged (at {damaged!r}); use another checkpoint of the run")
+
+
+def find_checkpoint(path, names=("last.pt",)):
+    """The checkpoint meant by `path`: a file is itself, a run directory the first of `names` in it.
+
+    Raises CheckpointError if there is none.
+    """
+    path = Path(path)
+    try:
+        if path.is_file():
+            return path
+        if path.is_dir():
+            for name in names:
+                if (path / name).is_file():
+                    return path / name
+            raise CheckpointError(f"{path}: has no {' or '.join(names)} in it; name a run directory or a file")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+                              ) from error
+    raise CheckpointError(f"{path}: there is no such file; check the path")
+
+
+def newest_run(runs_dir, name="best_model.pt"):
+    """The directory in `runs_dir` whose file `name` was written last, or None if no run has one."""
+    def written(file):
+        return file.stat().st_mtime_ns, file.parent.name  # names are dates: they settle a tie
+
+    files = [file for file in Path(runs_dir).glob(f"*/{name}") if file.is_file()]
+    return max(files, key=written).parent if files else None
+
+
+# --- numpy ------------------------------------------------------------------------------------------------------------
+
+
+def to_plain(value, where="state"):
+    """`value` with numpy arrays copied into tensors and numpy scalars turned into numbers, to any depth.
+
+    Raises TypeError, naming the place, for what still is not plain.
+    """
+    if isinstance(value, dict):
+        return {key: to_plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(to_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(value.copy(order="C"))  # a copy: the game goes on writing into its arrays
+    _check_plain(value, where)
+    return value
+
+
+def to_numpy(value):
+    """The way back from `to_plain`: `value` with every tensor copied into a numpy array."""
+    if isinstance(value, dict):
+        return {key: to_numpy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_numpy(item) for item in value)
+    return value.detach().cpu().numpy().copy() if isinstance(value, torch.Tensor) else value

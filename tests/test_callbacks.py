@@ -1,0 +1,366 @@
+import errno
+import io
+import math
+import os
+import random
+import struct
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import callbacks
+from callbacks import Callback, Checkpoints, LearningCurve, MetricsCSV, ProgressBar, TensorBoard, duration, read_metrics
+from checkpoint import CheckpointError, load_checkpoint
+
+STATS = ("policy_loss value_loss entropy prediction_loss approx_kl approx_kl_max clipfrac explained_variance grad_norm "
+         "lr").split()  # fmt: skip
+SCORES = {2: 90.0, 4: 300.0, 6: 250.0, 8: 400.0}  # update: what its evaluation says; the others have none
+
+
+class FakePPO:
+    """Emits what PPO emits, in its order; every number follows from the update, but for the timings."""
+
+    def __init__(self, observers, updates=8, start=0, seconds_per_update=1.5):
+        self.callbacks, self.num_steps, self.seconds_per_update = observers, 100 * updates, seconds_per_update
+        self.update_count, self.global_step, self.seconds = start, 100 * start, start * 1.5
+        self.evaluation, self.stats, self.is_best = None, {}, False
+        self.best_score = max([s for u, s in SCORES.items() if u <= start], default=-math.inf)
+
+    def emit(self, event):
+        for callback in self.callbacks:
+            getattr(callback, event)(self)
+
+    def learn(self, until=None):
+        self.emit("on_training_start")
+        for update in range(self.update_count + 1, self.num_steps // 100 + 1):
+            self.emit("on_rollout_start")
+            self.emit("on_rollout_end")
+            self.update_count, self.global_step = update, 100 * update
+            self.seconds += self.seconds_per_update
+            self.stats = {name: update / (i + 3) for i, name in enumerate(STATS)}
+            self.stats |= {"steps_per_second": 1 / self.seconds}
+            self.stats |= {"train_score": 10.0 * update if update > 1 else math.nan}
+            if update in SCORES:
+                score = SCORES[update]
+                self.evaluation = {"score": score, "min": score - 80, "max": score + 90, "cleared": 0, "games": 32,
+                                   "mean_length": 812.5, "returned": 0.71}  # fmt: skip
+                self.is_best = score > self.best_score
+                self.emit("on_evaluation_end")
+                self.best_score = max(self.best_score, score)
+            self.emit("on_update_end")
+            if update == until:  # a kill: no more events
+                return self
+        self.emit("on_training_end")
+        return self
+
+    def policy_state(self):
+        return {"update_count": self.update_count, "evaluation": self.evaluation, "model": {"w": torch.ones(2)}}
+
+    def state_dict(self):
+        return {**self.policy_state(), "best_score": self.best_score}
+
+
+def disk_full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def all_observers(run_dir):
+    csv = run_dir / "metrics.csv"
+    return [ProgressBar(), MetricsCSV(csv), TensorBoard(run_dir), LearningCurve(run_dir / "learning_curve.png", csv),
+            Checkpoints(run_dir, save_freq=3)]  # fmt: skip
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def test_observers_do_not_touch_the_training(tmp_path):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    watched, alone = FakePPO(all_observers(tmp_path)).learn(), FakePPO([Callback()]).learn()
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    watched.callbacks = alone.callbacks
+    assert vars(watched) == vars(alone)
+
+
+def test_files_of_a_run(tmp_path):
+    FakePPO(all_observers(tmp_path)).learn()
+    names = {name for name in os.listdir(tmp_path) if not name.startswith("events")}
+    assert names == {"metrics.csv", "learning_curve.png", "best_model.pt", "last.pt", "checkpoint_3.pt",
+                     "checkpoint_6.pt"}  # fmt: skip
+
+
+def test_a_full_disk_during_training_costs_files_only(tmp_path, monkeypatch, capsys):
+    ppo = FakePPO(all_observers(tmp_path))
+    monkeypatch.setattr(os, "replace", disk_full)
+    ppo.learn(until=8)
+    out = capsys.readouterr().out
+    for name in ("metrics.csv", "learning_curve.png", "last.pt", "best_model.pt"):
+        lines = [line for line in out.splitlines() if name in line]
+        assert lines and all("No space left" in line and "training goes on" in line for line in lines)
+    with pytest.raises(CheckpointError, match="No space left"):
+        ppo.emit("on_training_end")
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_durations():
+    assert [duration(s) for s in (0, 42.9, 60, 102, 3599, 3600, 7500)] == [
+        "0s", "42s", "1m00s", "1m42s", "59m59s", "1h00m", "2h05m"]  # fmt: skip
+
+
+def test_plain_lines(capsys):
+    FakePPO([ProgressBar("what happens now")], seconds_per_update=6).learn()
+    out, err = capsys.readouterr()
+    assert err == ""  # a file is no terminal: no bar
+    assert out.splitlines() == [
+        "what happens now",
+        "the first update ran at 17 steps/s: about 42s to go",
+        "        200 steps     12s  score  90.0 (min 10 max 180)  cleared 0/32  returned 71 %  best",
+        "        400 steps     24s  score 300.0 (min 220 max 390)  cleared 0/32  returned 71 %  best",
+        "        600 steps     36s  score 250.0 (min 170 max 340)  cleared 0/32  returned 71 %",
+        "        800 steps     48s  score 400.0 (min 320 max 490)  cleared 0/32  returned 71 %  best",
+        "trained 800 steps in 48s, best score 400.0",
+    ]
+
+
+def test_plain_lines_between_evaluations(monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[__name__], "SCORES", {})
+    FakePPO([ProgressBar()], seconds_per_update=4, updates=6, start=2).learn()
+    assert capsys.readouterr().out.splitlines() == [  # rate and time left count from the resume: 25 steps/s
+        "the first update ran at 25 steps/s: about 12s to go",
+        "        500 steps     15s  in training 50.0  25 steps/s  4s left",
+        "trained 600 steps in 19s",
+    ]
+
+
+def test_train_score_not_known_yet(capsys):
+    FakePPO([ProgressBar()], seconds_per_update=20, updates=1).learn()
+    assert "in training -  5 steps/s  0s left" in capsys.readouterr().out
+
+
+def test_bar_on_a_terminal(monkeypatch, capsys):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    ppo = FakePPO([ProgressBar()], start=4)
+    ppo.learn()
+    bar = ppo.callbacks[0].bar
+    assert bar.n == bar.total == 800 and bar.initial == 400
+    assert "800/800" in terminal.getvalue() and "score 400.0, in training 80.0" in terminal.getvalue()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("score")[0].split() for line in lines[1:3]] == [["600", "steps", "9s"], ["800", "steps", "12s"]]
+    assert lines[-1].startswith("trained 800 steps")
+
+
+# --- metrics.csv ------------------------------------------------------------------------------------------------------
+
+
+def table(path):
+    """metrics.csv as a list of dicts without the timings."""
+    columns, rows = read_metrics(path)
+    rows = [dict(zip(columns, row)) for row in rows]
+    for row in rows:
+        row.pop("seconds"), row.pop("steps_per_second")
+    return rows
+
+
+@pytest.fixture
+def straight(tmp_path):
+    FakePPO([MetricsCSV(tmp_path / "straight.csv")]).learn()
+    return table(tmp_path / "straight.csv")
+
+
+def test_metrics(tmp_path):
+    path = tmp_path / "new" / "metrics.csv"
+    FakePPO([MetricsCSV(path)]).learn()
+    columns, rows = read_metrics(path)
+    assert columns == ["update", "global_step", "seconds", *STATS, "steps_per_second", "train_score", "eval_score",
+                       "eval_min", "eval_max", "eval_cleared", "eval_length", "eval_returned"]  # fmt: skip
+    assert [row[0] for row in rows] == list("12345678")
+    assert rows[0][-7:] == ["nan", "", "", "", "", "", ""]
+    assert rows[3][:4] == ["4", "400", "6.0", str(4 / 3)]
+    assert rows[3][-7:] == ["40.0", "300.0", "220.0", "390.0", "0", "812.5", "0.71"]
+    assert rows[4][-6:] == [""] * 6  # ppo.evaluation still holds the last one
+
+
+def test_every_row_is_on_disk_at_once(tmp_path):
+    for n in (1, 2, 3):
+        FakePPO([MetricsCSV(tmp_path / "metrics.csv")]).learn(until=n)
+        assert len((tmp_path / "metrics.csv").read_text().splitlines()) == n + 1
+
+
+@pytest.mark.parametrize("saved, killed", [(3, 3), (3, 5), (4, 7), (0, 2)])
+def test_resumed_metrics_equal_a_straight_run(tmp_path, straight, saved, killed):
+    path = tmp_path / "metrics.csv"
+    FakePPO([MetricsCSV(path)]).learn(until=killed)
+    FakePPO([MetricsCSV(path)], start=saved).learn()
+    assert table(path) == straight
+    assert sorted(os.listdir(tmp_path)) == ["metrics.csv", "straight.csv"]
+
+
+def test_torn_last_line(tmp_path, straight):
+    path = tmp_path / "metrics.csv"
+    FakePPO([MetricsCSV(path)]).learn(until=5)
+    whole = path.read_bytes()
+    last_line = whole.rindex(b"\n", 0, -1) + 1
+    for cut in (last_line + 1, last_line + 30, len(whole) - 1):  # the last has all its commas, but no end
+        path.write_bytes(whole[:cut])
+        assert [row["update"] for row in table(path)] == list("1234")
+        FakePPO([MetricsCSV(path)], start=4).learn()
+        assert table(path) == straight
+
+
+def test_garbage_or_nothing_in_the_file(tmp_path, straight):
+    path = tmp_path / "metrics.csv"
+    for garbage in (b"", b"\n", b"upda", bytes(100), b"\xff\xfe\n"):
+        path.write_bytes(garbage)
+        FakePPO([MetricsCSV(path)]).learn()
+        assert [{name: row[name] for name in straight[0]} for row in table(path)] == straight
+
+
+def test_a_new_statistic_after_a_resume_gets_a_column(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.csv"
+    FakePPO([MetricsCSV(path)]).learn(until=2)
+    monkeypatch.setattr(sys.modules[__name__], "STATS", STATS + ["new"])
+    FakePPO([MetricsCSV(path)], start=2).learn(until=3)
+    assert [bool(row["new"]) for row in table(path)] == [False, False, True]
+
+
+def test_rows_after_a_full_disk(tmp_path, monkeypatch, straight, capsys):
+    path = tmp_path / "metrics.csv"
+    ppo = FakePPO([MetricsCSV(path)])
+    ppo.learn(until=3)
+    with open(path, "a") as file:
+        file.write("4,400,0.")  # a write that failed half-way
+    ppo.callbacks[0].columns = None
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "atomic_write", disk_full)
+        ppo.learn(until=5)
+    assert "row 4 not written (No space left on device)" in capsys.readouterr().out
+    ppo.learn()
+    assert table(path) == [row for row in straight if row["update"] not in "45"]
+
+
+# --- TensorBoard ------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    FakePPO([TensorBoard(tmp_path)]).learn(until=5)  # killed; its last checkpoint is of update 3
+    FakePPO([TensorBoard(tmp_path)], start=3).learn()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = events.Tags()["scalars"]
+    losses = {f"losses/{name}" for name in STATS if name != "lr"}
+    charts = {"charts/lr", "charts/steps_per_second", "charts/train_score"}
+    evals = {f"eval/{n}" for n in "score min max cleared games mean_length returned".split()}
+    assert set(tags) == losses | charts | evals
+    assert [(e.step, e.value) for e in events.Scalars("eval/score")] == [(100 * u, s) for u, s in SCORES.items()]
+    assert [e.step for e in events.Scalars("charts/lr")] == [100 * u for u in range(1, 9)]  # none twice
+
+
+def test_without_tensorboard(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    FakePPO([TensorBoard(tmp_path)]).learn()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "pip install tensorboard" in out
+    assert not os.listdir(tmp_path)
+
+
+def test_tensorboard_on_a_full_disk(tmp_path, capsys):
+    ppo = FakePPO([TensorBoard(tmp_path)])
+    ppo.emit("on_training_start")
+    ppo.callbacks[0].writer = SimpleNamespace(add_scalar=disk_full)
+    ppo.stats = {"lr": 1.0}
+    ppo.emit("on_update_end")
+    ppo.emit("on_update_end")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "No space left" in out
+
+
+# --- the learning curve -----------------------------------------------------------------------------------------------
+
+
+def test_learning_curve_is_drawn_when_its_evaluation_is_in_the_file(tmp_path, monkeypatch):
+    seen, real = [], callbacks.learning_curve
+    monkeypatch.setattr(callbacks, "learning_curve", lambda rows: (seen.append(len(rows)), real(rows))[1])
+    csv, png = tmp_path / "metrics.csv", tmp_path / "learning_curve.png"
+    FakePPO([MetricsCSV(csv), LearningCurve(png, csv)]).learn()
+    assert seen == [2, 4, 6, 8, 8]
+    data = png.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+    width, height = struct.unpack(">II", data[16:24])
+    assert width > 1000 and height > 400
+    assert sorted(os.listdir(tmp_path)) == ["learning_curve.png", "metrics.csv"]
+
+
+def test_learning_curve_shows_the_scores(tmp_path):
+    csv = tmp_path / "metrics.csv"
+    FakePPO([MetricsCSV(csv)]).learn()
+    columns, rows = read_metrics(csv)
+    figure = callbacks.learning_curve([dict(zip(columns, row)) for row in rows])
+    steps, minutes = figure.axes
+    lines = {line.get_label().split(":")[0]: line for line in steps.get_lines()}
+    assert set(lines["random play"].get_ydata()) == {82}
+    assert lines["exact greedy score"].get_xydata().tolist() == [[u / 10, s] for u, s in SCORES.items()]
+    assert minutes.get_lines()[2].get_xdata().tolist() == pytest.approx([u * 1.5 / 60 for u in SCORES])
+    assert steps.get_ylim() == minutes.get_ylim() == (0, 1000)
+    assert (steps.get_xlabel(), minutes.get_xlabel()) == ("thousand environment steps", "minutes")
+
+
+def test_learning_curve_of_nothing(tmp_path):
+    LearningCurve(tmp_path / "curve.png", tmp_path / "missing.csv").draw()
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def updates(run_dir):
+    """name: the update at which it was saved."""
+    return {path.name: load_checkpoint(path)["update_count"] for path in run_dir.iterdir()}
+
+
+def test_checkpoints(tmp_path):
+    ppo = FakePPO([Checkpoints(tmp_path, save_freq=1, keep=2)])
+    ppo.learn(until=6)
+    assert updates(tmp_path) == {"last.pt": 6, "checkpoint_5.pt": 5, "checkpoint_6.pt": 6, "best_model.pt": 4}
+    assert "best_score" not in load_checkpoint(tmp_path / "best_model.pt")  # the smaller state
+    assert load_checkpoint(tmp_path)["best_score"] == 300
+
+
+def test_last_is_saved_at_the_end(tmp_path):
+    FakePPO([Checkpoints(tmp_path, save_freq=5)], updates=7).learn()
+    assert updates(tmp_path) == {"last.pt": 7, "checkpoint_5.pt": 5, "best_model.pt": 4}
+
+
+def test_a_resume_knows_every_best_model(tmp_path):
+    FakePPO([Checkpoints(tmp_path, save_freq=100)]).learn(until=5)
+    assert updates(tmp_path) == {"best_model.pt": 4, "last.pt": 4}
+    assert load_checkpoint(tmp_path)["best_score"] == 300
+
+
+def test_checkpoints_left_from_before_a_resume_do_not_push_out_new_ones(tmp_path):
+    FakePPO([Checkpoints(tmp_path, save_freq=1, keep=2)]).learn(until=8)
+    for name in ("checkpoint_7.pt", "checkpoint_8.pt"):
+        os.utime(tmp_path / name, (1, 1))  # long ago
+    (tmp_path / "checkpoint_mine.pt").write_bytes(b"")  # not ours to delete
+    FakePPO([Checkpoints(tmp_path, save_freq=1, keep=2)], start=3).learn(until=5)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint_*")) == [
+        "checkpoint_4.pt", "checkpoint_5.pt", "checkpoint_mine.pt"]  # fmt: skip
+
+
+def test_a_full_disk_keeps_the_old_files(tmp_path, monkeypatch, capsys):
+    ppo = FakePPO([Checkpoints(tmp_path, save_freq=1, keep=1)])
+    ppo.learn(until=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", disk_full)
+        ppo.learn(until=5)
+    assert updates(tmp_path) == {"last.pt": 2, "checkpoint_2.pt": 2, "best_model.pt": 2}
+    assert all(line.startswith("warning: ") for line in capsys.readouterr().out.splitlines())
+    ppo.learn()
+    assert updates(tmp_path) == {"last.pt": 8, "checkpoint_8.pt": 8, "best_model.pt": 8}
