@@ -21,7 +21,7 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lamb
     next value says what; but the step stored behind it belongs to another episode, so the sum ends at both.
     """
     deltas = rewards + gamma * next_values * ~terminated - values
-    carry = gamma * lambd * ~(terminated | truncated)
+    carry = gamma * lambd * (~(terminated | truncated)).to(rewards.dtype)
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):

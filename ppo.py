@@ -1,0 +1,281 @@
+"""Proximal policy optimisation (Schulman et al. 2017): collect, update, evaluate, and the state that a resume needs.
+
+Any policy that maps a batch of observations to logits (B, A) and values (B,), any Gymnasium vector env with SAME_STEP
+autoreset and discrete actions. Left out: recurrent policies, continuous actions, observation normalisation.
+"""
+
+import copy
+import math
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from checkpoint import to_numpy, to_plain
+from rollout_buffer import RolloutBuffer, changed_rows_and_columns, reader_of
+
+
+def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
+    """Clipped surrogate (equation 7); all (M,). approx_kl is the estimator k3 of http://joschu.net/blog/kl-approx.html."""
+    log_ratio = new_logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - eps_clip, 1 + eps_clip)
+    loss = -torch.min(ratio * advantages, clipped * advantages).mean()
+    with torch.no_grad():
+        approx_kl = (ratio - 1 - log_ratio).mean()
+        clipfrac = ((ratio - 1).abs() > eps_clip).float().mean()
+    return loss, {"policy_loss": loss.detach(), "approx_kl": approx_kl, "clipfrac": clipfrac}
+
+
+def value_loss(new_values, old_values, returns, value_clip=0.0):
+    """Half the squared error; all (M,). value_clip > 0 holds new values within that distance of the old, in the units
+    of the scaled return, and takes the worse of both errors."""
+    errors = (new_values - returns) ** 2
+    if value_clip > 0:
+        clipped = old_values + (new_values - old_values).clamp(-value_clip, value_clip)
+        errors = torch.max(errors, (clipped - returns) ** 2)
+    loss = 0.5 * errors.mean()
+    return loss, {"value_loss": loss.detach()}
+
+
+def entropy_loss(logits):
+    """Minus the mean entropy of the action distributions (M, A), in nats."""
+    logprobs = F.log_softmax(logits, dim=-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+    return -entropy, {"entropy": entropy.detach()}
+
+
+def prediction_loss(logits, changes, has_next):
+    """Cross-entropy of "this row or column changes", summed over rows and columns (M, R + C), averaged over M.
+
+    Where has_next (M,) is False the next frame belongs to another game, and nothing is predicted.
+    """
+    errors = F.binary_cross_entropy_with_logits(logits, changes.to(logits.dtype), reduction="none").sum(1)
+    loss = (errors * has_next).mean()
+    return loss, {"prediction_loss": loss.detach()}
+
+
+def explained_variance(values, returns):
+    """1 - Var(returns - values) / Var(returns); nan where the returns do not vary."""
+    variance = returns.var()
+    return 1 - (returns - values).var() / variance if variance > 0 else torch.tensor(math.nan)
+
+
+def learning_rate(progress, lr, min_lr, warmup, schedule):
+    """progress 0..1 of the training: linear warm-up over its first part, then "cosine" or "linear" down to min_lr."""
+    if progress < warmup:
+        return lr * progress / warmup
+    x = min((progress - warmup) / (1 - warmup), 1.0)
+    fall = x if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * x))
+    return lr + (min_lr - lr) * fall
+
+
+class StopTraining(Exception):
+    """Raised inside `learn` at the next minibatch or step after `request_stop`."""
+
+
+@dataclass
+class PPOConfig:
+    num_steps: int  # environment steps in all
+    rollout_steps: int  # steps per environment between updates
+    epochs: int
+    batch_size: int
+    gamma: float
+    lambd: float
+    eps_clip: float
+    lr: float
+    min_lr: float
+    value_loss_coef: float
+    entropy_coef: float
+    max_grad_norm: float
+    warmup: float = 0.0  # share of the training
+    schedule: str = "cosine"
+    value_clip: float = 0.0  # 0: off
+    target_kl: float = 0.0  # 0: off
+    prediction_coef: float = 0.0  # 0: off
+    reward_scale: float = 1.0
+    eval_interval: int = 0  # updates; 0: never
+    seed: int = 0
+
+
+class PPO:
+    """`learn()` trains `policy` on `env`. `evaluate(policy) -> dict` with a "score" decides what is best; `metadata`
+    goes into every checkpoint; callbacks observe."""
+
+    def __init__(self, policy, env, config, evaluate=None, callbacks=(), metadata=None):
+        self.policy, self.env, self.config = policy, env, config
+        self.evaluate, self.callbacks, self.metadata = evaluate, callbacks, metadata or {}
+        self.device = next(policy.parameters()).device
+        self.optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr, eps=1e-5, fused=True)
+        self.generator = torch.Generator().manual_seed(config.seed)  # actions and shuffles
+        self.buffer = RolloutBuffer(config.rollout_steps, env.num_envs)
+        self.obs, _ = env.reset(seed=config.seed)
+        self.update_count = self.global_step = 0
+        self.seconds = 0.0
+        self.score_so_far = np.zeros(env.num_envs)
+        self.train_scores = deque(maxlen=100)  # of the games that ended last
+        self.stats, self.evaluation, self.best_score, self.is_best = {}, None, -math.inf, False
+        self.stop_requested, self.snapshot = False, None
+
+    # The loop
+
+    @property
+    def num_steps(self):
+        return self.config.num_steps
+
+    def learn(self):
+        self.emit("on_training_start")
+        while self.global_step < self.config.num_steps:
+            self.snapshot = self.state_dict()  # what an interrupted update goes back to
+            start = time.perf_counter()
+            self.emit("on_rollout_start")
+            self.collect()
+            self.emit("on_rollout_end")
+            self.stats = self.update()
+            taken = time.perf_counter() - start
+            self.stats["steps_per_second"] = self.config.rollout_steps * self.env.num_envs / taken
+            last = self.global_step >= self.config.num_steps
+            every = self.config.eval_interval
+            if self.evaluate and every and (last or self.update_count % every == 0):
+                self.evaluation = self.evaluate(self.policy)
+                self.is_best = self.evaluation["score"] > self.best_score
+                self.seconds += time.perf_counter() - start
+                self.emit("on_evaluation_end")
+                self.best_score = max(self.best_score, self.evaluation["score"])
+            else:
+                self.seconds += time.perf_counter() - start
+            self.emit("on_update_end")
+        self.emit("on_training_end")
+
+    def collect(self):
+        """S steps of every environment into the buffer."""
+        config, S, N = self.config, self.config.rollout_steps, self.env.num_envs
+        self.reader = reader_of(self.policy)
+        self.buffer.clear()
+        has_next = np.zeros((S, N), bool)
+        for step in range(S):
+            self.check_stop()
+            obs = self.reader.encode(self.obs)
+            logits, values = (x.cpu() for x in self.reader(obs))
+            logprobs = F.log_softmax(logits, dim=-1)
+            actions = torch.multinomial(logprobs.exp(), 1, generator=self.generator)  # (N, 1)
+            next_obs, rewards, terminated, truncated, infos = self.env.step(actions.squeeze(1).numpy())
+            final_values = torch.zeros(N)
+            if truncated.any():
+                final_obs = np.stack(list(infos["final_obs"][truncated]))
+                final_values[torch.from_numpy(truncated)] = self.reader(self.reader.encode(final_obs))[1].cpu()
+            self.count_scores(rewards, terminated | truncated)
+            has_next[step] = ~(terminated | truncated)
+            changes = changed_rows_and_columns(self.obs, next_obs, self.policy.page_columns) if config.prediction_coef else None
+            self.buffer.add(
+                obs, actions.squeeze(1), logprobs.gather(1, actions).squeeze(1), values,
+                (rewards * config.reward_scale).astype(np.float32),
+                terminated | infos.get("life_lost", False), truncated, final_values, changes,
+            )  # fmt: skip
+            self.obs = next_obs
+        last_values = self.reader(self.reader.encode(self.obs))[1].cpu()
+        self.buffer.finish(last_values, has_next, config.gamma, config.lambd)
+        self.global_step += S * N
+
+    def count_scores(self, rewards, done):
+        self.score_so_far += rewards
+        self.train_scores.extend(self.score_so_far[done].tolist())
+        self.score_so_far[done] = 0
+
+    def update(self):
+        """Epochs of minibatches over the buffer -> the statistics of the update, floats."""
+        config, stats = self.config, []
+        lr = learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr, config.warmup, config.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(config.epochs):
+            epoch = [self.step(mb) for mb in self.buffer.minibatches(config.batch_size, self.generator, self.device)]
+            stats += epoch
+            if config.target_kl and torch.stack([s["approx_kl"] for s in epoch]).mean() > config.target_kl:
+                break
+        self.update_count += 1
+        stats = {name: torch.stack([s[name] for s in stats]) for name in stats[0]}
+        kl_max = stats["approx_kl"].max()
+        stats = {name: x.mean() for name, x in stats.items()}
+        stats["approx_kl_max"] = kl_max
+        stats["explained_variance"] = explained_variance(self.buffer.data.old_values, self.buffer.data.returns)
+        stats = {name: x.item() for name, x in stats.items()}
+        stats["lr"] = lr
+        stats["train_score"] = float(np.mean(self.train_scores)) if self.train_scores else math.nan
+        return stats
+
+    def step(self, mb):
+        """One gradient step on one minibatch -> its statistics, tensors."""
+        self.check_stop()
+        config, batch = self.config, self.reader.batch(mb.obs)
+        if config.prediction_coef:
+            features = self.policy.features(batch)
+            logits, new_values = self.policy.heads(features)
+            loss, stats = prediction_loss(self.policy.change_head(features), mb.changes, mb.has_next)
+            loss = config.prediction_coef * loss
+        else:
+            (logits, new_values), loss, stats = self.policy(batch), 0.0, {}
+        advantages = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std(correction=0) + 1e-8)
+        new_logprobs = F.log_softmax(logits, dim=-1).gather(1, mb.actions.unsqueeze(1)).squeeze(1)
+        for coef, (term, info) in (
+            (1.0, policy_loss(new_logprobs, mb.old_logprobs, advantages, config.eps_clip)),
+            (config.value_loss_coef, value_loss(new_values, mb.old_values, mb.returns, config.value_clip)),
+            (config.entropy_coef, entropy_loss(logits)),
+        ):
+            loss = loss + coef * term
+            stats |= info
+        self.optimizer.zero_grad()
+        loss.backward()
+        stats["grad_norm"] = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
+        if not stats["grad_norm"].isfinite():
+            raise FloatingPointError(f"the gradient is not finite in update {self.update_count + 1}; try a lower learning rate")
+        self.optimizer.step()
+        return stats
+
+    # Stopping, saving, going on
+
+    def emit(self, event):
+        for callback in self.callbacks:
+            getattr(callback, event)(self)
+
+    def request_stop(self):
+        self.stop_requested = True
+
+    def check_stop(self):
+        if self.stop_requested:
+            raise StopTraining
+
+    def policy_state(self):
+        """What playing needs: weights, metadata, and how well they did."""
+        counters = {"update_count": self.update_count, "global_step": self.global_step, "seconds": self.seconds}
+        return {**self.metadata, **counters, "model": self.policy.state_dict(), "evaluation": self.evaluation}
+
+    def state_dict(self):
+        """A copy of everything that `learn` goes on from, plain types and tensors."""
+        state = {
+            **self.policy_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "env": self.env.state_dict() if hasattr(self.env, "state_dict") else None,
+            "obs": self.obs,
+            "score_so_far": self.score_so_far,
+            "train_scores": list(self.train_scores),
+            "best_score": self.best_score,
+        }
+        return copy.deepcopy(to_plain(state))
+
+    def load_state_dict(self, state):
+        """Go on where `state_dict` was taken, bit for bit on the CPU if the env has a state_dict of its own."""
+        self.policy.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        if state["env"] is not None:
+            self.env.load_state_dict(to_numpy(state["env"]))
+            self.obs, self.score_so_far = to_numpy(state["obs"]), to_numpy(state["score_so_far"])
+        self.train_scores.extend(state["train_scores"])
+        for name in ("update_count", "global_step", "seconds", "evaluation", "best_score"):
+            setattr(self, name, state[name])
