@@ -1,0 +1,211 @@
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_ppo
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ppo import PPO
+from train_ppo import CONSTANTS, CommandLineError, check, choose_device, main, read_command_line
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--num_envs 4 --rollout_steps 8 --batch_size 16 --epochs 2 --n_head 4 --n_embd 16 --device cpu"
+SMALL += f" --num_steps {6 * 32} --eval_interval 2 --save_freq 2"
+
+
+@pytest.fixture(autouse=True)
+def cheap_evaluation(monkeypatch):
+    def evaluate(policy):
+        score = 100 * sum(p.abs().sum().item() for p in policy.parameters()) % 960
+        return {"score": score, "min": 0, "max": 960, "cleared": 0, "games": 32, "mean_length": 9.0, "returned": 0.5}
+
+    monkeypatch.setattr(train_ppo, "evaluate", evaluate)
+
+
+def run(tmp_path, name, *more):
+    return main([*SMALL.split(), "--run_dir", str(tmp_path / name), *more])
+
+
+def logged(run_dir):
+    with open(run_dir / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "steps_per_second")} for row in csv.DictReader(file)]
+
+
+def same(x, y):
+    if isinstance(x, dict):
+        return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
+    if isinstance(x, (list, tuple)):
+        return len(x) == len(y) and all(map(same, x, y))
+    return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y or x != x and y != y
+
+
+@pytest.mark.parametrize("signum, status, minibatch", [(signal.SIGINT, 130, 3 * 4 + 1), (signal.SIGTERM, 143, 3 * 4 + 3)])
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, monkeypatch, capsys, signum, status, minibatch):
+    """Six updates; and three, a signal in the midst of the fourth, and three more."""
+    assert run(tmp_path, "straight") == 0
+    step, steps = PPO.step, []
+
+    def interrupted(self, mb):
+        steps.append(0)
+        if len(steps) == minibatch:
+            os.kill(os.getpid(), signum)
+        return step(self, mb)
+
+    with monkeypatch.context() as m:
+        m.setattr(PPO, "step", interrupted)
+        assert run(tmp_path, "stopped") == status
+    assert len(steps) == minibatch  # the minibatch was finished, and no other begun
+    assert f"go on with: python train_ppo.py --resume {tmp_path / 'stopped'}" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "stopped")["update_count"] == 3
+    assert main(["--resume", str(tmp_path / "stopped")]) == 0
+    states = [load_checkpoint(tmp_path / name) for name in ("straight", "stopped")]
+    for state in states:
+        assert state.pop("seconds") > 0 and state["constants"].pop("RUN_DIR")
+    assert states[0]["update_count"] == 6 and same(*states)
+    assert len(logged(tmp_path / "straight")) == 6 and logged(tmp_path / "straight") == logged(tmp_path / "stopped")
+    assert signal.getsignal(signum) in (signal.default_int_handler, signal.SIG_DFL)
+
+
+def test_what_a_run_leaves(tmp_path):
+    run(tmp_path, "run")
+    names = {file.name for file in (tmp_path / "run").iterdir() if "tfevents" not in file.name}
+    assert names == {"config.json", "metrics.csv", "learning_curve.png", "best_model.pt", "last.pt",
+                     "checkpoint_2.pt", "checkpoint_4.pt", "checkpoint_6.pt"}  # fmt: skip
+    constants = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert constants == {**CONSTANTS, **constants} and constants["NUM_ENVS"] == 4 and constants["GAMMA"] == CONSTANTS["GAMMA"]
+    best = load_checkpoint(tmp_path / "run" / "best_model.pt")
+    assert best["evaluation"]["score"] == max(float(row["eval_score"] or 0) for row in logged(tmp_path / "run"))
+    assert "optimizer" not in best and best["constants"] == constants
+
+
+def test_one_seed_one_run(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(tmp_path, name, "--seed", str(seed))
+    assert logged(tmp_path / "a") == logged(tmp_path / "b") != logged(tmp_path / "c")
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    run(tmp_path, "run")
+    assert main(["--resume", str(tmp_path / "run"), "--num_steps", str(8 * 32)]) == 0
+    assert [row["update"] for row in logged(tmp_path / "run")] == [str(i) for i in range(1, 9)]
+
+
+def test_a_gradient_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, capsys):
+    update = PPO.update
+
+    def spoiled(self):
+        if self.update_count == 2:
+            self.buffer.data.returns[:] = math.nan
+        return update(self)
+
+    monkeypatch.setattr(PPO, "update", spoiled)
+    assert run(tmp_path, "run") == 1
+    assert "not finite in update 3" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "run")["update_count"] == 2
+
+
+def test_overrides():
+    assert read_command_line(["--seed", "7", "--lr=0.1", "--resume", "x"], CONSTANTS) == ("x", {"SEED": 7, "LR": 0.1})
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--gama 0.9", "unknown argument --gama; did you mean --gamma?"),
+    ("--num-steps 9", "unknown argument --num-steps; did you mean --num_steps?"),
+    ("--num_steps many", "--num_steps needs an integer, not 'many'"),
+    ("--num_steps 1.5", "--num_steps needs an integer"),
+    ("--lr fast", "--lr needs a number, not 'fast'"),
+    ("--lr nan", "LR (--lr) must be a number from"),
+    ("--gamma 1.1", "GAMMA (--gamma) must be a number from 0 to 1, not 1.1"),
+    ("--seed -1", "SEED (--seed) must be an integer from 0"),
+    ("--num_envs 0", "NUM_ENVS"),
+    ("--lr_schedule step", "linear or cosine, not 'step'"),
+    ("--batch_size 9999", "BATCH_SIZE must not exceed"),
+    ("--min_lr 0.5", "MIN_LR 0.5 must not exceed"),
+    ("--n_head 7", "multiple of n_head"),
+    ("--block_size 99", "block_size must be 1944"),
+    ("--device tpu9", "--device tpu9 does not work here"),
+    ("--seed", "expected one argument"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused_in_one_line_before_anything_starts(tmp_path, arguments, message):
+    with pytest.raises(CommandLineError, match=re.escape(message)) as error:
+        main([*arguments.split(), "--run_dir", str(tmp_path / "run")] if "--seed" != arguments else ["--seed"])
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_edited_constants_are_checked_too():
+    check(CONSTANTS)
+    check(CONSTANTS | {"VARIED_STARTS": 1})  # an integer is a number
+    with pytest.raises(CommandLineError, match="NUM_STEPS.*must be an integer.*not 1000000.0"):
+        check(CONSTANTS | {"NUM_STEPS": 1e6})
+
+
+def test_a_run_directory_in_use_is_not_touched(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(CommandLineError, match="in use already"):
+        run(tmp_path, "run")
+    with pytest.raises(CommandLineError, match="in use already"):
+        run(tmp_path, "run/notes.txt")
+    assert os.listdir(tmp_path / "run") == ["notes.txt"]
+
+
+def test_what_cannot_be_resumed(tmp_path):
+    run(tmp_path, "run")
+    last = tmp_path / "run" / "last.pt"
+    with pytest.raises(CheckpointError, match="best_model.pt: holds a model to play.*last.pt"):
+        main(["--resume", str(tmp_path / "run" / "best_model.pt")])
+    with pytest.raises(CommandLineError, match="--n_embd cannot change"):
+        main(["--resume", str(last), "--n_embd", "32"])
+    state = load_checkpoint(last)
+    del state["model"]["wte.weight"]
+    save_checkpoint(tmp_path / "spoiled.pt", state)
+    with pytest.raises(CheckpointError, match="spoiled.pt: does not fit this program"):
+        main(["--resume", str(tmp_path / "spoiled.pt")])
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="last.pt"):
+        main(["--resume", str(tmp_path / "run")])
+
+
+def test_auto_is_the_cpu_where_cuda_does_not_work(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image\nmore lines")
+
+    assert choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch, "ones", broken)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(CommandLineError, match=r"no kernel image\); try --device cpu$"):
+        choose_device("cuda")
+
+
+def script(*arguments, cwd, **kwargs):
+    return subprocess.Popen([sys.executable, str(ROOT / "train_ppo.py"), *arguments], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)  # fmt: skip
+
+
+def test_on_the_command_line(tmp_path):
+    """Started in another directory, stopped by Ctrl-C, then a mistake: one line each, no traceback."""
+    process = script(*SMALL.split(), "--num_steps", "100000000", "--eval_interval", "100000", cwd=tmp_path)
+    try:
+        deadline = time.time() + 60
+        while not list(tmp_path.glob("runs/*/checkpoint_4.pt")) and time.time() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert process.returncode == 130 and "Traceback" not in err
+    assert f"go on with: python train_ppo.py --resume runs/{run_dir.name}" in err
+    assert load_checkpoint(run_dir)["update_count"] >= 4
+    process = script("--resum", str(run_dir), cwd=tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err == "train_ppo.py: unknown argument --resum; did you mean --resume?\n"

@@ -1,0 +1,240 @@
+"""Train a GPT to play Breakout by reading it:  python train_ppo.py
+
+Edit a constant below, or override it for one run: python train_ppo.py --num_steps 200000 --seed 1
+Go on with a run that was stopped:                 python train_ppo.py --resume runs/<name>
+"""
+
+import argparse
+import difflib
+import json
+import shlex
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from breakout_ascii import BreakoutAsciiVec
+from callbacks import Checkpoints, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
+from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+from evaluation import evaluate
+from model import GPT, GPTConfig
+from ppo import PPO, PPOConfig, StopTraining
+
+# ---------------------------------------------------------------------------------------------------------------------
+# length
+NUM_STEPS = 4_000_000  # environment steps in all; the learning rate falls over this length
+NUM_ENVS = 128  # games side by side
+ROLLOUT_STEPS = 64  # steps of every game between two updates: 128 * 64 = 8192 samples
+# PPO
+EPOCHS = 3  # passes over each rollout
+BATCH_SIZE = 256  # samples in a minibatch
+GAMMA = 0.99  # discount per step
+LAMBD = 0.95  # GAE: 0 trusts the critic alone, 1 the returns alone
+EPS_CLIP = 0.2  # how far a probability ratio counts
+VALUE_LOSS_COEF = 0.5
+VALUE_CLIP = 0.0  # in units of the scaled return; off if 0.0
+ENTROPY_COEF = 0.01
+TARGET_KL = 0.0  # an update ends after an epoch with a larger mean KL; off if 0.0
+REWARD_SCALE = 0.1  # a brick is worth 10 points in the game and 1 in training
+# optimizer (Adam)
+LR = 1e-3
+MIN_LR = 5e-5  # at the end
+LR_SCHEDULE = "linear"  # or "cosine": how LR falls to MIN_LR
+WARMUP = 0.0  # share of NUM_STEPS over which LR first rises from 0
+MAX_GRAD_NORM = 0.5
+# what makes it learn
+VARIED_STARTS = 0.7  # share of training serves and walls that are random; evaluation never varies
+PREDICTION_COEF = 0.1  # weight of predicting which rows and columns change next; off if 0.0
+# GPT
+BLOCK_SIZE = 1944  # tokens on a page: 24 lines of 81
+N_LAYER = 1  # one layer shares work between pages; two or more read every token, hundreds of times slower
+N_HEAD = 16
+N_EMBD = 64
+MLP_EXPANSION = 4
+# run
+SEED = 0
+DEVICE = "auto"  # "cuda" if it works, else "cpu"
+RUN_DIR = ""  # "" for runs/<date-time>
+EVAL_INTERVAL = 16  # updates between two evaluations
+SAVE_FREQ = 16  # updates between two checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONSTANTS = {name: value for name, value in list(globals().items()) if name.isupper() and isinstance(value, (int, float, str))}
+TEXTS = {"LR_SCHEDULE": ("linear", "cosine"), "DEVICE": None, "RUN_DIR": None}  # the choices, None for any
+NUMBERS = {
+    "GAMMA": (0, 1), "LAMBD": (0, 1), "VARIED_STARTS": (0, 1), "WARMUP": (0, 0.99), "EPS_CLIP": (1e-9, 1), "LR": (1e-9, 1),
+    "MIN_LR": (0, 1), "REWARD_SCALE": (1e-9, 1e9), "MAX_GRAD_NORM": (1e-9, 1e9), "VALUE_LOSS_COEF": (0, 1e9),
+    "VALUE_CLIP": (0, 1e9), "ENTROPY_COEF": (0, 1e9), "TARGET_KL": (0, 1e9), "PREDICTION_COEF": (0, 1e9),
+}  # fmt: skip
+INTEGERS = {name: (1, 2**62) for name in CONSTANTS if name not in TEXTS | NUMBERS} | {"SEED": (0, 2**32 - 1)}
+FIXED = "NUM_ENVS BLOCK_SIZE N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run keeps these
+
+
+class CommandLineError(ValueError):
+    """What a user got wrong, in one line."""
+
+
+def read_command_line(argv, constants):
+    """Arguments -> the run to resume or None, and the constants given, checked: {"NUM_STEPS": 200000}."""
+    parser = argparse.ArgumentParser(prog="train_ppo.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.error = lambda message: (_ for _ in ()).throw(CommandLineError(message))
+    parser.add_argument("--resume", metavar="RUN", help="a run directory, or a checkpoint that train_ppo.py wrote for resuming")
+    for name, value in constants.items():
+        parser.add_argument(f"--{name.lower()}", metavar=type(value).__name__, help=f"default {value!r}")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [f"--{name.lower()}" for name in constants] + ["--resume"]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1, cutoff=0.4)
+        raise CommandLineError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    given = {name: getattr(args, name.lower()) for name in constants}
+    return args.resume, {name: convert(name, text) for name, text in given.items() if text is not None}
+
+
+def convert(name, text):
+    if name in TEXTS:
+        return text
+    try:
+        return int(text) if name in INTEGERS else float(text)
+    except ValueError:
+        kind = "an integer" if name in INTEGERS else "a number"
+        raise CommandLineError(f"--{name.lower()} needs {kind}, not {text!r}") from None
+
+
+def check(constants):
+    """Raises CommandLineError for a value of the wrong type or out of range, and for values that do not fit together."""
+    for name, (low, high) in (INTEGERS | NUMBERS).items():
+        value, kinds = constants[name], int if name in INTEGERS else (int, float)
+        if not isinstance(value, kinds) or not low <= value <= high:
+            kind = "an integer" if name in INTEGERS else "a number"
+            raise CommandLineError(f"{name} (--{name.lower()}) must be {kind} from {low:g} to {high:g}, not {value!r}")
+    for name, choices in TEXTS.items():
+        if choices and constants[name] not in choices:
+            raise CommandLineError(f"{name} (--{name.lower()}) must be {' or '.join(choices)}, not {constants[name]!r}")
+    if constants["BATCH_SIZE"] > constants["NUM_ENVS"] * constants["ROLLOUT_STEPS"]:
+        raise CommandLineError("BATCH_SIZE must not exceed NUM_ENVS * ROLLOUT_STEPS, the samples of a rollout")
+    if constants["MIN_LR"] > constants["LR"]:
+        raise CommandLineError(f"MIN_LR {constants['MIN_LR']} must not exceed LR {constants['LR']}")
+    gpt_config(constants)
+
+
+def gpt_config(constants):
+    names = "BLOCK_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "MLP_EXPANSION"
+    try:
+        return GPTConfig(**{name.lower(): constants[name] for name in names})
+    except ValueError as error:
+        raise CommandLineError(error) from None
+
+
+def choose_device(name):
+    """ "auto", "cpu", "cuda", "cuda:1" -> torch.device. "auto" takes CUDA if a small product runs on it."""
+    try:
+        device = torch.device("cuda" if name == "auto" else name)
+        torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        if name == "auto":
+            return torch.device("cpu")
+        raise CommandLineError(f"--device {name} does not work here ({str(error).splitlines()[0]}); try --device cpu") from None
+
+
+def new_run_dir(name):
+    run_dir = Path(name or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise CommandLineError(f"{run_dir} is in use already; name another --run_dir, or --resume {run_dir}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandLineError(f"{run_dir} cannot be made ({error.strerror}); name another --run_dir") from None
+    return run_dir
+
+
+def build(c, run_dir, device):
+    """Constants -> the PPO that trains, with its game, its GPT and its observers."""
+    torch.manual_seed(c.SEED)
+    config = gpt_config(vars(c))
+    policy = GPT(config).to(device)
+    policy.speed_up()
+    env = BreakoutAsciiVec(c.NUM_ENVS, varied_starts=c.VARIED_STARTS)
+    names = PPOConfig.__dataclass_fields__
+    ppo_config = PPOConfig(**{name.lower(): value for name, value in vars(c).items() if name.lower() in names})
+    csv = run_dir / "metrics.csv"
+    observers = [ProgressBar(plan(c, policy, device, run_dir)), MetricsCSV(csv), TensorBoard(run_dir), LearningCurve(run_dir / "learning_curve.png", csv),
+                 Checkpoints(run_dir, c.SAVE_FREQ)]  # fmt: skip
+    return PPO(policy, env, ppo_config, evaluate, observers, {"gpt_config": asdict(config), "constants": dict(vars(c))})
+
+
+def plan(c, policy, device, run_dir):
+    """What is about to happen, in two lines."""
+    parameters = sum(p.numel() for p in policy.parameters())
+    layers = "one layer" if c.N_LAYER == 1 else f"{c.N_LAYER} layers"
+    return (
+        f"A GPT of {layers} and {parameters:,} parameters learns Breakout on {device}: {c.NUM_STEPS:,} steps of "
+        f"{c.NUM_ENVS} games,\nevaluated every {c.EVAL_INTERVAL * c.ROLLOUT_STEPS * c.NUM_ENVS:,} steps. "
+        f"Curve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops."
+    )
+
+
+def learn(ppo, run_dir):
+    """Train to the end; Ctrl-C and SIGTERM end it at the next minibatch, saved and resumable. Returns the exit status."""
+    received = []
+
+    def stop(signum, frame):
+        received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)  # a second one leaves at once
+        ppo.request_stop()
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ppo.learn()
+        return 0
+    except StopTraining:
+        reason, status = "stopped", 128 + received[0]
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        reason, status = str(error).splitlines()[0], 1
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    save_checkpoint(run_dir / "last.pt", ppo.snapshot)
+    print(f"\n{reason}; go on with: python train_ppo.py --resume {shlex.quote(str(run_dir))}", file=sys.stderr)
+    return status
+
+
+def main(argv=None):
+    constants, state = CONSTANTS, None
+    resume, given = read_command_line(argv, constants)
+    if resume:
+        path = find_checkpoint(resume)
+        state = load_checkpoint(path)
+        if "optimizer" not in state:
+            raise CheckpointError(f"{path}: holds a model to play, not a run to resume; resume from its run's last.pt")
+        fixed = [name for name in given if name in FIXED]
+        if fixed:
+            raise CommandLineError(f"--{fixed[0].lower()} cannot change in a resumed run; leave it out")
+        constants = constants | state["constants"]
+    constants = constants | given
+    check(constants)
+    c = SimpleNamespace(**constants)
+    device = choose_device(c.DEVICE)
+    run_dir = path.parent if resume else new_run_dir(c.RUN_DIR)
+    ppo = build(c, run_dir, device)
+    if state:
+        try:
+            ppo.load_state_dict(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path}: does not fit this program ({str(error).splitlines()[0]}); resume another run") from None
+    (run_dir / "config.json").write_text(json.dumps(constants, indent=2) + "\n")
+    return learn(ppo, run_dir)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (CommandLineError, CheckpointError) as error:
+        sys.exit(f"train_ppo.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
