@@ -147,7 +147,7 @@ class GPT(nn.Module):
     def features(self, pages):
         """(B, 1944) uint8 tokens, or their `Tree` -> (B, C), the last position after the final LayerNorm."""
         if isinstance(pages, Tree):
-            return self.finish(SharedAttention.apply(*self.scores_and_values(pages.pairs), pages.levels))
+            return self.finish(shared_attention(*self.scores_and_values(pages.pairs), pages.levels))
         check_pages(pages)
         if self.config.n_layer > 1 or bool((pages[:, -1] != ord("\n")).any()):  # the lines share one query: the newline's
             return self.read_every_token(pages)
@@ -201,12 +201,13 @@ class GPT(nn.Module):
     # What the one-layer path needs, with H heads of size D.
 
     def scores_and_values(self, pairs):
-        """(P,) pairs character * 1944 + position -> scores (P, H) under the last position's query, values (P, D, H)."""
+        """(P,) pairs character * 1944 + position -> scores (P, H), in bits, of the last position's query, and values (P, D, H)."""
         block, C, H = self.blocks[0], self.config.n_embd, self.config.n_head
         x = block.ln_1(self.embed(pairs // POSITIONS, pairs % POSITIONS))  # (P, C)
         w_q, w_k, w_v = block.attn.c_attn.weight.view(3, H, C // H, C)
         q = w_q @ block.ln_1(self.last_embedding())  # (H, D)
-        scores = x @ torch.einsum("hd,hdc->ch", q, w_k) / math.sqrt(C // H)  # q.(W_k x) = (W_k' q).x: no keys needed
+        q = q * (math.log2(math.e) / math.sqrt(C // H))
+        scores = x @ torch.einsum("hd,hdc->ch", q, w_k)  # q.(W_k x) = (W_k' q).x: no keys needed
         values = x @ w_v.transpose(0, 1).reshape(C, C).T
         return scores, values.view(-1, C // H, H)
 
@@ -231,10 +232,16 @@ def sinusoids(n, C):
 # One layer: pages share their lines
 #
 # The last position reads the page with one query, the same for every page, so keys and values depend on (character,
-# position) alone. And a softmax splits over parts of a page: a part gives, per head, its largest score m and the sums
-# Z = (sum of e^(s-m), sum of e^(s-m) v); parts combine as Z = sum of e^(m_part - m) Z_part, as in flash attention
-# (Dao et al. 2022). A page is 24 lines of 9 pieces of 9 characters. Most lines and pieces stand on many pages of a
-# batch; each distinct one is computed once.
+# position) alone. And a softmax splits over parts of a page: a part has, per head, a reference m and the sums
+# Z = (sum of 2^(s-m), sum of 2^(s-m) v), and parts with one reference combine by adding their Z. A page is 24 lines of 9
+# pieces of 9 characters. Most lines and pieces stand on many pages of a batch; each distinct one is computed once.
+#
+# References are whole numbers and scores are in bits, so that changing a reference multiplies Z by a power of two, which
+# rounds nothing. One reference for the whole batch is fastest, and good while the largest scores of its pages lie within
+# HEADROOM - LEAST = 176 bits. Heads that spread further give every part its own, as flash attention does (Dao et al. 2022).
+
+HEADROOM = 86  # bits that the sums may rise above 1: float32 ends at 2^128, and values and 1944 terms need room too
+LEAST = -90  # below 2^-90 a page's sum could miss what float32 rounded to zero, below 2^-126
 
 
 class Level(NamedTuple):
@@ -315,49 +322,74 @@ def level(children, n):
     return used.nonzero()[0], Level(children, np.argsort(flat, kind="stable"), np.cumsum(counts) - counts)
 
 
-def combine(m, Z, children):
-    """Parts m (K, H), Z (K, 1 + D, H) -> the wholes of `children` (n, J): m (n, H), Z (n, 1 + D, H), weights (n, J, H)."""
+def bag_sums(rows, index, offsets=None):
+    """Sums rows (K, 1 + D, H) over each row of index (n, J), or over each run of index that begins at offsets (n,)."""
+    return F.embedding_bag(index, rows.flatten(1), offsets, mode="sum").view(-1, *rows.shape[1:])
+
+
+def leaves(scores, values, m):
+    """Single characters as parts with references m: scores (P, H), values (P, D, H) -> Z (P, 1 + D, H)."""
+    whole = scores.ceil()
+    weights = (torch.exp2(scores - whole) * torch.exp2(whole - m)).unsqueeze(1)  # in two factors m rounds nothing
+    return torch.cat([weights, weights * values], dim=1)
+
+
+def rescaled_sums(m, Z, children):
+    """Parts m (K, H), Z (K, 1 + D, H) -> the wholes of `children` (n, J), each with the largest reference of its parts:
+    m (n, H), Z (n, 1 + D, H), and the powers of two that took the parts there (n, J, H)."""
     n, J = children.shape
-    parts = m.index_select(0, children.flatten()).view(n, J, -1)
+    flat = children.flatten()
+    parts = m.index_select(0, flat).view(n, J, -1)
     m = parts.amax(1)
-    weights = (parts - m.unsqueeze(1)).exp_()
-    Z = Z.flatten(1).index_select(0, children.flatten()).view(n, J, *Z.shape[1:])
-    return m, Z.mul_(weights.unsqueeze(2)).sum(1), weights
-
-
-def leaves(scores, values):
-    """Single characters as parts: m = s, Z = (1, v)."""
-    return scores, torch.cat([torch.ones_like(values[:, :1]), values], dim=1)
+    powers = torch.exp2(parts - m.unsqueeze(1))
+    rows = Z.flatten(1).index_select(0, flat).view(n, J, *Z.shape[1:]).mul_(powers.unsqueeze(2))
+    return m, bag_sums(rows.flatten(0, 1), torch.arange(n * J, device=Z.device).view(n, J)), powers
 
 
 class SharedAttention(torch.autograd.Function):
-    """Softmax attention of the last position on each page of a `Tree`.
+    """Softmax attention of the last position on each page of a `Tree`, with one reference or rescaling every part.
 
-    scores (P, H), values (P, D, H) -> (B, D, H). The result does not depend on the m, so they are constants to the
-    gradient, Z is linear in the parts, and the gradient is the same tree walked down with the same weights.
+    scores (P, H) in bits, values (P, D, H) -> y (B, D, H), and the sums (B, H) that divided it. y does not depend on the
+    references, so they are constants to the gradient; Z is linear in the parts, and the gradient walks down the same tree.
     """
 
     @staticmethod
-    def forward(ctx, scores, values, levels):
-        m, Z = leaves(scores, values)
-        saved = [Z]
+    def forward(ctx, scores, values, levels, rescale):
+        m = scores.ceil() if rescale else scores.amax(0).ceil() - HEADROOM
+        Z = leaf = leaves(scores, values, m)
+        ctx.levels, ctx.powers = levels, []
         for part in levels:
-            m, Z, weights = combine(m, Z, part.children)
-            saved.append(weights)
-        y = Z[:, 1:] / Z[:, :1]
-        ctx.levels = levels
-        ctx.save_for_backward(*saved, Z[:, :1], y)
-        return y
+            if rescale:
+                m, Z, powers = rescaled_sums(m, Z, part.children)
+                ctx.powers.append(powers)
+            else:
+                Z = bag_sums(Z, part.children)
+        sums = Z[:, 0]
+        y = Z[:, 1:] / sums.unsqueeze(1).clamp_min(2.0**LEAST)
+        ctx.save_for_backward(leaf, sums, y)
+        ctx.mark_non_differentiable(sums)
+        return y, sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        leaf, *weights, D, y = ctx.saved_tensors
-        dZ = torch.cat([-(dy * y).sum(1, keepdim=True), dy], dim=1) / D
-        for part, w in zip(reversed(ctx.levels), reversed(weights)):
-            dZ = (dZ.unsqueeze(1) * w.unsqueeze(2)).flatten(0, 1)  # (n * J, 1 + D, H), then summed over each child's run
-            dZ = F.embedding_bag(part.order, dZ.flatten(1), part.offsets, mode="sum").view(-1, *leaf.shape[1:])
-        return (dZ * leaf).sum(1), dZ[:, 1:], None
+    def backward(ctx, dy, _):
+        leaf, sums, y = ctx.saved_tensors
+        dZ = torch.cat([-(dy * y).sum(1, keepdim=True), dy], dim=1) / sums.unsqueeze(1).clamp_min(2.0**LEAST)
+        for part in reversed(ctx.levels):
+            if ctx.powers:
+                dZ = bag_sums((dZ.unsqueeze(1) * ctx.powers.pop().unsqueeze(2)).flatten(0, 1), part.order, part.offsets)
+            else:
+                dZ = bag_sums(dZ, part.order // part.children.size(1), part.offsets)
+        return math.log(2) * (dZ * leaf).sum(1), dZ[:, 1:] * leaf[:, :1], None, None
+
+
+def shared_attention(scores, values, levels):
+    """`SharedAttention`, rescaled for the heads that need it -> (B, D, H)."""
+    y, sums = SharedAttention.apply(scores, values, levels, False)
+    far = (sums < 2.0**LEAST).any(0).nonzero().flatten()
+    if len(far):
+        y = y.index_copy(2, far, SharedAttention.apply(scores[:, far], values[:, :, far], levels, True)[0])
+    return y
 
 
 class Reader:
@@ -371,7 +403,10 @@ class Reader:
     def __init__(self, model):
         self.model, self.index = model, LineIndex()
         every = torch.arange(len(CHARACTERS) * POSITIONS, device=model.device)
-        m, Z = self.pairs = leaves(*model.scores_and_values(every))
+        scores, values = model.scores_and_values(every)
+        m = scores.ceil()
+        Z = leaves(scores, values, m)
+        self.pairs = m, Z
         rows = lambda x: Rows(*x.shape[1:], dtype=x.dtype, device=x.device)
         self.pieces, self.lines = (rows(m), rows(Z)), (rows(m), rows(Z))
 
@@ -387,14 +422,14 @@ class Reader:
         """(B, 24) numbers of lines -> logits (B, A), values (B,)."""
         self.extend(self.pieces, self.pairs, self.index.piece_pairs)
         self.extend(self.lines, [rows() for rows in self.pieces], self.index.line_pieces)
-        _, Z, _ = combine(*[rows() for rows in self.lines], torch.from_numpy(numbers).to(self.model.device))
+        _, Z, _ = rescaled_sums(*[rows() for rows in self.lines], torch.from_numpy(numbers).to(self.model.device))
         return self.model.heads(self.model.finish(Z[:, 1:] / Z[:, :1]))
 
     def extend(self, parts, below, children):
         """Sums the parts that `children` has gained since the last call."""
         new = children()[parts[0].n :]
         if len(new):
-            for rows, x in zip(parts, combine(*below, new.to(self.model.device))):
+            for rows, x in zip(parts, rescaled_sums(*below, new.to(self.model.device))):
                 rows.append(x)
 
 

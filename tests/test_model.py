@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from breakout_ascii import BreakoutAsciiVec
-from model import CHARACTERS, COLUMNS, GPT, POSITIONS, ROWS, GPTConfig, LineIndex, sinusoids
+from model import (CHARACTERS, COLUMNS, GPT, POSITIONS, ROWS, GPTConfig, Level, LineIndex, SharedAttention,
+                   shared_attention, sinusoids)  # fmt: skip
 from rollout_buffer import reader_of
 
 
@@ -81,19 +82,48 @@ def test_fast_path_equals_plain_path(pages, n_layer):
         assert difference <= 1e-4 * max(plain_gradients[name].norm(), 1e-3 * whole), name
 
 
+def largest_score(gpt):
+    """Of any character anywhere, in nats."""
+    return gpt.scores_and_values(torch.arange(len(CHARACTERS) * POSITIONS))[0].abs().max() * math.log(2)
+
+
+@pytest.mark.parametrize("largest", [50, 200, 5000])
 @pytest.mark.parametrize("pages", [random_play, late_game, all_new])
-def test_default_gpt_is_exact_when_scores_are_huge(pages):
+def test_default_gpt_is_exact_when_scores_are_huge(pages, largest):
     gpt, tokens = make_gpt(), torch.from_numpy(pages())
-    every = torch.arange(len(CHARACTERS) * POSITIONS)
     with torch.no_grad():
-        gpt.blocks[0].attn.c_attn.weight[: gpt.config.n_embd] *= 5000 / gpt.scores_and_values(every)[0].abs().max()
-        assert gpt.scores_and_values(every)[0].abs().max() == pytest.approx(5000, rel=1e-4)
+        gpt.blocks[0].attn.c_attn.weight[: gpt.config.n_embd] *= largest / largest_score(gpt)
+        assert largest_score(gpt) == pytest.approx(largest, rel=1e-4)
         reference = copy.deepcopy(gpt).double()
         exact = torch.cat([reference.heads(reference.read_every_token(tokens, plain=True))[0].flatten(),
                            reference.heads(reference.read_every_token(tokens, plain=True))[1]])  # fmt: skip
         fast = torch.cat([x.flatten() for x in gpt(tokens)])
         plain = torch.cat([x.flatten() for x in gpt.heads(gpt.read_every_token(tokens, plain=True))])
     assert (fast - exact).abs().max() <= 4 * (plain - exact).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("spread, rescaled", [(100, False), (400, True)])
+def test_pages_far_apart_in_one_head(monkeypatch, spread, rescaled):
+    """In the first head four characters dwarf the rest of their page, and the other pages lack them."""
+    torch.manual_seed(0)
+    scores = torch.randn(40, 2)
+    scores[:4, 0] += spread  # bits; the second head stays near
+    scores.requires_grad_()
+    values = torch.randn(40, 3, 2, requires_grad=True)
+    children = torch.stack([torch.arange(0, 20), torch.arange(20, 40), torch.arange(10, 30)])
+    flat = children.flatten()
+    level = Level(children, flat.argsort(stable=True), flat.bincount().cumsum(0) - flat.bincount())
+    used = []
+    apply = SharedAttention.apply
+    monkeypatch.setattr(SharedAttention, "apply", lambda *args: used.append(args[0].size(1)) or apply(*args))
+    y = shared_attention(scores, values, [level])
+    assert used == ([2, 1] if rescaled else [2])
+    weights = (scores[children] * math.log(2)).softmax(1)  # (3, 20, 2)
+    expected = (weights.unsqueeze(2) * values[children]).sum(1)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6 * spread)  # the reference rounds scores of this size
+    loss = torch.linspace(-1, 1, y.numel()).view_as(y)
+    for ours, theirs in zip(*(torch.autograd.grad((out * loss).sum(), (scores, values)) for out in (y, expected))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * spread)
 
 
 def test_one_layer_equals_attention_written_out():
@@ -207,7 +237,7 @@ def test_initial_attention_finds_one_ball():
 
     def lift(gpt):
         scores = gpt.scores_and_values(torch.cat([ball, blank]))[0]
-        return (scores[: len(ball)] - scores[len(ball) :]).mean(0).max().item()
+        return (scores[: len(ball)] - scores[len(ball) :]).mean(0).max().item() * math.log(2)
 
     gpt = make_gpt()
     small = copy.deepcopy(gpt)
