@@ -24,8 +24,8 @@ CHARACTERS = " #|_=O\n"
 NEWLINE = CHARACTERS.index("\n")
 PIECE = 9  # characters in a piece of a line: 27 made the forward and backward pass slower
 
-CODES = np.full(256, len(CHARACTERS), np.uint8)  # token -> row of the character table; len(CHARACTERS) marks a stranger
-CODES[[ord(c) for c in CHARACTERS]] = range(len(CHARACTERS))
+CODES = torch.full((256,), len(CHARACTERS), dtype=torch.int32)  # token -> character; len(CHARACTERS) marks a stranger
+CODES[[ord(c) for c in CHARACTERS]] = torch.arange(len(CHARACTERS), dtype=torch.int32)
 
 
 def check_pages(tokens):
@@ -35,12 +35,13 @@ def check_pages(tokens):
 
 
 def encode_characters(tokens):
-    """uint8 array of ASCII codes -> character numbers 0..6 in the same shape. A token outside CHARACTERS: ValueError."""
-    codes = CODES[tokens]
-    if codes.size and codes.max() == len(CHARACTERS):
-        stranger = chr(tokens[codes == len(CHARACTERS)][0])
-        raise ValueError(f"token {ord(stranger)} ({stranger!r}) is not in the character set {CHARACTERS!r}")
-    return codes
+    """uint8 tensor of ASCII codes -> character numbers 0..6, int32, in the same shape. Other tokens: ValueError."""
+    characters = CODES.to(tokens.device)[tokens.int()]
+    strangers = tokens[characters == len(CHARACTERS)]
+    if len(strangers):
+        code = int(strangers[0])
+        raise ValueError(f"token {code} ({chr(code)!r}) is not in the character set {CHARACTERS!r}")
+    return characters
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ class GPT(nn.Module):
     def features(self, pages):
         """(B, 1944) uint8 tokens, or their `Tree` -> (B, C), the last position after the final LayerNorm."""
         if isinstance(pages, Tree):
-            return self.finish(shared_attention(*self.scores_and_values(pages.pairs), pages.levels))
+            return self.after_attention(shared_attention(*self.scores_and_values(pages.pairs), pages.levels))
         check_pages(pages)
         if self.config.n_layer > 1 or bool((pages[:, -1] != ord("\n")).any()):  # the lines share one query: the newline's
             return self.read_every_token(pages)
@@ -157,8 +158,7 @@ class GPT(nn.Module):
     def read_every_token(self, tokens, plain=False):
         """`features` without sharing. `plain` skips nothing at all: every token through the whole of every block."""
         check_pages(tokens)
-        characters = torch.as_tensor(encode_characters(tokens.cpu().numpy()), device=self.device).int()
-        x = self.embed(characters, torch.arange(POSITIONS, device=self.device))  # (B, T, C)
+        x = self.embed(encode_characters(tokens.to(self.device)), torch.arange(POSITIONS, device=self.device))  # (B, T, C)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             for i, block in enumerate(self.blocks):
                 x = block(x, last_only=not plain and i == self.config.n_layer - 1)
@@ -192,7 +192,7 @@ class GPT(nn.Module):
 
     def reader(self):
         """How a rollout is read while the weights stand still; None where every token is read anew each time."""
-        return Reader(self) if self.config.n_layer == 1 else None
+        return PageReader(self) if self.config.n_layer == 1 else None
 
     @property
     def device(self):
@@ -214,7 +214,7 @@ class GPT(nn.Module):
     def last_embedding(self):
         return self.embed(torch.tensor(NEWLINE, device=self.device), torch.tensor(POSITIONS - 1, device=self.device))
 
-    def finish(self, y):
+    def after_attention(self, y):
         """Attention outputs of the last position, (B, D, H) -> (B, C): the rest of the block and the final LayerNorm."""
         block = self.blocks[0]
         x = self.last_embedding() + block.attn.c_proj(y.transpose(1, 2).flatten(1))
@@ -276,43 +276,47 @@ class LineIndex:
             changed, numbers = (text != self.last[0]).any(-1), self.last[1].copy()
         else:
             changed, numbers = np.ones((len(text), ROWS), bool), np.empty((len(text), ROWS), np.int64)
-        rows, text_changed = changed.nonzero()[1], text[changed]
-        characters = encode_characters(text_changed)  # (n, 81)
-        keys = np.column_stack([rows.astype(np.uint8), text_changed]).tobytes()
-        keys = [keys[i : i + COLUMNS + 1] for i in range(0, len(keys), COLUMNS + 1)]
-        numbers[changed], new = number(self.lines, keys)
-        self.add(rows[new], characters[new])
+        rows, lines = changed.nonzero()[1], text[changed]  # (n,), (n, 81)
+        keys = np.column_stack([rows.astype(np.uint8), lines]).view(f"V{COLUMNS + 1}").ravel().tolist()
+        numbers[changed], new = number_keys(self.lines, keys)
+        try:
+            self.add(rows[new], lines[new])
+        except ValueError:  # a character that is none: forget these lines again
+            for i in new:
+                del self.lines[keys[i]]
+            raise
         self.last = text.copy(), numbers
         return numbers
 
-    def add(self, rows, characters):
-        """New lines: rows (n,), characters (n, 81)."""
+    def add(self, rows, lines):
+        """New lines: rows (n,), tokens (n, 81)."""
+        characters = encode_characters(torch.from_numpy(lines)).numpy().astype(np.int64).reshape(-1, PIECE)
         places = rows[:, None] * COLUMNS + np.arange(COLUMNS)  # (n, 81)
-        pairs = (characters.astype(np.int64) * POSITIONS + places).reshape(-1, PIECE)
-        keys = pairs[:, 0] * len(CHARACTERS) ** PIECE  # unequal for unequal pieces: 9 digits in base 7 and the first pair
-        keys += characters.reshape(-1, PIECE) @ len(CHARACTERS) ** np.arange(PIECE)
-        pieces, new = number(self.pieces, keys.tolist())
+        pairs = characters * POSITIONS + places.reshape(-1, PIECE)
+        # 9 digits in base 7 and the first pair: unequal for unequal pieces
+        keys = pairs[:, 0] * len(CHARACTERS) ** PIECE + characters @ len(CHARACTERS) ** np.arange(PIECE)
+        pieces, new = number_keys(self.pieces, keys.tolist())
         self.piece_pairs.append(torch.from_numpy(pairs[new]))
         self.line_pieces.append(torch.from_numpy(pieces).view(-1, COLUMNS // PIECE))
 
     def tree(self, numbers, device="cpu"):
         """(B, 24) numbers of lines -> the `Tree` of these pages."""
-        lines, pages = level(numbers, len(self.lines))
-        pieces, lines = level(self.line_pieces().numpy()[lines], len(self.pieces))
-        pairs, pieces = level(self.piece_pairs().numpy()[pieces], len(CHARACTERS) * POSITIONS)
+        lines, pages = build_level(numbers, len(self.lines))
+        pieces, lines = build_level(self.line_pieces().numpy()[lines], len(self.pieces))
+        pairs, pieces = build_level(self.piece_pairs().numpy()[pieces], len(CHARACTERS) * POSITIONS)
         levels = [Level(*(torch.from_numpy(x).to(device) for x in part)) for part in (pieces, lines, pages)]
         return Tree(torch.from_numpy(pairs).to(device), levels)
 
 
-def number(table, keys):
+def number_keys(table, keys):
     """Numbers (n,) of the keys in `table`, new keys taking the next ones; and where each new key stands first."""
     known = len(table)
-    numbers = np.fromiter((table.setdefault(key, len(table)) for key in keys), np.int64, len(keys))
-    distinct, first = np.unique(numbers, return_index=True)
-    return numbers, first[distinct >= known]
+    numbers = np.array([table.setdefault(key, len(table)) for key in keys], np.int64)
+    highest = np.maximum.accumulate(np.append(known - 1, numbers))  # a new key stands first where the numbers rise above it
+    return numbers, (numbers > highest[:-1]).nonzero()[0]
 
 
-def level(children, n):
+def build_level(children, n):
     """(..., J) numbers below n -> the distinct ones, and the `Level` (as arrays) with its children renumbered into them."""
     used = np.zeros(n, bool)
     used[children] = True
@@ -392,7 +396,7 @@ def shared_attention(scores, values, levels):
     return y
 
 
-class Reader:
+class PageReader:
     """Reads pages while the weights stand still, as in a rollout or an evaluation: each distinct line is summed once.
 
     `encode` numbers the lines of a batch of pages, calling the reader with these numbers gives logits and values, and
@@ -423,7 +427,7 @@ class Reader:
         self.extend(self.pieces, self.pairs, self.index.piece_pairs)
         self.extend(self.lines, [rows() for rows in self.pieces], self.index.line_pieces)
         _, Z, _ = rescaled_sums(*[rows() for rows in self.lines], torch.from_numpy(numbers).to(self.model.device))
-        return self.model.heads(self.model.finish(Z[:, 1:] / Z[:, :1]))
+        return self.model.heads(self.model.after_attention(Z[:, 1:] / Z[:, :1]))
 
     def extend(self, parts, below, children):
         """Sums the parts that `children` has gained since the last call."""
