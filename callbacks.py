@@ -7,6 +7,7 @@ the training.
 """
 
 import contextlib
+import copy
 import csv
 import io
 import math
@@ -41,9 +42,10 @@ class Callback:
 
 
 def say(line):
-    """Print a line without tearing a progress bar."""
-    tqdm.write(line)
-    sys.stdout.flush()
+    """Print a line without tearing a progress bar. Where nobody reads (`| head`) or the disk is full, training goes on."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(line)
+        sys.stdout.flush()
 
 
 def duration(seconds):
@@ -259,32 +261,37 @@ class Checkpoints(Callback):
 
     def __init__(self, run_dir, save_freq, keep=3):
         """save_freq: updates between two checkpoints. keep: how many checkpoint_<update>.pt stay."""
-        self.run_dir, self.save_freq, self.keep, self.new_best = Path(run_dir), save_freq, keep, False
+        self.run_dir, self.save_freq, self.keep, self.best = Path(run_dir), save_freq, keep, None
+
+    def on_training_start(self, ppo):
+        if ppo.update_count == 0:
+            self.save("last.pt", ppo.state_dict())  # a kill before the first checkpoint leaves something to resume
 
     def on_evaluation_end(self, ppo):
         if ppo.is_best:
-            self.save("best_model.pt", ppo.policy_state())
-            self.new_best = True
+            self.best = copy.deepcopy(ppo.policy_state())
 
     def on_update_end(self, ppo):
-        due = ppo.update_count % self.save_freq == 0
-        if due or self.new_best:  # a resume point that knew a lower best score could overwrite the best model
+        if self.best and self.save("best_model.pt", self.best):  # else again after the next update
+            self.best = None
+        if ppo.update_count % self.save_freq == 0:
             state = ppo.state_dict()
             self.save("last.pt", state)
-            if due:
-                self.save(f"checkpoint_{ppo.update_count}.pt", state)
-                self.prune()
-        self.new_best = False
+            self.save(f"checkpoint_{ppo.update_count}.pt", state)
+            self.prune()
 
     def on_training_end(self, ppo):
         """Raises CheckpointError if the result of the training cannot be saved."""
         save_checkpoint(self.run_dir / "last.pt", ppo.state_dict())
 
     def save(self, name, state):
+        """-> whether it worked."""
         try:
             save_checkpoint(self.run_dir / name, state)
+            return True
         except CheckpointError as error:
             say(f"warning: {error}; training goes on")
+            return False
 
     def prune(self):
         """Delete all but the newest. By time, not by number: higher numbers may be left from before a resume."""

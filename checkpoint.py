@@ -4,7 +4,7 @@ A checkpoint is a dict of plain values and tensors, written by `torch.save` with
 whole or not at all, checked for damage before it is unpickled, and read with `weights_only=True`. Whatever is wrong
 with a file becomes a `CheckpointError`: one line that names the file, says what is wrong and what to do.
 
-What belongs into a checkpoint is not decided here; `to_plain` and `random_states` help to put it in.
+What belongs into a checkpoint is not decided here; `to_plain` helps to put NumPy arrays in.
 """
 
 import contextlib

@@ -83,7 +83,7 @@ def summary(scores, lengths, bricks):
 
 
 def returned(policy, starts=256, steps=300):
-    """The share of falling balls that the paddle returns, from fixed varied starts: 0..1."""
+    """The share of falling balls that the paddle returns, from fixed varied starts and the serves that follow: 0..1."""
     reader, env = reader_of(policy), BreakoutAsciiVec(starts, varied_starts=1.0)
     obs, _ = env.reset(seed=0)
     hits = misses = 0

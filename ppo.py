@@ -74,6 +74,11 @@ def learning_rate(progress, lr, min_lr, warmup, schedule):
     return lr + (min_lr - lr) * fall
 
 
+def lost_lives(infos):
+    """(N,) bool, or False where the env knows no lives: which games lost one in this step, games that it ended included."""
+    return infos.get("life_lost", False) | infos.get("final_info", {}).get("life_lost", False)
+
+
 class StopTraining(Exception):
     """Raised inside `learn` at the next minibatch or step after `request_stop`."""
 
@@ -93,7 +98,7 @@ class PPOConfig:
     entropy_coef: float
     max_grad_norm: float
     warmup: float = 0.0  # share of the training
-    schedule: str = "cosine"
+    lr_schedule: str = "cosine"  # or "linear"
     value_clip: float = 0.0  # 0: off
     target_kl: float = 0.0  # 0: off
     prediction_coef: float = 0.0  # 0: off
@@ -128,6 +133,7 @@ class PPO:
         return self.config.num_steps
 
     def learn(self):
+        self.clock = time.perf_counter()
         self.emit("on_training_start")
         while self.global_step < self.config.num_steps:
             self.snapshot = self.state_dict()  # what an interrupted update goes back to
@@ -136,20 +142,23 @@ class PPO:
             self.collect()
             self.emit("on_rollout_end")
             self.stats = self.update()
-            taken = time.perf_counter() - start
-            self.stats["steps_per_second"] = self.config.rollout_steps * self.env.num_envs / taken
-            last = self.global_step >= self.config.num_steps
-            every = self.config.eval_interval
+            samples = self.config.rollout_steps * self.env.num_envs
+            self.stats["steps_per_second"] = samples / (time.perf_counter() - start)
+            last, every = self.global_step >= self.config.num_steps, self.config.eval_interval
             if self.evaluate and every and (last or self.update_count % every == 0):
                 self.evaluation = self.evaluate(self.policy)
                 self.is_best = self.evaluation["score"] > self.best_score
-                self.seconds += time.perf_counter() - start
+                self.tick()
                 self.emit("on_evaluation_end")
                 self.best_score = max(self.best_score, self.evaluation["score"])
-            else:
-                self.seconds += time.perf_counter() - start
+            self.tick()
             self.emit("on_update_end")
         self.emit("on_training_end")
+
+    def tick(self):
+        """Everything since `learn` began counts: observers, evaluations and snapshots too."""
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
 
     def collect(self):
         """S steps of every environment into the buffer."""
@@ -161,6 +170,8 @@ class PPO:
             self.check_stop()
             obs = self.reader.encode(self.obs)
             logits, values = (x.cpu() for x in self.reader(obs))
+            if not logits.isfinite().all():
+                raise FloatingPointError(f"the logits are not finite in update {self.update_count + 1}; try a lower learning rate")
             logprobs = F.log_softmax(logits, dim=-1)
             actions = torch.multinomial(logprobs.exp(), 1, generator=self.generator)  # (N, 1)
             next_obs, rewards, terminated, truncated, infos = self.env.step(actions.squeeze(1).numpy())
@@ -168,13 +179,14 @@ class PPO:
             if truncated.any():
                 final_obs = np.stack(list(infos["final_obs"][truncated]))
                 final_values[torch.from_numpy(truncated)] = self.reader(self.reader.encode(final_obs))[1].cpu()
-            self.count_scores(rewards, terminated | truncated)
-            has_next[step] = ~(terminated | truncated)
+            done = terminated | truncated
+            self.count_scores(rewards, done)
+            has_next[step] = ~done
             changes = changed_rows_and_columns(self.obs, next_obs, self.policy.page_columns) if config.prediction_coef else None
             self.buffer.add(
                 obs, actions.squeeze(1), logprobs.gather(1, actions).squeeze(1), values,
                 (rewards * config.reward_scale).astype(np.float32),
-                terminated | infos.get("life_lost", False), truncated, final_values, changes,
+                terminated | lost_lives(infos), truncated, final_values, changes,
             )  # fmt: skip
             self.obs = next_obs
         last_values = self.reader(self.reader.encode(self.obs))[1].cpu()
@@ -189,11 +201,11 @@ class PPO:
     def update(self):
         """Epochs of minibatches over the buffer -> the statistics of the update, floats."""
         config, stats = self.config, []
-        lr = learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr, config.warmup, config.schedule)
+        lr = learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr, config.warmup, config.lr_schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(config.epochs):
-            epoch = [self.step(mb) for mb in self.buffer.minibatches(config.batch_size, self.generator, self.device)]
+            epoch = [self.gradient_step(mb) for mb in self.buffer.minibatches(config.batch_size, self.generator, self.device)]
             stats += epoch
             if config.target_kl and torch.stack([s["approx_kl"] for s in epoch]).mean() > config.target_kl:
                 break
@@ -208,7 +220,7 @@ class PPO:
         stats["train_score"] = float(np.mean(self.train_scores)) if self.train_scores else math.nan
         return stats
 
-    def step(self, mb):
+    def gradient_step(self, mb):
         """One gradient step on one minibatch -> its statistics, tensors."""
         self.check_stop()
         config, batch = self.config, self.reader.batch(mb.obs)

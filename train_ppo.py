@@ -5,6 +5,7 @@ Go on with a run that was stopped:                 python train_ppo.py --resume 
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import shlex
@@ -19,7 +20,7 @@ import torch
 
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Checkpoints, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
-from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
 from evaluation import evaluate
 from model import GPT, GPTConfig
 from ppo import PPO, PPOConfig, StopTraining
@@ -43,7 +44,7 @@ REWARD_SCALE = 0.1  # a brick is worth 10 points in the game and 1 in training
 # optimizer (Adam)
 LR = 1e-3
 MIN_LR = 5e-5  # at the end
-LR_SCHEDULE = "linear"  # or "cosine": how LR falls to MIN_LR
+LR_SCHEDULE = "cosine"  # or "linear": how LR falls to MIN_LR
 WARMUP = 0.0  # share of NUM_STEPS over which LR first rises from 0
 MAX_GRAD_NORM = 0.5
 # what makes it learn
@@ -59,18 +60,20 @@ MLP_EXPANSION = 4
 SEED = 0
 DEVICE = "auto"  # "cuda" if it works, else "cpu"
 RUN_DIR = ""  # "" for runs/<date-time>
-EVAL_INTERVAL = 16  # updates between two evaluations
+EVAL_INTERVAL = 16  # updates between two evaluations; never if 0
 SAVE_FREQ = 16  # updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONSTANTS = {name: value for name, value in list(globals().items()) if name.isupper() and isinstance(value, (int, float, str))}
+CONSTANTS = {name: value for name, value in list(globals().items()) if name.isupper() and not callable(value)}
 TEXTS = {"LR_SCHEDULE": ("linear", "cosine"), "DEVICE": None, "RUN_DIR": None}  # the choices, None for any
 NUMBERS = {
     "GAMMA": (0, 1), "LAMBD": (0, 1), "VARIED_STARTS": (0, 1), "WARMUP": (0, 0.99), "EPS_CLIP": (1e-9, 1), "LR": (1e-9, 1),
     "MIN_LR": (0, 1), "REWARD_SCALE": (1e-9, 1e9), "MAX_GRAD_NORM": (1e-9, 1e9), "VALUE_LOSS_COEF": (0, 1e9),
     "VALUE_CLIP": (0, 1e9), "ENTROPY_COEF": (0, 1e9), "TARGET_KL": (0, 1e9), "PREDICTION_COEF": (0, 1e9),
 }  # fmt: skip
-INTEGERS = {name: (1, 2**62) for name in CONSTANTS if name not in TEXTS | NUMBERS} | {"SEED": (0, 2**32 - 1)}
+INTEGERS = {name: (1, 8192) for name in CONSTANTS if name not in TEXTS | NUMBERS} | {
+    "NUM_STEPS": (1, 10**12), "BATCH_SIZE": (1, 10**7), "SEED": (0, 2**32 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+}  # fmt: skip
 FIXED = "NUM_ENVS BLOCK_SIZE N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run keeps these
 
 
@@ -78,11 +81,15 @@ class CommandLineError(ValueError):
     """What a user got wrong, in one line."""
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise CommandLineError(message)
+
+
 def read_command_line(argv, constants):
     """Arguments -> the run to resume or None, and the constants given, checked: {"NUM_STEPS": 200000}."""
-    parser = argparse.ArgumentParser(prog="train_ppo.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.error = lambda message: (_ for _ in ()).throw(CommandLineError(message))
+    parser = ArgumentParser(prog="train_ppo.py", description=__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--resume", metavar="RUN", help="a run directory, or a checkpoint that train_ppo.py wrote for resuming")
     for name, value in constants.items():
         parser.add_argument(f"--{name.lower()}", metavar=type(value).__name__, help=f"default {value!r}")
@@ -108,13 +115,14 @@ def convert(name, text):
 def check(constants):
     """Raises CommandLineError for a value of the wrong type or out of range, and for values that do not fit together."""
     for name, (low, high) in (INTEGERS | NUMBERS).items():
-        value, kinds = constants[name], int if name in INTEGERS else (int, float)
-        if not isinstance(value, kinds) or not low <= value <= high:
+        value, kinds = constants[name], (int,) if name in INTEGERS else (int, float)
+        if type(value) not in kinds or not low <= value <= high:
             kind = "an integer" if name in INTEGERS else "a number"
             raise CommandLineError(f"{name} (--{name.lower()}) must be {kind} from {low:g} to {high:g}, not {value!r}")
     for name, choices in TEXTS.items():
-        if choices and constants[name] not in choices:
-            raise CommandLineError(f"{name} (--{name.lower()}) must be {' or '.join(choices)}, not {constants[name]!r}")
+        value = constants[name]
+        if not isinstance(value, str) or (choices and value not in choices):
+            raise CommandLineError(f"{name} (--{name.lower()}) must be {' or '.join(choices or ['text'])}, not {value!r}")
     if constants["BATCH_SIZE"] > constants["NUM_ENVS"] * constants["ROLLOUT_STEPS"]:
         raise CommandLineError("BATCH_SIZE must not exceed NUM_ENVS * ROLLOUT_STEPS, the samples of a rollout")
     if constants["MIN_LR"] > constants["LR"]:
@@ -134,23 +142,30 @@ def choose_device(name):
     """ "auto", "cpu", "cuda", "cuda:1" -> torch.device. "auto" takes CUDA if a small product runs on it."""
     try:
         device = torch.device("cuda" if name == "auto" else name)
-        torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)
+        (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item()
         return device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+    except (RuntimeError, AssertionError, ImportError) as error:  # AssertionError: torch was built without CUDA
         if name == "auto":
             return torch.device("cpu")
         raise CommandLineError(f"--device {name} does not work here ({str(error).splitlines()[0]}); try --device cpu") from None
 
 
 def new_run_dir(name):
-    run_dir = Path(name or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise CommandLineError(f"{run_dir} is in use already; name another --run_dir, or --resume {run_dir}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandLineError(f"{run_dir} cannot be made ({error.strerror}); name another --run_dir") from None
-    return run_dir
+    """Makes the directory of a new run; two that start in the same second get two."""
+    stem = name or time.strftime("runs/%Y-%m-%d_%H-%M-%S")
+    for attempt in range(1, 100):
+        run_dir = Path(stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=bool(name))
+            if not any(run_dir.iterdir()):
+                return run_dir
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise CommandLineError(f"{run_dir} cannot be made ({error.strerror}); name another --run_dir") from None
+        if name:
+            break
+    raise CommandLineError(f"{run_dir} is in use already; name another --run_dir, or --resume {run_dir}")
 
 
 def build(c, run_dir, device):
@@ -160,8 +175,7 @@ def build(c, run_dir, device):
     policy = GPT(config).to(device)
     policy.speed_up()
     env = BreakoutAsciiVec(c.NUM_ENVS, varied_starts=c.VARIED_STARTS)
-    names = PPOConfig.__dataclass_fields__
-    ppo_config = PPOConfig(**{name.lower(): value for name, value in vars(c).items() if name.lower() in names})
+    ppo_config = PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__})
     csv = run_dir / "metrics.csv"
     observers = [ProgressBar(plan(c, policy, device, run_dir)), MetricsCSV(csv), TensorBoard(run_dir), LearningCurve(run_dir / "learning_curve.png", csv),
                  Checkpoints(run_dir, c.SAVE_FREQ)]  # fmt: skip
@@ -174,8 +188,7 @@ def plan(c, policy, device, run_dir):
     layers = "one layer" if c.N_LAYER == 1 else f"{c.N_LAYER} layers"
     return (
         f"A GPT of {layers} and {parameters:,} parameters learns Breakout on {device}: {c.NUM_STEPS:,} steps of "
-        f"{c.NUM_ENVS} games,\nevaluated every {c.EVAL_INTERVAL * c.ROLLOUT_STEPS * c.NUM_ENVS:,} steps. "
-        f"Curve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops."
+        f"{c.NUM_ENVS} games.\nCurve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops."
     )
 
 
@@ -193,48 +206,75 @@ def learn(ppo, run_dir):
         ppo.learn()
         return 0
     except StopTraining:
-        reason, status = "stopped", 128 + received[0]
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
-        reason, status = str(error).splitlines()[0], 1
+        reason, status, change = "stopped", 128 + received[0], ""
+    except FloatingPointError as error:
+        reason, status, change = error, 1, f" --lr {ppo.config.lr / 2:g}"
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason, status, change = str(error).splitlines()[0], 1, f" --batch_size {max(ppo.config.batch_size // 2, 1)}"
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
     save_checkpoint(run_dir / "last.pt", ppo.snapshot)
-    print(f"\n{reason}; go on with: python train_ppo.py --resume {shlex.quote(str(run_dir))}", file=sys.stderr)
+    print(f"\n{reason}; go on with: python train_ppo.py --resume {shlex.quote(str(run_dir))}{change}", file=sys.stderr)
     return status
 
 
+def read_resumed(name, given):
+    """A run or a checkpoint of one, and the constants given -> its directory, its state, its constants with the given."""
+    path = find_checkpoint(name)
+    state = load_checkpoint(path)
+    if "optimizer" not in state:
+        raise CheckpointError(f"{path}: holds a model to play, not a run to resume; resume from its run's last.pt")
+    if not (path.parent / "config.json").exists():
+        raise CheckpointError(f"{path}: lies outside its run (there is no config.json beside it); resume it in its run directory")
+    constants = state.get("constants")
+    if not isinstance(constants, dict) or constants.keys() != CONSTANTS.keys():
+        raise CheckpointError(f"{path}: has other constants than this program; resume another run")
+    for constant in FIXED:
+        if given.get(constant, constants[constant]) != constants[constant]:
+            raise CommandLineError(f"--{constant.lower()} cannot change in a resumed run; leave it out")
+    constants = constants | given | {"RUN_DIR": str(path.parent)}
+    if constants["NUM_STEPS"] <= state["global_step"]:
+        raise CommandLineError(f"{path} has done {state['global_step']:,} steps already; to go on, give a larger --num_steps")
+    return path.parent, state, constants
+
+
+def load(ppo, state, run_dir):
+    """Puts the state of a run into its PPO. Raises CheckpointError if it does not fit."""
+    try:
+        ppo.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{run_dir}: does not fit this program ({one_line(error)}); resume another run") from None
+    with contextlib.suppress(CheckpointError):  # an older checkpoint may not know the best of its run
+        ppo.best_score = max(ppo.best_score, load_checkpoint(run_dir / "best_model.pt")["evaluation"]["score"])
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:200]
+
+
 def main(argv=None):
-    constants, state = CONSTANTS, None
-    resume, given = read_command_line(argv, constants)
-    if resume:
-        path = find_checkpoint(resume)
-        state = load_checkpoint(path)
-        if "optimizer" not in state:
-            raise CheckpointError(f"{path}: holds a model to play, not a run to resume; resume from its run's last.pt")
-        fixed = [name for name in given if name in FIXED]
-        if fixed:
-            raise CommandLineError(f"--{fixed[0].lower()} cannot change in a resumed run; leave it out")
-        constants = constants | state["constants"]
-    constants = constants | given
+    resume, given = read_command_line(argv, CONSTANTS)
+    if resume is None:
+        state, constants = None, CONSTANTS | given
+    else:
+        run_dir, state, constants = read_resumed(resume, given)
     check(constants)
-    c = SimpleNamespace(**constants)
-    device = choose_device(c.DEVICE)
-    run_dir = path.parent if resume else new_run_dir(c.RUN_DIR)
-    ppo = build(c, run_dir, device)
-    if state:
-        try:
-            ppo.load_state_dict(state)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path}: does not fit this program ({str(error).splitlines()[0]}); resume another run") from None
-    (run_dir / "config.json").write_text(json.dumps(constants, indent=2) + "\n")
+    device = choose_device(constants["DEVICE"])
+    if state is None:
+        run_dir = new_run_dir(constants["RUN_DIR"])
+        constants["RUN_DIR"] = str(run_dir)
+    ppo = build(SimpleNamespace(**constants), run_dir, device)
+    if state is not None:
+        load(ppo, state, run_dir)
+    atomic_write(run_dir / "config.json", (json.dumps(constants, indent=2) + "\n").encode())
     return learn(ppo, run_dir)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (CommandLineError, CheckpointError) as error:
+    except (CommandLineError, CheckpointError, OSError) as error:
         sys.exit(f"train_ppo.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -338,10 +338,21 @@ def test_last_is_saved_at_the_end(tmp_path):
     assert updates(tmp_path) == {"last.pt": 7, "checkpoint_5.pt": 5, "best_model.pt": 4}
 
 
-def test_a_resume_knows_every_best_model(tmp_path):
-    FakePPO([Checkpoints(tmp_path, save_freq=100)]).learn(until=5)
-    assert updates(tmp_path) == {"best_model.pt": 4, "last.pt": 4}
-    assert load_checkpoint(tmp_path)["best_score"] == 300
+def test_there_is_something_to_resume_from_the_start(tmp_path):
+    FakePPO([Checkpoints(tmp_path, save_freq=100)]).learn(until=1)
+    assert updates(tmp_path) == {"last.pt": 0}
+
+
+def test_a_best_model_that_could_not_be_saved_is_saved_later(tmp_path, monkeypatch, capsys):
+    """The best score comes with update 4, on a full disk; the disk has room again from update 6."""
+    monkeypatch.setattr(sys.modules[__name__], "SCORES", {4: 300.0})
+    ppo, fsync = FakePPO([Checkpoints(tmp_path, save_freq=100)]), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: fsync(fd) if ppo.update_count not in (4, 5) else disk_full())
+    ppo.learn(until=5)
+    assert "best_model.pt" not in updates(tmp_path)
+    ppo.update_count = 5
+    ppo.learn(until=6)
+    assert updates(tmp_path)["best_model.pt"] == 4
 
 
 def test_checkpoints_left_from_before_a_resume_do_not_push_out_new_ones(tmp_path):

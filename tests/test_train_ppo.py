@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def same(x, y):
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, monkeypatch, capsys, signum, status, minibatch):
     """Six updates; and three, a signal in the midst of the fourth, and three more."""
     assert run(tmp_path, "straight") == 0
-    step, steps = PPO.step, []
+    step, steps = PPO.gradient_step, []
 
     def interrupted(self, mb):
         steps.append(0)
@@ -61,7 +62,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, monkeypatch, 
         return step(self, mb)
 
     with monkeypatch.context() as m:
-        m.setattr(PPO, "step", interrupted)
+        m.setattr(PPO, "gradient_step", interrupted)
         assert run(tmp_path, "stopped") == status
     assert len(steps) == minibatch  # the minibatch was finished, and no other begun
     assert f"go on with: python train_ppo.py --resume {tmp_path / 'stopped'}" in capsys.readouterr().err
@@ -85,6 +86,8 @@ def test_what_a_run_leaves(tmp_path):
     best = load_checkpoint(tmp_path / "run" / "best_model.pt")
     assert best["evaluation"]["score"] == max(float(row["eval_score"] or 0) for row in logged(tmp_path / "run"))
     assert "optimizer" not in best and best["constants"] == constants
+    readme = (ROOT / "README.md").read_text()
+    assert [column for column in logged(tmp_path / "run")[0] if f"`{column}`" not in readme] == []
 
 
 def test_one_seed_one_run(tmp_path):
@@ -95,8 +98,51 @@ def test_one_seed_one_run(tmp_path):
 
 def test_a_finished_run_can_be_made_longer(tmp_path):
     run(tmp_path, "run")
-    assert main(["--resume", str(tmp_path / "run"), "--num_steps", str(8 * 32)]) == 0
+    assert main(["--resume", str(tmp_path / "run"), "--num_steps", str(8 * 32), "--num_envs", "4"]) == 0
     assert [row["update"] for row in logged(tmp_path / "run")] == [str(i) for i in range(1, 9)]
+
+
+def test_every_constant_reaches_what_it_is_for(tmp_path):
+    """Another value for each: nothing is dropped on the way, nothing swapped."""
+    other = {"NUM_STEPS": 11, "NUM_ENVS": 3, "ROLLOUT_STEPS": 5, "EPOCHS": 2, "BATCH_SIZE": 7, "GAMMA": 0.91, "LAMBD": 0.92,
+             "EPS_CLIP": 0.13, "VALUE_LOSS_COEF": 0.14, "VALUE_CLIP": 0.15, "ENTROPY_COEF": 0.016, "TARGET_KL": 0.17,
+             "REWARD_SCALE": 0.18, "LR": 0.019, "MIN_LR": 0.0019, "LR_SCHEDULE": "linear", "WARMUP": 0.21, "MAX_GRAD_NORM": 0.22,
+             "VARIED_STARTS": 0.23, "PREDICTION_COEF": 0.24, "N_LAYER": 2, "N_HEAD": 2, "N_EMBD": 8, "MLP_EXPANSION": 3,
+             "SEED": 4, "DEVICE": "cpu", "RUN_DIR": str(tmp_path), "EVAL_INTERVAL": 6, "SAVE_FREQ": 8, "BLOCK_SIZE": 1944}  # fmt: skip
+    assert other.keys() == CONSTANTS.keys()
+    assert [name for name in other if other[name] == CONSTANTS[name]] == ["BLOCK_SIZE"]
+    ppo = train_ppo.build(SimpleNamespace(**other), tmp_path, torch.device("cpu"))
+    found = {**vars(ppo.config), **vars(ppo.policy.config), "num_envs": ppo.env.num_envs, "varied_starts": ppo.env.varied_starts,
+             "device": str(ppo.device), "run_dir": str(ppo.callbacks[-1].run_dir), "save_freq": ppo.callbacks[-1].save_freq}  # fmt: skip
+    assert {name: found[name.lower()] for name in other} == other
+
+
+def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_ppo.time, "strftime", lambda form: "runs/now")
+    assert [str(train_ppo.new_run_dir("")) for _ in range(3)] == ["runs/now", "runs/now-2", "runs/now-3"]
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_something_to_resume(tmp_path, monkeypatch):
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(PPO, "collect", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "run")
+    run(tmp_path, "straight")
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert logged(tmp_path / "run") == logged(tmp_path / "straight")
+
+
+def test_resuming_an_older_checkpoint_keeps_a_better_model(tmp_path, monkeypatch):
+    scores = iter([100.0, 900.0, 200.0])
+    monkeypatch.setattr(train_ppo, "evaluate", lambda policy: {
+        "score": next(scores, 300.0), "min": 0, "max": 960, "cleared": 0, "games": 32, "mean_length": 9.0, "returned": 0.5})  # fmt: skip
+    run(tmp_path, "run")
+    assert main(["--resume", str(tmp_path / "run" / "checkpoint_2.pt")]) == 0
+    assert load_checkpoint(tmp_path / "run" / "best_model.pt")["evaluation"]["score"] == 900
 
 
 def test_a_gradient_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, capsys):
@@ -109,7 +155,7 @@ def test_a_gradient_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(PPO, "update", spoiled)
     assert run(tmp_path, "run") == 1
-    assert "not finite in update 3" in capsys.readouterr().err
+    assert re.search("not finite in update 3.*--resume .*run --lr 0.0005", capsys.readouterr().err)
     assert load_checkpoint(tmp_path / "run")["update_count"] == 2
 
 
@@ -144,8 +190,10 @@ def test_wrong_arguments_are_refused_in_one_line_before_anything_starts(tmp_path
 def test_edited_constants_are_checked_too():
     check(CONSTANTS)
     check(CONSTANTS | {"VARIED_STARTS": 1})  # an integer is a number
-    with pytest.raises(CommandLineError, match="NUM_STEPS.*must be an integer.*not 1000000.0"):
-        check(CONSTANTS | {"NUM_STEPS": 1e6})
+    for edit, message in (({"NUM_STEPS": 1e6}, "NUM_STEPS.*must be an integer.*not 1000000.0"), ({"TARGET_KL": None}, "must be a number"),
+                          ({"N_LAYER": True}, "must be an integer"), ({"RUN_DIR": None}, "RUN_DIR.*must be text, not None")):  # fmt: skip
+        with pytest.raises(CommandLineError, match=message):
+            check(CONSTANTS | edit)
 
 
 def test_a_run_directory_in_use_is_not_touched(tmp_path):
@@ -167,9 +215,19 @@ def test_what_cannot_be_resumed(tmp_path):
         main(["--resume", str(last), "--n_embd", "32"])
     state = load_checkpoint(last)
     del state["model"]["wte.weight"]
-    save_checkpoint(tmp_path / "spoiled.pt", state)
-    with pytest.raises(CheckpointError, match="spoiled.pt: does not fit this program"):
-        main(["--resume", str(tmp_path / "spoiled.pt")])
+    save_checkpoint(tmp_path / "run" / "spoiled.pt", state)
+    with pytest.raises(CheckpointError, match="does not fit this program.*wte.weight"):
+        main(["--resume", str(tmp_path / "run" / "spoiled.pt"), "--num_steps", "1000"])
+    save_checkpoint(tmp_path / "elsewhere.pt", state)
+    with pytest.raises(CheckpointError, match="elsewhere.pt: lies outside its run"):
+        main(["--resume", str(tmp_path / "elsewhere.pt")])
+    save_checkpoint(tmp_path / "run" / "older.pt", state | {"constants": {"GAMMA": 1}})
+    with pytest.raises(CheckpointError, match="older.pt: has other constants"):
+        main(["--resume", str(tmp_path / "run" / "older.pt")])
+    with pytest.raises(CommandLineError, match="has done 192 steps already; to go on, give a larger --num_steps"):
+        main(["--resume", str(last)])
+    with pytest.raises(CheckpointError, match="there is no such file|has no last.pt"):
+        main(["--resume", ""])
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="last.pt"):
         main(["--resume", str(tmp_path / "run")])
@@ -206,6 +264,22 @@ def test_on_the_command_line(tmp_path):
     assert process.returncode == 130 and "Traceback" not in err
     assert f"go on with: python train_ppo.py --resume runs/{run_dir.name}" in err
     assert load_checkpoint(run_dir)["update_count"] >= 4
+    process = script(*SMALL.split(), "--num_steps", "100000000", "--eval_interval", "0", cwd=tmp_path)
+    try:  # two signals at once: it leaves without finishing anything; and nobody reads what it prints
+        process.stdout.close()
+        deadline = time.time() + 60
+        while len(list(tmp_path.glob("runs/*/checkpoint_4.pt"))) < 2 and time.time() < deadline:
+            time.sleep(0.1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) in (-signal.SIGINT, 130)
+    finally:
+        process.kill()
+        process.stderr.close()
     process = script("--resum", str(run_dir), cwd=tmp_path)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err == "train_ppo.py: unknown argument --resum; did you mean --resume?\n"
