@@ -1,0 +1,156 @@
+"""Watch a trained GPT play:  python load_model.py
+
+Plays the newest run's best model, or the shipped one, and draws what it reads as a gif. Name a checkpoint or a run
+directory to play another; --evaluate plays all 32 possible games and prints the exact score as JSON.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+import imageio
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from breakout_ascii import BreakoutAscii, to_image
+from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run
+from evaluation import exact, sampled
+from model import GPT, GPTConfig
+from rollout_buffer import reader_of
+
+HERE = Path(__file__).parent
+SHIPPED = HERE / "pretrained" / "breakout.pt"
+FRAME_MS = 40  # 25 frames a second; gif viewers slow down below 20
+
+
+def load_policy(path, device="cpu"):
+    """A checkpoint, or a run directory -> the GPT in eval mode, and what else the checkpoint says of it.
+
+    The GPT maps (B, 1944) uint8 tokens to logits (B, 3) and values (B,). Raises CheckpointError, in one line.
+    """
+    path = find_model(path)
+    meta = load_checkpoint(path)
+    try:
+        policy = GPT(GPTConfig(**meta["gpt_config"]))
+        policy.load_state_dict(meta.pop("model"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: is no model of this program ({reason}); train one with train_ppo.py") from error
+    return policy.to(device).eval(), meta
+
+
+def play(policy, steps=1000, episodes=None, seed=0, sample=False):
+    """Plays so many steps, or so many whole games, a new game after each end.
+
+    Yields the page after each step, (1944,) uint8, and the info of the game if this step ended it or is the last, else None.
+    """
+    reader, env = reader_of(policy), BreakoutAscii()
+    generator = torch.Generator().manual_seed(seed)
+    obs, _ = env.reset(seed=seed)
+    for step in itertools.count(1):
+        logits = reader(reader.encode(obs[None]))[0][0].cpu()
+        action = torch.multinomial(logits.softmax(-1), 1, generator=generator) if sample else logits.argmax()
+        obs, _, terminated, truncated, info = env.step(int(action))
+        over = terminated or truncated
+        last = step == steps if episodes is None else over and episodes == 1
+        yield obs, info if over or last else None
+        if last:
+            return
+        if over:
+            obs, _ = env.reset()
+            episodes = episodes and episodes - 1
+
+
+def write_gif(file, frames):
+    """frames: an iterable of (1944,) uint8 pages. One palette for all, so that each frame stores only what moved."""
+    first = Image.fromarray(to_image(next(frames)))  # the wall stands: every colour is there
+    palette = first.quantize(64)
+    rest = (Image.fromarray(to_image(frame)).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    palette.save(file, "GIF", save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
+
+
+def write_video(file, frames):
+    with imageio.get_writer(file, format="mp4", fps=1000 / FRAME_MS, macro_block_size=8) as writer:
+        for frame in frames:
+            writer.append_data(to_image(frame))
+
+
+def find_model(name):
+    """The checkpoint or run directory that was named, else the newest run, else the shipped model."""
+    return find_checkpoint(name or newest_run("runs") or SHIPPED, ("best_model.pt", "last.pt"))
+
+
+def read_command_line(argv):
+    parser = argparse.ArgumentParser(prog="load_model.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("model", nargs="?", help="a checkpoint or a run directory (default: the newest run, else the shipped model)")
+    parser.add_argument("--steps", type=int, default=1000, help="steps to play (default 1000)")
+    parser.add_argument("--episodes", type=int, help="whole games to play, instead of --steps")
+    parser.add_argument("--out", default="gpt.gif", help="a .gif, or an .mp4 if imageio-ffmpeg is installed (default gpt.gif)")
+    parser.add_argument("--seed", type=int, default=0, help="of the serves and of --sample (default 0)")
+    parser.add_argument("--sample", action="store_true", help="draw the actions instead of taking the most probable")
+    parser.add_argument("--evaluate", action="store_true",
+                        help="no picture: the exact score over all 32 games; with --sample, the mean of --episodes games (1000)")  # fmt: skip
+    parser.error = lambda message: sys.exit(f"load_model.py: {message}")
+    args = parser.parse_args(argv)
+    gif = args.out.lower().endswith(".gif") and not args.evaluate  # Pillow keeps every frame until the end: 130 KB each
+    for name, low, high in (("steps", 1, 10_000 if gif else 10**9), ("episodes", 1, 5 if gif else 10**6), ("seed", 0, 2**32 - 1)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name} must be from {low} to {high}{' for a gif' if gif else ''}, not {value}")
+    suffix = Path(args.out).suffix.lower()
+    if suffix not in (".gif", ".mp4"):
+        parser.error(f"--out must end in .gif or .mp4, not {args.out!r}")
+    if suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        parser.error("an .mp4 needs one more package: pip install imageio-ffmpeg; or write a .gif")
+    if Path(args.out).is_dir():
+        parser.error(f"--out: {args.out} is a directory")
+    if not Path(args.out).parent.is_dir():
+        parser.error(f"--out: there is no directory {Path(args.out).parent}")
+    return args
+
+
+def main(argv=None):
+    args = read_command_line(argv)
+    path = find_model(args.model)
+    policy, meta = load_policy(path)
+    print(f"{os.path.relpath(path)}: trained for {meta.get('global_step', 0):,} steps")
+    if args.evaluate:
+        result = sampled(policy, args.episodes or 1000, args.seed) if args.sample else exact(policy)
+        print(json.dumps({name: result[name] for name in ("score", "min", "max", "cleared", "games")}))
+        return
+    games = []
+
+    def frames():
+        played = play(policy, args.steps, args.episodes, args.seed, args.sample)
+        for frame, info in tqdm(played, total=None if args.episodes else args.steps, unit=" frames"):
+            games.extend([info] if info else [])
+            yield frame
+
+    unfinished = Path(args.out + ".part")
+    try:
+        with open(unfinished, "wb") as file:
+            (write_gif if args.out.lower().endswith(".gif") else write_video)(file, frames())
+        os.replace(unfinished, args.out)  # an old picture stays whole until the new one is
+    finally:
+        unfinished.unlink(missing_ok=True)
+    for i, info in enumerate(games, 1):
+        left = f"{info['bricks']} of 91 bricks left" if info["bricks"] else "the wall is cleared"
+        print(f"game {i}: {info['score']} points, {left}, {info['lives']} lives left")
+    print(f"wrote {args.out} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CheckpointError as error:
+        sys.exit(f"load_model.py: {error}")
+    except OSError as error:
+        sys.exit(f"load_model.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

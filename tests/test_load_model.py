@@ -1,0 +1,160 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import load_model
+from breakout_ascii import BreakoutAscii, to_image
+from checkpoint import CheckpointError, save_checkpoint
+from load_model import SHIPPED, find_model, load_policy, main, play
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    config = GPTConfig(n_head=4, n_embd=16)
+    path = tmp_path / "small.pt"
+    save_checkpoint(path, {"gpt_config": asdict(config), "model": GPT(config).state_dict(), "global_step": 5})
+    return path
+
+
+def test_load_policy(checkpoint):
+    policy, meta = load_policy(checkpoint)
+    assert not policy.training and policy.config.n_embd == 16 and meta["global_step"] == 5
+    obs, _ = BreakoutAscii().reset(seed=0)
+    logits, values = policy(torch.from_numpy(np.stack([obs, obs])))
+    assert logits.shape == (2, 3) and values.shape == (2,) and logits.dtype == values.dtype == torch.float32
+
+
+def test_gif_shows_every_step(checkpoint, tmp_path, capsys):
+    out = tmp_path / "small.gif"
+    main([str(checkpoint), "--steps", "150", "--out", str(out), "--sample", "--seed", "3"])
+    policy, _ = load_policy(checkpoint)
+    played = list(play(policy, 150, seed=3, sample=True))
+    assert any(info for _, info in played[:-1]), "no game ended within the gif: the test shows less than it should"
+    with Image.open(out) as gif:
+        durations = 0
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            durations += gif.info["duration"]
+            if i in (0, 20):  # exactly what was read, colours too
+                np.testing.assert_array_equal(np.array(gif.convert("RGB")), to_image(played[i][0]))
+    assert durations == 150 * load_model.FRAME_MS
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("game")]
+    infos = [info for _, info in played if info]
+    assert len(lines) == len(infos) and f"game 1: {infos[0]['score']} points, {infos[0]['bricks']} of 91 bricks" in lines[0]
+
+
+def test_an_unfinished_gif_leaves_the_old_one(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "old.gif").write_bytes(b"old")
+    monkeypatch.setattr(load_model, "to_image", lambda page: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        main([str(checkpoint), "--out", str(tmp_path / "old.gif")])
+    assert (tmp_path / "old.gif").read_bytes() == b"old" and not list(tmp_path.glob("*.part"))
+
+
+def test_the_shipped_model(tmp_path, capsys):
+    """It scores what its README says, and its gif of 1000 steps is small."""
+    main([str(SHIPPED), "--evaluate"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    readme = (SHIPPED.parent / "README.md").read_text()
+    assert f"{result['score']:.0f} points, {result['cleared']} of 32 games cleared" in readme
+    _, meta = load_policy(SHIPPED)
+    assert f"{meta['global_step']:,} steps" in readme and f"--seed {meta['constants']['SEED']}" in readme
+    main([str(SHIPPED), "--out", str(tmp_path / "gpt.gif")])
+    assert 50_000 < (tmp_path / "gpt.gif").stat().st_size < 1_000_000
+
+
+def test_episodes_are_whole_games(checkpoint):
+    policy, _ = load_policy(checkpoint)
+    played = list(play(policy, episodes=2, sample=True))
+    ends = [info for _, info in played if info]
+    assert len(ends) == 2 and played[-1][1] is ends[-1] and all(info["lives"] == 0 for info in ends)
+
+
+def test_the_seed_decides_what_is_played(checkpoint):
+    policy, _ = load_policy(checkpoint)
+    frames = [np.stack([frame for frame, _ in play(policy, 200, seed=seed, sample=True)]) for seed in (0, 0, 1)]
+    assert np.array_equal(frames[0], frames[1]) and not np.array_equal(frames[0], frames[2])
+
+
+def test_evaluate_prints_json_last(checkpoint, capsys):
+    main([str(checkpoint), "--evaluate"])
+    exact = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(exact) == ["score", "min", "max", "cleared", "games"] and exact["games"] == 32
+    main([str(checkpoint), "--evaluate", "--sample", "--episodes", "10"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["games"] == 10
+
+
+def test_the_newest_run_else_the_shipped_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_model(None) == SHIPPED
+    for age, name in ((100, "b"), (50, "a"), (10, "unfinished")):
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        best = run / ("last.pt" if name == "unfinished" else "best_model.pt")
+        best.touch()
+        os.utime(best, (1e9 - age, 1e9 - age))
+    assert find_model(None) == Path("runs/a/best_model.pt")
+    assert find_model("runs/b") == Path("runs/b/best_model.pt")
+    assert find_model("runs/unfinished") == Path("runs/unfinished/last.pt")
+
+
+def test_files_that_are_no_model(tmp_path, checkpoint):
+    for name, content in (("empty.pt", b""), ("text.pt", b"hello"), ("cut.pt", checkpoint.read_bytes()[:-100])):
+        (tmp_path / name).write_bytes(content)
+    save_checkpoint(tmp_path / "other.pt", {"model": {}, "gpt_config": {"n_layers": 3}})
+    save_checkpoint(tmp_path / "nothing.pt", {"global_step": 1})
+    save_checkpoint(tmp_path / "misfit.pt", {"model": {"wte.weight": torch.ones(2)}, "gpt_config": {}})
+    for name in ("empty.pt", "text.pt", "cut.pt", "other.pt", "nothing.pt", "misfit.pt", "missing.pt"):
+        with pytest.raises(CheckpointError, match=name) as error:
+            load_policy(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--steps 0", "--steps must be from 1 to 10000 for a gif, not 0"), ("--steps 20000", "for a gif, not 20000"),
+    ("--seed 99999999999", "--seed must be from 0 to 4294967295"), ("--out x.png", "must end in .gif or .mp4"),
+    ("--out nowhere/x.gif", "no directory nowhere"), ("--step 3", "unrecognized arguments: --step"), ("--seed x", "invalid int"),
+])  # fmt: skip
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(SystemExit, match=f"^load_model.py: .*{re.escape(message)}"):
+        main(arguments.split())
+
+
+def test_mp4(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(load_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install imageio-ffmpeg"):
+        main([str(checkpoint), "--out", str(tmp_path / "x.mp4")])
+    monkeypatch.undo()
+    pytest.importorskip("imageio_ffmpeg")
+    main([str(checkpoint), "--out", str(tmp_path / "x.mp4"), "--steps", "30"])
+    assert (tmp_path / "x.mp4").stat().st_size > 1000
+
+
+def test_on_the_command_line(tmp_path):
+    """A fresh clone in another place: the shipped model plays; a bad file is one line."""
+    for name in ("load_model", "breakout_ascii", "checkpoint", "evaluation", "model", "rollout_buffer"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copytree(ROOT / "pretrained", tmp_path / "pretrained")
+    (tmp_path / "bad.pt").write_bytes(b"PK\3\4 not a checkpoint")
+
+    def script(*arguments):
+        return subprocess.run([sys.executable, "load_model.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
+
+    good, bad = script("--steps", "60"), script("bad.pt")
+    assert good.returncode == 0 and (tmp_path / "gpt.gif").stat().st_size > 1000
+    assert "pretrained" in good.stdout and "wrote gpt.gif" in good.stdout
+    assert bad.returncode == 1 and bad.stderr.startswith("load_model.py: bad.pt: ") and bad.stderr.count("\n") == 1
