@@ -20,7 +20,7 @@ from tqdm import tqdm
 from breakout_ascii import BreakoutAscii, to_image
 from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run
 from evaluation import exact, sampled
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, set_threads
 from rollout_buffer import reader_of
 
 HERE = Path(__file__).parent
@@ -119,6 +119,7 @@ def main(argv=None):
     args = read_command_line(argv)
     path = find_model(args.model)
     policy, meta = load_policy(path)
+    set_threads(policy.config.n_layer)
     print(f"{os.path.relpath(path)}: trained for {meta.get('global_step', 0):,} steps")
     if args.evaluate:
         result = sampled(policy, args.episodes or 1000, args.seed) if args.sample else exact(policy)

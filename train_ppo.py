@@ -22,7 +22,7 @@ from breakout_ascii import BreakoutAsciiVec
 from callbacks import Checkpoints, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
 from evaluation import evaluate
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, set_threads
 from ppo import PPO, PPOConfig, StopTraining
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,6 +264,7 @@ def main(argv=None):
     if state is None:
         run_dir = new_run_dir(constants["RUN_DIR"])
         constants["RUN_DIR"] = str(run_dir)
+    set_threads(constants["N_LAYER"])
     ppo = build(SimpleNamespace(**constants), run_dir, device)
     if state is not None:
         load(ppo, state, run_dir)

@@ -1,6 +1,6 @@
 """How it learns, seed by seed:  python benchmarks/learning.py --seeds 0 1 2 [--num_steps 2000000 ...]
 
-Runs train_ppo.py once per seed, one run per core side by side, each with one thread. Whatever it does not know itself
+Runs train_ppo.py once per seed, one run per core side by side. Whatever it does not know itself
 goes to train_ppo.py. Stopped and started again it goes on where it was. At the end it prints a table, writes
 learning.csv and draws learning.png beside the runs.
 """
@@ -31,9 +31,8 @@ def train(out, seed, more):
         return 0
     where = ["--resume", run_dir] if (run_dir / "last.pt").exists() else ["--seed", str(seed), "--run_dir", run_dir]
     with open(log, "a") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # more threads than cores ran ten times slower
         command = [sys.executable, ROOT / "train_ppo.py", *where, *more]
-        return subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
+        return subprocess.run(command, stdout=log, stderr=log).returncode
 
 
 def evaluations(run_dir):

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from breakout_ascii import BreakoutAsciiVec  # noqa: E402
 from load_model import SHIPPED, load_policy  # noqa: E402
-from model import LineIndex  # noqa: E402
+from model import LineIndex, set_threads  # noqa: E402
 from train_ppo import BATCH_SIZE, NUM_ENVS, ROLLOUT_STEPS, VARIED_STARTS  # noqa: E402
 
 PLAIN_PAGES = 4  # the plain path keeps 1944 x 1944 scores per head and page
@@ -105,6 +105,7 @@ def main():
     parser.add_argument("--num_steps", type=int, default=500_000, help="of the training (default 500000)")
     args = parser.parse_args()
     policy, _ = load_policy(SHIPPED)
+    set_threads(policy.config.n_layer)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()}\n")
     rows = [("", "ours", "plain", "ratio", "relative error")]
     speed = statistics.median(game_speed() for _ in range(args.repetitions))

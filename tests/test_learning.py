@@ -14,13 +14,13 @@ from train_ppo import main
 
 @pytest.mark.slow
 def test_the_initial_weights_can_see():
-    """Supervised: the tracker's action from a varied page, in 100k frames."""
+    """Supervised: the tracker's action from a varied page, in 300k frames."""
     torch.manual_seed(0)
     gpt, env = GPT(GPTConfig()), BreakoutAsciiVec(256, varied_starts=1.0)
     optimizer = torch.optim.Adam(gpt.parameters(), lr=1e-3)
     obs, _ = env.reset(seed=0)
     rng, correct = np.random.default_rng(0), []
-    for _ in range(100_000 // 256):
+    for _ in range(300_000 // 256):
         offset = env.games.ball_x - env.games.paddle_x - 3
         target = np.where(np.abs(offset) <= 1, 0, np.where(offset < 0, 1, 2))
         logits, _ = gpt(torch.from_numpy(obs))
