@@ -23,16 +23,16 @@ ROWS, COLUMNS = 24, 81
 POSITIONS = ROWS * COLUMNS
 CHARACTERS = " #|_=O\n"
 NEWLINE = CHARACTERS.index("\n")
-PIECE = 9  # characters in a piece of a line: 27 made the forward and backward pass slower
+PIECE = 9  # characters in a piece of a line; 3 was as fast, and the keys of more than 20 would overflow 64 bits
 
 CODES = torch.full((256,), len(CHARACTERS), dtype=torch.int32)  # token -> character; len(CHARACTERS) marks a stranger
 CODES[[ord(c) for c in CHARACTERS]] = torch.arange(len(CHARACTERS), dtype=torch.int32)
 
 
 def check_pages(tokens):
-    """Raises ValueError unless tokens, an array or a tensor, are (B, 1944) uint8."""
-    if tokens.ndim != 2 or tokens.shape[1] != POSITIONS or tokens.dtype not in (np.uint8, torch.uint8):
-        raise ValueError(f"pages must be (B, {POSITIONS}) uint8 tokens, not {tuple(tokens.shape)} {tokens.dtype}")
+    """Raises ValueError unless tokens, an array or a tensor, are (B, 1944) uint8 with B at least 1."""
+    if tokens.ndim != 2 or tokens.shape[1] != POSITIONS or len(tokens) == 0 or tokens.dtype not in (np.uint8, torch.uint8):
+        raise ValueError(f"pages must be (B, {POSITIONS}) uint8 tokens, B at least 1, not {tuple(tokens.shape)} {tokens.dtype}")
 
 
 def encode_characters(tokens):
