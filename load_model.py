@@ -4,6 +4,11 @@ Plays the newest run's best model, or the shipped one, and draws what it reads a
 directory to play another; --evaluate plays all 32 possible games and prints the exact score as JSON.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C among them leaves without a traceback
+
 import argparse
 import importlib.util
 import itertools
@@ -147,6 +152,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except CheckpointError as error:

@@ -4,12 +4,16 @@ Edit a constant below, or override it for one run: python train_ppo.py --num_ste
 Go on with a run that was stopped:                 python train_ppo.py --resume runs/<name>
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C among them leaves without a traceback
+
 import argparse
 import contextlib
 import difflib
 import json
 import shlex
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -273,6 +277,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
     except (CommandLineError, CheckpointError, OSError) as error:
