@@ -70,6 +70,6 @@ def test_a_paddle_that_stands_still():
 
 
 def test_sampled_games_follow_their_seed():
-    results = [sampled(Tracker(1), 4, seed) for seed in (0, 0, 1)]
+    results = [sampled(Still(0), 4, seed) for seed in (0, 0, 1)]
     assert results[0] == results[1] != results[2]
     assert results[0]["games"] == 4 and results[0]["min"] <= results[0]["score"] <= results[0]["max"]

@@ -55,7 +55,7 @@ class Table(nn.Module):
 
 def config(**changes):
     return PPOConfig(**{**dict(
-        num_steps=16_000, rollout_steps=16, epochs=4, batch_size=32, gamma=0.9, lambd=0.95, eps_clip=0.2, lr=0.02, min_lr=0.0,
+        num_steps=10_000, rollout_steps=16, epochs=4, batch_size=32, gamma=0.9, lambd=0.95, eps_clip=0.2, lr=0.02, min_lr=0.0,
         value_loss_coef=0.5, entropy_coef=0.0, max_grad_norm=10.0, seed=0), **changes})  # fmt: skip
 
 

@@ -249,37 +249,37 @@ def script(*arguments, cwd, **kwargs):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)  # fmt: skip
 
 
+def wait_for(pattern, folder):
+    deadline = time.time() + 60
+    while not list(folder.glob(pattern)) and time.time() < deadline:
+        time.sleep(0.1)
+
+
 def test_on_the_command_line(tmp_path):
-    """Started in another directory, stopped by Ctrl-C, then a mistake: one line each, no traceback."""
-    process = script(*SMALL.split(), "--num_steps", "100000000", "--eval_interval", "100000", cwd=tmp_path)
+    """In another directory: one run stopped by Ctrl-C, one by Ctrl-C twice while nobody reads its output, one mistake."""
+    long = [*SMALL.split(), "--num_steps", "100000000", "--eval_interval", "0"]
+    once, twice, mistake = script(*long, cwd=tmp_path), script(*long, "--run_dir", "twice", cwd=tmp_path), script("--sede", "1", cwd=tmp_path)
     try:
-        deadline = time.time() + 60
-        while not list(tmp_path.glob("runs/*/checkpoint_4.pt")) and time.time() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    (run_dir,) = (tmp_path / "runs").iterdir()
-    assert process.returncode == 130 and "Traceback" not in err
-    assert f"go on with: python train_ppo.py --resume runs/{run_dir.name}" in err
-    assert load_checkpoint(run_dir)["update_count"] >= 4
-    process = script(*SMALL.split(), "--num_steps", "100000000", "--eval_interval", "0", cwd=tmp_path)
-    try:  # two signals at once: it leaves without finishing anything; and nobody reads what it prints
-        process.stdout.close()
-        deadline = time.time() + 60
-        while len(list(tmp_path.glob("runs/*/checkpoint_4.pt"))) < 2 and time.time() < deadline:
-            time.sleep(0.1)
-        assert process.poll() is None
-        process.send_signal(signal.SIGSTOP)
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGCONT)
+        twice.stdout.close()
+        wait_for("runs/*/checkpoint_*.pt", tmp_path)
+        wait_for("twice/checkpoint_*.pt", tmp_path)
+        once.send_signal(signal.SIGINT)
+        _, err = once.communicate(timeout=30)
+        (run_dir,) = (tmp_path / "runs").iterdir()
+        assert once.returncode == 130 and "Traceback" not in err
+        assert f"go on with: python train_ppo.py --resume runs/{run_dir.name}" in err
+        assert load_checkpoint(run_dir)["update_count"] >= 2
+
+        assert twice.poll() is None
+        twice.send_signal(signal.SIGINT)
         time.sleep(0.002)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) in (-signal.SIGINT, 130)
+        twice.send_signal(signal.SIGINT)
+        assert twice.wait(timeout=30) in (-signal.SIGINT, 130)
+
+        _, err = mistake.communicate(timeout=60)
+        assert mistake.returncode == 1 and err == "train_ppo.py: unknown argument --sede; did you mean --seed?\n"
     finally:
-        process.kill()
-        process.stderr.close()
-    process = script("--resum", str(run_dir), cwd=tmp_path)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and err == "train_ppo.py: unknown argument --resum; did you mean --resume?\n"
+        for process in (once, twice, mistake):
+            process.kill()
+        twice.stderr.close()
+        twice.wait()
