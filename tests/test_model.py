@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from breakout_ascii import BreakoutAsciiVec
-from model import (CHARACTERS, COLUMNS, GPT, POSITIONS, ROWS, GPTConfig, Level, LineIndex, SharedAttention,
-                   shared_attention, sinusoids)  # fmt: skip
+from model import (CHARACTERS, COLUMNS, GPT, PAIRS, POSITIONS, ROWS, GPTConfig, Level, LineIndex, SharedAttention, Tree,
+                   level, shared_attention, sinusoids)  # fmt: skip
 from rollout_buffer import reader_of
 
 
@@ -82,9 +82,14 @@ def test_fast_path_equals_plain_path(pages, n_layer):
         assert difference <= 1e-4 * max(plain_gradients[name].norm(), 1e-3 * whole), name
 
 
+def scores_of_pairs(gpt):
+    """(7 * 1944, H) of every character everywhere, in nats."""
+    table, rstd = gpt.pair_table()
+    return table[torch.from_numpy(PAIRS)].sum(1)[:, 0] * rstd.unsqueeze(1) * math.log(2)
+
+
 def largest_score(gpt):
-    """Of any character anywhere, in nats."""
-    return gpt.scores_and_values(torch.arange(len(CHARACTERS) * POSITIONS))[0].abs().max().item() * math.log(2)
+    return scores_of_pairs(gpt).abs().max().item()
 
 
 @pytest.mark.parametrize("pages, largest", [
@@ -110,23 +115,23 @@ def test_default_gpt_is_exact_when_scores_are_huge(pages, largest):
 def test_pages_far_apart_in_one_head(monkeypatch, spread, rescaled):
     """In the first head four characters dwarf the rest of their page, and the other pages lack them."""
     torch.manual_seed(0)
-    scores = torch.randn(40, 2)
-    scores[:4, 0] += spread  # bits; the second head stays near
-    scores.requires_grad_()
-    values = torch.randn(40, 3, 2, requires_grad=True)
-    children = torch.stack([torch.arange(0, 20), torch.arange(20, 40), torch.arange(10, 30)])
-    flat = children.flatten()
-    level = Level(children, flat.argsort(stable=True), flat.bincount().cumsum(0) - flat.bincount())
+    table, rstd = torch.randn(120, 1 + 3, 2), 0.5 + torch.rand(40)  # 40 pairs, each of three rows of its own
+    table[:12:3, 0, 0] += spread  # bits, of the first four pairs; the second head stays near
+    table.requires_grad_(), rstd.requires_grad_()
+    make = lambda children, n: Level(*map(torch.from_numpy, level(children, n)))
+    pages = np.stack([np.arange(0, 20), np.arange(20, 40), np.arange(10, 30)])
+    tree = Tree(torch.arange(40), make(np.arange(120).reshape(40, 3), 120), [make(pages, 40)])
     used = []
     apply = SharedAttention.apply
-    monkeypatch.setattr(SharedAttention, "apply", lambda *args: used.append(args[0].size(1)) or apply(*args))
-    y = shared_attention(scores, values, [level])
+    monkeypatch.setattr(SharedAttention, "apply", lambda *args: used.append(args[0].size(2)) or apply(*args))
+    y = shared_attention(table, rstd, tree)
     assert used == ([2, 1] if rescaled else [2])
-    weights = (scores[children] * math.log(2)).softmax(1)  # (3, 20, 2)
-    expected = (weights.unsqueeze(2) * values[children]).sum(1)
+    rows = table.view(40, 3, 4, 2).sum(1) * rstd.view(-1, 1, 1)
+    weights = (rows[pages, 0] * math.log(2)).softmax(1)  # (3, 20, 2)
+    expected = (weights.unsqueeze(2) * rows[pages, 1:]).sum(1)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6 * spread)  # the reference rounds scores of this size
     loss = torch.linspace(-1, 1, y.numel()).view_as(y)
-    for ours, theirs in zip(*(torch.autograd.grad((out * loss).sum(), (scores, values)) for out in (y, expected))):
+    for ours, theirs in zip(*(torch.autograd.grad((out * loss).sum(), (table, rstd)) for out in (y, expected))):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * spread)
 
 
@@ -205,6 +210,19 @@ def test_line_index_numbers_distinct_lines_once():
     np.testing.assert_array_equal(pairs.numpy() % POSITIONS, np.tile(np.arange(POSITIONS), (len(pages), 1)))
 
 
+def test_hashes_tell_lines_apart():
+    """Every line that differs from another in one character, and the same line in another row."""
+    page = np.frombuffer(CHARACTERS.encode(), np.uint8)[np.random.default_rng(4).integers(7, size=POSITIONS)]
+    pages = np.tile(page, (7 * COLUMNS, 1))
+    pages[:, :COLUMNS] = page[:COLUMNS]
+    for i, c in enumerate(CHARACTERS.encode()):
+        pages[i * COLUMNS + np.arange(COLUMNS), np.arange(COLUMNS)] = c
+    pages[:, COLUMNS : 2 * COLUMNS] = pages[:, :COLUMNS]
+    index = LineIndex()
+    index.encode(pages)
+    assert len(index.lines) == 2 * (6 * COLUMNS + 1) + 22
+
+
 @pytest.mark.parametrize("n_layer", [1, 2])
 @pytest.mark.parametrize("spoil", [
     lambda pages: pages[:, :-1], lambda pages: pages[0], lambda pages: pages[:0], lambda pages: pages.astype(np.int64),
@@ -236,12 +254,12 @@ def test_wrong_configurations_are_refused(wrong):
 
 def test_initial_attention_finds_one_ball():
     """With std 0.02 everywhere, as in nanoGPT, no head gives the ball ten times its share; with ours some do."""
-    ball = torch.tensor([CHARACTERS.index("O") * POSITIONS + 14 * COLUMNS + x for x in range(1, 79)])
-    blank = torch.tensor([CHARACTERS.index(" ") * POSITIONS + 14 * COLUMNS + x for x in range(1, 79)])
+    places = 14 * COLUMNS + torch.arange(1, 79)
+    ball, blank = (CHARACTERS.index(c) * POSITIONS + places for c in "O ")
 
     def lift(gpt):
-        scores = gpt.scores_and_values(torch.cat([ball, blank]))[0]
-        return (scores[: len(ball)] - scores[len(ball) :]).mean(0).max().item() * math.log(2)
+        scores = scores_of_pairs(gpt)
+        return (scores[ball] - scores[blank]).mean(0).max().item()
 
     gpt = make_gpt()
     small = copy.deepcopy(gpt)
