@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -79,8 +80,22 @@ def lost_lives(infos):
     return infos.get("life_lost", False) | infos.get("final_info", {}).get("life_lost", False)
 
 
+def flatten_parameters(policy):
+    """Moves the parameters of `policy`, and their gradients, into one vector -> that vector, a parameter with its gradient.
+
+    Norm, clipping and optimizer then take one kernel each instead of one per parameter.
+    """
+    parameters = list(policy.parameters())
+    weights = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+    weights.grad = torch.zeros_like(weights)
+    pieces = zip(parameters, *(x.split([p.numel() for p in parameters]) for x in (weights.detach(), weights.grad)))
+    for p, weight, grad in pieces:
+        p.data, p.grad = weight.view_as(p), grad.view_as(p)
+    return weights
+
+
 class StopTraining(Exception):
-    """Raised inside `learn` at the next minibatch or step after `request_stop`."""
+    """Raised inside `learn` at the next minibatch or step after `request_stop`, with several ranks at the next update."""
 
 
 @dataclass
@@ -115,16 +130,25 @@ class PPO:
         self.policy, self.env, self.config = policy, env, config
         self.evaluate, self.callbacks, self.metadata = evaluate, callbacks, metadata or {}
         self.device = next(policy.parameters()).device
-        self.optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr, eps=1e-5, fused=True)
-        self.generator = torch.Generator().manual_seed(config.seed)  # actions and shuffles
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.weights = flatten_parameters(policy)
+        if self.ranks > 1:
+            dist.broadcast(self.weights.detach(), 0)
+        self.optimizer = torch.optim.Adam([self.weights], lr=config.lr, eps=1e-5, fused=True)
+        self.generator = torch.Generator()  # actions and shuffles
         self.buffer = RolloutBuffer(config.rollout_steps, env.num_envs)
-        self.obs, _ = env.reset(seed=config.seed)
+        self.begin(config.seed + 100_003 * self.rank)  # every rank plays its own games
         self.update_count = self.global_step = 0
         self.seconds = 0.0
-        self.score_so_far = np.zeros(env.num_envs)
         self.train_scores = deque(maxlen=100)  # of the games that ended last
         self.stats, self.evaluation, self.best_score, self.is_best = {}, None, -math.inf, False
         self.stop_requested, self.snapshot = False, None
+
+    def begin(self, seed):
+        """New games and new chance."""
+        self.generator.manual_seed(seed)
+        self.obs, _ = self.env.reset(seed=seed)
+        self.score_so_far = np.zeros(self.env.num_envs)
 
     # The loop
 
@@ -137,12 +161,13 @@ class PPO:
         self.emit("on_training_start")
         while self.global_step < self.config.num_steps:
             self.snapshot = self.state_dict()  # what an interrupted update goes back to
+            self.stop_together()
             start = time.perf_counter()
             self.emit("on_rollout_start")
             self.collect()
             self.emit("on_rollout_end")
             self.stats = self.update()
-            samples = self.config.rollout_steps * self.env.num_envs
+            samples = self.config.rollout_steps * self.env.num_envs * self.ranks
             self.stats["steps_per_second"] = samples / (time.perf_counter() - start)
             last, every = self.global_step >= self.config.num_steps, self.config.eval_interval
             if self.evaluate and every and (last or self.update_count % every == 0):
@@ -191,7 +216,7 @@ class PPO:
             self.obs = next_obs
         last_values = self.reader(self.reader.encode(self.obs))[1].cpu()
         self.buffer.finish(last_values, has_next, config.gamma, config.lambd)
-        self.global_step += S * N
+        self.global_step += S * N * self.ranks
 
     def count_scores(self, rewards, done):
         self.score_so_far += rewards
@@ -205,12 +230,15 @@ class PPO:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(config.epochs):
-            epoch = [self.gradient_step(mb) for mb in self.buffer.minibatches(config.batch_size, self.generator, self.device)]
+            minibatches = list(self.buffer.minibatches(config.batch_size // self.ranks, self.generator, self.device))
+            epoch = [self.gradient_step(mb) for mb in self.normalize_advantages(minibatches)]
             stats += epoch
-            if config.target_kl and torch.stack([s["approx_kl"] for s in epoch]).mean() > config.target_kl:
+            if config.target_kl and self.average(torch.stack([s["approx_kl"] for s in epoch]).mean()) > config.target_kl:
                 break
         self.update_count += 1
-        stats = {name: torch.stack([s[name] for s in stats]) for name in stats[0]}
+        names = list(stats[0])
+        stats = self.average(torch.stack([torch.stack([s[name] for name in names]) for s in stats]))  # (steps, names)
+        stats = dict(zip(names, stats.T))
         kl_max = stats["approx_kl"].max()
         stats = {name: x.mean() for name, x in stats.items()}
         stats["approx_kl_max"] = kl_max
@@ -223,7 +251,7 @@ class PPO:
     def gradient_step(self, mb):
         """One gradient step on one minibatch -> its statistics, tensors."""
         self.check_stop()
-        config, batch = self.config, self.reader.batch(mb.obs)
+        config, weights, batch = self.config, self.weights, self.reader.batch(mb.obs)
         if config.prediction_coef:
             features = self.policy.features(batch)
             logits, new_values = self.policy.heads(features)
@@ -231,22 +259,46 @@ class PPO:
             loss = config.prediction_coef * loss
         else:
             (logits, new_values), loss, stats = self.policy(batch), 0.0, {}
-        advantages = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std(correction=0) + 1e-8)
         new_logprobs = F.log_softmax(logits, dim=-1).gather(1, mb.actions.unsqueeze(1)).squeeze(1)
         for coef, (term, info) in (
-            (1.0, policy_loss(new_logprobs, mb.old_logprobs, advantages, config.eps_clip)),
+            (1.0, policy_loss(new_logprobs, mb.old_logprobs, mb.advantages, config.eps_clip)),
             (config.value_loss_coef, value_loss(new_values, mb.old_values, mb.returns, config.value_clip)),
             (config.entropy_coef, entropy_loss(logits)),
         ):
             loss = loss + coef * term
             stats |= info
-        self.optimizer.zero_grad()
+        weights.grad.zero_()  # this, and the clipping in two lines, a third of a millisecond faster than torch's functions
         loss.backward()
-        stats["grad_norm"] = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
+        self.average(weights.grad)
+        stats["grad_norm"] = weights.grad.norm()
         if not stats["grad_norm"].isfinite():
             raise FloatingPointError(f"the gradient is not finite in update {self.update_count + 1}; try a lower learning rate")
+        weights.grad *= (config.max_grad_norm / (stats["grad_norm"] + 1e-6)).clamp_max(1.0)
         self.optimizer.step()
         return stats
+
+    # Several ranks: with torchrun each plays its own games, and what is learned is averaged
+
+    def average(self, tensor):
+        """The mean over all ranks, in place -> tensor."""
+        if self.ranks > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.ranks
+        return tensor
+
+    def normalize_advantages(self, minibatches):
+        """To mean 0 and standard deviation 1 in each minibatch, all ranks' samples together."""
+        variances, means = zip(*(torch.var_mean(mb.advantages, correction=0) for mb in minibatches))
+        means, variances = torch.stack(means), torch.stack(variances)
+        means, squares = self.average(torch.stack([means, variances + means**2]))
+        scales = (squares - means**2).clamp_min(0).sqrt() + 1e-8
+        for mb, mean, scale in zip(minibatches, means, scales):
+            yield mb._replace(advantages=(mb.advantages - mean) / scale)
+
+    def stop_together(self):
+        """Between two updates: a stop requested of any rank stops all, so that none waits for another's gradient."""
+        if self.average(torch.tensor(float(self.stop_requested), device=self.device)) > 0:
+            raise StopTraining
 
     # Stopping, saving, going on
 
@@ -258,7 +310,7 @@ class PPO:
         self.stop_requested = True
 
     def check_stop(self):
-        if self.stop_requested:
+        if self.stop_requested and self.ranks == 1:
             raise StopTraining
 
     def policy_state(self):
@@ -281,11 +333,16 @@ class PPO:
         return copy.deepcopy(to_plain(state))
 
     def load_state_dict(self, state):
-        """Go on where `state_dict` was taken, bit for bit on the CPU if the env has a state_dict of its own."""
+        """Go on where `state_dict` was taken, bit for bit on the CPU if the env has a state_dict of its own.
+
+        The state is that of rank 0; other ranks begin new games.
+        """
         self.policy.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-        if state["env"] is not None:
+        if self.rank > 0:
+            self.begin(self.config.seed + 100_003 * self.rank + state["global_step"])
+        elif state["env"] is not None:
             self.env.load_state_dict(to_numpy(state["env"]))
             self.obs, self.score_so_far = to_numpy(state["obs"]), to_numpy(state["score_so_far"])
         self.train_scores.extend(state["train_scores"])

@@ -32,8 +32,12 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lamb
 
 def changed_rows_and_columns(pages, next_pages, columns):
     """Two batches of pages (B, rows * columns) -> (B, rows + columns) bool: where in each page a character changes."""
-    changed = (pages != next_pages).reshape(len(pages), -1, columns)
-    return np.concatenate([changed.any(2), changed.any(1)], axis=1)
+    length = pages.shape[1]
+    rows = length // columns
+    page, place = np.divmod(np.flatnonzero(pages != next_pages), length)
+    changes = np.zeros((len(pages), rows + columns), bool)
+    changes[page, place // columns] = changes[page, rows + place % columns] = True
+    return changes
 
 
 class Minibatch(NamedTuple):
@@ -92,9 +96,11 @@ class RolloutBuffer:
         """The S * N samples, shuffled, in minibatches of batch_size (the last may be smaller)."""
         if self.data is None:
             raise RuntimeError("the rollout buffer is not finished: call finish() after the last add()")
-        for chosen in torch.randperm(self.num_steps * self.num_envs, generator=generator).split(batch_size):
-            obs, *rest = self.data
-            yield Minibatch(obs[chosen.numpy()], *(x[chosen].to(device) for x in rest))
+        order = torch.randperm(self.num_steps * self.num_envs, generator=generator)
+        obs, *rest = self.data
+        rest = [x[order].to(device).split(batch_size) for x in rest]
+        for i, chosen in enumerate(order.split(batch_size)):
+            yield Minibatch(obs[chosen.numpy()], *(x[i] for x in rest))
 
 
 class Reader:

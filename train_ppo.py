@@ -2,6 +2,7 @@
 
 Edit a constant below, or override it for one run: python train_ppo.py --num_steps 200000 --seed 1
 Go on with a run that was stopped:                 python train_ppo.py --resume runs/<name>
+Several cores or GPUs, each with its own games:    torchrun --standalone --nproc_per_node=2 train_ppo.py
 """
 
 import signal
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import os
 import shlex
 import sys
 import time
@@ -21,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Checkpoints, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
@@ -80,6 +83,8 @@ INTEGERS = {name: (1, 8192) for name in CONSTANTS if name not in TEXTS | NUMBERS
 }  # fmt: skip
 FIXED = "NUM_ENVS BLOCK_SIZE N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run keeps these
 
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun; rank 0 alone writes
+
 
 class CommandLineError(ValueError):
     """What a user got wrong, in one line."""
@@ -129,6 +134,8 @@ def check(constants):
             raise CommandLineError(f"{name} (--{name.lower()}) must be {' or '.join(choices or ['text'])}, not {value!r}")
     if constants["BATCH_SIZE"] > constants["NUM_ENVS"] * constants["ROLLOUT_STEPS"]:
         raise CommandLineError("BATCH_SIZE must not exceed NUM_ENVS * ROLLOUT_STEPS, the samples of a rollout")
+    if constants["NUM_ENVS"] % RANKS or constants["BATCH_SIZE"] % RANKS:
+        raise CommandLineError(f"NUM_ENVS and BATCH_SIZE are shared by {RANKS} ranks; each must be a multiple of {RANKS}")
     if constants["MIN_LR"] > constants["LR"]:
         raise CommandLineError(f"MIN_LR {constants['MIN_LR']} must not exceed LR {constants['LR']}")
     gpt_config(constants)
@@ -145,7 +152,8 @@ def gpt_config(constants):
 def choose_device(name):
     """ "auto", "cpu", "cuda", "cuda:1" -> torch.device. "auto" takes CUDA if a small product runs on it."""
     try:
-        device = torch.device("cuda" if name == "auto" else name)
+        own = f"cuda:{os.environ['LOCAL_RANK']}" if RANKS > 1 else "cuda"
+        device = torch.device(own if name in ("auto", "cuda") else name)
         (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item()
         return device
     except (RuntimeError, AssertionError, ImportError) as error:  # AssertionError: torch was built without CUDA
@@ -178,8 +186,10 @@ def build(c, run_dir, device):
     config = gpt_config(vars(c))
     policy = GPT(config).to(device)
     policy.speed_up()
-    env = BreakoutAsciiVec(c.NUM_ENVS, varied_starts=c.VARIED_STARTS)
+    env = BreakoutAsciiVec(c.NUM_ENVS // RANKS, varied_starts=c.VARIED_STARTS)
     ppo_config = PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__})
+    if RANK > 0:
+        return PPO(policy, env, ppo_config)
     csv = run_dir / "metrics.csv"
     observers = [ProgressBar(plan(c, policy, device, run_dir)), MetricsCSV(csv), TensorBoard(run_dir), LearningCurve(run_dir / "learning_curve.png", csv),
                  Checkpoints(run_dir, c.SAVE_FREQ)]  # fmt: skip
@@ -202,7 +212,8 @@ def learn(ppo, run_dir):
 
     def stop(signum, frame):
         received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second one leaves at once
+        if RANKS == 1:  # torchrun passes on what the terminal has sent already
+            signal.signal(signum, signal.SIG_DFL)  # a second one leaves at once
         ppo.request_stop()
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -218,8 +229,10 @@ def learn(ppo, run_dir):
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    save_checkpoint(run_dir / "last.pt", ppo.snapshot)
-    print(f"\n{reason}; go on with: python train_ppo.py --resume {shlex.quote(str(run_dir))}{change}", file=sys.stderr)
+    if RANK == 0:
+        save_checkpoint(run_dir / "last.pt", ppo.snapshot)
+        program = "python" if RANKS == 1 else f"torchrun --standalone --nproc_per_node={RANKS}"
+        print(f"\n{reason}; go on with: {program} train_ppo.py --resume {shlex.quote(str(run_dir))}{change}", file=sys.stderr)
     return status
 
 
@@ -238,6 +251,9 @@ def read_resumed(name, given):
         if given.get(constant, constants[constant]) != constants[constant]:
             raise CommandLineError(f"--{constant.lower()} cannot change in a resumed run; leave it out")
     constants = constants | given | {"RUN_DIR": str(path.parent)}
+    ranks = constants["NUM_ENVS"] // len(state["obs"])
+    if ranks != RANKS:
+        raise CommandLineError(f"{path} was trained by {ranks} ranks, not {RANKS}; use torchrun --standalone --nproc_per_node={ranks}")
     if constants["NUM_STEPS"] <= state["global_step"]:
         raise CommandLineError(f"{path} has done {state['global_step']:,} steps already; to go on, give a larger --num_steps")
     return path.parent, state, constants
@@ -265,15 +281,32 @@ def main(argv=None):
         run_dir, state, constants = read_resumed(resume, given)
     check(constants)
     device = choose_device(constants["DEVICE"])
-    if state is None:
-        run_dir = new_run_dir(constants["RUN_DIR"])
-        constants["RUN_DIR"] = str(run_dir)
     set_threads(constants["N_LAYER"])
-    ppo = build(SimpleNamespace(**constants), run_dir, device)
-    if state is not None:
-        load(ppo, state, run_dir)
-    atomic_write(run_dir / "config.json", (json.dumps(constants, indent=2) + "\n").encode())
-    return learn(ppo, run_dir)
+    with joined_ranks(device):
+        if state is None and RANK == 0:
+            run_dir = new_run_dir(constants["RUN_DIR"])
+            constants["RUN_DIR"] = str(run_dir)
+        elif state is None:
+            run_dir = None
+        ppo = build(SimpleNamespace(**constants), run_dir, device)
+        if state is not None:
+            load(ppo, state, run_dir)
+        if RANK == 0:
+            atomic_write(run_dir / "config.json", (json.dumps(constants, indent=2) + "\n").encode())
+        return learn(ppo, run_dir)
+
+
+@contextlib.contextmanager
+def joined_ranks(device):
+    """Under torchrun the ranks find each other; without it nothing happens."""
+    if RANKS == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -281,6 +314,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (CommandLineError, CheckpointError, OSError) as error:
-        sys.exit(f"train_ppo.py: {error}")
+        sys.exit(f"train_ppo.py: {error}" if RANK == 0 else 1)
     except KeyboardInterrupt:
         sys.exit(130)

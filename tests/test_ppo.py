@@ -4,6 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from gymnasium.vector import AutoresetMode, VectorEnv
 
@@ -306,3 +307,40 @@ def test_training_scores_are_whole_games_in_points():
     ppo.count_scores(np.array([50.0] + [0.0] * 7), done)
     ppo.count_scores(np.array([10.0] + [0.0] * 7), done)
     assert list(ppo.train_scores) == [60.0, 10.0]
+
+
+def rank_of_two(rank, folder):
+    """One update alone on all samples, and one as a rank of two, each of which has every other sample of each minibatch."""
+    torch.set_num_threads(1)
+    alone = breakout_ppo(max_grad_norm=0.5, target_kl=1e9)
+    alone.collect()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    together = breakout_ppo(seed=rank, max_grad_norm=0.5, target_kl=1e9)  # rank 0's weights count
+    together.reader, together.buffer.data, together.global_step = alone.reader, alone.buffer.data, alone.global_step
+
+    def minibatches(part):
+        def chosen(size, generator, device):
+            for i in range(2):
+                yield type(alone.buffer.data)(*(x[i * 32 : i * 32 + 32][part] for x in alone.buffer.data))
+
+        return chosen
+
+    alone.buffer.minibatches, together.buffer.minibatches = minibatches(slice(None)), minibatches(slice(rank, None, 2))
+    first, second = alone.update(), together.update()
+    torch.testing.assert_close(together.weights, alone.weights, rtol=1e-4, atol=1e-5)  # eight steps of 0.02
+    for name in ("policy_loss", "value_loss", "prediction_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"):
+        assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
+    together.collect()
+    assert together.global_step == 64 + 2 * 64  # both ranks' steps
+    played = [torch.empty(64) for _ in range(2)]
+    dist.all_gather(played, together.buffer.data.old_logprobs)
+    assert not torch.equal(*played)  # each rank has its own games
+    if rank == 1:
+        together.request_stop()
+    with pytest.raises(StopTraining):
+        together.learn()  # rank 1's stop is rank 0's too
+    dist.destroy_process_group()
+
+
+def test_two_ranks_learn_what_one_learns_from_the_samples_of_both(tmp_path):
+    torch.multiprocessing.spawn(rank_of_two, args=(tmp_path,), nprocs=2)

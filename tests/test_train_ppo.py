@@ -283,3 +283,21 @@ def test_on_the_command_line(tmp_path):
             process.kill()
         twice.stderr.close()
         twice.wait()
+
+
+def test_two_ranks_on_the_command_line(tmp_path):
+    def launch(*more):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ppo.py"]
+        return subprocess.run([*launcher, *more], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    run_dir = tmp_path / "run"
+    done = launch(*SMALL.split(), "--eval_interval", "0", "--run_dir", str(run_dir))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("learns Breakout") + done.stdout.count("learns Breakout") == 1  # rank 0 alone prints
+    assert [row["global_step"] for row in logged(run_dir)] == [str(32 * i) for i in range(1, 7)]
+    with pytest.raises(CommandLineError, match="was trained by 2 ranks, not 1; use torchrun"):
+        main(["--resume", str(run_dir), "--num_steps", "256"])
+    assert launch("--resume", str(run_dir), "--num_steps", "256").returncode == 0
+    assert load_checkpoint(run_dir)["global_step"] == 256
+    uneven = launch("--num_envs", "5")
+    assert uneven.returncode != 0 and uneven.stderr.count("train_ppo.py: NUM_ENVS and BATCH_SIZE are shared by 2 ranks") == 1
