@@ -42,9 +42,8 @@ def check_pages(tokens):
 def encode_characters(tokens):
     """uint8 tensor of ASCII codes -> character numbers 0..6, int32, in the same shape. Other tokens: ValueError."""
     characters = CODES.to(tokens.device)[tokens.int()]
-    strangers = tokens[characters == len(CHARACTERS)]
-    if len(strangers):
-        code = int(strangers[0])
+    if (strangers := characters == len(CHARACTERS)).any():
+        code = int(tokens[strangers][0])
         raise ValueError(f"token {code} ({chr(code)!r}) is not in the character set {CHARACTERS!r}")
     return characters
 
@@ -311,12 +310,13 @@ class LineIndex:
         rows, lines = changed % ROWS, tokens.reshape(-1, COLUMNS)[changed]  # (n,), (n, 81)
         keys = (np.column_stack([rows, lines]).astype(np.uint64) @ self.MULTIPLIERS).tolist()
         numbers.reshape(-1)[changed], new = number_keys(self.lines, keys)
-        try:
-            self.add(rows[new], lines[new])
-        except ValueError:  # a character that is none: forget these lines again
-            for i in new:
-                del self.lines[keys[i]]
-            raise
+        if len(new):
+            try:
+                self.add(rows[new], lines[new])
+            except ValueError:  # a character that is none: forget these lines again
+                for i in new:
+                    del self.lines[keys[i]]
+                raise
         self.last = tokens.copy(), numbers
         return numbers
 
@@ -509,7 +509,7 @@ class Rows:
         self.table, self.n = torch.empty(1024, *shape, **kwargs), 0
 
     def append(self, rows):
-        while self.n + len(rows) > len(self.table):
+        while self.n + len(rows) > self.table.shape[0]:
             self.table = torch.cat([self.table, torch.empty_like(self.table)])
         self.table[self.n : self.n + len(rows)] = rows
         self.n += len(rows)
