@@ -22,9 +22,12 @@ def evaluate(policy):
 
 
 def greedy(reader, obs):
-    """(B, 1944) tokens -> (B,) actions."""
-    logits, _ = reader(reader.encode(obs))
-    return logits.argmax(-1).cpu().numpy()
+    """(B, 1944) tokens -> (B,) actions. Games that share their beginning show the same page: each is read once."""
+    pages, first = reader.encode(obs), {}
+    which = [first.setdefault(page.tobytes(), i) for i, page in enumerate(pages)]
+    logits, _ = reader(pages[list(first.values())])
+    actions = dict(zip(first.values(), logits.argmax(-1).tolist()))
+    return np.array([actions[i] for i in which])
 
 
 def exact(policy, max_episode_steps=MAX_EPISODE_STEPS):
