@@ -34,7 +34,6 @@ LIVES = 5  # also the number of serves in a game
 BRICK_POINTS, CLEAR_POINTS = 10, 50  # 91 * 10 + 50 = 960 at most
 PADDLE_MOVES = np.array([0, -2, 2])  # actions: 0 stay, 1 left, 2 right
 MAX_EPISODE_STEPS = 5000
-MIN_KEEP = 0.3  # varied starts keep this share of the bricks or more
 
 WIDTH = len(BRICK)
 EMPTY_PAGE = np.array([list(f"{line}\n".encode()) for line in
@@ -180,11 +179,11 @@ def draw_serves(rng, num_games, varied_starts=0.0):
 
 
 def draw_bricks(rng, num_games, varied_starts=0.0):
-    """Draw the bricks of new games -> (num_games, 7, 13) bool: all, or with probability varied_starts a random set."""
+    """Draw the bricks of new games -> (num_games, 7, 13) bool: all, or with probability varied_starts any share."""
     bricks = np.ones((num_games, BRICK_ROWS, BRICK_COLS), bool)
     if varied_starts > 0:
         varied = rng.random(num_games) < varied_starts
-        keep = np.where(varied, rng.uniform(MIN_KEEP, 1.0, num_games), 1.0)
+        keep = np.where(varied, rng.random(num_games), 1.0)
         bricks = rng.random(bricks.shape) < keep[:, None, None]
         bricks[~bricks.any((1, 2)), 0, 0] = True  # hardly ever: a game needs a brick
     return bricks

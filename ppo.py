@@ -50,6 +50,12 @@ def entropy_loss(logits):
     return -entropy, {"entropy": entropy.detach()}
 
 
+def move_loss(logits):
+    """The mean probability of any action but the first, which does nothing; logits (M, A)."""
+    loss = (1 - logits.softmax(-1)[:, 0]).mean()
+    return loss, {"move_loss": loss.detach()}
+
+
 def prediction_loss(logits, changes, has_next):
     """Cross-entropy of "this row or column changes", summed over rows and columns (M, R + C), averaged over M.
 
@@ -105,7 +111,8 @@ class PPOConfig:
     epochs: int
     batch_size: int
     gamma: float
-    lambd: float
+    lambd: float  # at the start
+    lambd_end: float
     eps_clip: float
     lr: float
     min_lr: float
@@ -116,6 +123,7 @@ class PPOConfig:
     lr_schedule: str = "cosine"  # or "linear"
     value_clip: float = 0.0  # 0: off
     target_kl: float = 0.0  # 0: off
+    move_coef: float = 0.0  # 0: off
     prediction_coef: float = 0.0  # 0: off
     reward_scale: float = 1.0
     eval_interval: int = 0  # updates; 0: never
@@ -155,6 +163,11 @@ class PPO:
     @property
     def num_steps(self):
         return self.config.num_steps
+
+    @property
+    def progress(self):
+        """0 at the start of the training, 1 at its end."""
+        return min(self.global_step / self.num_steps, 1.0)
 
     def learn(self):
         self.clock = time.perf_counter()
@@ -215,7 +228,8 @@ class PPO:
             )  # fmt: skip
             self.obs = next_obs
         last_values = self.reader(self.reader.encode(self.obs))[1].cpu()
-        self.buffer.finish(last_values, has_next, config.gamma, config.lambd)
+        lambd = config.lambd + (config.lambd_end - config.lambd) * self.progress
+        self.buffer.finish(last_values, has_next, config.gamma, lambd)
         self.global_step += S * N * self.ranks
 
     def count_scores(self, rewards, done):
@@ -226,7 +240,7 @@ class PPO:
     def update(self):
         """Epochs of minibatches over the buffer -> the statistics of the update, floats."""
         config, stats = self.config, []
-        lr = learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr, config.warmup, config.lr_schedule)
+        lr = learning_rate(self.progress, config.lr, config.min_lr, config.warmup, config.lr_schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(config.epochs):
@@ -264,6 +278,7 @@ class PPO:
             (1.0, policy_loss(new_logprobs, mb.old_logprobs, mb.advantages, config.eps_clip)),
             (config.value_loss_coef, value_loss(new_values, mb.old_values, mb.returns, config.value_clip)),
             (config.entropy_coef, entropy_loss(logits)),
+            (config.move_coef, move_loss(logits)),
         ):
             loss = loss + coef * term
             stats |= info

@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from breakout_ascii import BreakoutAsciiVec
 from load_model import SHIPPED, load_policy
 from model import GPT, GPTConfig
-from ppo import PPO, PPOConfig, StopTraining, entropy_loss, explained_variance, learning_rate, lost_lives, policy_loss, prediction_loss, value_loss
+from ppo import PPO, PPOConfig, StopTraining, entropy_loss, explained_variance, learning_rate, lost_lives, move_loss, policy_loss, prediction_loss, value_loss
 
 
 class Probe(VectorEnv):
@@ -56,7 +56,7 @@ class Table(nn.Module):
 
 def config(**changes):
     return PPOConfig(**{**dict(
-        num_steps=10_000, rollout_steps=16, epochs=4, batch_size=32, gamma=0.9, lambd=0.95, eps_clip=0.2, lr=0.02, min_lr=0.0,
+        num_steps=10_000, rollout_steps=16, epochs=4, batch_size=32, gamma=0.9, lambd=0.95, lambd_end=0.95, eps_clip=0.2, lr=0.02, min_lr=0.0,
         value_loss_coef=0.5, entropy_coef=0.0, max_grad_norm=10.0, seed=0), **changes})  # fmt: skip
 
 
@@ -189,6 +189,19 @@ def test_entropy_by_hand():
     assert loss.item() == -stats["entropy"].item()
 
 
+def test_move_loss_by_hand():
+    loss, stats = move_loss(torch.tensor([[0.0, 0.0, 0.0], [math.log(2), 0.0, -1e9]]))
+    assert loss.item() == stats["move_loss"].item() == pytest.approx((2 / 3 + 1 / 3) / 2)
+
+
+def test_moving_less_if_it_costs():
+    def staying(coef):
+        logits, _ = train(Probe(lambda state, action: 0.02 * action), move_coef=coef, entropy_coef=0.1)
+        return logits.softmax(-1)[0, 0].item()
+
+    assert staying(0.0) < 0.5 < staying(5.0)
+
+
 def test_explained_variance():
     returns = torch.tensor([1.0, 2.0, 3.0])
     assert explained_variance(returns, returns) == 1
@@ -251,7 +264,7 @@ def test_statistics_of_an_update():
     ppo.collect()
     stats = ppo.update()
     assert set(stats) == {
-        "policy_loss", "value_loss", "entropy", "prediction_loss", "approx_kl", "approx_kl_max", "clipfrac",
+        "policy_loss", "value_loss", "entropy", "move_loss", "prediction_loss", "approx_kl", "approx_kl_max", "clipfrac",
         "explained_variance", "grad_norm", "lr", "train_score",
     }  # fmt: skip
     assert all(type(value) is float for value in stats.values())

@@ -104,8 +104,8 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
 
 def test_every_constant_reaches_what_it_is_for(tmp_path):
     """Another value for each: nothing is dropped on the way, nothing swapped."""
-    other = {"NUM_STEPS": 11, "NUM_ENVS": 3, "ROLLOUT_STEPS": 5, "EPOCHS": 2, "BATCH_SIZE": 7, "GAMMA": 0.91, "LAMBD": 0.92,
-             "EPS_CLIP": 0.13, "VALUE_LOSS_COEF": 0.14, "VALUE_CLIP": 0.15, "ENTROPY_COEF": 0.016, "TARGET_KL": 0.17,
+    other = {"NUM_STEPS": 11, "NUM_ENVS": 3, "ROLLOUT_STEPS": 5, "EPOCHS": 2, "BATCH_SIZE": 7, "GAMMA": 0.91, "LAMBD": 0.92, "LAMBD_END": 0.93,
+             "EPS_CLIP": 0.13, "VALUE_LOSS_COEF": 0.14, "VALUE_CLIP": 0.15, "ENTROPY_COEF": 0.016, "MOVE_COEF": 0.017, "TARGET_KL": 0.17,
              "REWARD_SCALE": 0.18, "LR": 0.019, "MIN_LR": 0.0019, "LR_SCHEDULE": "linear", "WARMUP": 0.21, "MAX_GRAD_NORM": 0.22,
              "VARIED_STARTS": 0.23, "PREDICTION_COEF": 0.24, "N_LAYER": 2, "N_HEAD": 2, "N_EMBD": 8, "MLP_EXPANSION": 3,
              "SEED": 4, "DEVICE": "cpu", "RUN_DIR": str(tmp_path), "EVAL_INTERVAL": 6, "SAVE_FREQ": 8, "BLOCK_SIZE": 1944}  # fmt: skip
@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(PPO, "update", spoiled)
     assert run(tmp_path, "run") == 1
-    assert re.search("not finite in update 3.*--resume .*run --lr 0.0005", capsys.readouterr().err)
+    assert re.search("not finite in update 3.*--resume .*run --lr 0.0007", capsys.readouterr().err)
     assert load_checkpoint(tmp_path / "run")["update_count"] == 2
 
 
@@ -299,5 +299,5 @@ def test_two_ranks_on_the_command_line(tmp_path):
         main(["--resume", str(run_dir), "--num_steps", "256"])
     assert launch("--resume", str(run_dir), "--num_steps", "256").returncode == 0
     assert load_checkpoint(run_dir)["global_step"] == 256
-    uneven = launch("--num_envs", "5")
+    uneven = launch("--num_envs", "9")
     assert uneven.returncode != 0 and uneven.stderr.count("train_ppo.py: NUM_ENVS and BATCH_SIZE are shared by 2 ranks") == 1
