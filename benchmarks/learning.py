@@ -1,8 +1,8 @@
-"""How it learns, seed by seed:  python benchmarks/learning.py --seeds 0 1 2 [--num_steps 2000000 ...]
+"""How it learns, seed by seed:  python benchmarks/learning.py --seeds 0 1 2 [--variants recipe ...] [--num_steps 2000000 ...]
 
-Runs train_ppo.py once per seed, one run per core side by side. Whatever it does not know itself
-goes to train_ppo.py. Stopped and started again it goes on where it was. At the end it prints a table, writes
-learning.csv and draws learning.png beside the runs.
+Runs train_ppo.py once per variant and seed, one run per core side by side. Whatever it does not know itself goes to
+train_ppo.py. Stopped and started again it goes on where it was. At the end it prints two tables, seeds and variants, writes
+learning.csv and draws learning.png, the seeds of the first variant.
 """
 
 import argparse
@@ -14,56 +14,120 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train_ppo  # noqa: E402
 from callbacks import CLEARED_SCORE, RANDOM_SCORE, read_metrics  # noqa: E402
+from model import GPT  # noqa: E402
 
-MARKS = (300, 600, 800, 900, 960)
+MARKS = (300, 600, 900, 960)
+VARIANTS = {  # name: what goes to train_ppo.py
+    "recipe": [],
+    "small_weights": [],  # nanoGPT's initialisation, see train_with_small_weights
+    "no_prediction": ["--prediction_coef", "0"],
+    "no_varied_starts": ["--varied_starts", "0"],
+    "free_moves": ["--move_coef", "0"],
+    "lambda_0.95": ["--lambd", "0.95", "--lambd_end", "0.95"],
+    "lambda_0.8": ["--lambd_end", "0.8"],
+    "gamma_0.99": ["--gamma", "0.99"],
+}
 
 
-def train(out, seed, more):
+def train_with_small_weights(arguments):
+    """train_ppo.py with nanoGPT's initialisation: every weight and embedding has a standard deviation of 0.02."""
+
+    def init_weights(self):
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(std=0.02)
+            else:
+                parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    GPT.init_weights = init_weights
+    return train_ppo.main(arguments)
+
+
+def train(out, variant, seed, more):
     """One run to its end, resumed if it began before -> its exit status."""
-    run_dir, log = out / f"seed{seed}", out / f"seed{seed}.log"
+    run_dir, log = out / variant / f"seed{seed}", out / variant / f"seed{seed}.log"
     if log.exists() and log.read_text().rpartition("\ntrained ")[1]:
         return 0
-    where = ["--resume", run_dir] if (run_dir / "last.pt").exists() else ["--seed", str(seed), "--run_dir", run_dir]
+    log.parent.mkdir(exist_ok=True)
+    where = ["--resume", run_dir] if (run_dir / "last.pt").exists() else ["--seed", seed, "--run_dir", run_dir]
+    program = [__file__, "--small_weights"] if variant == "small_weights" else [ROOT / "train_ppo.py"]
+    command = [sys.executable, *program, *where, *VARIANTS[variant], *more]
     with open(log, "a") as log:
-        command = [sys.executable, ROOT / "train_ppo.py", *where, *more]
-        return subprocess.run(command, stdout=log, stderr=log).returncode
+        return subprocess.run(list(map(str, command)), stdout=log, stderr=log).returncode
 
 
 def evaluations(run_dir):
-    """metrics.csv -> [(steps, minutes, score), ...]"""
+    """metrics.csv -> [(steps, minutes, score, games cleared), ...]"""
     columns, rows = read_metrics(run_dir / "metrics.csv")
     rows = [dict(zip(columns, row)) for row in rows]
-    return [(int(r["global_step"]), float(r["seconds"]) / 60, float(r["eval_score"])) for r in rows if r["eval_score"]]
+    return [(int(r["global_step"]), float(r["seconds"]) / 60, float(r["eval_score"]), int(r["eval_cleared"]))
+            for r in rows if r["eval_score"]]  # fmt: skip
 
 
-def summary(seed, curve):
-    """One row of the table: steps and minutes to each mark, the best and the last score."""
-    row = {"seed": seed}
+def first(curve, mark):
+    """(steps in millions, minutes) of the first evaluation of `mark` points or more, or None."""
+    return next(((steps / 1e6, minutes) for steps, minutes, score, _ in curve if score >= mark), None)
+
+
+def seed_row(variant, seed, curve):
+    """When it reached each mark, its best and its last score."""
+    row = {"variant": variant, "seed": seed}
     for mark in MARKS:
-        reached = next(((steps, minutes) for steps, minutes, score in curve if score >= mark), None)
-        row[f"to {mark}"] = f"{reached[0] / 1e6:.2f}M {reached[1]:.1f}min" if reached else "-"
+        reached = first(curve, mark)
+        row[f"to {mark}"] = "{:.2f}M {:.1f}min".format(*reached) if reached else "-"
     best = max(curve, key=lambda e: e[2])
-    return row | {"best": f"{best[2]:.1f}", "at": f"{best[0] / 1e6:.2f}M", "last": f"{curve[-1][2]:.1f}"}
+    return row | {"best": f"{best[2]:.1f}", "cleared": best[3], "at": f"{best[0] / 1e6:.2f}M", "last": f"{curve[-1][2]:.1f}"}
+
+
+def variant_row(variant, curves):
+    """Median and range over the seeds; a mark that a seed never reached counts as later than all others."""
+    row = {"variant": variant, "seeds": len(curves)}
+    for mark in MARKS:
+        reached = [first(curve, mark) for curve in curves]
+        for i, unit in ((0, "M"), (1, "min")):
+            row[f"to {mark}, {unit}"] = spread([r[i] if r else np.inf for r in reached], 2 - i)
+    row["best"] = spread([max(e[2] for e in curve) for curve in curves], 0)
+    row["last"] = spread([curve[-1][2] for curve in curves], 0)
+    return row
+
+
+def spread(xs, digits):
+    text = [f"{x:.{digits}f}" if x < np.inf else "-" for x in (statistics.median_high(xs), min(xs), max(xs))]
+    return text[0] if len(set(text)) == 1 else "{} ({} to {})".format(*text)
+
+
+def interquartile_mean(scores):
+    """(..., seeds) -> (...): the mean without the lowest and the highest quarter (Agarwal et al. 2021)."""
+    cut = scores.shape[-1] // 4
+    return np.sort(scores, axis=-1)[..., cut : scores.shape[-1] - cut].mean(-1)
 
 
 def draw(curves):
-    """Every seed thin, the median thick, over steps and over minutes."""
+    """Every seed thin, the interquartile mean thick with a 95 % bootstrap interval, over steps and over minutes."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
-    for axes, column, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("million environment steps", "minutes, one core per run")):
-        for seed, curve in curves.items():
-            axes.plot([e[column] / (1e6, 1)[column] for e in curve], [e[2] for e in curve], linewidth=1, alpha=0.6, label=f"seed {seed}")
-        together = list(zip(*curves.values()))
-        axes.plot([statistics.median(e[column] for e in es) / (1e6, 1)[column] for es in together],
-                  [statistics.median(e[2] for e in es) for es in together], color="black", linewidth=2.2, label="median")  # fmt: skip
-        axes.axhline(CLEARED_SCORE, color="tab:green", linestyle="--", linewidth=1.2, label=f"the whole wall: {CLEARED_SCORE}")
-        axes.axhline(320, color="tab:orange", linestyle="-.", linewidth=1.2, label="best published agent of this kind: 320")
-        axes.axhline(RANDOM_SCORE, color="gray", linestyle=":", linewidth=1.5, label=f"random play: {RANDOM_SCORE}")
+    data = np.array(list(curves.values()))  # (seeds, evaluations, 4)
+    scores = data[:, :, 2].T  # (evaluations, seeds)
+    drawn = np.random.default_rng(0).integers(len(data), size=(2000, len(data)))
+    low, high = np.percentile(interquartile_mean(scores[:, drawn]), (2.5, 97.5), axis=1)
+    for axes, column, unit, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), (1e6, 1),
+                                         ("million environment steps", "minutes, one core per run")):  # fmt: skip
+        for seed, curve in zip(curves, data):
+            axes.plot(curve[:, column] / unit, curve[:, 2], linewidth=0.8, alpha=0.6, label=f"seed {seed}")
+        x = np.median(data[:, :, column], axis=0) / unit
+        axes.plot(x, interquartile_mean(scores), color="black", linewidth=2.2, label="interquartile mean, 95 % bootstrap")
+        axes.fill_between(x, low, high, color="black", alpha=0.15, linewidth=0)
+        for level, color, style, name in ((CLEARED_SCORE, "tab:green", "--", "the whole wall, a simple tracker"),
+                                          (320, "tab:orange", "-.", "best published agent of this kind"),
+                                          (RANDOM_SCORE, "gray", ":", "random play")):  # fmt: skip
+            axes.axhline(level, color=color, linestyle=style, linewidth=1.3, label=f"{name}: {level}")
         axes.set(xlabel=label, ylim=(0, 1000))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -72,28 +136,38 @@ def draw(curves):
     return figure
 
 
+def show(rows):
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(map(str, row.values())) + " |")
+    print()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["recipe"])
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="default runs/learning")
     args, more = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    runs = [(variant, seed) for variant in args.variants for seed in args.seeds]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        statuses = list(pool.map(lambda seed: train(args.out, seed, more), args.seeds))
-    failed = [f"seed {seed}: {args.out / f'seed{seed}.log'}" for seed, status in zip(args.seeds, statuses) if status]
+        statuses = list(pool.map(lambda run: train(args.out, *run, more), runs))
+    failed = [str(args.out / variant / f"seed{seed}.log") for (variant, seed), status in zip(runs, statuses) if status]
     if failed:
         sys.exit(f"learning.py: some runs did not finish, see {', '.join(failed)}; start again to go on")
-    curves = {seed: evaluations(args.out / f"seed{seed}") for seed in args.seeds}
-    rows = [summary(seed, curve) for seed, curve in curves.items()]
+    curves = {v: {seed: evaluations(args.out / v / f"seed{seed}") for seed in args.seeds} for v in args.variants}
+    rows = [seed_row(variant, seed, curve) for variant, seeds in curves.items() for seed, curve in seeds.items()]
     with open(args.out / "learning.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(map(str, row.values())) + " |")
-    draw(curves).savefig(args.out / "learning.png", dpi=120)
+    show(rows)
+    show([variant_row(variant, list(seeds.values())) for variant, seeds in curves.items()])
+    draw(curves[args.variants[0]]).savefig(args.out / "learning.png", dpi=120)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--small_weights"]:
+        sys.exit(train_with_small_weights(sys.argv[2:]))
     main()

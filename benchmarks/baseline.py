@@ -1,0 +1,124 @@
+"""What an ordinary agent learns here:  python benchmarks/baseline.py [--seed 0] [--num_steps 4000000] [--out runs/baseline]
+
+Stable-Baselines3's PPO with its MlpPolicy (pip install stable-baselines3) on the games that train_ppo.py trains on. From
+there too: rollout, minibatch, discount, GAE, entropy bonus, reward scale, and that a lost life ends a return. All else is
+Stable-Baselines3's default. Left out, as the GPT's own: predicting the next frame, the cost of moving, a falling learning rate.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+
+try:
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.logger import Logger
+    from stable_baselines3.common.vec_env import VecEnv
+except ImportError:
+    sys.exit("baseline.py: needs Stable-Baselines3: pip install stable-baselines3")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from breakout_ascii import TOKENS, BreakoutAsciiVec  # noqa: E402
+from evaluation import exact  # noqa: E402
+from model import set_threads  # noqa: E402
+from ppo import lost_lives  # noqa: E402
+from train_ppo import (  # noqa: E402
+    BATCH_SIZE, CONSTANTS, ENTROPY_COEF, EVAL_INTERVAL, GAMMA, LAMBD, NUM_ENVS, NUM_STEPS, REWARD_SCALE, ROLLOUT_STEPS,
+    VARIED_STARTS, CommandLineError, check,
+)  # fmt: skip
+
+
+class Games(VecEnv):
+    """BreakoutAsciiVec as Stable-Baselines3 wants an environment: (N, 1944) float32 of order one, scaled rewards."""
+
+    def __init__(self, env):
+        self.env, self.actions = env, None
+        super().__init__(env.num_envs, Box(0, 1, (TOKENS,), np.float32), env.single_action_space)
+
+    def reset(self):
+        obs, _ = self.env.reset(seed=self._seeds[0])
+        return scaled(obs)
+
+    def step_async(self, actions):
+        self.actions = actions
+
+    def step_wait(self):
+        obs, rewards, terminated, truncated, infos = self.env.step(self.actions)
+        terminated = terminated | lost_lives(infos)
+        each = [{} for _ in range(self.num_envs)]
+        for i in np.flatnonzero(truncated & ~terminated):
+            each[i] = {"terminal_observation": scaled(infos["final_obs"][i]), "TimeLimit.truncated": True}
+        return scaled(obs), (rewards * REWARD_SCALE).astype(np.float32), terminated | truncated, each
+
+    def get_attr(self, attr_name, indices=None):
+        return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
+
+    set_attr = env_method = env_is_wrapped = close = None  # VecEnv demands them, PPO calls none
+
+
+class Player(torch.nn.Module):
+    """A policy of Stable-Baselines3 as `exact` wants it: (B, 1944) tokens -> logits (B, 3), values (B,)."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, tokens):
+        obs = scaled(tokens)
+        return self.policy.get_distribution(obs).distribution.logits, self.policy.predict_values(obs).squeeze(1)
+
+
+def scaled(tokens):
+    """Array or tensor of characters -> the same in float32, of order one."""
+    return tokens / np.float32(127)
+
+
+def train(seed, num_steps):
+    """Yields update, steps, seconds, score, cleared after each evaluation, as often as train_ppo.py evaluates."""
+    model = PPO(
+        "MlpPolicy", Games(BreakoutAsciiVec(NUM_ENVS, varied_starts=VARIED_STARTS)), n_steps=ROLLOUT_STEPS, batch_size=BATCH_SIZE,
+        gamma=GAMMA, gae_lambda=LAMBD, ent_coef=ENTROPY_COEF, seed=seed, device="cpu",
+    )  # fmt: skip
+    model.set_logger(Logger(folder=None, output_formats=[]))  # its own leaves a directory behind in /tmp at every learn()
+    samples, start = NUM_ENVS * ROLLOUT_STEPS, time.perf_counter()
+    while (left := num_steps - model.num_timesteps) > 0:
+        model.learn(min(EVAL_INTERVAL * samples, left), reset_num_timesteps=False)  # goes on where it was
+        result = exact(Player(model.policy))
+        seconds = round(time.perf_counter() - start, 1)
+        yield model.num_timesteps // samples, model.num_timesteps, seconds, result["score"], result["cleared"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--num_steps", type=int, default=NUM_STEPS, help=f"environment steps in all (default {NUM_STEPS})")
+    parser.add_argument("--out", type=Path, default=Path("runs/baseline"), help="default runs/baseline")
+    args = parser.parse_args()
+    path, scores = args.out / f"seed{args.seed}.csv", []
+    try:
+        check(CONSTANTS | {"SEED": args.seed, "NUM_STEPS": args.num_steps})
+        args.out.mkdir(parents=True, exist_ok=True)
+        file = open(path, "x", newline="")
+    except (CommandLineError, OSError) as error:
+        parser.error(str(error))
+    set_threads(n_layer=1)  # as few as train_ppo.py takes
+    with file:
+        writer = csv.writer(file)
+        writer.writerow(("update", "steps", "seconds", "score", "cleared"))
+        for row in train(args.seed, args.num_steps):
+            writer.writerow(row)
+            file.flush()
+            scores.append(row[3])
+            print("update {}: {:,} steps, {:.1f} s, score {:.2f}, {} of 32 games cleared".format(*row), flush=True)
+    print(f"best {max(scores):.2f}, last {scores[-1]:.2f}: {path}")
+
+
+if __name__ == "__main__":
+    main()
