@@ -292,6 +292,26 @@ def test_yardstick_random_play():
     assert 75 < np.mean(scores) < 89 and 48 < np.std(scores) < 64
 
 
+def comes_back(x, dx):
+    """A ball leaves row 21 at x, in a game with one brick in the corner -> {(x, dx)} of all bounces that a paddle can give it."""
+    games = Games(72)
+    games.begin(np.arange(72), breakout_ascii.standard_serves(np.ones((72, 5), int)), np.eye(1, 91, dtype=bool).reshape(7, 13))
+    games.ball_x[:], games.dx[:] = x, dx
+    for _ in range(42):  # up and down again
+        games.step(np.zeros(72, int))
+    assert (games.ball_y == 21).all() and (games.dy == 1).all() and (games.bricks_left == 1).all()
+    games.paddle_x[:] = np.arange(1, 73)
+    games.step(np.zeros(72, int))
+    hit = games.dy == -1
+    return set(zip(games.ball_x[hit].tolist(), games.dx[hit].tolist()))
+
+
+def test_the_rules_have_a_cycle_that_no_paddle_can_leave_and_two_bounces_that_none_can_return():
+    assert comes_back(39, 1) == {(76, 1)} and comes_back(39, -1) == {(4, -1)}
+    assert comes_back(76, 1) == comes_back(4, -1) == {(39, 1), (39, -1)}
+    assert comes_back(36, 1) == comes_back(43, -1) == set()
+
+
 # The Gymnasium faces.
 
 def assert_same(a, b, path="infos"):
