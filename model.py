@@ -410,9 +410,9 @@ class SharedAttention(torch.autograd.Function):
         for part in tree.levels:
             if far:
                 m, Z, powers = rescaled_sums(m, Z, part.children)
-                ctx.powers.append(powers)
             else:
-                Z = bag_sums(Z, part.children)
+                Z, powers = bag_sums(Z, part.children), None
+            ctx.powers.append(powers)
         sums = Z[:, 0].clamp_min(2.0**LEAST)
         y = Z[:, 1:] / sums.unsqueeze(1)
         ctx.save_for_backward(scale.unsqueeze(1), rows[:, 0], weights, leaf, sums, y)
@@ -424,11 +424,11 @@ class SharedAttention(torch.autograd.Function):
     def backward(ctx, dy, _):
         scale, row_scores, weights, leaf, sums, y = ctx.saved_tensors
         dZ = torch.cat([-(dy * y).sum(1, keepdim=True), dy], dim=1) / sums.unsqueeze(1)
-        for part in reversed(ctx.tree.levels):
-            if ctx.powers:
-                dZ = bag_sums((dZ.unsqueeze(1) * ctx.powers.pop().unsqueeze(2)).flatten(0, 1), part.order, part.offsets)
-            else:
+        for part, powers in zip(reversed(ctx.tree.levels), reversed(ctx.powers)):
+            if powers is None:
                 dZ = bag_sums(dZ, part.parents, part.offsets)
+            else:
+                dZ = bag_sums((dZ.unsqueeze(1) * powers.unsqueeze(2)).flatten(0, 1), part.order, part.offsets)
         # leaf = (w, rows * w * scale), w = 2^(row_scores * scale - m)
         of_values = sum((dZ[:, 1:] * leaf[:, 1:]).unbind(1))  # (P, H), three times as fast as sum(1)
         dscores = math.log(2) * (of_values + dZ[:, 0] * weights)

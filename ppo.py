@@ -89,7 +89,8 @@ def lost_lives(infos):
 def flatten_parameters(policy):
     """Moves the parameters of `policy`, and their gradients, into one vector -> that vector, a parameter with its gradient.
 
-    Norm, clipping and optimizer then take one kernel each instead of one per parameter.
+    Norm, clipping and optimizer then take one kernel each instead of one per parameter. Gradients are cleared there:
+    `policy.zero_grad()` would cut the parameters off.
     """
     parameters = list(policy.parameters())
     weights = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
@@ -305,10 +306,10 @@ class PPO:
         """To mean 0 and standard deviation 1 in each minibatch, all ranks' samples together."""
         variances, means = zip(*(torch.var_mean(mb.advantages, correction=0) for mb in minibatches))
         means, variances = torch.stack(means), torch.stack(variances)
-        means, squares = self.average(torch.stack([means, variances + means**2]))
-        scales = (squares - means**2).clamp_min(0).sqrt() + 1e-8
-        for mb, mean, scale in zip(minibatches, means, scales):
-            yield mb._replace(advantages=(mb.advantages - mean) / scale)
+        centres = self.average(means.clone())
+        scales = self.average(variances + (means - centres) ** 2).sqrt() + 1e-8
+        for mb, centre, scale in zip(minibatches, centres, scales):
+            yield mb._replace(advantages=(mb.advantages - centre) / scale)
 
     def stop_together(self):
         """Between two updates: a stop requested of any rank stops all, so that none waits for another's gradient."""

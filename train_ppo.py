@@ -34,7 +34,7 @@ from ppo import PPO, PPOConfig, StopTraining
 
 # ---------------------------------------------------------------------------------------------------------------------
 # length
-NUM_STEPS = 4_000_000  # environment steps in all; the learning rate falls over this length
+NUM_STEPS = 4_000_000  # environment steps in all; over this length the learning rate falls and lambda rises
 NUM_ENVS = 128  # games side by side
 ROLLOUT_STEPS = 64  # steps of every game between two updates: 128 * 64 = 8192 samples
 # PPO
@@ -47,7 +47,7 @@ EPS_CLIP = 0.2  # how far a probability ratio counts
 VALUE_LOSS_COEF = 0.5
 VALUE_CLIP = 0.0  # in units of the scaled return; off if 0.0
 ENTROPY_COEF = 0.01
-MOVE_COEF = 0.04  # cost of moving, in standard deviations of the advantage: less is caught in more loops, more loses more balls
+MOVE_COEF = 0.04  # cost of moving, in standard deviations of the advantage: with less it circles more, with more it loses balls
 TARGET_KL = 0.0  # an update ends after an epoch with a larger mean KL; off if 0.0
 REWARD_SCALE = 0.1  # a brick is worth 10 points in the game and 1 in training
 # optimizer (Adam)
@@ -85,7 +85,8 @@ INTEGERS = {name: (1, 8192) for name in CONSTANTS if name not in TEXTS | NUMBERS
 }  # fmt: skip
 FIXED = "NUM_ENVS BLOCK_SIZE N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run keeps these
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun; rank 0 alone writes
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK, RANKS = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if UNDER_TORCHRUN else (0, 1)  # rank 0 alone writes
 
 
 class CommandLineError(ValueError):
@@ -155,6 +156,8 @@ def choose_device(name):
     """ "auto", "cpu", "cuda", "cuda:1" -> torch.device. "auto" takes CUDA if a small product runs on it."""
     try:
         own = f"cuda:{os.environ['LOCAL_RANK']}" if RANKS > 1 else "cuda"
+        if name == "auto" and RANKS > 1 and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+            own = "cpu"  # all ranks of a machine alike
         device = torch.device(own if name in ("auto", "cuda") else name)
         (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item()
         return device
@@ -193,8 +196,8 @@ def build(c, run_dir, device):
     if RANK > 0:
         return PPO(policy, env, ppo_config)
     csv = run_dir / "metrics.csv"
-    observers = [ProgressBar(plan(c, policy, device, run_dir)), MetricsCSV(csv), TensorBoard(run_dir), LearningCurve(run_dir / "learning_curve.png", csv),
-                 Checkpoints(run_dir, c.SAVE_FREQ)]  # fmt: skip
+    observers = [ProgressBar(plan(c, policy, device, run_dir)), MetricsCSV(csv), TensorBoard(run_dir),
+                 LearningCurve(run_dir / "learning_curve.png", csv), Checkpoints(run_dir, c.SAVE_FREQ)]  # fmt: skip
     return PPO(policy, env, ppo_config, evaluate, observers, {"gpt_config": asdict(config), "constants": dict(vars(c))})
 
 
@@ -209,7 +212,7 @@ def plan(c, policy, device, run_dir):
 
 
 def learn(ppo, run_dir):
-    """Train to the end; Ctrl-C and SIGTERM end it at the next minibatch, saved and resumable. Returns the exit status."""
+    """Train to the end; Ctrl-C and SIGTERM end it soon, saved and resumable. Returns the exit status."""
     received = []
 
     def stop(signum, frame):
@@ -223,19 +226,29 @@ def learn(ppo, run_dir):
         ppo.learn()
         return 0
     except StopTraining:
-        reason, status, change = "stopped", 128 + received[0], ""
+        reason, status, change = "stopped", 128 + (received or [signal.SIGTERM])[0], ""  # none: another rank was told to stop
     except FloatingPointError as error:
         reason, status, change = error, 1, f" --lr {ppo.config.lr / 2:g}"
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason, status, change = str(error).splitlines()[0], 1, f" --batch_size {max(ppo.config.batch_size // 2, 1)}"
+    except (MemoryError, RuntimeError) as error:
+        reason, status = one_line(error) or "out of memory", 1
+        if isinstance(error, MemoryError) or "memory" in reason:  # of the GPU or of the CPU
+            change = f" --batch_size {max(ppo.config.batch_size // 2 // RANKS, 1) * RANKS}"
+        elif RANKS > 1:  # another rank has failed, and said why
+            change = ""
+        else:
+            raise
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
     if RANK == 0:
         save_checkpoint(run_dir / "last.pt", ppo.snapshot)
-        program = "python" if RANKS == 1 else f"torchrun --standalone --nproc_per_node={RANKS}"
-        print(f"\n{reason}; go on with: {program} train_ppo.py --resume {shlex.quote(str(run_dir))}{change}", file=sys.stderr)
+        command = f"{launcher(RANKS)} train_ppo.py --resume {shlex.quote(str(run_dir))}{change}"
+        print(f"\n{reason}; go on with: {command}", file=sys.stderr)
     return status
+
+
+def launcher(ranks):
+    return "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
 
 
 def read_resumed(name, given):
@@ -255,7 +268,7 @@ def read_resumed(name, given):
     constants = constants | given | {"RUN_DIR": str(path.parent)}
     ranks = constants["NUM_ENVS"] // len(state["obs"])
     if ranks != RANKS:
-        raise CommandLineError(f"{path} was trained by {ranks} ranks, not {RANKS}; use torchrun --standalone --nproc_per_node={ranks}")
+        raise CommandLineError(f"{path} was trained by {ranks} ranks, not {RANKS}; use {launcher(ranks)} train_ppo.py")
     if constants["NUM_STEPS"] <= state["global_step"]:
         raise CommandLineError(f"{path} has done {state['global_step']:,} steps already; to go on, give a larger --num_steps")
     return path.parent, state, constants
@@ -284,13 +297,15 @@ def main(argv=None):
     check(constants)
     device = choose_device(constants["DEVICE"])
     set_threads(constants["N_LAYER"])
+    if state is None:
+        run_dir = new_run_dir(constants["RUN_DIR"]) if RANK == 0 else None
+        constants["RUN_DIR"] = str(run_dir)
     with joined_ranks(device):
-        if state is None and RANK == 0:
-            run_dir = new_run_dir(constants["RUN_DIR"])
-            constants["RUN_DIR"] = str(run_dir)
-        elif state is None:
-            run_dir = None
-        ppo = build(SimpleNamespace(**constants), run_dir, device)
+        try:
+            ppo = build(SimpleNamespace(**constants), run_dir, device)
+        except (MemoryError, RuntimeError) as error:
+            reason = one_line(error)
+            raise CommandLineError(f"the model does not fit on {device} ({reason}); try a smaller --n_embd or --n_layer") from None
         if state is not None:
             load(ppo, state, run_dir)
         if RANK == 0:

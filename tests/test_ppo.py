@@ -217,6 +217,14 @@ def test_learning_rate():
     assert cosine == pytest.approx([0, 0.5, 1, 1 - 0.8 * (1 - math.cos(math.pi / 4)) / 2, 0.6, 0.2])
 
 
+def test_advantages_are_normalized_even_if_they_hardly_differ():
+    ppo = breakout_ppo()
+    ppo.collect()
+    ppo.buffer.data.advantages[:] = 5 + 1e-3 * (torch.arange(64) % 2)
+    (mb,) = ppo.normalize_advantages(list(ppo.buffer.minibatches(64, ppo.generator)))
+    torch.testing.assert_close(mb.advantages.abs(), torch.ones(64), rtol=1e-2, atol=0)
+
+
 def test_gradient_norm_is_clipped():
     ppo = breakout_ppo(max_grad_norm=1e-3)
     ppo.collect()

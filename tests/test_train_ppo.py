@@ -15,7 +15,7 @@ import torch
 
 import train_ppo
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from ppo import PPO
+from ppo import PPO, StopTraining
 from train_ppo import CONSTANTS, CommandLineError, check, choose_device, main, read_command_line
 
 ROOT = Path(__file__).parent.parent
@@ -157,6 +157,30 @@ def test_a_gradient_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, caps
     assert run(tmp_path, "run") == 1
     assert re.search("not finite in update 3.*--resume .*run --lr 0.0007", capsys.readouterr().err)
     assert load_checkpoint(tmp_path / "run")["update_count"] == 2
+
+
+@pytest.mark.parametrize("error, message", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate memory; go on with: .*run --batch_size 8"),
+    (MemoryError(), "out of memory; go on with: .*run --batch_size 8"),
+    (StopTraining(), "stopped; go on with: .*run$"),  # a rank that got no signal itself
+])  # fmt: skip
+def test_a_run_that_cannot_go_on_is_saved(tmp_path, monkeypatch, capsys, error, message):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(PPO, "update", fail)
+    assert run(tmp_path, "run") in (1, 143)
+    assert re.search(message, capsys.readouterr().err.strip())
+    assert load_checkpoint(tmp_path / "run")["update_count"] == 0
+
+
+def test_a_model_too_large_for_the_memory(tmp_path, monkeypatch):
+    def build(*arguments):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(train_ppo, "build", build)
+    with pytest.raises(CommandLineError, match="does not fit on cpu .*smaller --n_embd"):
+        run(tmp_path, "run")
 
 
 def test_overrides():
