@@ -7,7 +7,10 @@ learning.csv and draws learning.png, the seeds of the first variant.
 
 import argparse
 import csv
+import json
+import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,12 +41,12 @@ VARIANTS = {  # name: what goes to train_ppo.py
 
 
 def train_with_small_weights(arguments):
-    """train_ppo.py with nanoGPT's initialisation: every weight and embedding has a standard deviation of 0.02."""
+    """train_ppo.py with nanoGPT's initialisation: standard deviation 0.02, less for what writes into the residual stream."""
 
     def init_weights(self):
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                parameter.data.normal_(std=0.02)
+                parameter.data.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02)
             else:
                 parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
 
@@ -56,12 +59,29 @@ def train(out, variant, seed, more):
     run_dir, log = out / variant / f"seed{seed}", out / variant / f"seed{seed}.log"
     if log.exists() and log.read_text().rpartition("\ntrained ")[1]:
         return 0
-    log.parent.mkdir(exist_ok=True)
-    where = ["--resume", run_dir] if (run_dir / "last.pt").exists() else ["--seed", seed, "--run_dir", run_dir]
+    where = ["--resume", run_dir]
+    if not (run_dir / "last.pt").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)  # killed before there was anything to resume
+        run_dir.parent.mkdir(exist_ok=True)
+        where = ["--seed", seed, "--run_dir", run_dir]
     program = [__file__, "--small_weights"] if variant == "small_weights" else [ROOT / "train_ppo.py"]
     command = [sys.executable, *program, *where, *VARIANTS[variant], *more]
-    with open(log, "a") as log:
-        return subprocess.run(list(map(str, command)), stdout=log, stderr=log).returncode
+    with open(log, "a") as file:
+        return subprocess.run(list(map(str, command)), stdout=file, stderr=file).returncode
+
+
+def check(out, runs, more):
+    """Raises CommandLineError for what train_ppo.py does not take, and for a run begun with other constants."""
+    for variant, seed in runs:
+        _, given = train_ppo.read_command_line([*VARIANTS[variant], *more], train_ppo.CONSTANTS)
+        wanted = train_ppo.CONSTANTS | given | {"SEED": seed}
+        train_ppo.check(wanted)
+        if wanted["EVAL_INTERVAL"] == 0:
+            raise train_ppo.CommandLineError("without evaluations there is no curve; leave --eval_interval out")
+        config = out / variant / f"seed{seed}" / "config.json"
+        begun = json.loads(config.read_text()) if config.exists() else wanted
+        if begun | {"RUN_DIR": ""} != wanted | {"RUN_DIR": ""}:
+            raise train_ppo.CommandLineError(f"{config.parent} was begun with other constants; name another --out")
 
 
 def evaluations(run_dir):
@@ -100,7 +120,7 @@ def variant_row(variant, curves):
 
 
 def spread(xs, digits):
-    text = [f"{x:.{digits}f}" if x < np.inf else "-" for x in (statistics.median_high(xs), min(xs), max(xs))]
+    text = [f"{x:.{digits}f}" if x < np.inf else "-" for x in (statistics.median(xs), min(xs), max(xs))]
     return text[0] if len(set(text)) == 1 else "{} ({} to {})".format(*text)
 
 
@@ -149,8 +169,12 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["recipe"])
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="default runs/learning")
     args, more = parser.parse_known_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    runs = [(variant, seed) for variant in args.variants for seed in args.seeds]
+    runs = [(variant, seed) for variant in dict.fromkeys(args.variants) for seed in dict.fromkeys(args.seeds)]
+    try:
+        check(args.out, runs, more)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (train_ppo.CommandLineError, OSError) as error:
+        sys.exit(f"learning.py: {error}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         statuses = list(pool.map(lambda run: train(args.out, *run, more), runs))
     failed = [str(args.out / variant / f"seed{seed}.log") for (variant, seed), status in zip(runs, statuses) if status]

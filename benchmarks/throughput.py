@@ -38,7 +38,7 @@ from model import CHARACTERS, GPT, POSITIONS, GPTConfig, set_threads  # noqa: E4
 from rollout_buffer import reader_of  # noqa: E402
 from test_breakout_ascii import SlowGame  # noqa: E402
 from train_ppo import (  # noqa: E402
-    BATCH_SIZE, CONSTANTS, EVAL_INTERVAL, NUM_ENVS, ROLLOUT_STEPS, VARIED_STARTS, CommandLineError, build, choose_device,
+    BATCH_SIZE, CONSTANTS, EVAL_INTERVAL, NUM_ENVS, ROLLOUT_STEPS, VARIED_STARTS, CommandLineError, build, check, choose_device,
 )  # fmt: skip
 
 RANDOM_ACTIONS = {"random": 1.0, "middling": 0.5, "expert": 0.0}  # their share in each level of play
@@ -330,6 +330,7 @@ def main():
     parser.add_argument("--device", default="auto", help="default auto: CUDA if it works, else the CPU")
     args = parser.parse_args()
     try:
+        check(CONSTANTS | {"NUM_STEPS": args.num_steps})
         device = choose_device(args.device)
     except CommandLineError as error:
         parser.error(str(error))
