@@ -6,6 +6,7 @@ from train_ppo import CONSTANTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+OTHERS = {"logdir", "index", "standalone", "nproc_per_node"}  # options of other programs
 ORIGINAL = {"NUM_STEPS": 4_000_000, "ROLLOUT_STEPS": 1024, "EPOCHS": 10, "GAMMA": 0.99, "LAMBD": 0.95, "EPS_CLIP": 0.2,
             "LR": 0.001, "BLOCK_SIZE": 1944}  # fmt: skip
 
@@ -21,7 +22,7 @@ def test_files_and_options_that_the_readme_names_exist():
         assert (ROOT / name).exists(), name
     scripts = [ROOT / "load_model.py", ROOT / "tests" / "conftest.py", *(ROOT / "benchmarks").glob("*.py")]
     sources = "".join(script.read_text() for script in scripts)
-    for option in set(re.findall(r"--([a-z_]+)", README)) - {"resume", "logdir", "index"}:  # the last two are others' options
+    for option in set(re.findall(r"--([a-z_]+)", README)) - {"resume", *OTHERS}:
         assert option.upper() in CONSTANTS or f'"--{option}"' in sources, option
 
 
