@@ -113,7 +113,8 @@ class PPOConfig:
     batch_size: int
     gamma: float
     lambd: float  # at the start
-    lambd_end: float
+    lambd_end: float  # from step lambd_steps on
+    lambd_steps: int
     eps_clip: float
     lr: float
     min_lr: float
@@ -164,11 +165,6 @@ class PPO:
     @property
     def num_steps(self):
         return self.config.num_steps
-
-    @property
-    def progress(self):
-        """0 at the start of the training, 1 at its end."""
-        return min(self.global_step / self.num_steps, 1.0)
 
     def learn(self):
         self.clock = time.perf_counter()
@@ -229,7 +225,8 @@ class PPO:
             )  # fmt: skip
             self.obs = next_obs
         last_values = self.reader(self.reader.encode(self.obs))[1].cpu()
-        lambd = config.lambd + (config.lambd_end - config.lambd) * self.progress
+        rise = min(self.global_step / config.lambd_steps, 1.0)
+        lambd = config.lambd + (config.lambd_end - config.lambd) * rise
         self.buffer.finish(last_values, has_next, config.gamma, lambd)
         self.global_step += S * N * self.ranks
 
@@ -241,7 +238,7 @@ class PPO:
     def update(self):
         """Epochs of minibatches over the buffer -> the statistics of the update, floats."""
         config, stats = self.config, []
-        lr = learning_rate(self.progress, config.lr, config.min_lr, config.warmup, config.lr_schedule)
+        lr = learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr, config.warmup, config.lr_schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(config.epochs):

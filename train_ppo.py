@@ -34,7 +34,7 @@ from ppo import PPO, PPOConfig, StopTraining
 
 # ---------------------------------------------------------------------------------------------------------------------
 # length
-NUM_STEPS = 4_000_000  # environment steps in all; over this length the learning rate falls and lambda rises
+NUM_STEPS = 4_000_000  # environment steps in all; the learning rate falls over this length
 NUM_ENVS = 128  # games side by side
 ROLLOUT_STEPS = 64  # steps of every game between two updates: 128 * 64 = 8192 samples
 # PPO
@@ -43,6 +43,7 @@ BATCH_SIZE = 512  # samples in a minibatch; 256 learns as fast per step and take
 GAMMA = 0.995  # discount per step; with 0.99 a life is worth too little among the last bricks, which lie hundreds of steps apart
 LAMBD = 0.8  # GAE at the start: 0 trusts the critic alone, 1 the returns alone; 0.95 took three times as many steps to 700 points
 LAMBD_END = 0.98  # it rises evenly to this: a brick that a bounce aims at is hit some thirty steps later
+LAMBD_STEPS = 4_000_000  # over so many environment steps
 EPS_CLIP = 0.2  # how far a probability ratio counts
 VALUE_LOSS_COEF = 0.5
 VALUE_CLIP = 0.0  # in units of the scaled return; off if 0.0
@@ -81,7 +82,8 @@ NUMBERS = {
     "VALUE_CLIP": (0, 1e9), "ENTROPY_COEF": (0, 1e9), "MOVE_COEF": (0, 1e9), "TARGET_KL": (0, 1e9), "PREDICTION_COEF": (0, 1e9),
 }  # fmt: skip
 INTEGERS = {name: (1, 8192) for name in CONSTANTS if name not in TEXTS | NUMBERS} | {
-    "NUM_STEPS": (1, 10**12), "BATCH_SIZE": (1, 10**7), "SEED": (0, 2**32 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+    "NUM_STEPS": (1, 10**12), "LAMBD_STEPS": (1, 10**12), "BATCH_SIZE": (1, 10**7), "SEED": (0, 2**32 - 1),
+    "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
 }  # fmt: skip
 FIXED = "NUM_ENVS BLOCK_SIZE N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run keeps these
 

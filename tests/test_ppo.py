@@ -56,7 +56,7 @@ class Table(nn.Module):
 
 def config(**changes):
     return PPOConfig(**{**dict(
-        num_steps=10_000, rollout_steps=16, epochs=4, batch_size=32, gamma=0.9, lambd=0.95, lambd_end=0.95, eps_clip=0.2, lr=0.02, min_lr=0.0,
+        num_steps=10_000, rollout_steps=16, epochs=4, batch_size=32, gamma=0.9, lambd=0.95, lambd_end=0.95, lambd_steps=1, eps_clip=0.2, lr=0.02, min_lr=0.0,
         value_loss_coef=0.5, entropy_coef=0.0, max_grad_norm=10.0, seed=0), **changes})  # fmt: skip
 
 
@@ -215,6 +215,14 @@ def test_learning_rate():
     assert linear == pytest.approx([1, 0.6, 0.2, 0.2])
     cosine = [learning_rate(x, 1.0, 0.2, 0.2, "cosine") for x in (0, 0.1, 0.2, 0.4, 0.6, 1)]
     assert cosine == pytest.approx([0, 0.5, 1, 1 - 0.8 * (1 - math.cos(math.pi / 4)) / 2, 0.6, 0.2])
+
+
+def test_lambda_rises_over_its_steps():
+    ppo, seen = breakout_ppo(lambd=0.5, lambd_end=0.9, lambd_steps=128), []
+    ppo.buffer.finish = lambda *arguments: seen.append(arguments[-1])
+    for _ in range(4):
+        ppo.collect()
+    assert seen == pytest.approx([0.5, 0.7, 0.9, 0.9])
 
 
 def test_advantages_are_normalized_even_if_they_hardly_differ():

@@ -104,7 +104,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
 
 def test_every_constant_reaches_what_it_is_for(tmp_path):
     """Another value for each: nothing is dropped on the way, nothing swapped."""
-    other = {"NUM_STEPS": 11, "NUM_ENVS": 3, "ROLLOUT_STEPS": 5, "EPOCHS": 2, "BATCH_SIZE": 7, "GAMMA": 0.91, "LAMBD": 0.92, "LAMBD_END": 0.93,
+    other = {"NUM_STEPS": 11, "NUM_ENVS": 3, "ROLLOUT_STEPS": 5, "EPOCHS": 2, "BATCH_SIZE": 7, "GAMMA": 0.91, "LAMBD": 0.92, "LAMBD_END": 0.93, "LAMBD_STEPS": 12,
              "EPS_CLIP": 0.13, "VALUE_LOSS_COEF": 0.14, "VALUE_CLIP": 0.15, "ENTROPY_COEF": 0.016, "MOVE_COEF": 0.017, "TARGET_KL": 0.17,
              "REWARD_SCALE": 0.18, "LR": 0.019, "MIN_LR": 0.0019, "LR_SCHEDULE": "linear", "WARMUP": 0.21, "MAX_GRAD_NORM": 0.22,
              "VARIED_STARTS": 0.23, "PREDICTION_COEF": 0.24, "N_LAYER": 2, "N_HEAD": 2, "N_EMBD": 8, "MLP_EXPANSION": 3,
