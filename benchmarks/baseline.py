@@ -87,7 +87,7 @@ def train(seed, num_steps):
         "MlpPolicy", Games(BreakoutAsciiVec(NUM_ENVS, varied_starts=VARIED_STARTS)), n_steps=ROLLOUT_STEPS, batch_size=BATCH_SIZE,
         gamma=GAMMA, gae_lambda=LAMBD, ent_coef=ENTROPY_COEF, seed=seed, device="cpu",
     )  # fmt: skip
-    model.set_logger(Logger(folder=None, output_formats=[]))  # its own leaves a directory behind in /tmp at every learn()
+    model.set_logger(Logger(folder=None, output_formats=[]))  # its own leaves a directory behind at every learn()
     samples, start = NUM_ENVS * ROLLOUT_STEPS, time.perf_counter()
     while (left := num_steps - model.num_timesteps) > 0:
         model.learn(min(EVAL_INTERVAL * samples, left), reset_num_timesteps=False)  # goes on where it was
