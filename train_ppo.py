@@ -233,7 +233,7 @@ def learn(ppo, run_dir):
         reason, status, change = error, 1, f" --lr {ppo.config.lr / 2:g}"
     except (MemoryError, RuntimeError) as error:
         reason, status = one_line(error) or "out of memory", 1
-        if isinstance(error, MemoryError) or "memory" in reason:  # of the GPU or of the CPU
+        if out_of_memory(error):
             change = f" --batch_size {max(ppo.config.batch_size // 2 // RANKS, 1) * RANKS}"
         elif RANKS > 1:  # another rank has failed, and said why
             change = ""
@@ -247,6 +247,11 @@ def learn(ppo, run_dir):
         command = f"{launcher(RANKS)} train_ppo.py --resume {shlex.quote(str(run_dir))}{change}"
         print(f"\n{reason}; go on with: {command}", file=sys.stderr)
     return status
+
+
+def out_of_memory(error):
+    """torch has an error of its own for the GPU, and on the CPU a RuntimeError that only its text tells apart."""
+    return isinstance(error, MemoryError) or "memory" in str(error)
 
 
 def launcher(ranks):
@@ -306,8 +311,9 @@ def main(argv=None):
         try:
             ppo = build(SimpleNamespace(**constants), run_dir, device)
         except (MemoryError, RuntimeError) as error:
-            reason = one_line(error)
-            raise CommandLineError(f"the model does not fit on {device} ({reason}); try a smaller --n_embd or --n_layer") from None
+            if not out_of_memory(error):
+                raise
+            raise CommandLineError(f"the model does not fit into the memory of {device}; try a smaller --n_embd or --n_layer") from None
         if state is not None:
             load(ppo, state, run_dir)
         if RANK == 0:

@@ -179,7 +179,7 @@ def test_a_model_too_large_for_the_memory(tmp_path, monkeypatch):
         raise RuntimeError("can't allocate memory")
 
     monkeypatch.setattr(train_ppo, "build", build)
-    with pytest.raises(CommandLineError, match="does not fit on cpu .*smaller --n_embd"):
+    with pytest.raises(CommandLineError, match="does not fit into the memory of cpu; try a smaller --n_embd"):
         run(tmp_path, "run")
 
 
