@@ -7,7 +7,6 @@ the training.
 """
 
 import contextlib
-import copy
 import csv
 import io
 import math
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, atomic_write, save_checkpoint
 
 CHARTS = ("lr", "steps_per_second", "train_score")  # the other statistics are losses
-EVALUATION = {  # column in metrics.csv: key in ppo.evaluation
+EVALUATION = {  # column in metrics.csv: key of an evaluation
     "eval_score": "score", "eval_min": "min", "eval_max": "max", "eval_cleared": "cleared",
     "eval_length": "mean_length", "eval_returned": "returned",
 }  # fmt: skip
@@ -29,14 +28,14 @@ PLAIN_INTERVAL = 10  # seconds between progress lines where no bar can be drawn
 
 
 class Callback:
-    """Does nothing at any event. Within an update the events come in this order."""
+    """Does nothing at any event. They come in this order."""
 
     # fmt: off
     def on_training_start(self, ppo): pass
     def on_rollout_start(self, ppo): pass
     def on_rollout_end(self, ppo): pass
-    def on_evaluation_end(self, ppo): pass  # only in updates with one; ppo.best_score is still the best before it
     def on_update_end(self, ppo): pass
+    def on_evaluation_end(self, ppo): pass  # of ppo.evaluated, the policy after this update or an earlier one
     def on_training_end(self, ppo): pass  # not after an interruption
     # fmt: on
 
@@ -58,8 +57,8 @@ def duration(seconds):
 
 
 def evaluation_line(ppo):
-    e = ppo.evaluation
-    return (f"{ppo.global_step:>11,} steps  {duration(ppo.seconds):>6}  score {e['score']:5.1f} "
+    state, e = ppo.evaluated, ppo.evaluated["evaluation"]
+    return (f"{state['global_step']:>11,} steps  {duration(state['seconds']):>6}  score {e['score']:5.1f} "
             f"(min {e['min']:.0f} max {e['max']:.0f})  cleared {e['cleared']}/{e['games']}  "
             f"returned {100 * e['returned']:.0f} %" + ("  best" if ppo.is_best else ""))  # fmt: skip
 
@@ -92,7 +91,7 @@ class ProgressBar(Callback):
             say(f"the first update ran at {rate:,.0f} steps/s: about {left} to go")
             self.estimated = True
         if self.bar is not None:
-            score = f"{ppo.evaluation['score']:.1f}" if ppo.evaluation else "-"
+            score = f"{ppo.evaluated['evaluation']['score']:.1f}" if ppo.evaluated else "-"
             self.bar.set_postfix_str(f"score {score}, in training {train_score}", refresh=False)
             self.bar.update(min(ppo.global_step, ppo.num_steps) - self.bar.n)
         elif ppo.seconds - self.said_at >= PLAIN_INTERVAL:
@@ -122,38 +121,43 @@ class MetricsCSV(Callback):
     """One row per update. A resumed run drops the rows after its checkpoint, and goes on as if never stopped."""
 
     def __init__(self, path):
-        self.path, self.columns, self.evaluated = Path(path), None, False
-
-    def on_rollout_start(self, ppo):
-        self.evaluated = False
-
-    def on_evaluation_end(self, ppo):
-        self.evaluated = True
+        self.path, self.columns = Path(path), None
 
     def on_update_end(self, ppo):
         row = {"update": ppo.update_count, "global_step": ppo.global_step, "seconds": round(ppo.seconds, 2)}
-        row |= ppo.stats | {name: ppo.evaluation[key] if self.evaluated else "" for name, key in EVALUATION.items()}
-        try:
+        row |= ppo.stats | dict.fromkeys(EVALUATION, "")
+        with self.going_on(f"row {ppo.update_count}"):
             if self.columns is None:
-                self.columns = self.start(row)
+                old_columns, old_rows = read_metrics(self.path)
+                columns = old_columns + [name for name in row if name not in old_columns]
+                missing = [""] * (len(columns) - len(old_columns))
+                self.write(columns, [old + missing for old in old_rows if int(old[0]) < ppo.update_count])
+                self.columns = columns
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-        except OSError as error:
-            self.columns = None  # the next update starts again, which mends what this one tore
-            say(f"warning: {self.path}: row {ppo.update_count} not written ({error.strerror}); training goes on")
 
-    def start(self, row):
-        """Rewrite the file: its header, with any new columns of `row`, and the rows before it -> the columns."""
-        old_columns, old_rows = read_metrics(self.path)
-        columns = old_columns + [name for name in row if name not in old_columns]
+    def on_evaluation_end(self, ppo):
+        update = ppo.evaluated["update_count"]
+        with self.going_on(f"the evaluation of row {update}"):
+            columns, rows = read_metrics(self.path)
+            for row in (row for row in rows if int(row[0]) == update):
+                for name, key in EVALUATION.items():
+                    row[columns.index(name)] = ppo.evaluated["evaluation"][key]
+                self.write(columns, rows)
+
+    def write(self, columns, rows):
         table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(columns)
-        missing = [""] * (len(columns) - len(old_columns))
-        writer.writerows(old + missing for old in old_rows if int(old[0]) < row["update"])
+        csv.writer(table, lineterminator="\n").writerows([columns, *rows])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path, table.getvalue().encode())
-        return columns
+
+    @contextlib.contextmanager
+    def going_on(self, what):
+        try:
+            yield
+        except OSError as error:
+            self.columns = None  # the next update starts again, which mends what this one tore
+            say(f"warning: {self.path}: {what} not written ({error.strerror}); training goes on")
 
 
 class TensorBoard(Callback):
@@ -173,22 +177,22 @@ class TensorBoard(Callback):
         with self.giving_up():
             self.writer = SummaryWriter(self.run_dir, purge_step=purge_step)
 
-    def on_evaluation_end(self, ppo):
-        self.add(ppo, {f"eval/{name}": value for name, value in ppo.evaluation.items()})
-
     def on_update_end(self, ppo):
-        self.add(ppo, {f"{'charts' if name in CHARTS else 'losses'}/{name}": x for name, x in ppo.stats.items()})
+        self.add({f"{'charts' if name in CHARTS else 'losses'}/{name}": x for name, x in ppo.stats.items()}, ppo.global_step)
+
+    def on_evaluation_end(self, ppo):
+        self.add({f"eval/{name}": x for name, x in ppo.evaluated["evaluation"].items()}, ppo.evaluated["global_step"])
 
     def on_training_end(self, ppo):
         if self.writer is not None:
             with self.giving_up():
                 self.writer.close()
 
-    def add(self, ppo, scalars):
+    def add(self, scalars, step):
         if self.writer is not None:
             with self.giving_up():
                 for name, value in scalars.items():
-                    self.writer.add_scalar(name, value, ppo.global_step)
+                    self.writer.add_scalar(name, value, step)
 
     @contextlib.contextmanager
     def giving_up(self):
@@ -203,15 +207,10 @@ class LearningCurve(Callback):
     """learning_curve.png, drawn from metrics.csv after each evaluation and at the end."""
 
     def __init__(self, path, csv_path):
-        self.path, self.csv_path, self.evaluated = Path(path), csv_path, False
+        self.path, self.csv_path = Path(path), csv_path
 
     def on_evaluation_end(self, ppo):
-        self.evaluated = True  # but its row is written at the end of the update
-
-    def on_update_end(self, ppo):
-        if self.evaluated:
-            self.draw()
-            self.evaluated = False
+        self.draw()
 
     def on_training_end(self, ppo):
         self.draw()
@@ -269,11 +268,15 @@ class Checkpoints(Callback):
 
     def on_evaluation_end(self, ppo):
         if ppo.is_best:
-            self.best = copy.deepcopy(ppo.policy_state())
+            self.best = ppo.evaluated
+        self.save_best()
 
-    def on_update_end(self, ppo):
+    def save_best(self):
         if self.best and self.save("best_model.pt", self.best):  # else again after the next update
             self.best = None
+
+    def on_update_end(self, ppo):
+        self.save_best()
         if ppo.update_count % self.save_freq == 0:
             state = ppo.state_dict()
             self.save("last.pt", state)

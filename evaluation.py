@@ -1,11 +1,15 @@
-"""How well a policy plays: exactly, and smoothly.
+"""How well a policy plays: exactly, smoothly, and while training goes on.
 
 The serves are the only chance in the game, so a greedy policy plays at most 2^5 = 32 different games. `exact` plays them
 all. But they share two beginnings, and one changed decision can move 16 games at once; `returned` is the smoother
 figure beside it.
 """
 
+import contextlib
 import itertools
+import multiprocessing
+import pickle
+import signal
 
 import numpy as np
 import torch
@@ -31,22 +35,21 @@ def greedy(reader, obs):
 
 
 def exact(policy, max_episode_steps=MAX_EPISODE_STEPS):
-    """Scores and lengths of all 32 games. A game whose state returns is in a loop: it keeps its score until truncation.
-
-    Whether a state returns is Brent's question: compare with one kept state, and keep a new one at each power of two.
-    """
+    """Scores and lengths of all 32 games. A game whose state returns is in a loop: it keeps its score until truncation."""
     reader, env = reader_of(policy), BreakoutAsciiVec(len(SERVES), max_episode_steps=max_episode_steps)
     obs, _ = env.reset(seed=0, options={"serves": SERVES})
     scores, lengths, bricks = np.zeros((3, len(SERVES)), int)
-    playing, kept = np.ones(len(SERVES), bool), None
+    playing, seen = np.ones(len(SERVES), bool), set()
     for step in range(1, max_episode_steps + 1):
         actions = np.zeros(len(SERVES), int)
         actions[playing] = greedy(reader, obs[playing])
         obs, _, terminated, truncated, infos = env.step(actions)
         games = env.games
-        state = np.column_stack([obs, games.dx + 1, games.dy + 1, games.lives]).astype(np.uint8)
-        loops = playing & (state == kept).all(1) if kept is not None else np.zeros_like(playing)
         ends = playing & (terminated | truncated)
+        states = np.column_stack([np.arange(len(SERVES)), obs, games.dx + 1, games.dy + 1, games.lives]).astype(np.uint8)
+        states = [hash(state.tobytes()) for state in states]
+        loops = playing & ~ends & np.array([state in seen for state in states])
+        seen.update(states)
         scores[loops], bricks[loops], lengths[loops] = games.score[loops], games.bricks_left[loops], max_episode_steps
         if ends.any():
             final = infos["final_info"]
@@ -54,8 +57,6 @@ def exact(policy, max_episode_steps=MAX_EPISODE_STEPS):
         playing &= ~(loops | ends)
         if not playing.any():
             break
-        if step & (step - 1) == 0:
-            kept = state
     return summary(scores, lengths, bricks)
 
 
@@ -99,3 +100,44 @@ def returned(policy, starts=256, steps=300):
         misses += int(lost.sum())
         hits += int((falling & ~lost & ~terminated & (env.games.dy == -1) & (env.games.ball_y == 21)).sum())
     return hits / max(hits + misses, 1)
+
+
+class Background:
+    """Calls function(policy) in a process of its own, which ends with this one. A call returns a future, this object; the next
+    may begin when its result was taken."""
+
+    def __init__(self, function, device):
+        """device: where the policies go."""
+        self.device, context = device, multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
+        self.connection, theirs = context.Pipe()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits this: Ctrl-C is for the training alone
+        context.Process(target=serve, args=(theirs, function), daemon=True).start()
+        signal.signal(signal.SIGINT, before)
+        theirs.close()
+
+    def __call__(self, policy):
+        with self.alive():
+            self.connection.send_bytes(pickle.dumps(policy.to(self.device)))
+        return self
+
+    def done(self):
+        return self.connection.poll()
+
+    def result(self):
+        with self.alive():
+            return self.connection.recv()
+
+    @contextlib.contextmanager
+    def alive(self):
+        """Raises ChildProcessError if the process has died."""
+        try:
+            yield
+        except (EOFError, OSError):
+            raise ChildProcessError("the process that evaluates has died, perhaps for want of memory") from None
+
+
+def serve(connection, function):
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, OSError):  # nobody asks or listens any more
+        while True:
+            connection.send(function(pickle.loads(connection.recv_bytes())))

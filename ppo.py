@@ -133,8 +133,11 @@ class PPOConfig:
 
 
 class PPO:
-    """`learn()` trains `policy` on `env`. `evaluate(policy) -> dict` with a "score" decides what is best; `metadata`
-    goes into every checkpoint; callbacks observe."""
+    """`learn()` trains `policy` on `env`; callbacks observe; `metadata` goes into every checkpoint.
+
+    `evaluate(policy)` decides what is best. It is given a copy, and returns a future (`done()`, `result()`) of a dict with
+    a "score": training goes on meanwhile.
+    """
 
     def __init__(self, policy, env, config, evaluate=None, callbacks=(), metadata=None):
         self.policy, self.env, self.config = policy, env, config
@@ -151,7 +154,9 @@ class PPO:
         self.update_count = self.global_step = 0
         self.seconds = 0.0
         self.train_scores = deque(maxlen=100)  # of the games that ended last
-        self.stats, self.evaluation, self.best_score, self.is_best = {}, None, -math.inf, False
+        self.evaluating = self.future = None  # a copy of policy_state() while it is evaluated, and what will come of it
+        self.evaluated, self.best_score, self.is_best = None, -math.inf, False  # the last such copy, with its "evaluation"
+        self.stats = {}
         self.stop_requested, self.snapshot = False, None
 
     def begin(self, seed):
@@ -169,6 +174,8 @@ class PPO:
     def learn(self):
         self.clock = time.perf_counter()
         self.emit("on_training_start")
+        if self.evaluating:
+            self.begin_evaluation(self.evaluating)
         while self.global_step < self.config.num_steps:
             self.snapshot = self.state_dict()  # what an interrupted update goes back to
             self.stop_together()
@@ -180,15 +187,29 @@ class PPO:
             samples = self.config.rollout_steps * self.env.num_envs * self.ranks
             self.stats["steps_per_second"] = samples / (time.perf_counter() - start)
             last, every = self.global_step >= self.config.num_steps, self.config.eval_interval
-            if self.evaluate and every and (last or self.update_count % every == 0):
-                self.evaluation = self.evaluate(self.policy)
-                self.is_best = self.evaluation["score"] > self.best_score
-                self.tick()
-                self.emit("on_evaluation_end")
-                self.best_score = max(self.best_score, self.evaluation["score"])
             self.tick()
+            if self.evaluate and every and (last or self.update_count % every == 0):
+                self.finish_evaluation()
+                self.begin_evaluation(copy.deepcopy(self.policy_state()))
             self.emit("on_update_end")
+            if self.evaluating and (last or self.future.done()):
+                self.finish_evaluation()
+        self.tick()
         self.emit("on_training_end")
+
+    def begin_evaluation(self, state):
+        policy = copy.deepcopy(self.policy)
+        policy.load_state_dict(state["model"])
+        self.evaluating, self.future = state, self.evaluate(policy)
+
+    def finish_evaluation(self):
+        """Waits for the result of the evaluation that is under way, if any."""
+        if self.evaluating:
+            self.evaluated, self.evaluating = self.evaluating | {"evaluation": self.future.result()}, None
+            score = self.evaluated["evaluation"]["score"]
+            self.is_best = score > self.best_score
+            self.best_score = max(self.best_score, score)
+            self.emit("on_evaluation_end")
 
     def tick(self):
         """Everything since `learn` began counts: observers, evaluations and snapshots too."""
@@ -327,9 +348,9 @@ class PPO:
             raise StopTraining
 
     def policy_state(self):
-        """What playing needs: weights, metadata, and how well they did."""
+        """What playing needs: weights and metadata."""
         counters = {"update_count": self.update_count, "global_step": self.global_step, "seconds": self.seconds}
-        return {**self.metadata, **counters, "model": self.policy.state_dict(), "evaluation": self.evaluation}
+        return {**self.metadata, **counters, "model": self.policy.state_dict()}
 
     def state_dict(self):
         """A copy of everything that `learn` goes on from, plain types and tensors."""
@@ -341,6 +362,7 @@ class PPO:
             "obs": self.obs,
             "score_so_far": self.score_so_far,
             "train_scores": list(self.train_scores),
+            "evaluating": self.evaluating,
             "best_score": self.best_score,
         }
         return copy.deepcopy(to_plain(state))
@@ -359,5 +381,6 @@ class PPO:
             self.env.load_state_dict(to_numpy(state["env"]))
             self.obs, self.score_so_far = to_numpy(state["obs"]), to_numpy(state["score_so_far"])
         self.train_scores.extend(state["train_scores"])
-        for name in ("update_count", "global_step", "seconds", "evaluation", "best_score"):
+        self.evaluating = state["evaluating"] if self.evaluate else None
+        for name in ("update_count", "global_step", "seconds", "best_score"):
             setattr(self, name, state[name])

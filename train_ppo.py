@@ -28,7 +28,7 @@ import torch.distributed as dist
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Checkpoints, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
-from evaluation import evaluate
+from evaluation import Background, evaluate
 from model import GPT, GPTConfig, set_threads
 from ppo import PPO, PPOConfig, StopTraining
 
@@ -200,7 +200,10 @@ def build(c, run_dir, device):
     csv = run_dir / "metrics.csv"
     observers = [ProgressBar(plan(c, policy, device, run_dir)), MetricsCSV(csv), TensorBoard(run_dir),
                  LearningCurve(run_dir / "learning_curve.png", csv), Checkpoints(run_dir, c.SAVE_FREQ)]  # fmt: skip
-    return PPO(policy, env, ppo_config, evaluate, observers, {"gpt_config": asdict(config), "constants": dict(vars(c))})
+    evaluator = None
+    if c.EVAL_INTERVAL:
+        evaluator = Background(evaluate, "cpu" if c.N_LAYER == 1 else device)  # the many small kernels of one layer suit the CPU
+    return PPO(policy, env, ppo_config, evaluator, observers, {"gpt_config": asdict(config), "constants": dict(vars(c))})
 
 
 def plan(c, policy, device, run_dir):
@@ -229,6 +232,8 @@ def learn(ppo, run_dir):
         return 0
     except StopTraining:
         reason, status, change = "stopped", 128 + (received or [signal.SIGTERM])[0], ""  # none: another rank was told to stop
+    except ChildProcessError as error:
+        reason, status, change = error, 1, ""
     except FloatingPointError as error:
         reason, status, change = error, 1, f" --lr {ppo.config.lr / 2:g}"
     except (MemoryError, RuntimeError) as error:

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import ppo  # noqa: E402
 from breakout_ascii import BreakoutAsciiVec  # noqa: E402
+from checkpoint import load_checkpoint  # noqa: E402
 from evaluation import greedy  # noqa: E402
 from load_model import SHIPPED, load_policy  # noqa: E402
 from model import CHARACTERS, GPT, POSITIONS, GPTConfig, set_threads  # noqa: E402
@@ -191,7 +192,7 @@ def training_table(policy, args):
     steps, seconds, parts = split(policy, args.num_steps)
     rows = [
         (f"end to end, a new run of {args.num_steps:,} steps", speed(steps_per_second, "steps/s")),
-        ("peak memory of that run", f"{peak:.2f} GB"),
+        ("peak memory of its larger process", f"{peak:.2f} GB"),
         (f"end to end, {steps:,} steps of learned play", speed(steps / seconds, "steps/s")),
         *((f"  {part}", f"{100 * share / seconds:.1f} %") for part, share in parts.items()),
     ]
@@ -199,14 +200,14 @@ def training_table(policy, args):
 
 
 def training(num_steps, device):
-    """`python train_ppo.py --num_steps ...` -> end-to-end steps per second by its own clock, peak memory in GB."""
+    """`python train_ppo.py --num_steps ...` -> end-to-end steps per second by its own clock, the last evaluation included, and
+    the peak memory of the larger of its two processes in GB."""
     with tempfile.TemporaryDirectory() as folder:
         options = "--num_steps", str(num_steps), "--device", str(device), "--run_dir", f"{folder}/run"
         subprocess.run([sys.executable, ROOT / "train_ppo.py", *options], check=True, stdout=subprocess.DEVNULL)
-        header, *_, last = (Path(folder) / "run" / "metrics.csv").read_text().split("\n")[:-1]
-        row = dict(zip(header.split(","), last.split(",")))
+        last = load_checkpoint(Path(folder) / "run")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return int(row["global_step"]) / float(row["seconds"]), peak / 1e9
+    return last["global_step"] / last["seconds"], peak / 1e9
 
 
 def split(policy, num_steps):
@@ -237,7 +238,7 @@ def clocks(trainer):
         ("buffer.add", trainer.buffer, "add"),
         ("GAE", trainer.buffer, "finish"),
         ("update", trainer, "update"),
-        ("evaluation", trainer, "evaluate"),
+        ("waiting for evaluations", trainer.evaluate, "result"),
         ("observers", trainer, "emit"),
     )
     parts = {part: 0.0 for part, *_ in methods}

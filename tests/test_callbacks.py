@@ -21,12 +21,14 @@ SCORES = {2: 90.0, 4: 300.0, 6: 250.0, 8: 400.0}  # update: what its evaluation 
 
 
 class FakePPO:
-    """Emits what PPO emits, in its order; every number follows from the update, but for the timings."""
+    """Emits what PPO emits, in its order; every number follows from the update, but for the timings. Evaluations take
+    `delay` updates."""
 
-    def __init__(self, observers, updates=8, start=0, seconds_per_update=1.5):
+    def __init__(self, observers, updates=8, start=0, seconds_per_update=1.5, delay=0):
         self.callbacks, self.num_steps, self.seconds_per_update = observers, 100 * updates, seconds_per_update
+        self.delay, self.evaluating = delay, None
         self.update_count, self.global_step, self.seconds = start, 100 * start, start * 1.5
-        self.evaluation, self.stats, self.is_best = None, {}, False
+        self.evaluated, self.stats, self.is_best = None, {}, False
         self.best_score = max([s for u, s in SCORES.items() if u <= start], default=-math.inf)
 
     def emit(self, event):
@@ -44,20 +46,32 @@ class FakePPO:
             self.stats |= {"steps_per_second": 1 / self.seconds}
             self.stats |= {"train_score": 10.0 * update if update > 1 else math.nan}
             if update in SCORES:
-                score = SCORES[update]
-                self.evaluation = {"score": score, "min": score - 80, "max": score + 90, "cleared": 0, "games": 32,
-                                   "mean_length": 812.5, "returned": 0.71}  # fmt: skip
-                self.is_best = score > self.best_score
-                self.emit("on_evaluation_end")
-                self.best_score = max(self.best_score, score)
+                self.finish_evaluation()
+                self.begin_evaluation(SCORES[update])
             self.emit("on_update_end")
+            if self.evaluating and update >= self.evaluating["update_count"] + self.delay:
+                self.finish_evaluation()
             if update == until:  # a kill: no more events
                 return self
+        self.finish_evaluation()
         self.emit("on_training_end")
         return self
 
+    def begin_evaluation(self, score):
+        evaluation = {"score": score, "min": score - 80, "max": score + 90, "cleared": 0, "games": 32, "mean_length": 812.5,
+                      "returned": 0.71}  # fmt: skip
+        self.evaluating = {**self.policy_state(), "global_step": self.global_step, "seconds": self.seconds, "evaluation": evaluation}
+
+    def finish_evaluation(self):
+        if self.evaluating:
+            self.evaluated, self.evaluating = self.evaluating, None
+            score = self.evaluated["evaluation"]["score"]
+            self.is_best = score > self.best_score
+            self.best_score = max(self.best_score, score)
+            self.emit("on_evaluation_end")
+
     def policy_state(self):
-        return {"update_count": self.update_count, "evaluation": self.evaluation, "model": {"w": torch.ones(2)}}
+        return {"update_count": self.update_count, "model": {"w": torch.ones(2)}}
 
     def state_dict(self):
         return {**self.policy_state(), "best_score": self.best_score}
@@ -82,6 +96,7 @@ def test_observers_do_not_touch_the_training(tmp_path):
     watched, alone = FakePPO(all_observers(tmp_path)).learn(), FakePPO([Callback()]).learn()
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     watched.callbacks = alone.callbacks
+    assert watched.evaluated.pop("model").keys() == alone.evaluated.pop("model").keys()
     assert vars(watched) == vars(alone)
 
 
@@ -119,9 +134,13 @@ def test_plain_lines(capsys):
     assert out.splitlines() == [
         "what happens now",
         "the first update ran at 17 steps/s: about 42s to go",
+        "        200 steps     12s  in training 20.0  17 steps/s  36s left",
         "        200 steps     12s  score  90.0 (min 10 max 180)  cleared 0/32  returned 71 %  best",
+        "        400 steps     24s  in training 40.0  17 steps/s  24s left",
         "        400 steps     24s  score 300.0 (min 220 max 390)  cleared 0/32  returned 71 %  best",
+        "        600 steps     36s  in training 60.0  17 steps/s  12s left",
         "        600 steps     36s  score 250.0 (min 170 max 340)  cleared 0/32  returned 71 %",
+        "        800 steps     48s  in training 80.0  17 steps/s  0s left",
         "        800 steps     48s  score 400.0 (min 320 max 490)  cleared 0/32  returned 71 %  best",
         "trained 800 steps in 48s, best score 400.0",
     ]
@@ -150,7 +169,7 @@ def test_bar_on_a_terminal(monkeypatch, capsys):
     ppo.learn()
     bar = ppo.callbacks[0].bar
     assert bar.n == bar.total == 800 and bar.initial == 400
-    assert "800/800" in terminal.getvalue() and "score 400.0, in training 80.0" in terminal.getvalue()
+    assert "800/800" in terminal.getvalue() and "score 250.0, in training 80.0" in terminal.getvalue()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("score")[0].split() for line in lines[1:3]] == [["600", "steps", "9s"], ["800", "steps", "12s"]]
     assert lines[-1].startswith("trained 800 steps")
@@ -184,7 +203,17 @@ def test_metrics(tmp_path):
     assert rows[0][-7:] == ["nan", "", "", "", "", "", ""]
     assert rows[3][:4] == ["4", "400", "6.0", str(4 / 3)]
     assert rows[3][-7:] == ["40.0", "300.0", "220.0", "390.0", "0", "812.5", "0.71"]
-    assert rows[4][-6:] == [""] * 6  # ppo.evaluation still holds the last one
+    assert rows[4][-6:] == [""] * 6
+
+
+@pytest.mark.parametrize("delay", [1, 2])
+def test_an_evaluation_belongs_to_the_row_of_its_update(tmp_path, straight, delay, capsys):
+    """And to its step on the line, in TensorBoard and in best_model.pt, though its result comes later."""
+    FakePPO(all_observers(tmp_path), delay=delay).learn()
+    assert table(tmp_path / "metrics.csv") == straight
+    assert [line.split("steps")[0].strip() for line in capsys.readouterr().out.splitlines() if "cleared" in line] == ["200", "400", "600", "800"]
+    assert updates(tmp_path)["best_model.pt"] == 8
+    assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
 
 
 def test_every_row_is_on_disk_at_once(tmp_path):
@@ -248,18 +277,26 @@ def test_rows_after_a_full_disk(tmp_path, monkeypatch, straight, capsys):
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard(tmp_path):
+def events_of(run_dir):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    return EventAccumulator(str(run_dir)).Reload()
+
+
+def eval_scores(run_dir):
+    return [(e.step, e.value) for e in events_of(run_dir).Scalars("eval/score")]
+
+
+def test_tensorboard(tmp_path):
     FakePPO([TensorBoard(tmp_path)]).learn(until=5)  # killed; its last checkpoint is of update 3
     FakePPO([TensorBoard(tmp_path)], start=3).learn()
-    events = EventAccumulator(str(tmp_path)).Reload()
+    events = events_of(tmp_path)
     tags = events.Tags()["scalars"]
     losses = {f"losses/{name}" for name in STATS if name != "lr"}
     charts = {"charts/lr", "charts/steps_per_second", "charts/train_score"}
     evals = {f"eval/{n}" for n in "score min max cleared games mean_length returned".split()}
     assert set(tags) == losses | charts | evals
-    assert [(e.step, e.value) for e in events.Scalars("eval/score")] == [(100 * u, s) for u, s in SCORES.items()]
+    assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
     assert [e.step for e in events.Scalars("charts/lr")] == [100 * u for u in range(1, 9)]  # none twice
 
 
@@ -322,7 +359,7 @@ def test_learning_curve_of_nothing(tmp_path):
 
 def updates(run_dir):
     """name: the update at which it was saved."""
-    return {path.name: load_checkpoint(path)["update_count"] for path in run_dir.iterdir()}
+    return {path.name: load_checkpoint(path)["update_count"] for path in run_dir.glob("*.pt")}
 
 
 def test_checkpoints(tmp_path):

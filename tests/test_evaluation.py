@@ -1,10 +1,16 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 import evaluation
 from breakout_ascii import BreakoutAscii
-from evaluation import SERVES, evaluate, exact, returned, sampled
+from evaluation import SERVES, Background, evaluate, exact, returned, sampled
 
 
 class Tracker(torch.nn.Module):
@@ -73,3 +79,35 @@ def test_sampled_games_follow_their_seed():
     results = [sampled(Still(0), 4, seed) for seed in (0, 0, 1)]
     assert results[0] == results[1] != results[2]
     assert results[0]["games"] == 4 and results[0]["min"] <= results[0]["score"] <= results[0]["max"]
+
+
+def who(policy):
+    if policy.slack == 2:
+        os._exit(1)
+    os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C reaches every process of a terminal
+    return {"slack": policy.slack.item(), "process": os.getpid()}
+
+
+def test_in_the_background():
+    background = Background(who, "cpu")
+    for slack in (0, 1):
+        future = background(Tracker(slack))
+        assert future.result() == {"slack": slack, "process": multiprocessing.active_children()[-1].pid}
+        assert not future.done()
+    for _ in range(2):
+        with pytest.raises(ChildProcessError, match="the process that evaluates has died"):
+            background(Tracker(2)).result()
+
+
+def test_the_background_ends_with_the_training(tmp_path):
+    """Even with one that is killed: its output, which the background shares, is closed."""
+    program = """
+import os, signal
+from evaluation import Background, evaluate
+if __name__ == "__main__":
+    Background(evaluate, "cpu")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(evaluation.__file__)}
+    subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, stdout=subprocess.PIPE, timeout=60)

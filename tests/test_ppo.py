@@ -1,4 +1,5 @@
 import math
+from concurrent.futures import Future
 
 import gymnasium as gym
 import numpy as np
@@ -9,6 +10,7 @@ import torch.nn as nn
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from breakout_ascii import BreakoutAsciiVec
+from callbacks import Callback
 from load_model import SHIPPED, load_policy
 from model import GPT, GPTConfig
 from ppo import PPO, PPOConfig, StopTraining, entropy_loss, explained_variance, learning_rate, lost_lives, move_loss, policy_loss, prediction_loss, value_loss
@@ -52,6 +54,12 @@ class Table(nn.Module):
     def forward(self, obs):
         x = self.table(obs)
         return x[:, :2], x[:, 2]
+
+
+def done(result):
+    future = Future()
+    future.set_result(result)
+    return future
 
 
 def config(**changes):
@@ -321,12 +329,45 @@ def test_evaluations_decide_what_is_best():
 
     ppo, scores, events = breakout_ppo(num_steps=64 * 5), iter([5.0, 3.0, 8.0]), Events()
     ppo.config.eval_interval, ppo.callbacks = 2, [events]
-    ppo.evaluate = lambda policy: {"score": next(scores)}
+    ppo.evaluate = lambda policy: done({"score": next(scores)})
     ppo.learn()
     assert [e[1:] for e in events.seen if e[0] == "evaluation_end"] == [(2, True), (4, False), (5, True)]
     assert ppo.best_score == 8
     assert [e[0] for e in events.seen[:4]] == ["training_start", "rollout_start", "rollout_end", "update_end"]
-    assert [e[0] for e in events.seen[-5:]] == ["rollout_start", "rollout_end", "evaluation_end", "update_end", "training_end"]
+    assert [e[0] for e in events.seen[-5:]] == ["rollout_start", "rollout_end", "update_end", "evaluation_end", "training_end"]
+
+
+def test_training_goes_on_while_it_is_evaluated():
+    """A result is waited for when the next evaluation is due; a run resumed before that evaluates the same weights again."""
+
+    class Slow:
+        def __init__(self, policy):
+            weights.append(policy.state_dict())
+
+        def done(self):
+            return False
+
+        def result(self):
+            return {"score": 1.0}
+
+    class Watch(Callback):
+        def on_rollout_end(self, ppo):
+            snapshots.append(ppo.snapshot)
+
+        def on_evaluation_end(self, ppo):
+            ends.append((ppo.update_count, ppo.evaluated["update_count"], ppo.evaluated["evaluation"]["score"]))
+
+    weights, ends, snapshots = [], [], []
+    ppo, resumed = breakout_ppo(num_steps=64 * 5, eval_interval=2), breakout_ppo(num_steps=64 * 5, eval_interval=2)
+    ppo.evaluate, ppo.callbacks, resumed.evaluate = Slow, [Watch()], Slow
+    ppo.learn()
+    assert ends == [(4, 2, 1.0), (5, 4, 1.0), (5, 5, 1.0)] and len(weights) == 3
+    assert [s["evaluating"] and s["evaluating"]["update_count"] for s in snapshots] == [None, None, 2, 2, 4]
+    resumed.load_state_dict(snapshots[3])  # after update 3
+    resumed.learn()
+    for before, after in zip(weights[:3], weights[3:], strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(weights[0]["wte.weight"], weights[1]["wte.weight"])
 
 
 def test_training_scores_are_whole_games_in_points():

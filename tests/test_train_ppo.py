@@ -16,6 +16,7 @@ import torch
 import train_ppo
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ppo import PPO, StopTraining
+from test_ppo import done
 from train_ppo import CONSTANTS, CommandLineError, check, choose_device, main, read_command_line
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,7 @@ def cheap_evaluation(monkeypatch):
         return {"score": score, "min": 0, "max": 960, "cleared": 0, "games": 32, "mean_length": 9.0, "returned": 0.5}
 
     monkeypatch.setattr(train_ppo, "evaluate", evaluate)
+    monkeypatch.setattr(train_ppo, "Background", lambda function, device: lambda policy: done(train_ppo.evaluate(policy)))
 
 
 def run(tmp_path, name, *more):
@@ -162,6 +164,7 @@ def test_a_gradient_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("error, message", [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate memory; go on with: .*run --batch_size 8"),
     (MemoryError(), "out of memory; go on with: .*run --batch_size 8"),
+    (ChildProcessError("the process that evaluates has died"), "has died; go on with: .*run$"),
     (StopTraining(), "stopped; go on with: .*run$"),  # a rank that got no signal itself
 ])  # fmt: skip
 def test_a_run_that_cannot_go_on_is_saved(tmp_path, monkeypatch, capsys, error, message):
