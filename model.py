@@ -211,20 +211,27 @@ class GPT(nn.Module):
         LayerNorm takes off a mean, which is linear, and divides by sigma. So a pair's score, in bits, and its values are
         the sum of its three rows of the table, times its rstd, 1 / sigma; and sigma follows from inner products.
         """
-        block, C, H = self.blocks[0], self.config.n_embd, self.config.n_head
-        w_q, w_k, w_v = block.attn.c_attn.weight.view(3, H, C // H, C)
-        q = w_q @ block.ln_1(self.last_embedding()) * (math.log2(math.e) / math.sqrt(C // H))  # (H, D)
-        scores = (q.unsqueeze(1) @ w_k).transpose(0, 1)  # (1, H, C): q.(W_k x) = (W_k' q).x, no keys needed
-        weights = torch.cat([scores, w_v.transpose(0, 1)]).flatten(0, 1) * block.ln_1.weight  # ((1 + D) * H, C)
         x = torch.cat([self.wte.weight, self.wre.weight, self.wce.weight])
         x = x - x.mean(1, keepdim=True)
-        dots = x @ x.T / C
+        dots = x @ x.T / self.config.n_embd
         c, r, k = (slice(*ends) for ends in itertools.pairwise(EMBEDDINGS))
         squares = dots.diagonal()
         of_row = squares[r] + 2 * dots[c, r]  # (7, 24)
         of_column = squares[c, None] + 2 * dots[c, k]  # (7, 81)
         variance = of_row.unsqueeze(2) + of_column.unsqueeze(1) + (squares[k] + 2 * dots[r, k])  # (7, 24, 81)
-        return (x @ weights.T).view(len(x), -1, H), (variance + block.ln_1.eps).rsqrt().flatten()
+        return self.project(x), self.rstd(variance)
+
+    def project(self, x):
+        """Embeddings (n, C) without their mean -> (n, 1 + D, H), what they add to score and values, before LayerNorm's 1 / sigma."""
+        block, C, H = self.blocks[0], self.config.n_embd, self.config.n_head
+        w_q, w_k, w_v = block.attn.c_attn.weight.view(3, H, C // H, C)
+        q = w_q @ block.ln_1(self.last_embedding()) * (math.log2(math.e) / math.sqrt(C // H))  # (H, D)
+        scores = (q.unsqueeze(1) @ w_k).transpose(0, 1)  # (1, H, C): q.(W_k x) = (W_k' q).x, no keys needed
+        weights = torch.cat([scores, w_v.transpose(0, 1)]).flatten(0, 1) * block.ln_1.weight  # ((1 + D) * H, C)
+        return (x @ weights.T).view(len(x), -1, H)
+
+    def rstd(self, variance):
+        return (variance + self.blocks[0].ln_1.eps).rsqrt().flatten()
 
     def last_embedding(self):
         return self.wte.weight[NEWLINE] + self.wre.weight[-1] + self.wce.weight[-1]

@@ -18,19 +18,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import model  # noqa: E402
 import train_ppo  # noqa: E402
 from callbacks import CLEARED_SCORE, RANDOM_SCORE, read_metrics  # noqa: E402
-from model import GPT  # noqa: E402
+from model import CHARACTERS, GPT, NEWLINE, POSITIONS  # noqa: E402
 
 MARKS = (300, 600, 900, 960)
 VARIANTS = {  # name: what goes to train_ppo.py
     "recipe": [],
-    "small_weights": [],  # nanoGPT's initialisation, see train_with_small_weights
+    "small_weights": [],
+    "flat_positions": [],
     "no_prediction": ["--prediction_coef", "0"],
     "no_varied_starts": ["--varied_starts", "0"],
     "free_moves": ["--move_coef", "0"],
@@ -40,8 +43,8 @@ VARIANTS = {  # name: what goes to train_ppo.py
 }
 
 
-def train_with_small_weights(arguments):
-    """train_ppo.py with nanoGPT's initialisation: standard deviation 0.02, less for what writes into the residual stream."""
+class SmallWeights(GPT):
+    """nanoGPT's initialisation: standard deviation 0.02, less for what writes into the residual stream."""
 
     def init_weights(self):
         for name, parameter in self.named_parameters():
@@ -50,8 +53,37 @@ def train_with_small_weights(arguments):
             else:
                 parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
 
-    GPT.init_weights = init_weights
-    return train_ppo.main(arguments)
+
+class FlatPositions(GPT):
+    """nanoGPT's position embedding: a vector for each position, here drawn as large as a row's and a column's together."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.wre, self.wce
+        self.wpe = torch.nn.Embedding(POSITIONS, config.n_embd)
+        torch.nn.init.normal_(self.wpe.weight, std=math.sqrt(0.5))
+        model.EMBEDDINGS = 0, len(CHARACTERS), len(CHARACTERS) + POSITIONS
+        model.PAIRS = np.stack([x.ravel() for x in np.indices((len(CHARACTERS), POSITIONS))], 1) + np.array(model.EMBEDDINGS[:-1])
+
+    def embed(self, characters, positions):
+        return self.wte(characters) + self.wpe(positions)
+
+    def last_embedding(self):
+        return self.wte.weight[NEWLINE] + self.wpe.weight[-1]
+
+    def pair_table(self):
+        x = torch.cat([self.wte.weight, self.wpe.weight])
+        x = x - x.mean(1, keepdim=True)
+        c, p = x.split([len(CHARACTERS), POSITIONS])
+        mean = lambda x: x.square().mean(1)
+        return self.project(x), self.rstd(mean(c).unsqueeze(1) + mean(p) + 2 * c @ p.T / self.config.n_embd)
+
+    def __setstate__(self, state):  # in the process that evaluates: it has a `model` of its own
+        self.__init__(state["config"])
+        super().__setstate__(state)
+
+
+CLASSES = {"small_weights": SmallWeights, "flat_positions": FlatPositions}
 
 
 def train(out, variant, seed, more):
@@ -64,7 +96,7 @@ def train(out, variant, seed, more):
         shutil.rmtree(run_dir, ignore_errors=True)  # killed before there was anything to resume
         run_dir.parent.mkdir(exist_ok=True)
         where = ["--seed", seed, "--run_dir", run_dir]
-    program = [__file__, "--small_weights"] if variant == "small_weights" else [ROOT / "train_ppo.py"]
+    program = [__file__, f"--train={variant}"] if variant in CLASSES else [ROOT / "train_ppo.py"]
     command = [sys.executable, *program, *where, *VARIANTS[variant], *more]
     with open(log, "a") as file:
         return subprocess.run(list(map(str, command)), stdout=file, stderr=file).returncode
@@ -192,6 +224,8 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--small_weights"]:
-        sys.exit(train_with_small_weights(sys.argv[2:]))
+    option, _, variant = sys.argv[1].partition("=") if sys.argv[1:] else ("", "", "")
+    if option == "--train":
+        train_ppo.GPT = CLASSES[variant]
+        sys.exit(train_ppo.main(sys.argv[2:]))
     main()
