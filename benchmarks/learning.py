@@ -96,7 +96,7 @@ def train(out, variant, seed, more):
         shutil.rmtree(run_dir, ignore_errors=True)  # killed before there was anything to resume
         run_dir.parent.mkdir(exist_ok=True)
         where = ["--seed", seed, "--run_dir", run_dir]
-    program = [__file__, f"--train={variant}"] if variant in CLASSES else [ROOT / "train_ppo.py"]
+    program = [__file__, "--train", variant] if variant in CLASSES else [ROOT / "train_ppo.py"]
     command = [sys.executable, *program, *where, *VARIANTS[variant], *more]
     with open(log, "a") as file:
         return subprocess.run(list(map(str, command)), stdout=file, stderr=file).returncode
@@ -208,7 +208,11 @@ def main():
     except (train_ppo.CommandLineError, OSError) as error:
         sys.exit(f"learning.py: {error}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        statuses = list(pool.map(lambda run: train(args.out, *run, more), runs))
+        try:
+            statuses = list(pool.map(lambda run: train(args.out, *run, more), runs))
+        except KeyboardInterrupt:  # the running trainings have got it too, and save
+            pool.shutdown(cancel_futures=True)
+            sys.exit("learning.py: stopped; start again to go on")
     failed = [str(args.out / variant / f"seed{seed}.log") for (variant, seed), status in zip(runs, statuses) if status]
     if failed:
         sys.exit(f"learning.py: some runs did not finish, see {', '.join(failed)}; start again to go on")
@@ -224,8 +228,7 @@ def main():
 
 
 if __name__ == "__main__":
-    option, _, variant = sys.argv[1].partition("=") if sys.argv[1:] else ("", "", "")
-    if option == "--train":
-        train_ppo.GPT = CLASSES[variant]
-        sys.exit(train_ppo.main(sys.argv[2:]))
+    if "--train" in sys.argv[1:2]:  # a variant with a class of its own: --train NAME, and what goes to train_ppo.py
+        train_ppo.GPT = CLASSES[sys.argv[2]]
+        sys.exit(train_ppo.main(sys.argv[3:]))
     main()

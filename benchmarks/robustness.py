@@ -125,3 +125,5 @@ if __name__ == "__main__":
         main()
     except CheckpointError as error:
         sys.exit(f"robustness.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
