@@ -495,10 +495,12 @@ class PageReader:
         self.extend(self.pieces, self.pairs, self.index.piece_pairs)
         self.extend(self.lines, [rows() for rows in self.pieces], self.index.line_pieces)
         m, Z = (rows() for rows in self.lines)
-        reference = m.max(0).values - HEADROOM
-        if self.reference is None or (reference > self.reference).any():
-            self.reference, self.near.n = reference, 0
         n = self.near.n
+        reference = m[n:].max(0).values - HEADROOM
+        if n == 0:
+            self.reference = reference
+        elif (reference > self.reference).any():
+            self.reference, n, self.near.n = torch.maximum(reference, self.reference), 0, 0
         self.near.append(Z[n:] * torch.exp2(m[n:] - self.reference).unsqueeze(1))
 
     def extend(self, parts, below, children):

@@ -43,16 +43,15 @@ def value_loss(new_values, old_values, returns, value_clip=0.0):
     return loss, {"value_loss": loss.detach()}
 
 
-def entropy_loss(logits):
-    """Minus the mean entropy of the action distributions (M, A), in nats."""
-    logprobs = F.log_softmax(logits, dim=-1)
+def entropy_loss(logprobs):
+    """Minus the mean entropy of the action distributions, in nats; logprobs (M, A)."""
     entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
     return -entropy, {"entropy": entropy.detach()}
 
 
-def move_loss(logits):
-    """The mean probability of any action but the first, which does nothing; logits (M, A)."""
-    loss = (1 - logits.softmax(-1)[:, 0]).mean()
+def move_loss(logprobs):
+    """The mean probability of any action but the first, which does nothing; logprobs (M, A)."""
+    loss = 1 - logprobs[:, 0].exp().mean()
     return loss, {"move_loss": loss.detach()}
 
 
@@ -292,12 +291,13 @@ class PPO:
             loss = config.prediction_coef * loss
         else:
             (logits, new_values), loss, stats = self.policy(batch), 0.0, {}
-        new_logprobs = F.log_softmax(logits, dim=-1).gather(1, mb.actions.unsqueeze(1)).squeeze(1)
+        logprobs = F.log_softmax(logits, dim=-1)
+        new_logprobs = logprobs.gather(1, mb.actions.unsqueeze(1)).squeeze(1)
         for coef, (term, info) in (
             (1.0, policy_loss(new_logprobs, mb.old_logprobs, mb.advantages, config.eps_clip)),
             (config.value_loss_coef, value_loss(new_values, mb.old_values, mb.returns, config.value_clip)),
-            (config.entropy_coef, entropy_loss(logits)),
-            (config.move_coef, move_loss(logits)),
+            (config.entropy_coef, entropy_loss(logprobs)),
+            (config.move_coef, move_loss(logprobs)),
         ):
             loss = loss + coef * term
             stats |= info

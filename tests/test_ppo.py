@@ -191,14 +191,14 @@ def test_value_loss_by_hand():
 
 
 def test_entropy_by_hand():
-    loss, stats = entropy_loss(torch.tensor([[0.0, 0.0, 0.0], [math.log(2), 0.0, -1e9]]))
+    loss, stats = entropy_loss(torch.tensor([[0.0, 0.0, 0.0], [math.log(2), 0.0, -1e9]]).log_softmax(-1))
     two_thirds = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
     assert stats["entropy"].item() == pytest.approx((math.log(3) + two_thirds) / 2)
     assert loss.item() == -stats["entropy"].item()
 
 
 def test_move_loss_by_hand():
-    loss, stats = move_loss(torch.tensor([[0.0, 0.0, 0.0], [math.log(2), 0.0, -1e9]]))
+    loss, stats = move_loss(torch.tensor([[0.0, 0.0, 0.0], [math.log(2), 0.0, -1e9]]).log_softmax(-1))
     assert loss.item() == stats["move_loss"].item() == pytest.approx((2 / 3 + 1 / 3) / 2)
 
 
