@@ -173,7 +173,7 @@ class PPO:
     def learn(self):
         self.clock = time.perf_counter()
         self.emit("on_training_start")
-        if self.evaluating:
+        if self.evaluating and self.future is None:  # resumed
             self.begin_evaluation(self.evaluating)
         while self.global_step < self.config.num_steps:
             self.snapshot = self.state_dict()  # what an interrupted update goes back to
@@ -204,7 +204,8 @@ class PPO:
     def finish_evaluation(self):
         """Waits for the result of the evaluation that is under way, if any."""
         if self.evaluating:
-            self.evaluated, self.evaluating = self.evaluating | {"evaluation": self.future.result()}, None
+            self.evaluated = self.evaluating | {"evaluation": self.future.result()}
+            self.evaluating = self.future = None
             score = self.evaluated["evaluation"]["score"]
             self.is_best = score > self.best_score
             self.best_score = max(self.best_score, score)
