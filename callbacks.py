@@ -28,7 +28,8 @@ PLAIN_INTERVAL = 10  # seconds between progress lines where no bar can be drawn
 
 
 class Callback:
-    """Does nothing at any event. They come in this order."""
+    """Does nothing at any event. They come in this order, but for results that had to be waited for: these come before the
+    on_update_end of the update that waits."""
 
     # fmt: off
     def on_training_start(self, ppo): pass
@@ -82,22 +83,29 @@ class ProgressBar(Callback):
     def on_evaluation_end(self, ppo):
         say(evaluation_line(ppo))
         self.said_at = ppo.seconds
+        self.show(ppo)
 
     def on_update_end(self, ppo):
-        train_score = f"{ppo.stats['train_score']:.1f}".replace("nan", "-")
-        rate = (ppo.global_step - self.first_step) / (ppo.seconds - self.first_seconds)  # evaluations included
+        train_score = self.train_score(ppo)
+        rate = (ppo.global_step - self.first_step) / (ppo.seconds - self.first_seconds)  # of everything
         left = duration(max(ppo.num_steps - ppo.global_step, 0) / rate)
         if not self.estimated:
             say(f"the first update ran at {rate:,.0f} steps/s: about {left} to go")
             self.estimated = True
-        if self.bar is not None:
-            score = f"{ppo.evaluated['evaluation']['score']:.1f}" if ppo.evaluated else "-"
-            self.bar.set_postfix_str(f"score {score}, in training {train_score}", refresh=False)
-            self.bar.update(min(ppo.global_step, ppo.num_steps) - self.bar.n)
-        elif ppo.seconds - self.said_at >= PLAIN_INTERVAL:
+        self.show(ppo)
+        if self.bar is None and ppo.seconds - self.said_at >= PLAIN_INTERVAL:
             say(f"{ppo.global_step:>11,} steps  {duration(ppo.seconds):>6}  in training {train_score}  "
                 f"{rate:,.0f} steps/s  {left} left")
             self.said_at = ppo.seconds
+
+    def show(self, ppo):
+        if self.bar is not None:
+            score = f"{ppo.evaluated['evaluation']['score']:.1f}" if ppo.evaluated else "-"
+            self.bar.set_postfix_str(f"score {score}, in training {self.train_score(ppo)}", refresh=False)
+            self.bar.update(min(ppo.global_step, ppo.num_steps) - self.bar.n)
+
+    def train_score(self, ppo):
+        return f"{ppo.stats['train_score']:.1f}".replace("nan", "-") if ppo.stats else "-"
 
     def on_training_end(self, ppo):
         if self.bar is not None:
@@ -285,6 +293,7 @@ class Checkpoints(Callback):
 
     def on_training_end(self, ppo):
         """Raises CheckpointError if the result of the training cannot be saved."""
+        self.save_best()
         save_checkpoint(self.run_dir / "last.pt", ppo.state_dict())
 
     def save(self, name, state):

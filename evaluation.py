@@ -8,8 +8,10 @@ figure beside it.
 import contextlib
 import itertools
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 
 import numpy as np
 import torch
@@ -121,7 +123,8 @@ class Background:
         return self
 
     def done(self):
-        return self.connection.poll()
+        with self.alive():
+            return self.connection.poll()
 
     def result(self):
         with self.alive():
@@ -133,11 +136,18 @@ class Background:
         try:
             yield
         except (EOFError, OSError):
-            raise ChildProcessError("the process that evaluates has died, perhaps for want of memory") from None
+            raise ChildProcessError("the process that evaluates has died: what it wrote stands above, or memory ran out") from None
 
 
 def serve(connection, function):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems that do not inherit it
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):  # nobody asks or listens any more
         while True:
             connection.send(function(pickle.loads(connection.recv_bytes())))
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(0)

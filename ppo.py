@@ -173,10 +173,10 @@ class PPO:
     def learn(self):
         self.clock = time.perf_counter()
         self.emit("on_training_start")
+        self.snapshot = self.state_dict()  # what an interrupted update goes back to
         if self.evaluating and self.future is None:  # resumed
             self.begin_evaluation(self.evaluating)
         while self.global_step < self.config.num_steps:
-            self.snapshot = self.state_dict()  # what an interrupted update goes back to
             self.stop_together()
             start = time.perf_counter()
             self.emit("on_rollout_start")
@@ -191,8 +191,10 @@ class PPO:
                 self.finish_evaluation()
                 self.begin_evaluation(copy.deepcopy(self.policy_state()))
             self.emit("on_update_end")
-            if self.evaluating and (last or self.future.done()):
+            if self.evaluating and self.future.done():
                 self.finish_evaluation()
+            self.snapshot = self.state_dict()
+        self.finish_evaluation()
         self.tick()
         self.emit("on_training_end")
 
@@ -204,6 +206,9 @@ class PPO:
     def finish_evaluation(self):
         """Waits for the result of the evaluation that is under way, if any."""
         if self.evaluating:
+            while not self.future.done():
+                self.check_stop()
+                time.sleep(0.02)
             self.evaluated = self.evaluating | {"evaluation": self.future.result()}
             self.evaluating = self.future = None
             score = self.evaluated["evaluation"]["score"]
@@ -212,7 +217,7 @@ class PPO:
             self.emit("on_evaluation_end")
 
     def tick(self):
-        """Everything since `learn` began counts: observers, evaluations and snapshots too."""
+        """Everything since `learn` began counts: observers, snapshots and what is waited for too."""
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
 
@@ -382,6 +387,6 @@ class PPO:
             self.env.load_state_dict(to_numpy(state["env"]))
             self.obs, self.score_so_far = to_numpy(state["obs"]), to_numpy(state["score_so_far"])
         self.train_scores.extend(state["train_scores"])
-        self.evaluating = state["evaluating"] if self.evaluate else None
+        self.evaluating = state.get("evaluating") if self.evaluate else None  # older states know none
         for name in ("update_count", "global_step", "seconds", "best_score"):
             setattr(self, name, state[name])

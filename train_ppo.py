@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import math
 import os
 import shlex
 import sys
@@ -234,6 +235,8 @@ def learn(ppo, run_dir):
         reason, status, change = "stopped", 128 + (received or [signal.SIGTERM])[0], ""  # none: another rank was told to stop
     except ChildProcessError as error:
         reason, status, change = error, 1, ""
+        if received:  # a signal to the whole group ended it too
+            reason, status = "stopped", 128 + received[0]
     except FloatingPointError as error:
         reason, status, change = error, 1, f" --lr {ppo.config.lr / 2:g}"
     except (MemoryError, RuntimeError) as error:
@@ -281,7 +284,7 @@ def read_resumed(name, given):
     ranks = constants["NUM_ENVS"] // len(state["obs"])
     if ranks != RANKS:
         raise CommandLineError(f"{path} was trained by {ranks} ranks, not {RANKS}; use {launcher(ranks)} train_ppo.py")
-    if constants["NUM_STEPS"] <= state["global_step"]:
+    if constants["NUM_STEPS"] <= state["global_step"] and not state.get("evaluating"):
         raise CommandLineError(f"{path} has done {state['global_step']:,} steps already; to go on, give a larger --num_steps")
     return path.parent, state, constants
 
@@ -292,8 +295,10 @@ def load(ppo, state, run_dir):
         ppo.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{run_dir}: does not fit this program ({one_line(error)}); resume another run") from None
-    with contextlib.suppress(CheckpointError):  # an older checkpoint may not know the best of its run
-        ppo.best_score = max(ppo.best_score, load_checkpoint(run_dir / "best_model.pt")["evaluation"]["score"])
+    try:
+        ppo.best_score = load_checkpoint(run_dir / "best_model.pt")["evaluation"]["score"]
+    except CheckpointError:  # none, or spoiled: the next evaluation leaves another
+        ppo.best_score = -math.inf
 
 
 def one_line(error):

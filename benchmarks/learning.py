@@ -170,7 +170,7 @@ def draw(curves):
     drawn = np.random.default_rng(0).integers(len(data), size=(2000, len(data)))
     low, high = np.percentile(interquartile_mean(scores[:, drawn]), (2.5, 97.5), axis=1)
     for axes, column, unit, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), (1e6, 1),
-                                         ("million environment steps", "minutes, one core per run")):  # fmt: skip
+                                         ("million environment steps", "minutes, as many runs side by side as cores")):  # fmt: skip
         for seed, curve in zip(curves, data):
             axes.plot(curve[:, column] / unit, curve[:, 2], linewidth=0.8, alpha=0.6, label=f"seed {seed}")
         x = np.median(data[:, :, column], axis=0) / unit

@@ -169,7 +169,7 @@ def test_bar_on_a_terminal(monkeypatch, capsys):
     ppo.learn()
     bar = ppo.callbacks[0].bar
     assert bar.n == bar.total == 800 and bar.initial == 400
-    assert "800/800" in terminal.getvalue() and "score 250.0, in training 80.0" in terminal.getvalue()
+    assert "800/800" in terminal.getvalue() and "score 400.0, in training 80.0" in terminal.getvalue()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("score")[0].split() for line in lines[1:3]] == [["600", "steps", "9s"], ["800", "steps", "12s"]]
     assert lines[-1].startswith("trained 800 steps")

@@ -337,15 +337,17 @@ def test_evaluations_decide_what_is_best():
     assert [e[0] for e in events.seen[-5:]] == ["rollout_start", "rollout_end", "update_end", "evaluation_end", "training_end"]
 
 
-def test_training_goes_on_while_it_is_evaluated():
+def test_training_goes_on_while_it_is_evaluated(monkeypatch):
     """A result is waited for when the next evaluation is due; a run resumed before that evaluates the same weights again."""
 
     class Slow:
         def __init__(self, policy):
             weights.append(policy.state_dict())
+            self.slept = []
+            monkeypatch.setattr("ppo.time.sleep", self.slept.append)  # it is done when it was waited for
 
         def done(self):
-            return False
+            return bool(self.slept)
 
         def result(self):
             return {"score": 1.0}

@@ -138,6 +138,42 @@ def test_a_kill_before_the_first_checkpoint_leaves_something_to_resume(tmp_path,
     assert logged(tmp_path / "run") == logged(tmp_path / "straight")
 
 
+def test_a_stop_while_the_last_evaluation_is_waited_for_does_not_lose_it(tmp_path, monkeypatch, capsys):
+    class Slow:
+        asked = 0
+
+        def done(self):
+            self.asked += 1
+            if self.asked == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return False
+
+    with monkeypatch.context() as m:
+        m.setattr(train_ppo, "Background", lambda function, device: lambda policy: Slow())
+        assert run(tmp_path, "run", "--eval_interval", "100", "--save_freq", "1") == 130
+    assert load_checkpoint(tmp_path / "run")["update_count"] == 6 and not (tmp_path / "run" / "best_model.pt").exists()
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    best = load_checkpoint(tmp_path / "run" / "best_model.pt")
+    assert best["update_count"] == 6 and logged(tmp_path / "run")[5]["eval_score"] == str(best["evaluation"]["score"])
+    with pytest.raises(CommandLineError, match="has done 192 steps already"):
+        main(["--resume", str(tmp_path / "run")])
+
+
+def test_an_evaluator_that_dies_at_once_loses_nothing(tmp_path, monkeypatch, capsys):
+    """Neither at first nor in a resume, which begins with an evaluation."""
+
+    def dead(policy):
+        raise ChildProcessError("the process that evaluates has died")
+
+    run(tmp_path, "run")
+    for name in ("last.pt", "checkpoint_4.pt"):
+        with monkeypatch.context() as m:
+            m.setattr(train_ppo, "Background", lambda function, device: dead)
+            assert main(["--resume", str(tmp_path / "run" / name), "--num_steps", "400"]) == 1
+        assert load_checkpoint(tmp_path / "run")["update_count"] == {"last.pt": 7, "checkpoint_4.pt": 4}[name]
+        assert "has died; go on with" in capsys.readouterr().err
+
+
 def test_resuming_an_older_checkpoint_keeps_a_better_model(tmp_path, monkeypatch):
     scores = iter([100.0, 900.0, 200.0])
     monkeypatch.setattr(train_ppo, "evaluate", lambda policy: {
@@ -284,7 +320,7 @@ def wait_for(pattern, folder):
 
 def test_on_the_command_line(tmp_path):
     """In another directory: one run stopped by Ctrl-C, one by Ctrl-C twice while nobody reads its output, one mistake."""
-    long = [*SMALL.split(), "--num_steps", "100000000", "--eval_interval", "0"]
+    long = [*SMALL.split(), "--num_steps", "100000000"]
     once, twice, mistake = script(*long, cwd=tmp_path), script(*long, "--run_dir", "twice", cwd=tmp_path), script("--sede", "1", cwd=tmp_path)
     try:
         twice.stdout.close()
@@ -318,10 +354,11 @@ def test_two_ranks_on_the_command_line(tmp_path):
         return subprocess.run([*launcher, *more], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     run_dir = tmp_path / "run"
-    done = launch(*SMALL.split(), "--eval_interval", "0", "--run_dir", str(run_dir))
+    done = launch(*SMALL.split(), "--run_dir", str(run_dir))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("learns Breakout") + done.stdout.count("learns Breakout") == 1  # rank 0 alone prints
     assert [row["global_step"] for row in logged(run_dir)] == [str(32 * i) for i in range(1, 7)]
+    assert [bool(row["eval_score"]) for row in logged(run_dir)] == [False, True] * 3
     with pytest.raises(CommandLineError, match="was trained by 2 ranks, not 1; use torchrun"):
         main(["--resume", str(run_dir), "--num_steps", "256"])
     assert launch("--resume", str(run_dir), "--num_steps", "256").returncode == 0
