@@ -39,7 +39,7 @@ NUM_STEPS = 4_000_000  # environment steps in all; the learning rate falls over 
 NUM_ENVS = 128  # games side by side
 ROLLOUT_STEPS = 64  # steps of every game between two updates: 128 * 64 = 8192 samples
 # PPO
-EPOCHS = 3  # passes over each rollout
+EPOCHS = 3  # passes over each rollout; with 2, at LR 2e-3, it runs 1.4 times as fast, and one seed of three never cleared the wall
 BATCH_SIZE = 512  # samples in a minibatch; 256 learns as fast per step and takes half again as long, 1024 learns more slowly
 GAMMA = 0.995  # discount per step; with 0.99 a life is worth too little among the last bricks, which lie hundreds of steps apart
 LAMBD = 0.8  # GAE at the start: 0 trusts the critic alone, 1 the returns alone; 0.95 throughout: 218 points at best after 2M steps

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import ppo  # noqa: E402
 from breakout_ascii import BreakoutAsciiVec  # noqa: E402
+from callbacks import Callback  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from evaluation import greedy  # noqa: E402
 from load_model import SHIPPED, load_policy  # noqa: E402
@@ -212,17 +213,29 @@ def training(num_steps, device):
 
 def split(policy, num_steps):
     """The long middle of a training: the trained policy goes on at a learning rate that leaves it as it is, for whole intervals
-    between evaluations, about num_steps -> steps, seconds, and the seconds of each part."""
+    between evaluations, about num_steps -> steps, seconds, and the seconds of each part. There is no last evaluation to wait for."""
     interval, silence = EVAL_INTERVAL * ROLLOUT_STEPS * NUM_ENVS, io.StringIO()
-    constants = SimpleNamespace(**CONSTANTS | {"NUM_STEPS": interval, "LR": 1e-9, "MIN_LR": 1e-9})
+    constants = SimpleNamespace(**CONSTANTS | {"NUM_STEPS": 10**12, "LR": 1e-9, "MIN_LR": 1e-9})
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         trainer = build(constants, Path(folder), policy.device)
         trainer.policy.load_state_dict(policy.state_dict())
-        trainer.learn()  # warm up
-        trainer.config.num_steps += max(num_steps // interval, 1) * interval
+        learn_until(trainer, interval)  # warm up
         with clocks(trainer) as parts:
-            _, seconds = timed(trainer.learn)
+            _, seconds = timed(learn_until, trainer, interval + max(num_steps // interval, 1) * interval)
     return trainer.global_step - interval, seconds, parts | {"rest": seconds - sum(parts.values())}
+
+
+def learn_until(trainer, step):
+    class Stop(Callback):
+        def on_update_end(self, ppo):
+            if ppo.global_step >= step:
+                ppo.request_stop()
+
+    trainer.stop_requested = False
+    trainer.callbacks.append(Stop())
+    with contextlib.suppress(ppo.StopTraining):
+        trainer.learn()
+    trainer.callbacks.pop()
 
 
 @contextlib.contextmanager
@@ -238,7 +251,7 @@ def clocks(trainer):
         ("buffer.add", trainer.buffer, "add"),
         ("GAE", trainer.buffer, "finish"),
         ("update", trainer, "update"),
-        ("waiting for evaluations", trainer.evaluate, "result"),
+        ("evaluations: waiting, files", trainer, "finish_evaluation"),
         ("observers", trainer, "emit"),
     )
     parts = {part: 0.0 for part, *_ in methods}
