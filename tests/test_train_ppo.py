@@ -321,7 +321,7 @@ def wait_for(pattern, folder):
 def test_on_the_command_line(tmp_path):
     """In another directory: one run stopped by Ctrl-C, one by Ctrl-C twice while nobody reads its output, one mistake."""
     long = [*SMALL.split(), "--num_steps", "100000000"]
-    once, twice, mistake = script(*long, cwd=tmp_path), script(*long, "--run_dir", "twice", cwd=tmp_path), script("--sede", "1", cwd=tmp_path)
+    once, twice, mistake = script(*long, cwd=tmp_path), script(*long, "--eval_interval", "0", "--run_dir", "twice", cwd=tmp_path), script("--sede", "1", cwd=tmp_path)
     try:
         twice.stdout.close()
         wait_for("runs/*/checkpoint_*.pt", tmp_path)
@@ -369,5 +369,5 @@ def test_two_ranks_on_the_command_line(tmp_path):
     assert [bool(row["eval_score"]) for row in logged(run_dir)] == [False, True] * 3
     with pytest.raises(CommandLineError, match="was trained by 2 ranks, not 1; use torchrun"):
         main(["--resume", str(run_dir), "--num_steps", "256"])
-    assert launch("--resume", str(run_dir), "--num_steps", "256").returncode == 0
+    assert launch("--resume", str(run_dir), "--num_steps", "256", "--eval_interval", "0").returncode == 0
     assert load_checkpoint(run_dir)["global_step"] == 256
