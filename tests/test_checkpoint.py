@@ -143,8 +143,9 @@ for step in ["fsync", "replace"]:
     _, status = os.waitpid(fork(killed_at(step)), 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert whole() == 0, step
-leftover = 0
-for trial in range(12):
+leftover = trial = 0
+while leftover < 3 and trial < 100:  # until three kills fell into a write: on a busy machine most come before
+    trial += 1
     pid = fork(forever)
     time.sleep(random.Random(trial).uniform(0.01, 0.06))
     os.kill(pid, signal.SIGKILL)
