@@ -298,6 +298,25 @@ class BreakoutAsciiVec(VectorEnv):
         draw = to_text if self.render_mode == "ansi" else to_image
         return tuple(draw(tokens) for tokens in self.observation())
 
+    def twin(self):
+        """Turn the games of the second half into copies of the first half's -> observations (N, 1944).
+
+        Raises ValueError for an odd number of games.
+        """
+        self._check_started()
+        if self.num_envs % 2:
+            raise ValueError(f"{self.num_envs} games do not make pairs; take an even num_envs")
+        half = self.num_envs // 2
+        for name in Games.STATE + ["pages"]:
+            x = getattr(self.games, name)
+            x[half:] = x[:half]
+        return self.observation()
+
+    def twins_agree(self):
+        """-> (N / 2,) bool: is page i above the paddle's line that of game N / 2 + i?"""
+        pages = self.games.pages[:, :PADDLE_ROW]
+        return (pages[: self.num_envs // 2] == pages[self.num_envs // 2 :]).all((1, 2))
+
     def state_dict(self):
         """-> all that a run needs to go on bit for bit, in NumPy arrays and plain types."""
         self._check_started()

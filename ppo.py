@@ -126,6 +126,7 @@ class PPOConfig:
     target_kl: float = 0.0  # 0: off
     move_coef: float = 0.0  # 0: off
     prediction_coef: float = 0.0  # 0: off
+    twins: int = 0  # 1: pairs of games begin each rollout in the same state; for an env with twin() and twins_agree()
     reward_scale: float = 1.0
     eval_interval: int = 0  # updates; 0: never
     seed: int = 0
@@ -226,9 +227,14 @@ class PPO:
         config, S, N = self.config, self.config.rollout_steps, self.env.num_envs
         self.reader = reader_of(self.policy)
         self.buffer.clear()
-        has_next = np.zeros((S, N), bool)
+        has_next, together = np.zeros((S, N), bool), np.zeros((S, N // 2), bool)
+        if config.twins:
+            self.obs = self.env.twin()
+            self.score_so_far[N // 2 :] = self.score_so_far[: N // 2]
         for step in range(S):
             self.check_stop()
+            if config.twins:
+                together[step] = self.env.twins_agree() & (step == 0 or together[step - 1])
             obs = self.reader.encode(self.obs)
             logits, values = (x.cpu() for x in self.reader(obs))
             if not logits.isfinite().all():
@@ -253,7 +259,7 @@ class PPO:
         last_values = self.reader(self.reader.encode(self.obs))[1].cpu()
         rise = min(self.global_step / config.lambd_steps, 1.0)
         lambd = config.lambd + (config.lambd_end - config.lambd) * rise
-        self.buffer.finish(last_values, has_next, config.gamma, lambd)
+        self.buffer.finish(last_values, has_next, config.gamma, lambd, together if config.twins else None)
         self.global_step += S * N * self.ranks
 
     def count_scores(self, rewards, done):
@@ -281,6 +287,7 @@ class PPO:
         stats = {name: x.mean() for name, x in stats.items()}
         stats["approx_kl_max"] = kl_max
         stats["explained_variance"] = explained_variance(self.buffer.data.old_values, self.buffer.data.returns)
+        stats["twin_correlation"] = self.buffer.twin_correlation
         stats = {name: x.item() for name, x in stats.items()}
         stats["lr"] = lr
         stats["train_score"] = float(np.mean(self.train_scores)) if self.train_scores else math.nan

@@ -36,6 +36,7 @@ VARIANTS = {  # name: what goes to train_ppo.py
     "flat_positions": [],
     "no_prediction": ["--prediction_coef", "0"],
     "no_varied_starts": ["--varied_starts", "0"],
+    "no_twins": ["--twins", "0"],
     "free_moves": ["--move_coef", "0"],
     "lambda_0.95": ["--lambd", "0.95", "--lambd_end", "0.95"],
     "lambda_0.8": ["--lambd_end", "0.8"],

@@ -392,6 +392,38 @@ def test_truncation_comes_when_asked(limit):
         assert steps_until_truncation(env) == (limit or 5000)
 
 
+def test_twins_begin_alike_and_agree_until_their_balls_part():
+    env, rng = BreakoutAsciiVec(6, varied_starts=1.0), np.random.default_rng(0)
+    env.reset(seed=0)
+    for _ in range(50):
+        env.step(rng.integers(3, size=6))
+    first = env.observation()[:3]
+    obs = env.twin()
+    np.testing.assert_array_equal(obs, np.concatenate([first, first]))
+    for name in Games.STATE:
+        one, other = np.split(getattr(env.games, name), 2)
+        np.testing.assert_array_equal(one, other)
+    alike, moved, parted = 0, 0, 0
+    for _ in range(400):  # one runs left, the other right: the pages differ in the paddle, later in the ball
+        agree, lines = env.twins_agree(), (env.games.pages[:3] != env.games.pages[3:]).any(2)  # (3,), (3, 24)
+        assert agree.tolist() == [set(np.flatnonzero(x)) <= {22} for x in lines]
+        alike, moved, parted = alike + agree.sum(), moved + (agree & lines.any(1)).sum(), parted + (~agree).sum()
+        env.step(np.repeat([1, 2], 3))
+    assert alike > moved > 0 and parted > 0
+    env.twin()
+    env.games.pages[3:] = ord("#")  # of its own
+    assert (env.observation()[:3] != ord("#")).any()
+
+
+def test_twins_are_refused_to_an_odd_number_of_games():
+    env = BreakoutAsciiVec(3)
+    with pytest.raises(ResetNeeded):
+        env.twin()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="3 games do not make pairs"):
+        env.twin()
+
+
 def test_truncation_comes_when_asked_of_the_environment_itself_or_of_gymnasiums_vector_env():
     assert steps_until_truncation(BreakoutAscii(max_episode_steps=100)) == 100
     sync = gym.make_vec("BreakoutAscii-v0", 1, vectorization_mode="sync", max_episode_steps=100)

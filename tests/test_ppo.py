@@ -14,6 +14,7 @@ from callbacks import Callback
 from load_model import SHIPPED, load_policy
 from model import GPT, GPTConfig
 from ppo import PPO, PPOConfig, StopTraining, entropy_loss, explained_variance, learning_rate, lost_lives, move_loss, policy_loss, prediction_loss, value_loss
+from rollout_buffer import advantages_over_twins
 
 
 class Probe(VectorEnv):
@@ -227,7 +228,7 @@ def test_learning_rate():
 
 def test_lambda_rises_over_its_steps():
     ppo, seen = breakout_ppo(lambd=0.5, lambd_end=0.9, lambd_steps=128), []
-    ppo.buffer.finish = lambda *arguments: seen.append(arguments[-1])
+    ppo.buffer.finish = lambda *arguments: seen.append(arguments[3])
     for _ in range(4):
         ppo.collect()
     assert seen == pytest.approx([0.5, 0.7, 0.9, 0.9])
@@ -289,7 +290,7 @@ def test_statistics_of_an_update():
     stats = ppo.update()
     assert set(stats) == {
         "policy_loss", "value_loss", "entropy", "move_loss", "prediction_loss", "approx_kl", "approx_kl_max", "clipfrac",
-        "explained_variance", "grad_norm", "lr", "train_score",
+        "explained_variance", "twin_correlation", "grad_norm", "lr", "train_score",
     }  # fmt: skip
     assert all(type(value) is float for value in stats.values())
     assert stats["approx_kl_max"] >= stats["approx_kl"] and ppo.global_step == 64
@@ -416,3 +417,20 @@ def rank_of_two(rank, folder):
 
 def test_two_ranks_learn_what_one_learns_from_the_samples_of_both(tmp_path):
     torch.multiprocessing.spawn(rank_of_two, args=(tmp_path,), nprocs=2)
+
+
+def test_twins_begin_each_rollout_alike_and_their_shared_luck_is_taken_off():
+    ppo = breakout_ppo(twins=1, rollout_steps=32)
+    for _ in range(2):
+        start, together = ppo.env.twin(), []
+        agree = ppo.env.twins_agree
+        ppo.env.twins_agree = lambda: together.append(agree()) or together[-1]
+        ppo.collect()
+        ppo.env.twins_agree = agree
+        obs = np.array([step[0] for step in ppo.buffer.steps])  # (32, 8, lines)
+        np.testing.assert_array_equal(obs[0, :4], obs[0, 4:])
+        np.testing.assert_array_equal(obs[0], ppo.reader.encode(start))
+        together = torch.from_numpy(np.logical_and.accumulate(together))
+        plain = (ppo.buffer.data.returns - ppo.buffer.data.old_values).view(32, 8)
+        torch.testing.assert_close(ppo.buffer.data.advantages.view(32, 8), advantages_over_twins(plain, together)[0], rtol=1e-4, atol=1e-5)
+        assert together.any() and not torch.equal(ppo.buffer.data.advantages.view(32, 8), plain)

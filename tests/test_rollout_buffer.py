@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from rollout_buffer import RolloutBuffer, changed_rows_and_columns, compute_gae
+from rollout_buffer import RolloutBuffer, advantages_over_twins, changed_rows_and_columns, compute_gae
 
 
 def tensors(*rows):
@@ -51,6 +51,34 @@ def test_gae_against_the_definition(gamma, lambd):
     advantages, returns = compute_gae(*arguments)
     torch.testing.assert_close(advantages, slow_gae(*arguments))
     torch.testing.assert_close(returns, advantages + values)
+
+
+def test_advantages_over_twins_by_hand():
+    """Two pairs. Games 0 and 2 are together for both steps, games 1 and 3 for the first."""
+    advantages = torch.tensor([[1.0, 2.0, 1.0, 0.0], [3.0, 5.0, 1.0, 7.0]])
+    together = torch.tensor([[True, True], [True, False]])
+    # products 1 + 0 + 3 = 4, squares 1 + 1 + 4 + 0 + 9 + 1 = 16: the correlation is 2 * 4 / 16 = 0.5
+    after, correlation = advantages_over_twins(advantages, together)
+    assert correlation == 0.5 and after.tolist() == [[0.5, 2.0, 0.5, -1.0], [2.5, 5.0, -0.5, 7.0]]
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
+def test_twins_take_off_what_they_share_and_no_more(correlation):
+    g = torch.Generator().manual_seed(0)
+    shared, own, action = torch.randn(100, 20, generator=g), torch.randn(100, 40, generator=g), torch.randn(100, 40, generator=g).sign()
+    advantages = correlation**0.5 * shared.repeat(1, 2) + (1 - correlation) ** 0.5 * own  # of variance 1
+    after, found = advantages_over_twins(advantages + 0.1 * action, torch.ones(100, 20, dtype=torch.bool))
+    assert found.item() == pytest.approx(correlation, abs=0.06)
+    assert after.var().item() == pytest.approx(1 - correlation**2, abs=0.06)
+    assert (after * action).mean().item() == pytest.approx(0.1, abs=0.04)  # what the action gained is still there
+    apart, _ = advantages_over_twins(advantages, torch.zeros(100, 20, dtype=torch.bool))
+    torch.testing.assert_close(apart, advantages)
+
+
+def test_twins_whose_fortunes_oppose_are_left_alone():
+    advantages = torch.tensor([[1.0, -1.0]])
+    after, correlation = advantages_over_twins(advantages, torch.tensor([[True]]))
+    assert correlation == 0 and after.tolist() == [[1.0, -1.0]]
 
 
 def filled(S=4, N=3):

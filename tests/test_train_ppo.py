@@ -106,11 +106,11 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
 
 def test_every_constant_reaches_what_it_is_for(tmp_path):
     """Another value for each: nothing is dropped on the way, nothing swapped."""
-    other = {"NUM_STEPS": 11, "NUM_ENVS": 3, "ROLLOUT_STEPS": 5, "EPOCHS": 2, "BATCH_SIZE": 7, "GAMMA": 0.91, "LAMBD": 0.92, "LAMBD_END": 0.93, "LAMBD_STEPS": 12,
+    other = {"NUM_STEPS": 11, "NUM_ENVS": 3, "ROLLOUT_STEPS": 5, "EPOCHS": 5, "BATCH_SIZE": 7, "GAMMA": 0.91, "LAMBD": 0.92, "LAMBD_END": 0.93, "LAMBD_STEPS": 12,
              "EPS_CLIP": 0.13, "VALUE_LOSS_COEF": 0.14, "VALUE_CLIP": 0.15, "ENTROPY_COEF": 0.016, "MOVE_COEF": 0.017, "TARGET_KL": 0.17,
              "REWARD_SCALE": 0.18, "LR": 0.019, "MIN_LR": 0.0019, "LR_SCHEDULE": "linear", "WARMUP": 0.21, "MAX_GRAD_NORM": 0.22,
-             "VARIED_STARTS": 0.23, "PREDICTION_COEF": 0.24, "N_LAYER": 2, "N_HEAD": 2, "N_EMBD": 8, "MLP_EXPANSION": 3,
-             "SEED": 4, "DEVICE": "cpu", "RUN_DIR": str(tmp_path), "EVAL_INTERVAL": 6, "SAVE_FREQ": 8, "BLOCK_SIZE": 1944}  # fmt: skip
+             "VARIED_STARTS": 0.23, "PREDICTION_COEF": 0.24, "TWINS": 0, "N_LAYER": 2, "N_HEAD": 2, "N_EMBD": 8, "MLP_EXPANSION": 3,
+             "SEED": 4, "DEVICE": "cpu", "RUN_DIR": str(tmp_path), "EVAL_INTERVAL": 6, "SAVE_FREQ": 9, "BLOCK_SIZE": 1944}  # fmt: skip
     assert other.keys() == CONSTANTS.keys()
     assert [name for name in other if other[name] == CONSTANTS[name]] == ["BLOCK_SIZE"]
     ppo = train_ppo.build(SimpleNamespace(**other), tmp_path, torch.device("cpu"))
@@ -193,7 +193,7 @@ def test_a_gradient_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(PPO, "update", spoiled)
     assert run(tmp_path, "run") == 1
-    assert re.search("not finite in update 3.*--resume .*run --lr 0.0007", capsys.readouterr().err)
+    assert re.search("not finite in update 3.*--resume .*run --lr 0.001", capsys.readouterr().err)
     assert load_checkpoint(tmp_path / "run")["update_count"] == 2
 
 
@@ -237,7 +237,8 @@ def test_overrides():
     ("--seed -1", "SEED (--seed) must be an integer from 0"),
     ("--num_envs 0", "NUM_ENVS"),
     ("--lr_schedule step", "linear or cosine, not 'step'"),
-    ("--batch_size 9999", "BATCH_SIZE must not exceed"),
+    ("--batch_size 99999", "BATCH_SIZE must not exceed"),
+    ("--num_envs 33", "TWINS needs an even number of games; change NUM_ENVS"),
     ("--min_lr 0.5", "MIN_LR 0.5 must not exceed"),
     ("--n_head 7", "multiple of n_head"),
     ("--block_size 99", "block_size must be 1944"),
