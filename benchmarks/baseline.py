@@ -3,7 +3,7 @@
 Stable-Baselines3's PPO with its MlpPolicy (pip install stable-baselines3) on the games that train_ppo.py trains on. From
 there too: rollout, minibatch, discount, GAE, entropy bonus, reward scale, and that a lost life ends a return. All else is
 Stable-Baselines3's default. Left out, as the GPT's own: predicting the next frame, the cost of moving, a falling learning
-rate, a rising lambda.
+rate, a rising lambda, twins.
 """
 
 import argparse
