@@ -1,8 +1,8 @@
 """Breakout on a page of text, 24 lines of 80 characters, for one game or for many at once.
 
-The rules stand here once, in `Games`, vectorised over N games with NumPy. Around them: `BreakoutAscii` (Gymnasium
-Env), `BreakoutAsciiVec` (Gymnasium VectorEnv, for training), `to_text` and `to_image`, and play in the terminal
-with `python breakout_ascii.py`. Left out: sound, speed-ups, and a ball that flies at any other angle than 45 degrees.
+The rules stand here once, in `Games`, for N games at a time, with NumPy or a library like it. Around them: `BreakoutAscii`
+(Gymnasium Env), `BreakoutAsciiVec` (Gymnasium VectorEnv, for training), `to_text` and `to_image`, and play in the
+terminal with `python breakout_ascii.py`. Left out: sound, speed-ups, and a ball that flies at any other angle than 45 degrees.
 
 The serves are the only chance in the game. They are drawn before a game begins, so the rules themselves draw nothing.
 """
@@ -54,16 +54,21 @@ class Games:
 
     STATE = "ball_x ball_y dx dy paddle_x lives score elapsed bricks bricks_left serves".split()  # pages follow from it
 
+    xp = np  # the library of the arrays: with `array`, `begin` and `redraw` what another one changes
+
     def __init__(self, num_games):
         for name in ("ball_x", "ball_y", "dx", "dy", "paddle_x", "lives", "score", "elapsed", "bricks_left"):
-            setattr(self, name, np.zeros(num_games, np.int64))
-        self.bricks = np.ones((num_games, BRICK_ROWS, BRICK_COLS), bool)
-        self.serves = np.zeros((num_games, LIVES, 3), np.int64)
-        self.pages = np.tile(EMPTY_PAGE, (num_games, 1, 1))
-        self.first_cell = np.arange(num_games) * TOKENS  # of each page, in pages laid out flat
+            setattr(self, name, self.array(np.zeros(num_games, np.int64)))
+        self.bricks = self.array(np.ones((num_games, BRICK_ROWS, BRICK_COLS), bool))
+        self.serves = self.array(np.zeros((num_games, LIVES, 3), np.int64))
+        self.pages = self.array(np.tile(EMPTY_PAGE, (num_games, 1, 1)))
+        self.games, self.paddle_moves = self.array(np.arange(num_games)), self.array(PADDLE_MOVES)
+
+    def array(self, x):
+        return x
 
     def begin(self, which, serves, bricks):
-        """Begin new games: which (n,) indices, serves (n, 5, 3), bricks (n, 7, 13) bool."""
+        """Begin new games: which (N,) bool, n of them, serves (n, 5, 3), bricks (n, 7, 13) bool."""
         self.serves[which], self.bricks[which] = serves, bricks
         self.bricks_left[which] = self.bricks[which].sum((1, 2))
         self.lives[which], self.score[which], self.elapsed[which] = LIVES, 0, 0
@@ -72,11 +77,10 @@ class Games:
 
     def step(self, actions):
         """Play one step of every game: actions (N,) of 0, 1, 2 -> rewards, terminated, life_lost, each (N,)."""
-        self.elapsed += 1
-        old_x, old_y = self.ball_x.copy(), self.ball_y.copy()
+        old_x, old_y = self.ball_x, self.ball_y
+        self.elapsed = self.elapsed + 1
         self.move_paddles(actions)
-        self.ball_x += self.dx
-        self.ball_y += self.dy
+        self.ball_x, self.ball_y = old_x + self.dx, old_y + self.dy
         self.bounce_off_walls()
         life_lost = self.lose_balls(old_x, old_y)
         self.bounce_off_paddles()
@@ -84,78 +88,99 @@ class Games:
         self.redraw(old_x, old_y, brick)
         return rewards, (self.lives == 0) | (self.bricks_left == 0), life_lost
 
-    # The rules, in the order in which a step applies them.
+    # The rules, in the order in which a step applies them. They make new arrays, and branch by `where` alone.
 
     def move_paddles(self, actions):
-        self.paddle_x += PADDLE_MOVES[actions]
-        np.clip(self.paddle_x, 1, PADDLE_MAX, out=self.paddle_x)
+        self.paddle_x = self.xp.clip(self.paddle_x + self.paddle_moves[actions], 1, PADDLE_MAX)
 
     def bounce_off_walls(self):
         """Left, right and top: the ball stands on the wall for one step and turns round."""
-        side = (self.ball_x <= 0) | (self.ball_x >= RIGHT_WALL)
-        np.clip(self.ball_x, 0, RIGHT_WALL, out=self.ball_x)
-        np.negative(self.dx, out=self.dx, where=side)
-        np.negative(self.dy, out=self.dy, where=self.ball_y <= 0)
-        np.maximum(self.ball_y, 0, out=self.ball_y)
+        where, left, right, top = self.xp.where, self.ball_x <= 0, self.ball_x >= RIGHT_WALL, self.ball_y <= 0
+        self.ball_x, self.dx = where(left, 0, where(right, RIGHT_WALL, self.ball_x)), where(left | right, -self.dx, self.dx)
+        self.ball_y, self.dy = where(top, 0, self.ball_y), where(top, -self.dy, self.dy)
 
     def lose_balls(self, old_x, old_y):
         """A ball at the floor costs a life: the next is served, or the last stays in the cell it came from."""
-        life_lost = self.ball_y >= FLOOR
-        which = np.flatnonzero(life_lost)
-        if which.size:
-            self.lives[which] -= 1
-            alive = self.lives[which] > 0
-            over = which[~alive]
-            self.ball_x[over], self.ball_y[over] = old_x[over], old_y[over]
-            self.serve(which[alive])
+        where, life_lost = self.xp.where, self.ball_y >= FLOOR
+        self.lives = self.lives - 1 * life_lost
+        self.ball_x, self.ball_y = where(life_lost, old_x, self.ball_x), where(life_lost, old_y, self.ball_y)
+        self.serve(life_lost & (self.lives > 0))
         return life_lost
 
     def serve(self, which):
-        self.ball_x[which], self.dx[which], self.paddle_x[which] = self.serves[which, LIVES - self.lives[which]].T
-        self.ball_y[which], self.dy[which] = SERVE_ROW, -1
+        """which (N,) bool"""
+        where, serve = self.xp.where, self.serves[self.games, (LIVES - self.lives) % LIVES]  # (N, 3)
+        self.ball_x, self.ball_y = where(which, serve[:, 0], self.ball_x), where(which, SERVE_ROW, self.ball_y)
+        self.dx, self.dy = where(which, serve[:, 1], self.dx), where(which, -1, self.dy)
+        self.paddle_x = where(which, serve[:, 2], self.paddle_x)
 
     def bounce_off_paddles(self):
         """The left four cells of a paddle send the ball up and left, the right three up and right."""
-        offset = self.ball_x - self.paddle_x
+        where, offset = self.xp.where, self.ball_x - self.paddle_x
         # A game that has just ended may show its ball in the paddle's row: it was lost, not met.
-        which = np.flatnonzero((self.ball_y == PADDLE_ROW) & (offset >= 0) & (offset < len(PADDLE)) & (self.lives > 0))
-        self.ball_y[which], self.dy[which] = SERVE_ROW, -1
-        self.dx[which] = np.where(offset[which] <= 3, -1, 1)
+        met = (self.ball_y == PADDLE_ROW) & (offset >= 0) & (offset < len(PADDLE)) & (self.lives > 0)
+        self.ball_y, self.dy = where(met, SERVE_ROW, self.ball_y), where(met, -1, self.dy)
+        self.dx = where(met, where(offset <= 3, -1, 1), self.dx)
 
     def break_bricks(self):
-        """A brick under the ball goes and the ball turns -> rewards (N,), and (games, rows, columns) of the bricks."""
-        rewards = np.zeros(len(self.ball_x))
+        """A brick under the ball goes and the ball turns -> rewards, and hit, row, column of the bricks, each (N,)."""
         row, col = self.ball_y - BRICK_TOP, (self.ball_x - 1) // WIDTH
-        game = np.flatnonzero((row >= 0) & (row < BRICK_ROWS) & (col >= 0) & (col < BRICK_COLS))
-        game = game[self.bricks[game, row[game], col[game]]]
-        row, col = row[game], col[game]
-        self.bricks[game, row, col] = False
-        self.bricks_left[game] -= 1
-        self.dy[game] *= -1
-        rewards[game] = BRICK_POINTS + CLEAR_POINTS * (self.bricks_left[game] == 0)
-        self.score[game] += rewards[game].astype(np.int64)
-        return rewards, (game, row, col)
+        inside = (row >= 0) & (row < BRICK_ROWS) & (col >= 0) & (col < BRICK_COLS)
+        row, col = row % BRICK_ROWS, col % BRICK_COLS  # outside some brick, which stays as it is
+        whole = self.bricks[self.games, row, col]
+        hit = inside & whole
+        self.bricks[self.games, row, col] = whole & ~inside
+        self.bricks_left = self.bricks_left - 1 * hit
+        self.dy = self.xp.where(hit, -self.dy, self.dy)
+        rewards = BRICK_POINTS * hit + CLEAR_POINTS * (hit & (self.bricks_left == 0))
+        self.score = self.score + rewards
+        return rewards, (hit, row, col)
+
+    def state_dict(self):
+        """-> {name: NumPy array}"""
+        return {name: np.array(getattr(self, name)) for name in self.STATE}
+
+    def load_state_dict(self, state):
+        """Go on from a state_dict. Raises ValueError if it is not one of as many games."""
+        for name in self.STATE:
+            expected, shape = getattr(self, name).shape, np.shape(state.get(name))
+            if shape != expected:
+                raise ValueError(f"state[{name!r}] must have shape {expected} with this num_envs; got {shape}")
+        for name in self.STATE:
+            getattr(self, name)[...] = self.array(state[name])
+        self.draw(np.ones(len(self.games), bool))
+
+    def twin(self):
+        """Turn the games of the second half into copies of the first half's."""
+        half = len(self.games) // 2
+        for name in self.STATE + ["pages"]:
+            x = getattr(self, name)
+            x[half:] = x[:half]
+
+    def twins_agree(self):
+        """-> (N / 2,) bool: is page i above the paddle's line that of game N / 2 + i?"""
+        above, half = self.pages[:, :PADDLE_ROW], len(self.games) // 2
+        return (above[:half] == above[half:]).all((1, 2))
 
     # The pages. A step changes few cells, so only these are written; the ball comes last, over whatever is there.
 
     def draw(self, which):
-        """Draw the pages of games `which` (n,) from nothing."""
-        self.pages[which] = EMPTY_PAGE
+        """Draw the pages of games `which` (N,) bool from nothing."""
         wall = np.where(self.bricks[which, :, :, None], list(BRICK.encode()), ord(" "))  # (n, 7, 13, 6)
-        self.pages[which, BRICK_TOP:BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall.reshape(len(which), BRICK_ROWS, -1)
+        self.pages[which] = EMPTY_PAGE
+        self.pages[which, BRICK_TOP:BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall.reshape(-1, BRICK_ROWS, BRICK_COLS * WIDTH)
         self.pages[which, PADDLE_ROW] = PADDLE_LINES[self.paddle_x[which]]
         self.pages[which, self.ball_y[which], self.ball_x[which]] = ord("O")
 
     def redraw(self, old_x, old_y, brick):
         """Bring the pages up to date after a step that began with the balls at old_x, old_y and broke `brick`."""
-        cells = self.pages.reshape(-1)
-        old_cell = old_y * COLS + old_x
-        cells[self.first_cell + old_cell] = EMPTY_PAGE.reshape(-1)[old_cell]  # no ball ever stands on a whole brick
-        game, row, col = brick
-        corner = self.first_cell[game] + (BRICK_TOP + row) * COLS + 1 + WIDTH * col
-        cells[corner[:, None] + np.arange(WIDTH)] = ord(" ")
+        hit, row, col = brick
+        game = np.flatnonzero(hit)
+        self.pages[self.games, old_y, old_x] = EMPTY_PAGE[old_y, old_x]  # no ball ever stands on a whole brick
+        left = 1 + WIDTH * col[game, None] + np.arange(WIDTH)
+        self.pages[game[:, None], BRICK_TOP + row[game, None], left] = ord(" ")
         self.pages[:, PADDLE_ROW] = PADDLE_LINES[self.paddle_x]
-        cells[self.first_cell + self.ball_y * COLS + self.ball_x] = ord("O")
+        self.pages[self.games, self.ball_y, self.ball_x] = ord("O")
 
 
 def standard_serves(dx):
@@ -266,9 +291,9 @@ class BreakoutAsciiVec(VectorEnv):
         """
         serves = fixed_serves(options, self.num_envs)
         super().reset(seed=seed)
-        self._begin(np.arange(self.num_envs), serves)
-        self._started = True
         everyone = np.ones(self.num_envs, bool)
+        self._begin(everyone, serves)
+        self._started = True
         return self.observation(), self._infos(life_lost=~everyone, mask=everyone)
 
     def step(self, actions):
@@ -281,10 +306,10 @@ class BreakoutAsciiVec(VectorEnv):
         infos = {}
         if done.any():
             infos = self._final(life_lost, done)
-            self._begin(np.flatnonzero(done))
+            self._begin(done)
             life_lost &= ~done
         infos |= self._infos(life_lost, mask=np.ones(self.num_envs, bool))
-        return self.observation(), rewards, terminated, truncated, infos
+        return self.observation(), rewards.astype(float), terminated, truncated, infos
 
     def observation(self):
         """-> (N, 1944) uint8, a copy of the current pages."""
@@ -306,35 +331,24 @@ class BreakoutAsciiVec(VectorEnv):
         self._check_started()
         if self.num_envs % 2:
             raise ValueError(f"{self.num_envs} games do not make pairs; take an even num_envs")
-        half = self.num_envs // 2
-        for name in Games.STATE + ["pages"]:
-            x = getattr(self.games, name)
-            x[half:] = x[:half]
+        self.games.twin()
         return self.observation()
 
     def twins_agree(self):
         """-> (N / 2,) bool: is page i above the paddle's line that of game N / 2 + i?"""
-        pages = self.games.pages[:, :PADDLE_ROW]
-        return (pages[: self.num_envs // 2] == pages[self.num_envs // 2 :]).all((1, 2))
+        return self.games.twins_agree()
 
     def state_dict(self):
         """-> all that a run needs to go on bit for bit, in NumPy arrays and plain types."""
         self._check_started()
-        state = {name: getattr(self.games, name).copy() for name in Games.STATE}
-        return state | {"np_random": self.np_random.bit_generator.state}
+        return self.games.state_dict() | {"np_random": self.np_random.bit_generator.state}
 
     def load_state_dict(self, state):
         """Go on from a state_dict. Raises ValueError if it is not one of an environment with as many games."""
-        for name in Games.STATE:
-            expected, shape = getattr(self.games, name).shape, np.shape(state.get(name))
-            if shape != expected:
-                raise ValueError(f"state[{name!r}] must have shape {expected} with this num_envs; got {shape}")
         if "np_random" not in state:
             raise ValueError("state['np_random'], the state of the random generator, is missing")
+        self.games.load_state_dict(state)
         self.np_random.bit_generator.state = state["np_random"]
-        for name in Games.STATE:
-            getattr(self.games, name)[...] = state[name]
-        self.games.draw(np.arange(self.num_envs))
         self._started = True
 
     def _check_started(self):
@@ -343,8 +357,8 @@ class BreakoutAsciiVec(VectorEnv):
 
     def _begin(self, which, serves=None):
         if serves is None:
-            serves = draw_serves(self.np_random, len(which), self.varied_starts)
-        self.games.begin(which, serves, draw_bricks(self.np_random, len(which), self.varied_starts))
+            serves = draw_serves(self.np_random, which.sum(), self.varied_starts)
+        self.games.begin(which, serves, draw_bricks(self.np_random, which.sum(), self.varied_starts))
 
     def _infos(self, life_lost, mask):
         """The four infos (N,), zero outside mask (N,) bool, each with its own copy of the mask, as Gymnasium has it."""
@@ -384,7 +398,7 @@ class BreakoutAscii(gym.Env):
         """Begin a game -> observation, info; options={"serves": (5,) of -1 and +1} fixes the dx of its serves."""
         serves = fixed_serves(options, 1)
         super().reset(seed=seed)
-        self.games.begin([0], draw_serves(self.np_random, 1) if serves is None else serves, bricks=True)
+        self.games.begin(np.ones(1, bool), draw_serves(self.np_random, 1) if serves is None else serves, bricks=True)
         self._playing = True
         if self.render_mode == "human":
             sys.stdout.write("\x1b[2J")  # clear the terminal once; a frame then overwrites the last

@@ -159,11 +159,11 @@ def test_a_missing_rule_is_noticed(monkeypatch, rule):
 def one_game(**values):
     """-> a fresh game with these arrays set."""
     games = Games(1)
-    games.begin([0], breakout_ascii.standard_serves(np.ones((1, 5), int)), True)
+    games.begin(np.ones(1, bool), breakout_ascii.standard_serves(np.ones((1, 5), int)), True)
     for name, value in values.items():
         getattr(games, name)[0] = value
     games.bricks_left[0] = games.bricks.sum()
-    games.draw([0])
+    games.draw(np.ones(1, bool))
     return games
 
 
@@ -239,7 +239,7 @@ def test_a_brick_goes_and_the_ball_turns(x, dy):
     column = (x - 1) // 6
     games.bricks[0, 8 - dy - 5] = False  # where the ball comes from
     games.bricks_left[0] = 78
-    games.draw([0])
+    games.draw(np.ones(1, bool))
     rewards, terminated, life_lost = games.step([0])
     assert (rewards[0], terminated[0], life_lost[0], games.score[0], games.bricks_left[0]) == (10, False, False, 10, 77)
     assert ball(games)[1::2] == (8, -dy) and not games.bricks[0, 3, column]
@@ -295,7 +295,7 @@ def test_yardstick_random_play():
 def comes_back(x, dx):
     """A ball leaves row 21 at x, in a game with one brick in the corner -> {(x, dx)} of all bounces that a paddle can give it."""
     games = Games(72)
-    games.begin(np.arange(72), breakout_ascii.standard_serves(np.ones((72, 5), int)), np.eye(1, 91, dtype=bool).reshape(7, 13))
+    games.begin(np.ones(72, bool), breakout_ascii.standard_serves(np.ones((72, 5), int)), np.eye(1, 91, dtype=bool).reshape(7, 13))
     games.ball_x[:], games.dx[:] = x, dx
     for _ in range(42):  # up and down again
         games.step(np.zeros(72, int))

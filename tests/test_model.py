@@ -31,7 +31,7 @@ def late_game():
     env.reset(seed=2)
     env.games.bricks &= np.random.default_rng(2).random(env.games.bricks.shape) < 0.1
     env.games.ball_y[:], env.games.ball_x[:] = (14, 20, 3), (5, 33, 70)
-    env.games.draw(np.arange(3))
+    env.games.draw(np.ones(3, bool))
     return env.observation()
 
 
