@@ -102,13 +102,18 @@ class RolloutBuffer:
         if len(self.steps) < self.num_steps:
             raise RuntimeError(f"the rollout buffer holds {len(self.steps)} of {self.num_steps} steps; add the rest first")
         obs, *rest = zip(*self.steps)
-        actions, logprobs, values, rewards, terminated, truncated, final_values, changes = map(torch.stack, rest)
+        return self.close(np.concatenate(obs), *map(torch.stack, rest), last_values, torch.as_tensor(has_next), gamma, lambd,
+                          None if together is None else torch.as_tensor(together))  # fmt: skip
+
+    def close(self, obs, actions, logprobs, values, rewards, terminated, truncated, final_values, changes, last_values, has_next, gamma,
+              lambd, together):
+        """`finish` for steps that were stored elsewhere: obs (S * N, ...), all from actions to changes (S, N, ...), tensors."""
         next_values = torch.where(truncated, final_values, torch.cat([values[1:], last_values.unsqueeze(0)]))
         advantages, returns = compute_gae(rewards, values, next_values, terminated, truncated, gamma, lambd)
         if together is not None:
-            advantages, self.twin_correlation = advantages_over_twins(advantages, torch.as_tensor(together))
-        columns = (actions, logprobs, values, advantages, returns, changes, torch.as_tensor(has_next))
-        self.data = Minibatch(np.concatenate(obs), *(x.flatten(0, 1) for x in columns))  # (S * N, ...)
+            advantages, self.twin_correlation = advantages_over_twins(advantages, together)
+        columns = (actions, logprobs, values, advantages, returns, changes, has_next)
+        self.data = Minibatch(obs, *(x.flatten(0, 1) for x in columns))  # (S * N, ...)
         return self.data
 
     def minibatches(self, batch_size, generator, device="cpu"):

@@ -127,9 +127,9 @@ def test_ratio_is_exactly_one_before_the_first_step(make):
         new_logprobs = logits.log_softmax(-1).gather(1, mb.actions.unsqueeze(1)).squeeze(1)
         assert ((new_logprobs - mb.old_logprobs).exp() == 1).all()
         assert torch.equal(values, mb.old_values)
-    stats = ppo.gradient_step(mb)
+    stats = ppo.gradient_step(ppo.reader.batch(mb.obs), mb)
     assert stats["approx_kl"] == 0 and stats["clipfrac"] == 0
-    assert ppo.gradient_step(mb)["approx_kl"] > 1e-9  # and it is not, once the weights have moved
+    assert ppo.gradient_step(ppo.reader.batch(mb.obs), mb)["approx_kl"] > 1e-9  # and it is not, once the weights have moved
 
 
 def test_a_lost_life_ends_the_sum_but_not_the_game():
@@ -245,7 +245,8 @@ def test_advantages_are_normalized_even_if_they_hardly_differ():
 def test_gradient_norm_is_clipped():
     ppo = breakout_ppo(max_grad_norm=1e-3)
     ppo.collect()
-    stats = ppo.gradient_step(next(ppo.buffer.minibatches(32, ppo.generator)))
+    mb = next(ppo.buffer.minibatches(32, ppo.generator))
+    stats = ppo.gradient_step(ppo.reader.batch(mb.obs), mb)
     norm = torch.stack([p.grad.norm() for p in ppo.policy.parameters()]).norm()
     assert stats["grad_norm"] > 1e-2 and norm.item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -265,7 +266,7 @@ def test_target_kl_ends_an_update_after_its_epoch():
         ppo = breakout_ppo(lr=0.05, epochs=6, **changes)
         ppo.collect()
         steps, step = [], ppo.gradient_step
-        ppo.gradient_step = lambda mb: steps.append(0) or step(mb)
+        ppo.gradient_step = lambda *args: steps.append(0) or step(*args)
         ppo.update()
         return len(steps)
 
@@ -300,11 +301,11 @@ def test_stop_goes_back_to_the_beginning_of_the_update():
     ppo = breakout_ppo()
     step, count = ppo.gradient_step, []
 
-    def third_step_of_the_third_update(mb):
+    def third_step_of_the_third_update(*args):
         count.append(0)
         if len(count) == 2 * 8 + 3:
             ppo.request_stop()
-        return step(mb)
+        return step(*args)
 
     ppo.gradient_step = third_step_of_the_third_update
     with pytest.raises(StopTraining):

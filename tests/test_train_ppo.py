@@ -57,11 +57,11 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, monkeypatch, 
     assert run(tmp_path, "straight") == 0
     step, steps = PPO.gradient_step, []
 
-    def interrupted(self, mb):
+    def interrupted(self, *args):
         steps.append(0)
         if len(steps) == minibatch:
             os.kill(os.getpid(), signum)
-        return step(self, mb)
+        return step(self, *args)
 
     with monkeypatch.context() as m:
         m.setattr(PPO, "gradient_step", interrupted)
