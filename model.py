@@ -150,9 +150,12 @@ class GPT(nn.Module):
         return self.wte(characters) + self.wre(positions // COLUMNS) + self.wce(positions % COLUMNS)
 
     def features(self, pages):
-        """(B, 1944) uint8 tokens, or their `Tree` -> (B, C), the last position after the final LayerNorm."""
+        """(B, 1944) uint8 tokens, or their `Tree`, or int8 `characters_of` them -> (B, C), the last position after the final
+        LayerNorm."""
         if isinstance(pages, Tree):
             return self.after_attention(shared_attention(*self.pair_table(), pages))
+        if pages.dtype == torch.int8:
+            return self.after_attention(unshared_attention(*self.pair_table(), pages))
         check_pages(pages)
         if self.config.n_layer > 1 or bool((pages[:, -1] != ord("\n")).any()):  # the lines share one query: the newline's
             return self.read_every_token(pages)
@@ -454,6 +457,24 @@ def shared_attention(table, rstd, tree):
     if len(far):
         y = y.index_copy(2, far, SharedAttention.apply(table[:, :, far], rstd, tree, True)[0])
     return y
+
+
+def characters_of(tokens):
+    """(B, 1944) uint8 tokens -> (B, 1944) int8 character numbers, unchecked: a GPT of one layer reads them without a host."""
+    return CODES.to(tokens.device, torch.int8)[tokens.int()]
+
+
+def unshared_attention(table, rstd, characters):
+    """`shared_attention` of characters (B, 1944) int8, each page for itself -> (B, D, H). Many times the work, and none for the host."""
+    chosen = (characters.unsqueeze(2) == torch.arange(len(CHARACTERS), device=rstd.device)).to(rstd.dtype)  # (B, T, 7)
+    rstd = (chosen * rstd.view(len(CHARACTERS), POSITIONS).T).sum(2, keepdim=True)  # (B, T, 1)
+    of_character, of_row, of_column = table.split([len(CHARACTERS), ROWS, COLUMNS])
+    of_place = (of_row.unsqueeze(1) + of_column).flatten(0, 1)  # (T, 1 + D, H)
+    scores = (chosen @ of_character[:, 0] + of_place[:, 0]) * rstd  # (B, T, H), in bits
+    weights = torch.exp2(scores - scores.detach().amax(1, keepdim=True))
+    weights = weights / weights.sum(1, keepdim=True) * rstd
+    by_character = torch.einsum("bth,btc->bch", weights, chosen)  # the sum of values is linear in the table's rows
+    return torch.einsum("bch,cdh->bdh", by_character, of_character[:, 1:]) + torch.einsum("bth,tdh->bdh", weights, of_place[:, 1:])
 
 
 class PageReader:

@@ -31,6 +31,7 @@ from callbacks import Checkpoints, LearningCurve, MetricsCSV, ProgressBar, Tenso
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
 from evaluation import Background, evaluate
 from model import GPT, GPTConfig, set_threads
+from on_device import BreakoutOnDevice, PPOOnDevice
 from ppo import PPO, PPOConfig, StopTraining
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,17 +198,20 @@ def build(c, run_dir, device):
     config = gpt_config(vars(c))
     policy = GPT(config).to(device)
     policy.speed_up()
-    env = BreakoutAsciiVec(c.NUM_ENVS // RANKS, varied_starts=c.VARIED_STARTS)
     ppo_config = PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__})
+    if device.type == "cuda" and c.N_LAYER == 1 and c.NUM_ENVS * c.ROLLOUT_STEPS % c.BATCH_SIZE == 0:
+        trainer, env = PPOOnDevice, BreakoutOnDevice(c.NUM_ENVS // RANKS, device, varied_starts=c.VARIED_STARTS)
+    else:
+        trainer, env = PPO, BreakoutAsciiVec(c.NUM_ENVS // RANKS, varied_starts=c.VARIED_STARTS)
     if RANK > 0:
-        return PPO(policy, env, ppo_config)
+        return trainer(policy, env, ppo_config)
     csv = run_dir / "metrics.csv"
     observers = [ProgressBar(plan(c, policy, device, run_dir)), MetricsCSV(csv), TensorBoard(run_dir),
                  LearningCurve(run_dir / "learning_curve.png", csv), Checkpoints(run_dir, c.SAVE_FREQ)]  # fmt: skip
     evaluator = None
     if c.EVAL_INTERVAL:
         evaluator = Background(evaluate, "cpu" if c.N_LAYER == 1 else device)  # the many small kernels of one layer suit the CPU
-    return PPO(policy, env, ppo_config, evaluator, observers, {"gpt_config": asdict(config), "constants": dict(vars(c))})
+    return trainer(policy, env, ppo_config, evaluator, observers, {"gpt_config": asdict(config), "constants": dict(vars(c))})
 
 
 def plan(c, policy, device, run_dir):

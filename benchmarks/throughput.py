@@ -36,7 +36,8 @@ from callbacks import Callback  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from evaluation import greedy  # noqa: E402
 from load_model import SHIPPED, load_policy  # noqa: E402
-from model import CHARACTERS, GPT, POSITIONS, GPTConfig, set_threads  # noqa: E402
+from model import CHARACTERS, GPT, POSITIONS, GPTConfig, characters_of, set_threads  # noqa: E402
+from on_device import PPOOnDevice, compiled  # noqa: E402
 from rollout_buffer import reader_of  # noqa: E402
 from test_breakout_ascii import SlowGame  # noqa: E402
 from train_ppo import (  # noqa: E402
@@ -117,15 +118,21 @@ def work(policy, pages, plain=False):
     """-> the functions forward, from tokens to (logits,), and forward + backward, from what a rollout keeps of the pages to
     the gradients of a loss of all logits and values."""
     tokens, reader = torch.from_numpy(pages), reader_of(policy)
-    kept = reader.encode(pages)
-    read_plainly = lambda: policy.heads(policy.read_every_token(tokens, plain=True))
+    if plain:
+        read = read_kept = lambda: policy.heads(policy.read_every_token(tokens, plain=True))
+    elif policy.config.n_layer == 1 and policy.device.type == "cuda":  # as PPOOnDevice has it
+        tokens, on_device = tokens.to(policy.device), compiled(policy.features)
+        read = read_kept = lambda: policy.heads(on_device(characters_of(tokens)))
+    else:
+        kept = reader.encode(pages)
+        read, read_kept = lambda: policy(tokens), lambda: policy(reader.batch(kept))
 
     @torch.no_grad()
     def forward():
-        return (read_plainly() if plain else policy(tokens))[:1]
+        return read()[:1]
 
     def forward_backward():
-        logits, values = read_plainly() if plain else policy(reader.batch(kept))
+        logits, values = read_kept()
         return torch.autograd.grad(logits.square().sum() + values.square().sum(), list(policy.parameters()), allow_unused=True)
 
     return forward, forward_backward
@@ -243,16 +250,22 @@ def learn_until(trainer, step):
 def clocks(trainer):
     """Gives a dict of the seconds that each part of the loop takes. Of calls within calls the outermost counts."""
     reader, running = type(reader_of(trainer.policy)), []
+    if isinstance(trainer, PPOOnDevice):
+        rollout = (("rollout, with GAE", trainer, "collect"),)
+    else:
+        rollout = (
+            ("game", trainer.env, "step"),
+            ("game", trainer.env, "twin"),
+            ("game", trainer.env, "twins_agree"),
+            ("forward", ppo, "reader_of"),
+            ("forward", reader, "encode"),
+            ("forward", reader, "__call__"),
+            ("prediction targets", ppo, "changed_rows_and_columns"),
+            ("buffer.add", trainer.buffer, "add"),
+            ("GAE", trainer.buffer, "finish"),
+        )
     methods = (
-        ("game", trainer.env, "step"),
-        ("game", trainer.env, "twin"),
-        ("game", trainer.env, "twins_agree"),
-        ("forward", ppo, "reader_of"),
-        ("forward", reader, "encode"),
-        ("forward", reader, "__call__"),
-        ("prediction targets", ppo, "changed_rows_and_columns"),
-        ("buffer.add", trainer.buffer, "add"),
-        ("GAE", trainer.buffer, "finish"),
+        *rollout,
         ("update", trainer, "update"),
         ("evaluations: waiting, files", trainer, "finish_evaluation"),
         ("observers", trainer, "emit"),
