@@ -105,38 +105,51 @@ def returned(policy, starts=256, steps=300):
 
 
 class Background:
-    """Calls function(policy) in a process of its own, which ends with this one. A call returns a future, this object; the next
-    may begin when its result was taken."""
+    """Calls function(policy) in processes of its own, which end with this one. A call returns its future, a `Call`; there may
+    be as many calls without a result as there are processes."""
 
-    def __init__(self, function, device):
+    def __init__(self, function, device, processes=1):
         """device: where the policies go."""
-        self.device, context = device, multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
-        self.connection, theirs = context.Pipe()
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits this: Ctrl-C is for the training alone
-        context.Process(target=serve, args=(theirs, function), daemon=True).start()
+        self.device, self.processes, context = device, processes, multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
+        self.free = []  # connections
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes inherit this: Ctrl-C is for the training alone
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            context.Process(target=serve, args=(theirs, function), daemon=True).start()
+            theirs.close()
+            self.free.append(ours)
         signal.signal(signal.SIGINT, before)
-        theirs.close()
 
     def __call__(self, policy):
-        with self.alive():
-            self.connection.send_bytes(pickle.dumps(policy.to(self.device)))
-        return self
+        call = Call(self.free.pop(), self.free)
+        with alive():
+            call.connection.send_bytes(pickle.dumps(policy.to(self.device)))
+        return call
+
+
+class Call:
+    """done(): is there a result? result(): waits for it, to be taken once."""
+
+    def __init__(self, connection, free):
+        self.connection, self.free = connection, free
 
     def done(self):
-        with self.alive():
+        with alive():
             return self.connection.poll()
 
     def result(self):
-        with self.alive():
+        self.free.append(self.connection)
+        with alive():
             return self.connection.recv()
 
-    @contextlib.contextmanager
-    def alive(self):
-        """Raises ChildProcessError if the process has died."""
-        try:
-            yield
-        except (EOFError, OSError):
-            raise ChildProcessError("the process that evaluates has died: what it wrote stands above, or memory ran out") from None
+
+@contextlib.contextmanager
+def alive():
+    """Raises ChildProcessError if the process has died."""
+    try:
+        yield
+    except (EOFError, OSError):
+        raise ChildProcessError("the process that evaluates has died: what it wrote stands above, or memory ran out") from None
 
 
 def serve(connection, function):

@@ -136,7 +136,7 @@ class PPO:
     """`learn()` trains `policy` on `env`; callbacks observe; `metadata` goes into every checkpoint.
 
     `evaluate(policy)` decides what is best. It is given a copy, and returns a future (`done()`, `result()`) of a dict with
-    a "score": training goes on meanwhile.
+    a "score": training goes on meanwhile, with up to `evaluate.processes` evaluations under way, one if it does not say.
     """
 
     def __init__(self, policy, env, config, evaluate=None, callbacks=(), metadata=None):
@@ -154,7 +154,8 @@ class PPO:
         self.update_count = self.global_step = 0
         self.seconds = 0.0
         self.train_scores = deque(maxlen=100)  # of the games that ended last
-        self.evaluating = self.future = None  # a copy of policy_state() while it is evaluated, and what will come of it
+        self.evaluations = deque()  # copies of policy_state() while they are evaluated, and the futures of what comes of it
+        self.evaluations_at_once = getattr(evaluate, "processes", 1)
         self.evaluated, self.best_score, self.is_best = None, -math.inf, False  # the last such copy, with its "evaluation"
         self.stats = {}
         self.stop_requested, self.snapshot = False, None
@@ -175,8 +176,10 @@ class PPO:
         self.clock = time.perf_counter()
         self.emit("on_training_start")
         self.snapshot = self.state_dict()  # what an interrupted update goes back to
-        if self.evaluating and self.future is None:  # resumed
-            self.begin_evaluation(self.evaluating)
+        resumed, self.evaluations = self.evaluations, deque()
+        for state, _ in resumed:
+            self.finish_evaluations(leave=self.evaluations_at_once - 1)
+            self.begin_evaluation(state)
         while self.global_step < self.config.num_steps:
             self.stop_together()
             start = time.perf_counter()
@@ -189,29 +192,31 @@ class PPO:
             last, every = self.global_step >= self.config.num_steps, self.config.eval_interval
             self.tick()
             if self.evaluate and every and (last or self.update_count % every == 0):
-                self.finish_evaluation()
+                self.finish_evaluations(leave=self.evaluations_at_once - 1)
                 self.begin_evaluation(copy.deepcopy(self.policy_state()))
             self.emit("on_update_end")
-            if self.evaluating and self.future.done():
-                self.finish_evaluation()
+            self.finish_evaluations(leave=self.evaluations_at_once)
             self.snapshot = self.state_dict()
-        self.finish_evaluation()
+        self.finish_evaluations(leave=0)
         self.tick()
         self.emit("on_training_end")
 
     def begin_evaluation(self, state):
         policy = copy.deepcopy(self.policy)
         policy.load_state_dict(state["model"])
-        self.evaluating, self.future = state, self.evaluate(policy)
+        self.evaluations.append((state, self.evaluate(policy)))
 
-    def finish_evaluation(self):
-        """Waits for the result of the evaluation that is under way, if any."""
-        if self.evaluating:
-            while not self.future.done():
+    def finish_evaluations(self, leave):
+        """Takes the results that are there, in order, and waits for more until only `leave` evaluations are under way."""
+        while self.evaluations:
+            state, future = self.evaluations[0]
+            while not future.done():
+                if len(self.evaluations) <= leave:
+                    return
                 self.check_stop()
                 time.sleep(0.02)
-            self.evaluated = self.evaluating | {"evaluation": self.future.result()}
-            self.evaluating = self.future = None
+            self.evaluations.popleft()
+            self.evaluated = state | {"evaluation": future.result()}
             score = self.evaluated["evaluation"]["score"]
             self.is_best = score > self.best_score
             self.best_score = max(self.best_score, score)
@@ -393,7 +398,7 @@ class PPO:
             "obs": self.obs,
             "score_so_far": self.score_so_far,
             "train_scores": list(self.train_scores),
-            "evaluating": self.evaluating,
+            "evaluations": [state for state, _ in self.evaluations],
             "best_score": self.best_score,
         }
         return copy.deepcopy(to_plain(state))
@@ -413,6 +418,6 @@ class PPO:
             self.env.load_state_dict(to_numpy(state["env"]))
             self.obs, self.score_so_far = to_numpy(state["obs"]), to_numpy(state["score_so_far"])
         self.train_scores.extend(state["train_scores"])
-        self.evaluating = state.get("evaluating") if self.evaluate else None  # older states know none
+        self.evaluations = deque((evaluated, None) for evaluated in state.get("evaluations", []) if self.evaluate)  # older states have none
         for name in ("update_count", "global_step", "seconds", "best_score"):
             setattr(self, name, state[name])

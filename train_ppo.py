@@ -210,7 +210,8 @@ def build(c, run_dir, device):
                  LearningCurve(run_dir / "learning_curve.png", csv), Checkpoints(run_dir, c.SAVE_FREQ)]  # fmt: skip
     evaluator = None
     if c.EVAL_INTERVAL:
-        evaluator = Background(evaluate, "cpu" if c.N_LAYER == 1 else device)  # the many small kernels of one layer suit the CPU
+        processes = min(max(os.cpu_count() - 1, 1), 8) if trainer is PPOOnDevice else 1  # several, for a training that takes seconds
+        evaluator = Background(evaluate, "cpu" if c.N_LAYER == 1 else device, processes)  # small kernels suit the CPU
     return trainer(policy, env, ppo_config, evaluator, observers, {"gpt_config": asdict(config), "constants": dict(vars(c))})
 
 
@@ -291,7 +292,7 @@ def read_resumed(name, given):
     ranks = constants["NUM_ENVS"] // len(state["obs"])
     if ranks != RANKS:
         raise CommandLineError(f"{path} was trained by {ranks} ranks, not {RANKS}; use {launcher(ranks)} train_ppo.py")
-    if constants["NUM_STEPS"] <= state["global_step"] and not state.get("evaluating"):
+    if constants["NUM_STEPS"] <= state["global_step"] and not state.get("evaluations"):
         raise CommandLineError(f"{path} has done {state['global_step']:,} steps already; to go on, give a larger --num_steps")
     return path.parent, state, constants
 

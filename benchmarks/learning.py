@@ -145,9 +145,10 @@ def variant_row(variant, curves):
     row = {"variant": variant, "seeds": len(curves)}
     for mark in MARKS:
         reached = [first(curve, mark) for curve in curves]
-        for i, unit in ((0, "M"), (1, "min")):
-            row[f"to {mark}, {unit}"] = spread([r[i] if r else np.inf for r in reached], 2 - i)
+        steps, minutes = (spread([r[i] if r else np.inf for r in reached], 2 - i) for i in (0, 1))
+        row[f"to {mark}"] = f"{steps} M, {minutes} min" if any(reached) else "-"
     row["best"] = spread([max(e[2] for e in curve) for curve in curves], 0)
+    row["cleared"] = spread([max(e[3] for e in curve) for curve in curves], 0)
     row["last"] = spread([curve[-1][2] for curve in curves], 0)
     return row
 

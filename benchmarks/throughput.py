@@ -267,7 +267,7 @@ def clocks(trainer):
     methods = (
         *rollout,
         ("update", trainer, "update"),
-        ("evaluations: waiting, files", trainer, "finish_evaluation"),
+        ("evaluations: waiting, files", trainer, "finish_evaluations"),
         ("observers", trainer, "emit"),
     )
     parts = {part: 0.0 for part, *_ in methods}

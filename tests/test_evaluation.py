@@ -94,6 +94,9 @@ def test_in_the_background():
         future = background(Tracker(slack))
         assert future.result() == {"slack": slack, "process": multiprocessing.active_children()[-1].pid}
         assert not future.done()
+    two = Background(who, "cpu", processes=2)
+    futures = [two(Tracker(slack)) for slack in (0, 1)]
+    assert len({future.result()["process"] for future in futures}) == 2
     for _ in range(2):
         with pytest.raises(ChildProcessError, match="the process that evaluates has died"):
             background(Tracker(2)).result()

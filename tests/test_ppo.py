@@ -366,12 +366,48 @@ def test_training_goes_on_while_it_is_evaluated(monkeypatch):
     ppo.evaluate, ppo.callbacks, resumed.evaluate = Slow, [Watch()], Slow
     ppo.learn()
     assert ends == [(4, 2, 1.0), (5, 4, 1.0), (5, 5, 1.0)] and len(weights) == 3
-    assert [s["evaluating"] and s["evaluating"]["update_count"] for s in snapshots] == [None, None, 2, 2, 4]
+    assert [[state["update_count"] for state in s["evaluations"]] for s in snapshots] == [[], [], [2], [2], [4]]
     resumed.load_state_dict(snapshots[3])  # after update 3
     resumed.learn()
     for before, after in zip(weights[:3], weights[3:], strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert not torch.equal(weights[0]["wte.weight"], weights[1]["wte.weight"])
+
+
+def test_several_evaluations_at_once_end_in_order(monkeypatch):
+    class Evaluator:
+        processes = 2
+
+        def __call__(self, policy):
+            futures.append(Future())
+            return futures[-1]
+
+    class Watch(Callback):
+        def on_update_end(self, ppo):
+            under_way.append([state["update_count"] for state, _ in ppo.evaluations])
+            if ppo.update_count == 3:
+                futures[1].set_result({"score": 2.0})  # before the first
+
+        def on_evaluation_end(self, ppo):
+            ends.append((ppo.update_count, ppo.evaluated["update_count"], ppo.evaluated["evaluation"]["score"]))
+
+    def give(seconds):  # what is waited for comes
+        next(future for future in futures if not future.done()).set_result({"score": 1.0})
+
+    monkeypatch.setattr("ppo.time.sleep", give)
+    futures, under_way, ends = [], [], []
+    ppo = breakout_ppo(num_steps=64 * 5)
+    ppo = PPO(ppo.policy, ppo.env, ppo.config, Evaluator(), [Watch()])
+    ppo.config.eval_interval = 1
+    ppo.learn()
+    assert under_way == [[1], [1, 2], [2, 3], [3, 4], [4, 5]]
+    assert ends == [(3, 1, 1.0), (3, 2, 2.0), (5, 3, 1.0), (5, 4, 1.0), (5, 5, 1.0)]
+    resumed, ppo.config.num_steps = PPO(ppo.policy, ppo.env, ppo.config, lambda policy: done({"score": 3.0})), 64 * 6
+    resumed.load_state_dict(ppo.state_dict() | {"evaluations": [ppo.policy_state(), ppo.policy_state()]})
+    resumed.callbacks = [Watch()]
+    ends.clear()
+    resumed.learn()
+    assert ends == [(5, 5, 3.0), (6, 5, 3.0), (6, 6, 3.0)]
 
 
 def test_training_scores_are_whole_games_in_points():

@@ -31,7 +31,7 @@ def cheap_evaluation(monkeypatch):
         return {"score": score, "min": 0, "max": 960, "cleared": 0, "games": 32, "mean_length": 9.0, "returned": 0.5}
 
     monkeypatch.setattr(train_ppo, "evaluate", evaluate)
-    monkeypatch.setattr(train_ppo, "Background", lambda function, device: lambda policy: done(train_ppo.evaluate(policy)))
+    monkeypatch.setattr(train_ppo, "Background", lambda function, device, processes: lambda policy: done(train_ppo.evaluate(policy)))
 
 
 def run(tmp_path, name, *more):
@@ -149,7 +149,7 @@ def test_a_stop_while_the_last_evaluation_is_waited_for_does_not_lose_it(tmp_pat
             return False
 
     with monkeypatch.context() as m:
-        m.setattr(train_ppo, "Background", lambda function, device: lambda policy: Slow())
+        m.setattr(train_ppo, "Background", lambda function, device, processes: lambda policy: Slow())
         assert run(tmp_path, "run", "--eval_interval", "100", "--save_freq", "1") == 130
     assert load_checkpoint(tmp_path / "run")["update_count"] == 6 and not (tmp_path / "run" / "best_model.pt").exists()
     assert main(["--resume", str(tmp_path / "run")]) == 0
@@ -168,7 +168,7 @@ def test_an_evaluator_that_dies_at_once_loses_nothing(tmp_path, monkeypatch, cap
     run(tmp_path, "run")
     for name in ("last.pt", "checkpoint_4.pt"):
         with monkeypatch.context() as m:
-            m.setattr(train_ppo, "Background", lambda function, device: dead)
+            m.setattr(train_ppo, "Background", lambda function, device, processes: dead)
             assert main(["--resume", str(tmp_path / "run" / name), "--num_steps", "400"]) == 1
         assert load_checkpoint(tmp_path / "run")["update_count"] == {"last.pt": 7, "checkpoint_4.pt": 4}[name]
         assert "has died; go on with" in capsys.readouterr().err
