@@ -188,7 +188,18 @@ def model_rows(name, policy, pages, level, repetitions):
             yield f"{task}, {name}, {level} play{twin}", *compared(own_speeds, twin_speeds, unit), error
             if policy.config.n_layer > 1:
                 billions = compared(own_speeds * scores / 1e9, twin_speeds * scores / 1e9, "G/s")
-                yield "  in attention scores, T (T + 1) / 2 per layer and head", *billions, ""
+                share = np.median(own_speeds) * scores * (1 if task == "forward" else 2) / exponentials(policy.device)
+                yield "  in attention scores, T (T + 1) / 2 per layer and head", *billions, f"{share:.0%} of limit" if share else ""
+
+
+def exponentials(device):
+    """How many a GPU can compute in a second, which bounds a softmax whose heads are small: 16 per clock and multiprocessor (CUDA
+    C++ Programming Guide, throughput of native arithmetic instructions). Infinite where no such limit is known.
+
+    A backward pass computes the exponentials of the forward pass once more.
+    """
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return properties.multi_processor_count * 16 * properties.clock_rate * 1e3 if hasattr(properties, "clock_rate") else np.inf
 
 
 def relative_error(ours, plain):

@@ -138,6 +138,22 @@ def test_a_kill_before_the_first_checkpoint_leaves_something_to_resume(tmp_path,
     assert logged(tmp_path / "run") == logged(tmp_path / "straight")
 
 
+def test_the_loop_for_a_gpu_leaves_the_same_files_and_either_loop_goes_on(tmp_path, monkeypatch):
+    for constants, expected in (({}, True), ({"N_LAYER": 2}, False), ({"BATCH_SIZE": 500}, False)):
+        assert train_ppo.lives_on_device(SimpleNamespace(**CONSTANTS | constants), torch.device("cuda")) == expected
+    assert not train_ppo.lives_on_device(SimpleNamespace(**CONSTANTS), torch.device("cpu"))
+    with monkeypatch.context() as m:
+        m.setattr(train_ppo, "lives_on_device", lambda c, device: True)
+        assert run(tmp_path, "run") == 0
+        assert main(["--resume", str(tmp_path / "run"), "--num_steps", "224"]) == 0
+    assert main(["--resume", str(tmp_path / "run"), "--num_steps", "256"]) == 0
+    rows = logged(tmp_path / "run")
+    assert [row["global_step"] for row in rows] == [str(32 * n) for n in range(1, 9)]
+    assert [row["update"] for row in rows if row["eval_score"]] == ["2", "4", "6", "7", "8"]
+    assert all(math.isfinite(float(rows[-2][name])) for name in rows[0] if not name.startswith(("eval_", "train_score")))
+    assert load_checkpoint(tmp_path / "run")["update_count"] == 8 and (tmp_path / "run" / "best_model.pt").exists()
+
+
 def test_a_stop_while_the_last_evaluation_is_waited_for_does_not_lose_it(tmp_path, monkeypatch, capsys):
     class Slow:
         asked = 0
