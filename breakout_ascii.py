@@ -160,7 +160,7 @@ class Games:
     def twins_agree(self):
         """-> (N / 2,) bool: is page i above the paddle's line that of game N / 2 + i?"""
         above, half = self.pages[:, :PADDLE_ROW], len(self.games) // 2
-        return (above[:half] == above[half:]).all((1, 2))
+        return (above[:half] == above[half:2 * half]).all((1, 2))
 
     # The pages. A step changes few cells, so only these are written; the ball comes last, over whatever is there.
 

@@ -24,11 +24,12 @@ from rollout_buffer import Minibatch
 class BreakoutOnDevice(Games):
     """N training games as tensors, each begun anew in the step that ends it. Arguments as of `BreakoutAsciiVec`.
 
-    The arrays of `Games` keep their places in memory, by which a CUDA graph knows them.
+    A CUDA graph knows tensors by their places in memory, but the rules make new ones. So `settle` brings these back to the
+    places of the old.
     """
 
     xp = torch
-    CHANCE = 3 * LIVES + 2 + BRICK_ROWS * BRICK_COLS  # random numbers that a new game takes
+    CHANCE = 3 * LIVES + 2 + BRICK_ROWS * BRICK_COLS  # random numbers that a new game takes: `begin` splits them
 
     def __init__(self, num_envs, device, *, varied_starts=0.0, max_episode_steps=MAX_EPISODE_STEPS):
         self.num_envs, self.device, self.varied_starts, self.max_episode_steps = num_envs, device, varied_starts, max_episode_steps
@@ -38,6 +39,7 @@ class BreakoutOnDevice(Games):
         row, col = cell // COLS - BRICK_TOP, (cell % COLS - 1) // WIDTH
         brick = np.where(whole_page.ravel() != EMPTY_PAGE.ravel(), row * BRICK_COLS + col, BRICK_ROWS * BRICK_COLS)  # the last is none
         self.cell, self.brick, self.empty_page, self.whole_page = map(self.array, (cell, brick, EMPTY_PAGE.ravel(), whole_page.ravel()))
+        self.places = {name: getattr(self, name) for name in [*self.STATE, "pages"]}
 
     def array(self, x):
         return torch.as_tensor(x, device=self.device)
@@ -45,12 +47,11 @@ class BreakoutOnDevice(Games):
     def reset(self, *, seed):
         """Begin N new games -> observations (N, 1944) uint8, infos."""
         self.np_random = np.random.default_rng(seed)
-        places = self.places()
-        self.begin(self.games >= 0, self.chance(1)[0])
-        self.settle(places)
+        self.begin(self.games >= 0, self.draw_chance(1)[0])
+        self.settle()
         return self.pages.flatten(1), {}
 
-    def chance(self, steps):
+    def draw_chance(self, steps):
         """The chance that `steps` steps may need -> (steps, N, CHANCE) uniform in [0, 1)."""
         return uniform((steps, self.num_envs, self.CHANCE), int(self.np_random.integers(2**62)), self.device)
 
@@ -84,19 +85,17 @@ class BreakoutOnDevice(Games):
     def play(self, actions, chance):
         """One step of every game, and new games where one ends -> rewards, terminated, truncated, life_lost, scores, each
         (N,), and pages (N, 1944): what the step led to before new games began."""
-        places = self.places()
+        for name, place in self.places.items():  # they are there already, unless a step was recorded and never ran
+            setattr(self, name, place)
         rewards, terminated, life_lost = self.step(actions)
         truncated = (self.elapsed >= self.max_episode_steps) & ~terminated
         scores, pages = self.score, self.pages.flatten(1)
         self.begin(terminated | truncated, chance)
-        self.settle(places)
+        self.settle()
         return rewards, terminated, truncated, life_lost, scores, pages
 
-    def places(self):
-        return {name: getattr(self, name) for name in [*self.STATE, "pages"]}
-
-    def settle(self, places):
-        for name, place in places.items():
+    def settle(self):
+        for name, place in self.places.items():
             setattr(self, name, place.copy_(getattr(self, name)))
 
     def state_dict(self):
@@ -105,10 +104,26 @@ class BreakoutOnDevice(Games):
         return state | {"np_random": self.np_random.bit_generator.state}
 
     def load_state_dict(self, state):
-        places = self.places()
         super().load_state_dict(state)
-        self.settle(places)
+        self.settle()
         self.np_random.bit_generator.state = state["np_random"]
+
+
+class Rollout(NamedTuple):
+    """S steps of N games; `Minibatch` and `RolloutBuffer.add` say what most of these are."""
+
+    obs: torch.Tensor  # (S, N, 1944) int8 characters
+    actions: torch.Tensor  # (S, N), like all that follow but where noted
+    logprobs: torch.Tensor
+    values: torch.Tensor
+    rewards: torch.Tensor
+    terminated: torch.Tensor
+    truncated: torch.Tensor
+    changes: torch.Tensor  # (S, N, rows + columns)
+    has_next: torch.Tensor
+    together: torch.Tensor  # (S, N / 2)
+    scores: torch.Tensor  # points so far in the game
+    next_obs: torch.Tensor  # (S, N, 1944) int8, the last pages of games that end
 
 
 class PPOOnDevice(PPO):
@@ -120,15 +135,19 @@ class PPOOnDevice(PPO):
         if device.type == "cuda":
             lr = torch.tensor(config.lr, device=device)
             self.optimizer = torch.optim.Adam([self.weights], lr=lr, eps=1e-5, fused=True, capturable=True)
-            self.loss, self.play = compiled(self.loss), compiled(self.play)
-        self.play_and_store = Replayed(self.play_and_store, device, self.ranks)
-        self.descend = Replayed(self.descend, device, self.ranks)
+            self.loss, self.play = (torch.compile(f, fullgraph=True) for f in (self.loss, self.play))
+        self.play_replayed = Replayed(self.play_and_store, device, self.ranks, self.uncompile)
+        self.descend_replayed = Replayed(self.descend, device, self.ranks, self.uncompile)
         # What these two read and write, in places that stay:
-        self.step, self.minibatch = torch.zeros(2, 1, dtype=torch.int64, device=device).unbind()
+        self.row, self.minibatch = torch.zeros(2, 1, dtype=torch.int64, device=device).unbind()  # of the rollout; of the epoch
         self.chance = torch.zeros(S, N, env.CHANCE, device=device)
         self.gumbel = torch.zeros(S, N, policy.config.n_action, device=device)
         self.together = torch.zeros(N // 2, dtype=torch.bool, device=device)
         self.rollout, self.shuffled, self.step_stats = None, None, {}
+
+    def uncompile(self):
+        """-> was anything compiled?"""
+        return any([vars(self).pop(name, None) for name in ("loss", "play")])  # the methods show again
 
     # The rollout
 
@@ -138,12 +157,12 @@ class PPOOnDevice(PPO):
         if config.twins:
             env.twin()
         self.together.fill_(bool(config.twins))
-        self.chance.copy_(env.chance(config.rollout_steps))
+        self.chance.copy_(env.draw_chance(config.rollout_steps))
         self.gumbel.copy_(-(-uniform(self.gumbel.shape, self.draw_seed(), self.device).log()).log())
-        self.step.zero_()
+        self.row.zero_()
         for _ in range(config.rollout_steps):
             self.check_stop()
-            self.play_and_store()
+            self.play_replayed()
         r = self.rollout
         if not r.logprobs.isfinite().all():
             raise FloatingPointError(f"the logits are not finite in update {self.update_count + 1}; try a lower learning rate")
@@ -161,12 +180,12 @@ class PPOOnDevice(PPO):
         self.global_step += config.rollout_steps * env.num_envs * self.ranks
 
     def play_and_store(self):
-        step = self.play()
+        row = self.play()
         if self.rollout is None:
-            self.rollout = Rollout(*(x.new_zeros(self.config.rollout_steps, *x.shape) for x in step))
-        for place, x in zip(self.rollout, step):
-            place.index_copy_(0, self.step, x.unsqueeze(0))
-        self.step += 1
+            self.rollout = Rollout(*(x.new_zeros(self.config.rollout_steps, *x.shape) for x in row))
+        for place, x in zip(self.rollout, row):
+            place.index_copy_(0, self.row, x.unsqueeze(0))
+        self.row += 1
 
     @torch.no_grad()
     def play(self):
@@ -176,8 +195,8 @@ class PPOOnDevice(PPO):
         together, obs = self.together.clone(), characters_of(env.pages.flatten(1))
         logits, values = self.policy(obs)
         logprobs = F.log_softmax(logits, dim=-1)
-        actions = (logprobs + self.gumbel.index_select(0, self.step).squeeze(0)).argmax(1)  # a draw from the policy (Gumbel 1954)
-        chance = self.chance.index_select(0, self.step).squeeze(0)
+        actions = (logprobs + self.gumbel.index_select(0, self.row).squeeze(0)).argmax(1)  # a draw from the policy (Gumbel 1954)
+        chance = self.chance.index_select(0, self.row).squeeze(0)
         rewards, terminated, truncated, life_lost, scores, pages = env.play(actions, chance)
         next_obs = characters_of(pages)
         changed = (obs != next_obs).unflatten(1, (-1, columns))
@@ -203,7 +222,7 @@ class PPOOnDevice(PPO):
         self.minibatch.zero_()
         for _ in range(samples // size):
             self.check_stop()
-            self.descend()
+            self.descend_replayed()
         super().check_gradient(self.step_stats["grad_norm"])
         return {name: x.clone() for name, x in self.step_stats.items()}
 
@@ -227,76 +246,62 @@ class PPOOnDevice(PPO):
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
+        self.descend_replayed.graph, self.descend_replayed.calls = None, 0  # the optimizer's tensors are others now
         self.obs = self.env.pages.flatten(1)
-
-
-class Rollout(NamedTuple):
-    """S steps of N games; `Minibatch` and `RolloutBuffer.add` say what most of these are."""
-
-    obs: torch.Tensor  # (S, N, 1944) int8 characters
-    actions: torch.Tensor  # (S, N), like all that follow but where noted
-    logprobs: torch.Tensor
-    values: torch.Tensor
-    rewards: torch.Tensor
-    terminated: torch.Tensor
-    truncated: torch.Tensor
-    changes: torch.Tensor  # (S, N, rows + columns)
-    has_next: torch.Tensor
-    together: torch.Tensor  # (S, N / 2)
-    scores: torch.Tensor  # points so far in the game
-    next_obs: torch.Tensor  # (S, N, 1944) int8, the last pages of games that end
 
 
 class Replayed:
     """function(), which reads and writes tensors that keep their places. On CUDA its first calls run as they are; then it is
-    recorded as a CUDA graph and replayed. Where that does not work, and with several ranks, it goes on running as it is."""
+    recorded as a CUDA graph and replayed. Where that does not work, and with several ranks, it goes on running as it is.
+
+    The first call compiles. If it fails, `uncompile` is called, and the function once more.
+    """
 
     WARM_UP = 3
 
-    def __init__(self, function, device, ranks):
-        self.function, self.graph, self.calls = function, None, 0
+    def __init__(self, function, device, ranks, uncompile):
+        self.function, self.uncompile, self.graph, self.calls = function, uncompile, None, 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and ranks == 1 else None
 
     def __call__(self):
         if self.graph:
             self.graph.replay()
-        elif self.stream is None:
-            self.function()
-        else:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.function()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.calls += 1
-            if self.calls == self.WARM_UP:
-                self.record()
+            return
+        self.calls += 1
+        if self.stream is None:
+            self.run()
+            return
+        before = torch.cuda.current_stream()
+        self.stream.wait_stream(before)
+        with torch.cuda.stream(self.stream):
+            self.run()
+        before.wait_stream(self.stream)
+        if self.calls == self.WARM_UP:
+            self.record(before)
 
-    def record(self):
+    def run(self):
+        try:
+            self.function()
+        except Exception as error:  # no compiler, no Triton: whatever it is, the function itself may work
+            if self.calls > 1 or not self.uncompile():
+                raise
+            warn("torch.compile does not work", error)
+            self.function()
+
+    def record(self, before):
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):  # records, computes nothing
                 self.function()
             self.graph = graph
         except RuntimeError as error:
-            warnings.warn(f"CUDA graphs do not work here, going on without: {str(error).splitlines()[0]}", stacklevel=2)
+            torch.cuda.set_stream(before)  # a recording that fails may leave its own
+            warn("CUDA graphs do not work", error)
 
 
-def compiled(function):
-    """`function` compiled when it is first called; where that does not work, `function`."""
-    best = torch.compile(function, fullgraph=True)
-
-    def call(*args):
-        nonlocal best
-        if best is function:
-            return function(*args)
-        try:
-            return best(*args)
-        except Exception as error:  # no compiler, no Triton: whatever it is, the function itself may work
-            warnings.warn(f"torch.compile does not work here, going on without: {str(error).splitlines()[0]}", stacklevel=2)
-            best = function
-            return function(*args)
-
-    return call
+def warn(what, error):
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    warnings.warn(f"{what} here, going on without: {reason[0]}", stacklevel=3)
 
 
 def uniform(shape, seed, device):

@@ -166,6 +166,8 @@ def choose_device(name):
         if name == "auto" and RANKS > 1 and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
             own = "cpu"  # all ranks of a machine alike
         device = torch.device(own if name in ("auto", "cuda") else name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams and collectives ask for the current one
         (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item()
         return device
     except (RuntimeError, AssertionError, ImportError) as error:  # AssertionError: torch was built without CUDA

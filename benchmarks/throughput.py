@@ -37,7 +37,7 @@ from checkpoint import load_checkpoint  # noqa: E402
 from evaluation import greedy  # noqa: E402
 from load_model import SHIPPED, load_policy  # noqa: E402
 from model import CHARACTERS, GPT, POSITIONS, GPTConfig, characters_of, set_threads  # noqa: E402
-from on_device import PPOOnDevice, compiled  # noqa: E402
+from on_device import PPOOnDevice  # noqa: E402
 from rollout_buffer import reader_of  # noqa: E402
 from test_breakout_ascii import SlowGame  # noqa: E402
 from train_ppo import (  # noqa: E402
@@ -121,7 +121,7 @@ def work(policy, pages, plain=False):
     if plain:
         read = read_kept = lambda: policy.heads(policy.read_every_token(tokens, plain=True))
     elif policy.config.n_layer == 1 and policy.device.type == "cuda":  # as PPOOnDevice has it
-        tokens, on_device = tokens.to(policy.device), compiled(policy.features)
+        tokens, on_device = tokens.to(policy.device), torch.compile(policy.features, fullgraph=True)
         read = read_kept = lambda: policy.heads(on_device(characters_of(tokens)))
     else:
         kept = reader.encode(pages)
