@@ -34,7 +34,7 @@ def test_the_games_equal_those_of_numpy_step_by_step():
     env, games, rng, ended = BreakoutOnDevice(32, CPU, varied_starts=0.7, max_episode_steps=200), Games(32), np.random.default_rng(0), 0
     env.reset(seed=0)
     games.load_state_dict(env.state_dict())
-    for _ in range(600):
+    for _ in range(400):
         chase = 1 + (games.ball_x > games.paddle_x + 3)
         actions = np.where(rng.random(32) < 0.4, rng.integers(3, size=32), chase)
         *rewards, terminated, truncated, life_lost, scores, pages = env.play(torch.from_numpy(actions), env.draw_chance(1)[0])
@@ -47,18 +47,18 @@ def test_the_games_equal_those_of_numpy_step_by_step():
         for name in [*games.STATE, "pages"]:
             np.testing.assert_array_equal(getattr(env, name), getattr(games, name), err_msg=name)
         ended += done.sum()
-    assert ended > 50
+    assert ended > 40
 
 
 def test_new_games_are_drawn_as_those_of_numpy():
-    env, rng, n = BreakoutOnDevice(20_000, CPU, varied_starts=0.7), np.random.default_rng(0), 20_000
+    env, rng, n = BreakoutOnDevice(6_000, CPU, varied_starts=0.7), np.random.default_rng(0), 6_000
     env.reset(seed=1)
     for ours, theirs in ((env.serves.numpy(), draw_serves(rng, n, 0.7)), (env.bricks.numpy(), draw_bricks(rng, n, 0.7))):
         assert ours.shape == theirs.shape and ours.min() == theirs.min() and ours.max() == theirs.max()
         spread = theirs.std(0) / math.sqrt(n) + 1e-9
-        assert (np.abs(ours.mean(0) - theirs.mean(0)) < 7 * spread).all() and np.abs(ours.std(0) / (theirs.std(0) + 1e-9) - 1).max() < 0.05
+        assert (np.abs(ours.mean(0) - theirs.mean(0)) < 7 * spread).all() and np.abs(ours.std(0) / (theirs.std(0) + 1e-9) - 1).max() < 0.1
     assert (env.bricks_left == env.bricks.sum((1, 2))).all() and env.bricks_left.min() == 1
-    assert abs((env.bricks_left == 91).float().mean() - 0.3) < 0.02
+    assert abs((env.bricks_left == 91).float().mean() - 0.3) < 0.03
 
 
 def test_no_chance_is_used_twice_and_all_of_it_follows_from_the_seed():
@@ -110,12 +110,12 @@ def test_a_rollout_is_what_the_games_and_the_policy_gave():
 
 
 def test_actions_are_drawn_from_the_policy():
-    ppo = trainer(rollout_steps=500, batch_size=4)
+    ppo = trainer(rollout_steps=200, batch_size=4)
     ppo.policy.policy_head.weight.data.zero_()
     ppo.policy.policy_head.bias.data = torch.tensor([0.2, 0.3, 0.5]).log()
     ppo.collect()
-    shares = torch.bincount(ppo.rollout.actions.flatten()) / 2000
-    torch.testing.assert_close(shares, torch.tensor([0.2, 0.3, 0.5]), atol=0.05, rtol=0)  # five standard deviations
+    shares = torch.bincount(ppo.rollout.actions.flatten()) / 800
+    torch.testing.assert_close(shares, torch.tensor([0.2, 0.3, 0.5]), atol=0.08, rtol=0)  # five standard deviations
 
 
 def test_an_epoch_is_that_of_ppo_py():
