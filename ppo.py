@@ -176,8 +176,9 @@ class PPO:
         self.clock = time.perf_counter()
         self.emit("on_training_start")
         self.snapshot = self.state_dict()  # what an interrupted update goes back to
-        resumed, self.evaluations = self.evaluations, deque()
-        for state, _ in resumed:
+        resumed = [state for state, future in self.evaluations if future is None]
+        self.evaluations = deque(e for e in self.evaluations if e[1] is not None)
+        for state in resumed:
             self.finish_evaluations(leave=self.evaluations_at_once - 1)
             self.begin_evaluation(state)
         while self.global_step < self.config.num_steps:

@@ -49,12 +49,12 @@ SPREAD_STEPS = 500  # steps that spread new games over all their phases
 SPLIT_STEPS = 400_000  # environment steps in which table 2 finds where the time goes
 
 
-def timed(f, *args):
-    """-> f(*args), and the seconds it took."""
+def timed(f, *args, **kwargs):
+    """-> f(*args, **kwargs), and the seconds it took."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     synchronize()
     start = time.perf_counter()
-    result = f(*args)
+    result = f(*args, **kwargs)
     synchronize()
     return result, time.perf_counter() - start
 
@@ -284,11 +284,11 @@ def clocks(trainer):
     parts = {part: 0.0 for part, *_ in methods}
 
     def clocked(part, f):
-        def run(*args):
+        def run(*args, **kwargs):
             if running:
-                return f(*args)
+                return f(*args, **kwargs)
             running.append(part)
-            result, seconds = timed(f, *args)
+            result, seconds = timed(f, *args, **kwargs)
             parts[running.pop()] += seconds
             return result
 

@@ -410,6 +410,22 @@ def test_several_evaluations_at_once_end_in_order(monkeypatch):
     assert ends == [(5, 5, 3.0), (6, 5, 3.0), (6, 6, 3.0)]
 
 
+def test_training_that_goes_on_after_a_stop_waits_for_the_evaluation_under_way():
+    class Stop(Callback):
+        def on_update_end(self, ppo):
+            ppo.request_stop()
+
+    ppo, futures = breakout_ppo(num_steps=64 * 3, eval_interval=1), []
+    ppo.evaluate, ppo.callbacks = lambda policy: futures.append(Future()) or futures[-1], [Stop()]
+    with pytest.raises(StopTraining):
+        ppo.learn()
+    ppo.stop_requested, ppo.callbacks = False, []
+    futures[0].set_result({"score": 1.0})
+    ppo.evaluate = lambda policy: done({"score": 2.0})
+    ppo.learn()
+    assert len(futures) == 1 and ppo.evaluated["update_count"] == 3 and ppo.best_score == 2
+
+
 def test_training_scores_are_whole_games_in_points():
     ppo = breakout_ppo()
     ppo.count_scores(np.array([10.0] + [0.0] * 7), np.zeros(8, bool))
