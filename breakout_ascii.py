@@ -54,7 +54,7 @@ class Games:
 
     STATE = "ball_x ball_y dx dy paddle_x lives score elapsed bricks bricks_left serves".split()  # pages follow from it
 
-    xp = np  # the library of the arrays: with `array`, `begin` and `redraw` what another one changes
+    xp = np  # the library of the arrays; another one also needs its own `array`, `begin`, `draw`, `redraw` and `state_dict`
 
     def __init__(self, num_games):
         for name in ("ball_x", "ball_y", "dx", "dy", "paddle_x", "lives", "score", "elapsed", "bricks_left"):
@@ -88,7 +88,8 @@ class Games:
         self.redraw(old_x, old_y, brick)
         return rewards, (self.lives == 0) | (self.bricks_left == 0), life_lost
 
-    # The rules, in the order in which a step applies them. They make new arrays, and branch by `where` alone.
+    # The rules, in the order in which a step applies them. They make new arrays, and branch by `where` alone; 1 * makes numbers of
+    # truth values, which not every library subtracts.
 
     def move_paddles(self, actions):
         self.paddle_x = self.xp.clip(self.paddle_x + self.paddle_moves[actions], 1, PADDLE_MAX)
@@ -108,7 +109,7 @@ class Games:
         return life_lost
 
     def serve(self, which):
-        """which (N,) bool"""
+        """The next serve, where which (N,) bool."""
         where, serve = self.xp.where, self.serves[self.games, (LIVES - self.lives) % LIVES]  # (N, 3)
         self.ball_x, self.ball_y = where(which, serve[:, 0], self.ball_x), where(which, SERVE_ROW, self.ball_y)
         self.dx, self.dy = where(which, serve[:, 1], self.dx), where(which, -1, self.dy)

@@ -1,8 +1,8 @@
 """The loop of ppo.py with everything on one device: during a rollout and an epoch no tensor visits the host.
 
-For a GPT of one layer on CUDA. Its kernels take less time there than launching them, so the two steps that repeat, one of
-all games and one of the weights, are compiled and then replayed as CUDA graphs. Nothing here needs CUDA, but on a CPU
-ppo.py is faster: there pages share their lines, which takes a host. Left out: any game but Breakout, deeper models.
+For a GPT of one layer on CUDA. Its kernels are many and small, so the two steps that repeat, one of all games and one of the
+weights, are compiled and then replayed as CUDA graphs: that has not been run yet. Nothing here needs CUDA, but on a CPU ppo.py
+is much faster: there pages share their lines, which takes a host. Left out: any game but Breakout, deeper models.
 """
 
 import warnings
@@ -72,7 +72,7 @@ class BreakoutOnDevice(Games):
         self.draw()
 
     def draw(self, *_):
-        """Every page from nothing: on a GPU one small kernel."""
+        """Every page from nothing: no step asks which cells have changed."""
         bricks = F.pad(self.bricks.flatten(1), (0, 1))[:, self.brick]  # (N, 1944)
         pages = torch.where(bricks, self.whole_page, self.empty_page)
         along = self.cell - (PADDLE_ROW * COLS + self.paddle_x).unsqueeze(1)

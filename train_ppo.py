@@ -212,7 +212,7 @@ def build(c, run_dir, device):
                  LearningCurve(run_dir / "learning_curve.png", csv), Checkpoints(run_dir, c.SAVE_FREQ)]  # fmt: skip
     evaluator = None
     if c.EVAL_INTERVAL:
-        processes = min(max(os.cpu_count() - 1, 1), 8) if trainer is PPOOnDevice else 1  # several, for a training that takes seconds
+        processes = min(max(os.cpu_count() - 1, 1), 8) if trainer is PPOOnDevice else 1  # several, should a training take seconds
         evaluator = Background(evaluate, "cpu" if c.N_LAYER == 1 else device, processes)  # small kernels suit the CPU
     return trainer(policy, env, ppo_config, evaluator, observers, {"gpt_config": asdict(config), "constants": dict(vars(c))})
 
