@@ -303,8 +303,9 @@ class PPO:
 
     def epoch(self):
         """Every sample once -> the statistics of the gradient steps, {name: (steps,)}."""
-        steps, minibatches = [], list(self.buffer.minibatches(self.config.batch_size // self.ranks, self.generator, self.device))
-        for mb in self.normalize_advantages(minibatches):
+        steps, size = [], self.config.batch_size // self.ranks
+        minibatches = self.buffer.minibatches(size, self.generator, self.device, self.reader.neighbours)
+        for mb in self.normalize_advantages(list(minibatches)):
             self.check_stop()
             steps.append(self.gradient_step(self.reader.batch(mb.obs), mb))
         return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}

@@ -56,6 +56,16 @@ def changed_rows_and_columns(pages, next_pages, columns):
     return changes
 
 
+def shuffled(obs, neighbours, generator):
+    """Observations (n, ...) -> (n,) their numbers in random order. With neighbours > 1, and obs (n, K), that many of those that
+    begin alike stay together: which pages share work, a minibatch of such groups still draws from all over the rollout."""
+    n = len(obs)
+    alike = torch.arange(n) if neighbours == 1 else torch.from_numpy(np.lexsort(obs.T[::-1]))
+    groups = torch.randperm(-(-n // neighbours), generator=generator)
+    places = (groups.unsqueeze(1) * neighbours + torch.arange(neighbours)).flatten()
+    return alike[places[places < n]]
+
+
 class Minibatch(NamedTuple):
     obs: np.ndarray  # (M, ...) as encoded
     actions: torch.Tensor  # (M,) int64, and from here on (M,) float32
@@ -116,12 +126,12 @@ class RolloutBuffer:
         self.data = Minibatch(obs, *(x.flatten(0, 1) for x in columns))  # (S * N, ...)
         return self.data
 
-    def minibatches(self, batch_size, generator, device="cpu"):
-        """The S * N samples, shuffled, in minibatches of batch_size (the last may be smaller)."""
+    def minibatches(self, batch_size, generator, device="cpu", neighbours=1):
+        """The S * N samples, `shuffled`, in minibatches of batch_size (the last may be smaller)."""
         if self.data is None:
             raise RuntimeError("the rollout buffer is not finished: call finish() after the last add()")
-        order = torch.randperm(self.num_steps * self.num_envs, generator=generator)
         obs, *rest = self.data
+        order = shuffled(obs, neighbours, generator)
         rest = [x[order].to(device).split(batch_size) for x in rest]
         for i, chosen in enumerate(order.split(batch_size)):
             yield Minibatch(obs[chosen.numpy()], *(x[i] for x in rest))
@@ -134,6 +144,8 @@ class Reader:
     call:   what encode gave -> logits (N, A), values (N,), without gradients
     batch:  any rows of what encode gave -> what the policy takes
     """
+
+    neighbours = 1  # observations that minibatches keep together, see `shuffled`
 
     def __init__(self, policy):
         self.policy = policy

@@ -5,8 +5,8 @@
 
 The game's twin is one Python object per game, its page drawn character by character. The GPT's twin is its plain path: every
 token through every block, in float32. Both run by turns; a speed is the median of the repetitions, a ratio the median of
-their ratios. Deeper models share nothing, so on a CPU they read one page at a time; on CUDA they run in bf16 with compiled
-blocks, and a second twin, strengthened, has both too.
+their ratios. Deeper models share how their pages begin; on CUDA they run in bf16 with compiled blocks, and a second twin,
+strengthened, has both too. All read the same pages, from minibatches as training makes them of a rollout.
 """
 
 import argparse
@@ -36,12 +36,13 @@ from callbacks import Callback  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from evaluation import greedy  # noqa: E402
 from load_model import SHIPPED, load_policy  # noqa: E402
-from model import CHARACTERS, GPT, POSITIONS, GPTConfig, characters_of, set_threads  # noqa: E402
+from model import CHARACTERS, GPT, POSITIONS, SECTION, GPTConfig, PageReader, characters_of, set_threads  # noqa: E402
 from on_device import PPOOnDevice  # noqa: E402
-from rollout_buffer import reader_of  # noqa: E402
+from rollout_buffer import reader_of, shuffled  # noqa: E402
 from test_breakout_ascii import SlowGame  # noqa: E402
 from train_ppo import (  # noqa: E402
-    BATCH_SIZE, CONSTANTS, EVAL_INTERVAL, NUM_ENVS, NUM_STEPS, ROLLOUT_STEPS, VARIED_STARTS, CommandLineError, build, check, choose_device,
+    BATCH_SIZE, CONSTANTS, EVAL_INTERVAL, NUM_ENVS, NUM_STEPS, ROLLOUT_STEPS, TWINS, VARIED_STARTS, CommandLineError, build, check,
+    choose_device,
 )  # fmt: skip
 
 RANDOM_ACTIONS = {"random": 1.0, "middling": 0.5, "expert": 0.0}  # their share in each level of play
@@ -80,18 +81,23 @@ def number(x):
 
 
 @functools.cache
-def training_pages(policy, level):
-    """A minibatch as training sees it, drawn from a rollout of varied games: (BATCH_SIZE, 1944) uint8."""
+def training_pages(policy, level, neighbours=1):
+    """A minibatch as training makes it of a rollout of varied games, played by policy: (BATCH_SIZE, 1944) uint8."""
     env, rng = BreakoutAsciiVec(NUM_ENVS, varied_starts=VARIED_STARTS), np.random.default_rng(0)
     reader, (obs, _), pages, share = reader_of(policy), env.reset(seed=0), [], RANDOM_ACTIONS[level]
+    generator = torch.Generator().manual_seed(0)
     for step in range(SPREAD_STEPS + ROLLOUT_STEPS):
+        if step == SPREAD_STEPS and TWINS:
+            obs = env.twin()
         if step >= SPREAD_STEPS:
             pages.append(obs)
         actions = rng.integers(3, size=NUM_ENVS)
         if share < 1:
-            actions = np.where(rng.random(NUM_ENVS) < share, actions, greedy(reader, obs))
+            drawn = torch.multinomial(reader(reader.encode(obs))[0].cpu().softmax(1), 1, generator=generator)
+            actions = np.where(rng.random(NUM_ENVS) < share, actions, drawn.squeeze(1).numpy())
         obs, *_ = env.step(actions)
-    return rng.permutation(np.concatenate(pages))[:BATCH_SIZE]
+    pages, numbers = np.concatenate(pages), np.concatenate([reader.encode(obs) for obs in pages])
+    return pages[shuffled(numbers, neighbours, generator)[:BATCH_SIZE]]
 
 
 def deep_policy(n_layer, device):
@@ -111,7 +117,7 @@ def batch_sizes(policy):
     cuda = policy.device.type == "cuda"
     if policy.config.n_layer == 1:
         return BATCH_SIZE, 32 if cuda else 2
-    return (BATCH_SIZE, BATCH_SIZE) if cuda else (1, 1)
+    return (BATCH_SIZE, BATCH_SIZE) if cuda else (32, 2)  # more at a time are slower on a CPU
 
 
 def work(policy, pages, plain=False):
@@ -119,7 +125,7 @@ def work(policy, pages, plain=False):
     the gradients of a loss of all logits and values."""
     tokens, reader = torch.from_numpy(pages), reader_of(policy)
     if plain:
-        read = read_kept = lambda: policy.heads(policy.read_every_token(tokens, plain=True))
+        read = read_kept = lambda: policy.heads(policy.read_every_token(tokens))
     elif policy.config.n_layer == 1 and policy.device.type == "cuda":  # as PPOOnDevice has it
         tokens, on_device = tokens.to(policy.device), torch.compile(policy.features, fullgraph=True)
         read = read_kept = lambda: policy.heads(on_device(characters_of(tokens)))
@@ -139,10 +145,10 @@ def work(policy, pages, plain=False):
 
 
 def speed_table(policy, args):
-    rows = [game_row(args.repetitions)]
+    rows, deep = [game_row(args.repetitions)], deep_policy(6, policy.device)
     for level in RANDOM_ACTIONS:
         rows += model_rows("one layer", policy, training_pages(policy, level), level, args.repetitions)
-    rows += model_rows("six layers", deep_policy(6, policy.device), training_pages(policy, "random"), "random", args.repetitions)
+        rows += model_rows("six layers", deep, training_pages(policy, level, PageReader.neighbours), level, args.repetitions)
     return "speed", ("what", "ours", "twin", "ratio", "relative error"), rows
 
 
@@ -179,7 +185,6 @@ def model_rows(name, policy, pages, level, repetitions):
     ours, (size, few) = sped_up(policy), batch_sizes(policy)
     twins = {"": policy} | ({", twin strengthened": ours} if ours.bf16 else {})
     contenders = [work(ours, pages[:size])] + [work(twin, pages[:few], plain=True) for twin in twins.values()]
-    scores = policy.config.n_layer * policy.config.n_head * POSITIONS * (POSITIONS + 1) / 2  # per page, none skipped
     tasks = ("forward", "pages/s"), ("forward + backward", "samples/s")
     for (task, unit), own, check, *plain in zip(tasks, contenders[0], work(ours, pages[:few]), *contenders[1:]):
         error = f"{relative_error(check(), plain[0]()):.0e}"
@@ -187,9 +192,19 @@ def model_rows(name, policy, pages, level, repetitions):
         for twin, twin_speeds in zip(twins, speeds):
             yield f"{task}, {name}, {level} play{twin}", *compared(own_speeds, twin_speeds, unit), error
             if policy.config.n_layer > 1:
-                billions = compared(own_speeds * scores / 1e9, twin_speeds * scores / 1e9, "G/s")
-                share = np.median(own_speeds) * scores * (1 if task == "forward" else 2) / exponentials(policy.device)
-                yield "  in attention scores, T (T + 1) / 2 per layer and head", *billions, f"{share:.0%} of limit" if share else ""
+                own_scores, twin_scores = attention_scores(policy, pages[:size])
+                share = np.median(own_speeds) * own_scores * (1 if task == "forward" else 2) / exponentials(policy.device)
+                billions = compared(own_speeds * own_scores / 1e9, twin_speeds * twin_scores / 1e9, "G/s")
+                yield "  in attention scores computed", *billions, f"{share:.0%} of limit" if share else ""
+
+
+def attention_scores(policy, pages):
+    """How many a forward pass computes per page, ours and the plain one."""
+    reader, config = reader_of(policy), policy.config
+    levels = reader.batch(reader.encode(pages)).levels
+    of_level = lambda n, sections: n * SECTION * (SECTION * (sections - 1) + (SECTION + 1) / 2)
+    ours = (config.n_layer - 1) * sum(of_level(*level.children.shape) for level in levels) + len(levels[-1].children) * POSITIONS
+    return config.n_head * ours / len(pages), config.n_layer * config.n_head * POSITIONS * (POSITIONS + 1) / 2
 
 
 def exponentials(device):
@@ -324,8 +339,9 @@ def rollout_speeds(policy, env):
 
 
 def layers_table(policy, args):
-    pages = training_pages(policy, "random")
-    rows = [(str(n), *backward_cells(deep_policy(n, policy.device), pages, args.repetitions)) for n in range(1, 7)]
+    policies = [deep_policy(n, policy.device) for n in range(1, 7)]
+    pages = [training_pages(policy, "random", reader_of(deep).neighbours) for deep in policies]
+    rows = [(str(n), *backward_cells(*work, args.repetitions)) for n, work in enumerate(zip(policies, pages), start=1)]
     return "cost as layers grow: forward + backward, C = 96, 6 heads, random play", ("layers", "ours", "twin", "ratio"), rows
 
 

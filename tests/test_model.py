@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from breakout_ascii import BreakoutAsciiVec
-from model import (CHARACTERS, COLUMNS, GPT, PAIRS, POSITIONS, ROWS, GPTConfig, Level, LineIndex, SharedAttention, Tree,
+import model
+from model import (CHARACTERS, COLUMNS, GPT, PAIRS, POSITIONS, ROWS, SECTION, GPTConfig, Level, LineIndex, SharedAttention, Tree,
                    level, shared_attention, sinusoids)  # fmt: skip
-from rollout_buffer import reader_of
 
 
 def make_gpt(seed=0, **config):
@@ -49,12 +49,19 @@ def foreign_end():
     return pages
 
 
-PAGES = [random_play, late_game, all_new, foreign_end]
+def one_game():
+    """Pages that begin alike: four steps of one game, the first page twice."""
+    env = BreakoutAsciiVec(1)
+    pages = [env.reset(seed=1)[0]] + [env.step(np.array([1]))[0] for _ in range(4)]
+    return np.concatenate(pages + pages[:1])
+
+
+PAGES = [random_play, late_game, all_new, foreign_end, one_game]
 
 
 def outputs_and_gradients(gpt, pages, plain):
     gpt.zero_grad()
-    features = gpt.read_every_token(pages, plain=True) if plain else gpt.features(pages)
+    features = gpt.read_every_token(pages) if plain else gpt.features(pages)
     logits, values = gpt.heads(features)
     changes = gpt.change_head(features)
     weights = torch.linspace(-1, 1, logits.numel() + values.numel() + changes.numel(), dtype=logits.dtype)
@@ -168,12 +175,13 @@ def test_every_character_counts():
     for place in (0, 81 * 3 + 40, 81 * 22 + 79):
         other = page.copy()
         other[0, place] = ord("O")
-        for read in (gpt.features, lambda t: gpt.read_every_token(t, plain=True)):
+        for read in (gpt.features, gpt.read_every_token):
             assert not torch.allclose(read(torch.from_numpy(page)), read(torch.from_numpy(other)), atol=1e-5)
 
 
-def test_reader_reads_what_the_model_reads():
-    gpt, env = make_gpt(), BreakoutAsciiVec(8, varied_starts=0.7)
+@pytest.mark.parametrize("games, config", [(8, {}), (2, {"n_layer": 2, "n_head": 2, "n_embd": 8})])
+def test_reader_reads_what_the_model_reads(games, config):
+    gpt, env = make_gpt(**config), BreakoutAsciiVec(games, varied_starts=0.7)
     obs, _ = env.reset(seed=0)
     reader = gpt.reader()
     for step in range(80):
@@ -185,15 +193,41 @@ def test_reader_reads_what_the_model_reads():
             torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-6)
             batch_logits, _ = gpt(reader.batch(numbers))
             torch.testing.assert_close(logits, batch_logits, rtol=1e-5, atol=1e-6)
-        obs, *_ = env.step(np.arange(8) % 3)
+        obs, *_ = env.step(np.arange(games) % 3)
     assert not logits.requires_grad
 
 
-def test_deeper_models_are_read_token_by_token():
-    gpt = make_gpt(n_layer=2, n_head=2, n_embd=8)
-    reader = reader_of(gpt)
-    logits, _ = reader(reader.encode(late_game()))
-    torch.testing.assert_close(logits, gpt(torch.from_numpy(late_game()))[0])
+def test_a_prefix_tree_holds_each_beginning_once():
+    pages, index = np.concatenate([one_game(), random_play(), all_new()]), LineIndex()
+    tree = index.prefix_tree(index.encode(pages))
+    texts = np.array([ord(c) for c in CHARACTERS], np.uint8)[tree.sections]
+    for length, level in enumerate(tree.levels, start=1):
+        beginnings = [texts[path].tobytes() for path in level.children.numpy()]
+        assert len(beginnings) == len(set(beginnings))
+        assert set(beginnings) == {page[: length * SECTION].tobytes() for page in pages}
+        own = level.children[:, -1]
+        assert (tree.starts[own] == (length - 1) * SECTION).all()
+    assert [beginnings[i] for i in tree.pages] == [page.tobytes() for page in pages]
+    assert len(tree.sections) == sum(len(level.children) for level in tree.levels)
+
+
+def test_compiled_blocks_are_compiled_for_few_sizes(monkeypatch):
+    """Every batch has another number of sections. What is compiled anew for each would soon not be compiled at all."""
+    from torch._dynamo.testing import CompileCounter  # slow to import
+
+    counter = CompileCounter()
+    monkeypatch.setattr(model, "compiled_once", lambda f: torch.compile(f, dynamic=True, backend=counter))
+    gpt, pages = make_gpt(n_layer=3, n_head=2, n_embd=16), np.concatenate([one_game(), random_play(), all_new()])
+    expected = gpt(torch.from_numpy(pages))[0]
+    gpt.compile_blocks()
+    assert gpt.compiled and not copy.deepcopy(gpt).compiled
+    frames = []
+    for n in (2, 5, 8, 10, len(pages)):
+        logits, _ = gpt(torch.from_numpy(pages[:n]))
+        logits.sum().backward()
+        frames.append(counter.frame_count)
+    torch.testing.assert_close(logits, expected)
+    assert frames[-1] == frames[1] <= 4
 
 
 def test_line_index_numbers_distinct_lines_once():
@@ -281,10 +315,10 @@ def test_speed_up_falls_back_without_a_compiler(monkeypatch):
     gpt.speed_up()  # not on CUDA: nothing happens
     assert gpt.bf16 is False
 
-    def no_compiler(self, *args, **kwargs):
-        self._compiled_call_impl = lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no compiler\nat all"))
+    def no_compiler(f):
+        raise RuntimeError("no compiler\nat all")
 
-    monkeypatch.setattr(torch.nn.Module, "compile", no_compiler)
+    monkeypatch.setattr(model, "compiled_once", no_compiler)
     with pytest.warns(UserWarning, match="going on without: no compiler$"):
         gpt.compile_blocks()
     torch.testing.assert_close(gpt(torch.from_numpy(late_game()))[0], expected)

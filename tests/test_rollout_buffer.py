@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from rollout_buffer import RolloutBuffer, advantages_over_twins, changed_rows_and_columns, compute_gae
+from rollout_buffer import RolloutBuffer, advantages_over_twins, changed_rows_and_columns, compute_gae, shuffled
 
 
 def tensors(*rows):
@@ -104,6 +104,20 @@ def test_minibatches_hold_every_sample_once_and_whole():
         np.testing.assert_array_equal(b.obs[:, 1], b.actions)
         torch.testing.assert_close(b.old_logprobs, b.actions + 0.1, check_dtype=False)
         torch.testing.assert_close(b.returns, b.advantages + b.old_values)
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 8])
+def test_neighbours_stay_together(neighbours):
+    """50 samples of 10 kinds, 5 of each: groups of the sorted samples, and the groups in random order."""
+    obs = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 5))
+    obs = np.stack([obs // 4, obs], 1)
+    order = shuffled(obs, neighbours, torch.Generator().manual_seed(0))
+    assert sorted(order.tolist()) == list(range(50))
+    ranks = np.lexsort(obs.T[::-1]).argsort()[order]  # places in sorted order
+    breaks = np.flatnonzero(np.diff(ranks) != 1) + 1
+    groups = np.split(ranks, breaks)
+    assert all(group[0] % neighbours == 0 and (len(group) % neighbours == 0 or group[-1] == 49) for group in groups)
+    assert len(groups) > 50 / neighbours / 2
 
 
 def test_finish_takes_the_value_of_what_follows():
