@@ -15,7 +15,6 @@ import copy
 import functools
 import io
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -48,6 +47,9 @@ from train_ppo import (  # noqa: E402
 RANDOM_ACTIONS = {"random": 1.0, "middling": 0.5, "expert": 0.0}  # their share in each level of play
 SPREAD_STEPS = 500  # steps that spread new games over all their phases
 SPLIT_STEPS = 400_000  # environment steps in which table 2 finds where the time goes
+PEAK_OF = """import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""  # its own process: a child's peak counts what its parent held
 
 
 def timed(f, *args, **kwargs):
@@ -239,9 +241,9 @@ def training(num_steps, device):
     the peak memory of the larger of its two processes in GB."""
     with tempfile.TemporaryDirectory() as folder:
         options = "--num_steps", str(num_steps), "--device", str(device), "--run_dir", f"{folder}/run"
-        subprocess.run([sys.executable, ROOT / "train_ppo.py", *options], check=True, stdout=subprocess.DEVNULL)
+        command = sys.executable, "-c", PEAK_OF, sys.executable, ROOT / "train_ppo.py", *options
+        peak = int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) * (1 if sys.platform == "darwin" else 1024)
         last = load_checkpoint(Path(folder) / "run")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return last["global_step"] / last["seconds"], peak / 1e9
 
 
