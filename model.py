@@ -172,14 +172,13 @@ class GPT(nn.Module):
         return self.wte(characters) + self.wre(positions // COLUMNS) + self.wce(positions % COLUMNS)
 
     def features(self, pages):
-        """(B, 1944) uint8 tokens, or their `Tree` or `PrefixTree`, or int8 `characters_of` them -> (B, C), the last position
-        after the final LayerNorm."""
+        """(B, 1944) uint8 tokens, or their `Tree`, `PrefixTree` or `Lines` -> (B, C), the last position after the final LayerNorm."""
         if isinstance(pages, Tree):
             return self.after_attention(shared_attention(*self.pair_table(), pages))
         if isinstance(pages, PrefixTree):
             return self.read_prefix_tree(pages)
-        if pages.dtype == torch.int8:
-            return self.after_attention(unshared_attention(*self.pair_table(), pages))
+        if isinstance(pages, Lines):
+            return self.after_attention(line_attention(*self.pair_table(), pages))
         check_pages(pages)
         index = LineIndex()
         numbers = index.encode(pages.cpu())
@@ -515,22 +514,56 @@ def shared_attention(table, rstd, tree):
     return y
 
 
-def characters_of(tokens):
-    """(B, 1944) uint8 tokens -> (B, 1944) int8 character numbers, unchecked: a GPT of one layer reads them without a host."""
-    return sum(i * (tokens == ord(c)) for i, c in enumerate(CHARACTERS)).to(torch.int8)
+class Lines(NamedTuple):
+    """A batch of pages as their lines, for a device that would wait for the host: sizes that stay, and no lower levels."""
+
+    characters: torch.Tensor  # (L, 81) int8
+    rows: torch.Tensor  # (L,) where on a page each line stands
+    pages: torch.Tensor  # (B, 24) numbers of lines
 
 
-def unshared_attention(table, rstd, characters):
-    """`shared_attention` of characters (B, 1944) int8, each page for itself -> (B, D, H). Many times the work, and none for the host."""
-    chosen = (characters.unsqueeze(2) == torch.arange(len(CHARACTERS), device=rstd.device)).to(rstd.dtype)  # (B, T, 7)
-    rstd = (chosen * rstd.view(len(CHARACTERS), POSITIONS).T).sum(2, keepdim=True)  # (B, T, 1)
-    of_character, of_row, of_column = table.split([len(CHARACTERS), ROWS, COLUMNS])
-    of_place = (of_row.unsqueeze(1) + of_column).flatten(0, 1)  # (T, 1 + D, H)
-    scores = (chosen @ of_character[:, 0] + of_place[:, 0]) * rstd  # (B, T, H), in bits
-    weights = torch.exp2(scores - scores.detach().amax(1, keepdim=True))
-    weights = weights / weights.sum(1, keepdim=True) * rstd
-    by_character = torch.einsum("bth,btc->bch", weights, chosen)  # the sum of values is linear in the table's rows
-    return torch.einsum("bch,cdh->bdh", by_character, of_character[:, 1:]) + torch.einsum("bth,tdh->bdh", weights, of_place[:, 1:])
+def every_line(tokens):
+    """(B, 1944) uint8 tokens, unchecked -> all their `Lines`, none shared."""
+    characters = sum(i * (tokens == ord(c)) for i, c in enumerate(CHARACTERS)).to(torch.int8)
+    numbers = torch.arange(len(tokens) * ROWS, device=tokens.device)
+    return Lines(characters.view(-1, COLUMNS), numbers % ROWS, numbers.view(-1, ROWS))
+
+
+def distinct_lines(tokens):
+    """(B, 1944) uint8 tokens, unchecked -> their distinct `Lines`, told apart as in `LineIndex`. Asks the host once, how many."""
+    characters, rows, pages = every_line(tokens)
+    of_row, *of_column = LineIndex.MULTIPLIERS.view(np.int64).tolist()
+    keys = rows * of_row
+    for column, multiplier in zip(characters.unbind(1), of_column):
+        keys = keys + column.long() * multiplier
+    distinct, numbers = keys.unique(return_inverse=True)
+    first = torch.empty_like(distinct).scatter_(0, numbers, pages.flatten())
+    return Lines(characters[first], rows[first], numbers.view_as(pages))
+
+
+def line_attention(table, rstd, lines):
+    """`shared_attention` of `Lines` -> (B, D, H). Every line has its own reference."""
+    n_character, device = len(CHARACTERS), rstd.device
+    of_character, of_row, of_column = table.split([n_character, ROWS, COLUMNS])
+    of_row = of_row.flatten(1)
+    chosen = (lines.characters.unsqueeze(2) == torch.arange(n_character, device=device)).to(rstd.dtype)  # (L, 81, 7)
+    row = (lines.rows.unsqueeze(1) == torch.arange(ROWS, device=device)).to(rstd.dtype)  # (L, 24)
+    rstd = row @ rstd.view(n_character, ROWS, COLUMNS).permute(1, 2, 0).flatten(1)  # (L, 81 * 7)
+    rstd = (chosen * rstd.view_as(chosen)).sum(2, keepdim=True)  # (L, 81, 1)
+    of_row = (row @ of_row).view(-1, *table.shape[1:])  # (L, 1 + D, H)
+    scores = (chosen @ of_character[:, 0] + of_row[:, :1] + of_column[:, 0]) * rstd  # (L, 81, H), in bits
+    m = scores.detach().amax(1)
+    weights = torch.exp2(scores - m.unsqueeze(1))
+    scaled = weights * rstd
+    by_character = torch.einsum("lth,ltc->lch", scaled, chosen)  # the sum of values is linear in the table's rows
+    values = torch.einsum("lch,cdh->ldh", by_character, of_character[:, 1:]) + torch.einsum("lth,tdh->ldh", scaled, of_column[:, 1:])
+    values = values + scaled.sum(1).unsqueeze(1) * of_row[:, 1:]
+    Z = torch.cat([weights.sum(1).unsqueeze(1), values], dim=1)
+    pages = lines.pages.flatten()
+    m = m.index_select(0, pages).view(-1, ROWS, m.size(1))
+    powers = torch.exp2(m - m.amax(1, keepdim=True))  # (B, 24, H)
+    Z = (Z.index_select(0, pages).view(*powers.shape[:2], *Z.shape[1:]) * powers.unsqueeze(2)).sum(1)
+    return Z[:, 1:] / Z[:, :1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """The loop of ppo.py with everything on one device: during a rollout and an epoch no tensor visits the host.
 
 For a GPT of one layer on CUDA. Its kernels are many and small, so the two steps that repeat, one of all games and one of the
-weights, are compiled and then replayed as CUDA graphs: that has not been run yet. Nothing here needs CUDA, but on a CPU ppo.py
-is much faster: there pages share their lines, which takes a host. Left out: any game but Breakout, deeper models.
+weights, are compiled and then replayed as CUDA graphs: that has not been run yet. The pages of a minibatch share their lines;
+the host waits for how many there are once in a rollout and once in an epoch. Nothing here needs CUDA, but on a CPU ppo.py is
+much faster: there lines share their pieces too. Left out: any game but Breakout, deeper models.
 """
 
 import warnings
@@ -16,7 +17,7 @@ from breakout_ascii import (
     BRICK, BRICK_COLS, BRICK_ROWS, BRICK_TOP, COLS, EMPTY_PAGE, LIVES, MAX_EPISODE_STEPS, PADDLE, PADDLE_MAX, PADDLE_ROW,
     PADDLE_START, RIGHT_WALL, SERVE_X, TOKENS, WIDTH, Games,
 )  # fmt: skip
-from model import characters_of
+from model import Lines, distinct_lines, every_line, line_attention
 from ppo import PPO
 from rollout_buffer import Minibatch
 
@@ -112,7 +113,7 @@ class BreakoutOnDevice(Games):
 class Rollout(NamedTuple):
     """S steps of N games; `Minibatch` and `RolloutBuffer.add` say what most of these are."""
 
-    obs: torch.Tensor  # (S, N, 1944) int8 characters
+    obs: torch.Tensor  # (S, N, 1944) uint8 tokens
     actions: torch.Tensor  # (S, N), like all that follow but where noted
     logprobs: torch.Tensor
     values: torch.Tensor
@@ -123,7 +124,7 @@ class Rollout(NamedTuple):
     has_next: torch.Tensor
     together: torch.Tensor  # (S, N / 2)
     scores: torch.Tensor  # points so far in the game
-    next_obs: torch.Tensor  # (S, N, 1944) int8, the last pages of games that end
+    next_obs: torch.Tensor  # (S, N, 1944) uint8, the last pages of games that end
 
 
 class PPOOnDevice(PPO):
@@ -143,7 +144,7 @@ class PPOOnDevice(PPO):
         self.chance = torch.zeros(S, N, env.CHANCE, device=device)
         self.gumbel = torch.zeros(S, N, policy.config.n_action, device=device)
         self.together = torch.zeros(N // 2, dtype=torch.bool, device=device)
-        self.rollout, self.shuffled, self.step_stats = None, None, {}
+        self.table, self.rollout, self.shuffled, self.lines, self.step_stats = None, None, None, None, {}
 
     def uncompile(self):
         """-> was anything compiled?"""
@@ -157,6 +158,9 @@ class PPOOnDevice(PPO):
         if config.twins:
             env.twin()
         self.together.fill_(bool(config.twins))
+        with torch.no_grad():
+            table = self.policy.pair_table()  # the weights stand still
+            self.table = [place.copy_(x) for place, x in zip(self.table or table, table)]
         self.chance.copy_(env.draw_chance(config.rollout_steps))
         self.gumbel.copy_(-(-uniform(self.gumbel.shape, self.draw_seed(), self.device).log()).log())
         self.row.zero_()
@@ -168,11 +172,12 @@ class PPOOnDevice(PPO):
             raise FloatingPointError(f"the logits are not finite in update {self.update_count + 1}; try a lower learning rate")
         final_values = torch.zeros_like(r.values)
         with torch.no_grad():
-            last_values = self.policy(characters_of(env.pages.flatten(1)))[1]
+            last_values = self.policy(every_line(env.pages.flatten(1)))[1]
             if r.truncated.any():
-                final_values[r.truncated] = self.policy(r.next_obs[r.truncated])[1]
+                final_values[r.truncated] = self.policy(every_line(r.next_obs[r.truncated]))[1]
+        self.all_lines = distinct_lines(r.obs.flatten(0, 1))
         self.buffer.close(
-            r.obs.flatten(0, 1), r.actions, r.logprobs, r.values, r.rewards, r.terminated, r.truncated, final_values, r.changes,
+            self.all_lines.pages, r.actions, r.logprobs, r.values, r.rewards, r.terminated, r.truncated, final_values, r.changes,
             last_values, r.has_next, config.gamma, self.lambd(), r.together if config.twins else None,
         )  # fmt: skip
         self.train_scores.extend(r.scores[~r.has_next].tolist())
@@ -192,13 +197,12 @@ class PPOOnDevice(PPO):
         """One step of every game -> a row of the `Rollout`."""
         env, config, columns = self.env, self.config, self.policy.page_columns
         self.together &= env.twins_agree()
-        together, obs = self.together.clone(), characters_of(env.pages.flatten(1))
-        logits, values = self.policy(obs)
+        together, obs = self.together.clone(), env.pages.flatten(1).clone()
+        logits, values = self.policy.heads(self.policy.after_attention(line_attention(*self.table, every_line(obs))))
         logprobs = F.log_softmax(logits, dim=-1)
         actions = (logprobs + self.gumbel.index_select(0, self.row).squeeze(0)).argmax(1)  # a draw from the policy (Gumbel 1954)
         chance = self.chance.index_select(0, self.row).squeeze(0)
-        rewards, terminated, truncated, life_lost, scores, pages = env.play(actions, chance)
-        next_obs = characters_of(pages)
+        rewards, terminated, truncated, life_lost, scores, next_obs = env.play(actions, chance)
         changed = (obs != next_obs).unflatten(1, (-1, columns))
         return Rollout(
             obs, actions, logprobs.gather(1, actions.unsqueeze(1)).squeeze(1), values, (rewards * config.reward_scale).float(),
@@ -216,6 +220,7 @@ class PPOOnDevice(PPO):
             self.shuffled = Minibatch(*(x.new_zeros(samples // size, size, *x.shape[1:]) for x in data))
         for place, x in zip(self.shuffled, data):
             torch.index_select(x, 0, order, out=place.flatten(0, 1))
+        self.share_lines()
         advantages = self.shuffled.advantages
         advantages -= self.average(advantages.mean(1, keepdim=True))
         advantages /= self.average(advantages.square().mean(1, keepdim=True)).sqrt() + 1e-8
@@ -226,12 +231,27 @@ class PPOOnDevice(PPO):
         super().check_gradient(self.step_stats["grad_norm"])
         return {name: x.clone() for name, x in self.step_stats.items()}
 
+    def share_lines(self):
+        """Gives each shuffled minibatch the lines that stand on its pages, and their numbers among these."""
+        pages = self.shuffled.obs.flatten(1)  # (minibatches, pages * 24), numbers among all lines of the rollout
+        used = pages.new_zeros(len(pages), len(self.all_lines.rows)).scatter_(1, pages, 1)
+        capacity = int(used.sum(1).max())
+        if self.lines is None or capacity > self.lines.rows.size(1):
+            places = pages.new_zeros(len(pages), 1 << (capacity - 1).bit_length())  # a power of two: seldom too small later
+            self.lines = Lines(places.unsqueeze(2).repeat(1, 1, COLS).to(torch.int8), places, self.shuffled.obs)
+            self.descend_replayed.forget()
+        number = used.cumsum(1) - 1
+        minibatch, line = used.nonzero(as_tuple=True)
+        place = minibatch, number[minibatch, line]
+        self.lines.characters[place], self.lines.rows[place] = self.all_lines.characters[line], self.all_lines.rows[line]
+        pages.copy_(number.gather(1, pages))
+
     def check_gradient(self, norm):
         """Not in every step: to look at a number the host would have to wait for it. An epoch looks at all of them."""
 
     def descend(self):
-        mb = Minibatch(*(x.index_select(0, self.minibatch).squeeze(0) for x in self.shuffled))
-        for name, x in self.gradient_step(mb.obs, mb).items():
+        chosen = lambda batch: batch._make(x.index_select(0, self.minibatch).squeeze(0) for x in batch)
+        for name, x in self.gradient_step(chosen(self.lines), chosen(self.shuffled)).items():
             if name not in self.step_stats:
                 self.step_stats[name] = x.new_zeros(len(self.shuffled.obs))
             self.step_stats[name].index_copy_(0, self.minibatch, x.view(1))
@@ -246,7 +266,7 @@ class PPOOnDevice(PPO):
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.descend_replayed.graph, self.descend_replayed.calls = None, 0  # the optimizer's tensors are others now
+        self.descend_replayed.forget()  # the optimizer's tensors are others now
         self.obs = self.env.pages.flatten(1)
 
 
@@ -278,6 +298,10 @@ class Replayed:
         before.wait_stream(self.stream)
         if self.calls == self.WARM_UP:
             self.record(before)
+
+    def forget(self):
+        """The function's tensors have moved."""
+        self.graph, self.calls = None, 0
 
     def run(self):
         try:

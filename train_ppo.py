@@ -65,7 +65,7 @@ PREDICTION_COEF = 0.1  # weight of predicting which rows and columns change next
 TWINS = 1  # pairs of games begin each rollout in the same state; advantages are taken against the twin's too; off if 0
 # GPT
 BLOCK_SIZE = 1944  # tokens on a page: 24 lines of 81
-N_LAYER = 1  # one layer shares work between pages; two or more read every token, hundreds of times slower
+N_LAYER = 1  # pages share nearly all their work in one layer; in two or more only how they begin: thousands of times slower
 N_HEAD = 16
 N_EMBD = 64
 MLP_EXPANSION = 4

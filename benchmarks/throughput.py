@@ -35,7 +35,7 @@ from callbacks import Callback  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from evaluation import greedy  # noqa: E402
 from load_model import SHIPPED, load_policy  # noqa: E402
-from model import CHARACTERS, GPT, POSITIONS, SECTION, GPTConfig, PageReader, characters_of, set_threads  # noqa: E402
+from model import CHARACTERS, GPT, POSITIONS, SECTION, GPTConfig, PageReader, distinct_lines, every_line, set_threads  # noqa: E402
 from on_device import PPOOnDevice  # noqa: E402
 from rollout_buffer import reader_of, shuffled  # noqa: E402
 from test_breakout_ascii import SlowGame  # noqa: E402
@@ -130,7 +130,8 @@ def work(policy, pages, plain=False):
         read = read_kept = lambda: policy.heads(policy.read_every_token(tokens))
     elif policy.config.n_layer == 1 and policy.device.type == "cuda":  # as PPOOnDevice has it
         tokens, on_device = tokens.to(policy.device), torch.compile(policy.features, fullgraph=True)
-        read = read_kept = lambda: policy.heads(on_device(characters_of(tokens)))
+        lines = distinct_lines(tokens)
+        read, read_kept = lambda: policy.heads(on_device(every_line(tokens))), lambda: policy.heads(on_device(lines))
     else:
         kept = reader.encode(pages)
         read, read_kept = lambda: policy(tokens), lambda: policy(reader.batch(kept))

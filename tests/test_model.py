@@ -8,7 +8,7 @@ import torch
 from breakout_ascii import BreakoutAsciiVec
 import model
 from model import (CHARACTERS, COLUMNS, GPT, PAIRS, POSITIONS, ROWS, SECTION, GPTConfig, Level, LineIndex, SharedAttention, Tree,
-                   level, shared_attention, sinusoids)  # fmt: skip
+                   distinct_lines, every_line, level, shared_attention, sinusoids)  # fmt: skip
 
 
 def make_gpt(seed=0, **config):
@@ -106,16 +106,30 @@ def test_default_gpt_is_exact_when_scores_are_huge(pages, largest):
     with torch.no_grad():
         gpt.blocks[0].attn.c_attn.weight[: gpt.config.n_embd] *= largest / largest_score(gpt)
     assert largest_score(gpt) == pytest.approx(largest, rel=1e-4)
-    exact, plain, fast = (
+    exact, plain, *fast = (
         (torch.cat([logits.flatten(), values]), torch.cat([g.flatten() for g in gradients.values()]))
         for logits, values, gradients in (
             outputs_and_gradients(copy.deepcopy(gpt).double(), tokens, plain=True),
             outputs_and_gradients(gpt, tokens, plain=True),
             outputs_and_gradients(gpt, tokens, plain=False),
+            outputs_and_gradients(gpt, every_line(tokens), plain=False),
+            outputs_and_gradients(gpt, distinct_lines(tokens), plain=False),
         )
     )
-    for of_exact, of_plain, of_fast in zip(exact, plain, fast):  # the answers, then the gradients
-        assert (of_fast - of_exact).norm() <= 4 * (of_plain - of_exact).norm() + 1e-6 * of_exact.norm()
+    for path in fast:
+        for of_exact, of_plain, of_fast in zip(exact, plain, path):  # the answers, then the gradients
+            assert (of_fast - of_exact).norm() <= 4 * (of_plain - of_exact).norm() + 1e-6 * of_exact.norm()
+
+
+def test_lines_are_the_text_of_the_pages():
+    """All of them, and the distinct ones: the same text in another row is another line."""
+    pages = np.concatenate([one_game(), random_play()])
+    text = np.array([ord(c) for c in CHARACTERS], np.uint8)
+    for lines, n in ((every_line, ROWS * len(pages)), (distinct_lines, None)):
+        characters, rows, numbers = lines(torch.from_numpy(pages))
+        np.testing.assert_array_equal(text[characters[numbers].flatten(1)], pages)
+        assert torch.equal(rows[numbers], torch.arange(ROWS).expand(len(pages), ROWS))
+        assert len(rows) == len(characters) == (n or len({(i % ROWS, line.tobytes()) for i, line in enumerate(pages.reshape(-1, COLUMNS))}))
 
 
 @pytest.mark.parametrize("spread, rescaled", [(100, False), (400, True)])

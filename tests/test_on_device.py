@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from breakout_ascii import BreakoutAsciiVec, Games, draw_bricks, draw_serves
-from model import CHARACTERS, GPT, GPTConfig, characters_of
+from model import CHARACTERS, GPT, GPTConfig, Lines
 from on_device import BreakoutOnDevice, PPOOnDevice
 from ppo import PPO, PPOConfig
 from rollout_buffer import Minibatch, compute_gae, reader_of
@@ -93,14 +93,14 @@ def test_a_rollout_is_what_the_games_and_the_policy_gave():
     rewards, terminated, truncated, life_lost, scores, pages = map(torch.stack, zip(*played))
     assert (before["bricks_left"][2:] != ppo.env.bricks_left[2:]).any()  # these have become twins of the first two
     assert truncated[3].all() and truncated.sum() == 4
-    np.testing.assert_array_equal(TEXT[r.next_obs], pages)
+    np.testing.assert_array_equal(r.next_obs, pages)
     goes_on = ~(terminated | truncated)
     assert torch.equal(r.obs[1:][goes_on[:-1]], r.next_obs[:-1][goes_on[:-1]]) and torch.equal(r.has_next, goes_on)
     assert torch.equal(r.terminated, terminated | life_lost) and torch.equal(r.rewards, rewards * 0.1)
     with torch.no_grad():
         logits, values = ppo.policy(r.obs.flatten(0, 1))
         final_values = ppo.policy(r.next_obs.flatten(0, 1))[1].view(6, 4)
-        last = ppo.policy(characters_of(ppo.env.pages.flatten(1)))[1]
+        last = ppo.policy(ppo.env.pages.flatten(1))[1]
     torch.testing.assert_close(r.logprobs, logits.log_softmax(-1).gather(1, r.actions.view(-1, 1)).view(6, 4))
     torch.testing.assert_close(r.values, values.view(6, 4))
     next_values = torch.where(truncated, final_values, torch.cat([r.values[1:], last.unsqueeze(0)]))
@@ -127,13 +127,30 @@ def test_an_epoch_is_that_of_ppo_py():
     stats, reader, theirs = ppo.epoch(), reader_of(other.policy), []
     order = ppo.shuffled.returns.flatten().sort().values
     assert torch.equal(order, ppo.buffer.data.returns.sort().values)  # each sample once
-    for mb in map(Minibatch._make, zip(*ppo.shuffled)):
+    for mb, lines in zip(map(Minibatch._make, zip(*ppo.shuffled)), map(Lines._make, zip(*ppo.lines))):
+        pages = TEXT[lines.characters[lines.pages].flatten(1)]
+        samples = [ppo.buffer.data.old_logprobs.tolist().index(x) for x in mb.old_logprobs]
+        np.testing.assert_array_equal(pages, ppo.rollout.obs.flatten(0, 1)[samples])
         torch.testing.assert_close(torch.stack(torch.std_mean(mb.advantages, correction=0)), torch.tensor([1.0, 0.0]), atol=1e-5, rtol=1e-5)
-        theirs.append(other.gradient_step(reader.batch(reader.encode(TEXT[mb.obs])), mb))
+        theirs.append(other.gradient_step(reader.batch(reader.encode(pages)), mb))
     assert stats.keys() == theirs[0].keys() and ppo.minibatch == len(theirs) == 2
     for name, x in stats.items():
         torch.testing.assert_close(x, torch.stack([step[name] for step in theirs]), rtol=1e-3, atol=1e-6, msg=name)
     torch.testing.assert_close(ppo.weights, other.weights, rtol=1e-3, atol=1e-5)
+
+
+def test_lines_get_the_room_they_need():
+    ppo = trainer()
+    ppo.collect()
+    ppo.epoch()
+    lines, capacity = ppo.lines, ppo.lines.rows.size(1)
+    ppo.epoch()
+    assert ppo.lines is lines and ppo.descend_replayed.calls == 4  # the same places, which a CUDA graph reads
+    ppo.lines = lines._make(x[:, :1].clone() for x in lines)
+    ppo.epoch()
+    assert ppo.lines.rows.size(1) == capacity and ppo.descend_replayed.calls == 2  # other places: recorded anew
+    numbers = ppo.lines.pages[0].unique()
+    assert torch.equal(numbers, torch.arange(len(numbers)))
 
 
 def test_a_resumed_run_goes_on_bit_for_bit_and_so_does_ppo_py():
@@ -201,6 +218,6 @@ def test_both_steps_can_be_traced_whole():
     mb, gradients = Minibatch._make(x[0] for x in ppo.shuffled), []
     for loss in (ppo.loss, torch.compile(ppo.loss, fullgraph=True, backend="aot_eager")):
         ppo.weights.grad.zero_()
-        loss(mb.obs, mb)[0].backward()
+        loss(Lines._make(x[0] for x in ppo.lines), mb)[0].backward()
         gradients.append(ppo.weights.grad.clone())
     torch.testing.assert_close(*gradients)
