@@ -1,9 +1,10 @@
 """The loop of ppo.py with everything on one device: during a rollout and an epoch no tensor visits the host.
 
 For a GPT of one layer on CUDA. Its kernels are many and small, so the two steps that repeat, one of all games and one of the
-weights, are compiled and then replayed as CUDA graphs: that has not been run yet. The pages of a minibatch share their lines;
-the host waits for how many there are once in a rollout and once in an epoch. Nothing here needs CUDA, but on a CPU ppo.py is
-much faster: there lines share their pieces too. Left out: any game but Breakout, deeper models.
+weights, are compiled and then replayed as CUDA graphs: that has not been run yet. The pages of a minibatch share their lines,
+which are found at the end of a rollout and before an epoch: there the host waits a few times, between two steps never. Nothing
+here needs CUDA, but on a CPU ppo.py is much faster: there lines share their pieces too. Left out: any game but Breakout, deeper
+models.
 """
 
 import warnings
@@ -17,7 +18,8 @@ from breakout_ascii import (
     BRICK, BRICK_COLS, BRICK_ROWS, BRICK_TOP, COLS, EMPTY_PAGE, LIVES, MAX_EPISODE_STEPS, PADDLE, PADDLE_MAX, PADDLE_ROW,
     PADDLE_START, RIGHT_WALL, SERVE_X, TOKENS, WIDTH, Games,
 )  # fmt: skip
-from model import Lines, distinct_lines, every_line, line_attention
+from model import line_attention
+from pages import Lines, distinct_lines, every_line
 from ppo import PPO
 from rollout_buffer import Minibatch
 

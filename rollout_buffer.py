@@ -1,7 +1,7 @@
 """What a rollout leaves behind: storage (S, N), generalised advantage estimation, minibatches.
 
-S steps of N environments. Observations are kept as a reader encodes them: a GPT of one layer keeps 24 line numbers per
-page, anything else the observation itself.
+S steps of N environments. Observations are kept as a reader encodes them: a GPT's keeps 24 line numbers per page, that of
+anything else the observation itself.
 """
 
 from typing import NamedTuple
@@ -143,9 +143,10 @@ class Reader:
     encode: (N, ...) observations -> the array that the buffer keeps of them
     call:   what encode gave -> logits (N, A), values (N,), without gradients
     batch:  any rows of what encode gave -> what the policy takes
+    neighbours: how many observations that begin alike `shuffled` keeps together in minibatches
     """
 
-    neighbours = 1  # observations that minibatches keep together, see `shuffled`
+    neighbours = 1
 
     def __init__(self, policy):
         self.policy = policy
@@ -163,4 +164,4 @@ class Reader:
 
 
 def reader_of(policy):
-    return (policy.reader() if hasattr(policy, "reader") else None) or Reader(policy)
+    return policy.reader() if hasattr(policy, "reader") else Reader(policy)

@@ -25,9 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
+import pages  # noqa: E402
 import train_ppo  # noqa: E402
 from callbacks import CLEARED_SCORE, RANDOM_SCORE, read_metrics  # noqa: E402
-from model import CHARACTERS, GPT, NEWLINE, POSITIONS  # noqa: E402
+from model import GPT  # noqa: E402
+from pages import CHARACTERS, NEWLINE, POSITIONS  # noqa: E402
 
 MARKS = (300, 600, 900, 960)
 VARIANTS = {  # name: what goes to train_ppo.py
@@ -63,8 +65,9 @@ class FlatPositions(GPT):
         del self.wre, self.wce
         self.wpe = torch.nn.Embedding(POSITIONS, config.n_embd)
         torch.nn.init.normal_(self.wpe.weight, std=math.sqrt(0.5))
-        model.EMBEDDINGS = 0, len(CHARACTERS), len(CHARACTERS) + POSITIONS
-        model.PAIRS = np.stack([x.ravel() for x in np.indices((len(CHARACTERS), POSITIONS))], 1) + np.array(model.EMBEDDINGS[:-1])
+        pages.EMBEDDINGS = 0, len(CHARACTERS), len(CHARACTERS) + POSITIONS
+        pages.PAIRS = np.stack([x.ravel() for x in np.indices((len(CHARACTERS), POSITIONS))], 1) + np.array(pages.EMBEDDINGS[:-1])
+        model.PAIRS = pages.PAIRS
 
     def embed(self, characters, positions):
         return self.wte(characters) + self.wpe(positions)
@@ -79,7 +82,7 @@ class FlatPositions(GPT):
         mean = lambda x: x.square().mean(1)
         return self.project(x), self.rstd(mean(c).unsqueeze(1) + mean(p) + 2 * c @ p.T / self.config.n_embd)
 
-    def __setstate__(self, state):  # in the process that evaluates: it has a `model` of its own
+    def __setstate__(self, state):  # in the process that evaluates: it has modules of its own
         self.__init__(state["config"])
         super().__setstate__(state)
 

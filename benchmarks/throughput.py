@@ -6,7 +6,7 @@
 The game's twin is one Python object per game, its page drawn character by character. The GPT's twin is its plain path: every
 token through every block, in float32. Both run by turns; a speed is the median of the repetitions, a ratio the median of
 their ratios. Deeper models share how their pages begin; on CUDA they run in bf16 with compiled blocks, and a second twin,
-strengthened, has both too. All read the same pages, from minibatches as training makes them of a rollout.
+strengthened, has both too. Both read pages of the same minibatch, made of a rollout as training makes it.
 """
 
 import argparse
@@ -35,8 +35,9 @@ from callbacks import Callback  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from evaluation import greedy  # noqa: E402
 from load_model import SHIPPED, load_policy  # noqa: E402
-from model import CHARACTERS, GPT, POSITIONS, SECTION, GPTConfig, PageReader, distinct_lines, every_line, set_threads  # noqa: E402
+from model import GPT, GPTConfig, PageReader, set_threads  # noqa: E402
 from on_device import PPOOnDevice  # noqa: E402
+from pages import CHARACTERS, POSITIONS, SECTION, distinct_lines, every_line  # noqa: E402
 from rollout_buffer import reader_of, shuffled  # noqa: E402
 from test_breakout_ascii import SlowGame  # noqa: E402
 from train_ppo import (  # noqa: E402
@@ -344,7 +345,7 @@ def rollout_speeds(policy, env):
 def layers_table(policy, args):
     policies = [deep_policy(n, policy.device) for n in range(1, 7)]
     pages = [training_pages(policy, "random", reader_of(deep).neighbours) for deep in policies]
-    rows = [(str(n), *backward_cells(*work, args.repetitions)) for n, work in enumerate(zip(policies, pages), start=1)]
+    rows = [(str(n), *backward_cells(*case, args.repetitions)) for n, case in enumerate(zip(policies, pages), start=1)]
     return "cost as layers grow: forward + backward, C = 96, 6 heads, random play", ("layers", "ours", "twin", "ratio"), rows
 
 

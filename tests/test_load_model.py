@@ -146,7 +146,7 @@ def test_mp4(checkpoint, tmp_path, monkeypatch):
 
 def test_on_the_command_line(tmp_path):
     """A fresh clone in another place: the shipped model plays; a bad file is one line."""
-    for name in ("load_model", "breakout_ascii", "checkpoint", "evaluation", "model", "rollout_buffer"):
+    for name in ("load_model", "breakout_ascii", "checkpoint", "evaluation", "model", "pages", "rollout_buffer"):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     shutil.copytree(ROOT / "pretrained", tmp_path / "pretrained")
     (tmp_path / "bad.pt").write_bytes(b"PK\3\4 not a checkpoint")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from breakout_ascii import BreakoutAsciiVec, Games, draw_bricks, draw_serves
-from model import CHARACTERS, GPT, GPTConfig, Lines
+from model import GPT, GPTConfig
 from on_device import BreakoutOnDevice, PPOOnDevice
+from pages import CHARACTERS, Lines
 from ppo import PPO, PPOConfig
 from rollout_buffer import Minibatch, compute_gae, reader_of
 
@@ -137,6 +138,19 @@ def test_an_epoch_is_that_of_ppo_py():
     for name, x in stats.items():
         torch.testing.assert_close(x, torch.stack([step[name] for step in theirs]), rtol=1e-3, atol=1e-6, msg=name)
     torch.testing.assert_close(ppo.weights, other.weights, rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_graph_reads_and_writes_keeps_its_place():
+    def places():
+        tensors = [*ppo.table, *ppo.rollout, *ppo.shuffled, *ppo.lines, *ppo.step_stats.values(), *ppo.env.places.values()]
+        return [x.data_ptr() for x in (*tensors, ppo.chance, ppo.gumbel, ppo.row, ppo.minibatch, ppo.together, ppo.weights, ppo.weights.grad)]
+
+    ppo = trainer(num_steps=24)
+    ppo.learn()
+    before = places()
+    ppo.config.num_steps = 72
+    ppo.learn()
+    assert ppo.update_count == 3 and places() == before
 
 
 def test_lines_get_the_room_they_need():

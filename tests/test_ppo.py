@@ -435,6 +435,20 @@ def test_training_scores_are_whole_games_in_points():
     assert list(ppo.train_scores) == [60.0, 10.0]
 
 
+def test_deeper_models_learn_from_pages_that_begin_alike():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8))
+    ppo = PPO(gpt, BreakoutAsciiVec(2), config(rollout_steps=8, batch_size=8, epochs=1))
+    ppo.collect()
+    before, given, minibatches = ppo.weights.detach().clone(), [], ppo.buffer.minibatches
+    ppo.buffer.minibatches = lambda *args: given.extend(minibatches(*args)) or given
+    stats = ppo.epoch()
+    assert stats["approx_kl"][0] < 1e-9 and stats["clipfrac"][0] == 0  # what acted is what learns
+    assert not torch.equal(ppo.weights, before)
+    alike = sorted(map(tuple, ppo.buffer.data.obs))  # 16 pages: each minibatch of 8 is one group of neighbours
+    assert sorted(sorted(map(tuple, mb.obs)) for mb in given) == [alike[:8], alike[8:]]
+
+
 def rank_of_two(rank, folder):
     """One update alone on all samples, and one as a rank of two, each of which has every other sample of each minibatch."""
     torch.set_num_threads(1)

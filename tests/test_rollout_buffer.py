@@ -110,10 +110,10 @@ def test_minibatches_hold_every_sample_once_and_whole():
 def test_neighbours_stay_together(neighbours):
     """50 samples of 10 kinds, 5 of each: groups of the sorted samples, and the groups in random order."""
     obs = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 5))
-    obs = np.stack([obs // 4, obs], 1)
+    obs = np.stack([obs % 4, obs], 1)
     order = shuffled(obs, neighbours, torch.Generator().manual_seed(0))
     assert sorted(order.tolist()) == list(range(50))
-    ranks = np.lexsort(obs.T[::-1]).argsort()[order]  # places in sorted order
+    ranks = np.argsort(sorted(range(50), key=lambda i: tuple(obs[i])))[order]  # places in sorted order
     breaks = np.flatnonzero(np.diff(ranks) != 1) + 1
     groups = np.split(ranks, breaks)
     assert all(group[0] % neighbours == 0 and (len(group) % neighbours == 0 or group[-1] == 49) for group in groups)
