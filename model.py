@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from pages import (
     CHARACTERS, COLUMNS, EMBEDDINGS, NEWLINE, PAIRS, POSITIONS, ROWS, SECTION, LineIndex, Lines, PrefixTree, Rows, Tree, check_pages,
@@ -59,9 +58,13 @@ class CausalSelfAttention(nn.Module):
 
 def causal_attention(q, kv, n_head):
     """Queries (B, T, C) of the last T of S positions, keys and values (B, S, 2C) of all -> (B, T, C)."""
+    mask = None
+    if q.size(1) < kv.size(1):
+        from torch.nn.attention.bias import causal_lower_right  # here, for it takes a second that one layer need not wait
+
+        mask = causal_lower_right(q.size(1), kv.size(1))
     heads = lambda z: z.unflatten(2, (n_head, -1)).transpose(1, 2)  # (B, nh, T or S, hs)
     k, v = kv.chunk(2, dim=2)
-    mask = causal_lower_right(q.size(1), kv.size(1)) if q.size(1) < kv.size(1) else None
     y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=mask, is_causal=mask is None)
     return y.transpose(1, 2).flatten(2)
 

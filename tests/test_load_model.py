@@ -152,9 +152,12 @@ def test_on_the_command_line(tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"PK\3\4 not a checkpoint")
 
     def script(*arguments):
-        return subprocess.run([sys.executable, "load_model.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, "load_model.py", *arguments]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    good, bad = script("--steps", "60"), script("bad.pt")
+    with script("--steps", "60") as good, script("bad.pt") as bad:  # side by side
+        out, _ = good.communicate()
+        _, err = bad.communicate()
     assert good.returncode == 0 and (tmp_path / "gpt.gif").stat().st_size > 1000
-    assert "pretrained" in good.stdout and "wrote gpt.gif" in good.stdout
-    assert bad.returncode == 1 and bad.stderr.startswith("load_model.py: bad.pt: ") and bad.stderr.count("\n") == 1
+    assert "pretrained" in out and "wrote gpt.gif" in out
+    assert bad.returncode == 1 and err.startswith("load_model.py: bad.pt: ") and err.count("\n") == 1
