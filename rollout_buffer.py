@@ -57,8 +57,8 @@ def changed_rows_and_columns(pages, next_pages, columns):
 
 
 def shuffled(obs, neighbours, generator):
-    """Observations (n, ...) -> (n,) their numbers in random order. With neighbours > 1, and obs (n, K), that many of those that
-    begin alike stay together: which pages share work, a minibatch of such groups still draws from all over the rollout."""
+    """Observations (n, ...) -> (n,) their numbers in random order. With neighbours > 1, for obs (n, K): groups of that many
+    that begin alike, and so share work, in random order, so that a minibatch still draws from all over the rollout."""
     n = len(obs)
     alike = torch.arange(n) if neighbours == 1 else torch.from_numpy(np.lexsort(obs.T[::-1]))
     groups = torch.randperm(-(-n // neighbours), generator=generator)
