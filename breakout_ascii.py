@@ -1,22 +1,17 @@
-"""Breakout on a page of text, 24 lines of 80 characters, for one game or for many at once.
+"""Breakout on a page of text, 24 rows of 80 characters, for one game or for many at once.
 
-The rules stand here once, in `Games`, for N games at a time, with NumPy or a library like it. Around them: `BreakoutAscii`
-(Gymnasium Env), `BreakoutAsciiVec` (Gymnasium VectorEnv, for training), `to_text` and `to_image`, and play in the
-terminal with `python breakout_ascii.py`. Left out: sound, speed-ups, and a ball that flies at any other angle than 45 degrees.
+The rules stand here once, in `Games`, for N games at a time. Around them: `BreakoutAscii` (a Gymnasium Env),
+`BreakoutAsciiVec` (a Gymnasium VectorEnv, for training) and `to_text`. drawing.py makes pictures of the pages, and
+play_in_terminal.py lets you play.
 
-The serves are the only chance in the game. They are drawn before a game begins, so the rules themselves draw nothing.
+Only the direction of the serves is random; in training, starts and walls may be too. All of it is drawn before a game starts, so the
+rules themselves draw nothing.
 """
 
-import argparse
-import functools
 import math
 import sys
 import time
-
-try:
-    import curses
-except ImportError:  # only play in the terminal needs it
-    curses = None
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -24,18 +19,19 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-ROWS, COLS = 24, 81  # the last column is the newline
-TOKENS = ROWS * COLS  # 1944, the length of an observation
+CHARACTERS = " #|_=O\n"  # all that a page is made of
+ROWS, COLUMNS = 24, 81  # the last column is the newline
+TOKENS = ROWS * COLUMNS  # 1944, the length of an observation
 RIGHT_WALL, FLOOR = 79, 23  # the other two walls are column 0 and row 0
-BRICK, BRICK_TOP, BRICK_ROWS, BRICK_COLS = "|____|", 5, 7, 13
-PADDLE, PADDLE_ROW, PADDLE_START, PADDLE_MAX = "=======", 22, 36, 72  # a paddle is known by its left end, 1..72
+BRICK, BRICK_TOP, BRICK_ROWS, BRICK_COLUMNS = "|____|", 5, 7, 13
+BRICK_WIDTH = len(BRICK)
+PADDLE, PADDLE_ROW, PADDLE_START, PADDLE_MAX = "=======", 22, 36, 72  # a paddle's position is its left end, 1..72
 SERVE_X, SERVE_ROW = 40, 21
 LIVES = 5  # also the number of serves in a game
 BRICK_POINTS, CLEAR_POINTS = 10, 50  # 91 * 10 + 50 = 960 at most
 PADDLE_MOVES = np.array([0, -2, 2])  # actions: 0 stay, 1 left, 2 right
 MAX_EPISODE_STEPS = 5000
 
-WIDTH = len(BRICK)
 EMPTY_PAGE = np.array([list(f"{line}\n".encode()) for line in
                        ["#" * 80] + ["#" + " " * 78 + "#"] * (ROWS - 2) + ["#" * 80]], np.uint8)  # (24, 81)
 PADDLE_LINES = np.array([list(("#" + " " * (x - 1) + PADDLE).ljust(79).encode() + b"#\n")
@@ -46,7 +42,7 @@ class Games:
     """N games of Breakout side by side; game i is row i of every array.
 
     ball_x, ball_y, dx, dy, paddle_x  (N,) int      cells, and cells per step
-    lives, score, elapsed             (N,) int      lives left, points, steps since the game began
+    lives, score, elapsed             (N,) int      lives left, points, steps since the game started
     bricks, bricks_left               (N, 7, 13) bool, (N,) int
     serves                            (N, 5, 3) int for each serve of the game: ball_x, dx, paddle_x
     pages                             (N, 24, 81) uint8 ASCII codes, always up to date
@@ -54,24 +50,34 @@ class Games:
 
     STATE = "ball_x ball_y dx dy paddle_x lives score elapsed bricks bricks_left serves".split()  # pages follow from it
 
-    xp = np  # the library of the arrays; another one also needs its own `array`, `begin`, `draw`, `redraw` and `state_dict`
+    xp = np  # the array library; a subclass for another one brings its own `array`, `draw` and `redraw`
 
     def __init__(self, num_games):
         for name in ("ball_x", "ball_y", "dx", "dy", "paddle_x", "lives", "score", "elapsed", "bricks_left"):
             setattr(self, name, self.array(np.zeros(num_games, np.int64)))
-        self.bricks = self.array(np.ones((num_games, BRICK_ROWS, BRICK_COLS), bool))
+        self.bricks = self.array(np.ones((num_games, BRICK_ROWS, BRICK_COLUMNS), bool))
         self.serves = self.array(np.zeros((num_games, LIVES, 3), np.int64))
         self.pages = self.array(np.tile(EMPTY_PAGE, (num_games, 1, 1)))
         self.games, self.paddle_moves = self.array(np.arange(num_games)), self.array(PADDLE_MOVES)
 
     def array(self, x):
+        """NumPy array -> an array of this library."""
         return x
 
-    def begin(self, which, serves, bricks):
-        """Begin new games: which (N,) bool, n of them, serves (n, 5, 3), bricks (n, 7, 13) bool."""
-        self.serves[which], self.bricks[which] = serves, bricks
-        self.bricks_left[which] = self.bricks[which].sum((1, 2))
-        self.lives[which], self.score[which], self.elapsed[which] = LIVES, 0, 0
+    def reset(self, which, serves, bricks):
+        """Start new games where which (N,) is true: serves (N, 5, 3), bricks (N, 7, 13) bool.
+
+        Raises ValueError if `which` is no mask: numbers of games would start other games than they name.
+        """
+        if which.dtype != self.xp.bool or which.shape != self.games.shape:
+            raise ValueError(f"which must be bool of shape {tuple(self.games.shape)}; got {which.dtype} of shape {tuple(which.shape)}")
+        where = self.xp.where
+        self.serves = where(which[:, None, None], serves, self.serves)
+        self.bricks = where(which[:, None, None], bricks, self.bricks)
+        self.bricks_left = where(which, self.bricks.sum((1, 2)), self.bricks_left)
+        self.lives = where(which, LIVES, self.lives)
+        self.score = where(which, 0, self.score)
+        self.elapsed = where(which, 0, self.elapsed)
         self.serve(which)
         self.draw(which)
 
@@ -88,8 +94,8 @@ class Games:
         self.redraw(old_x, old_y, brick)
         return rewards, (self.lives == 0) | (self.bricks_left == 0), life_lost
 
-    # The rules, in the order in which a step applies them. They make new arrays, and branch by `where` alone; 1 * makes numbers of
-    # truth values, which not every library subtracts.
+    # The rules, in the order in which a step applies them. They branch by `where` alone, so that they run on NumPy arrays and on
+    # tensors alike. `1 *` turns bools into integers, because torch subtracts no bools.
 
     def move_paddles(self, actions):
         self.paddle_x = self.xp.clip(self.paddle_x + self.paddle_moves[actions], 1, PADDLE_MAX)
@@ -118,24 +124,24 @@ class Games:
     def bounce_off_paddles(self):
         """The left four cells of a paddle send the ball up and left, the right three up and right."""
         where, offset = self.xp.where, self.ball_x - self.paddle_x
-        # A game that has just ended may show its ball in the paddle's row: it was lost, not met.
-        met = (self.ball_y == PADDLE_ROW) & (offset >= 0) & (offset < len(PADDLE)) & (self.lives > 0)
-        self.ball_y, self.dy = where(met, SERVE_ROW, self.ball_y), where(met, -1, self.dy)
-        self.dx = where(met, where(offset <= 3, -1, 1), self.dx)
+        # A game that has just ended may show its ball in the paddle's row: it was lost, not returned.
+        hit = (self.ball_y == PADDLE_ROW) & (offset >= 0) & (offset < len(PADDLE)) & (self.lives > 0)
+        self.ball_y, self.dy = where(hit, SERVE_ROW, self.ball_y), where(hit, -1, self.dy)
+        self.dx = where(hit, where(offset <= 3, -1, 1), self.dx)
 
     def break_bricks(self):
         """A brick under the ball goes and the ball turns -> rewards, and hit, row, column of the bricks, each (N,)."""
-        row, col = self.ball_y - BRICK_TOP, (self.ball_x - 1) // WIDTH
-        inside = (row >= 0) & (row < BRICK_ROWS) & (col >= 0) & (col < BRICK_COLS)
-        row, col = row % BRICK_ROWS, col % BRICK_COLS  # outside some brick, which stays as it is
-        whole = self.bricks[self.games, row, col]
+        row, column = self.ball_y - BRICK_TOP, (self.ball_x - 1) // BRICK_WIDTH
+        inside = (row >= 0) & (row < BRICK_ROWS) & (column >= 0) & (column < BRICK_COLUMNS)
+        row, column = row % BRICK_ROWS, column % BRICK_COLUMNS  # outside the wall: some brick, which stays as it is
+        whole = self.bricks[self.games, row, column]
         hit = inside & whole
-        self.bricks[self.games, row, col] = whole & ~inside
+        self.bricks[self.games, row, column] = whole & ~inside
         self.bricks_left = self.bricks_left - 1 * hit
         self.dy = self.xp.where(hit, -self.dy, self.dy)
         rewards = BRICK_POINTS * hit + CLEAR_POINTS * (hit & (self.bricks_left == 0))
         self.score = self.score + rewards
-        return rewards, (hit, row, col)
+        return rewards, (hit, row, column)
 
     def state_dict(self):
         """-> {name: NumPy array}"""
@@ -144,22 +150,22 @@ class Games:
     def load_state_dict(self, state):
         """Go on from a state_dict. Raises ValueError if it is not one of as many games."""
         for name in self.STATE:
-            expected, shape = getattr(self, name).shape, np.shape(state.get(name))
+            expected, shape = tuple(getattr(self, name).shape), np.shape(state.get(name))
             if shape != expected:
                 raise ValueError(f"state[{name!r}] must have shape {expected} with this num_envs; got {shape}")
         for name in self.STATE:
             getattr(self, name)[...] = self.array(state[name])
-        self.draw(np.ones(len(self.games), bool))
+        self.draw(self.games >= 0)  # all of them
 
-    def twin(self):
-        """Turn the games of the second half into copies of the first half's."""
+    def pair(self):
+        """Turn the games of the second half into copies of the first half's: game N / 2 + i is then paired with game i."""
         half = len(self.games) // 2
         for name in self.STATE + ["pages"]:
             x = getattr(self, name)
             x[half:] = x[:half]
 
-    def twins_agree(self):
-        """-> (N / 2,) bool: is page i above the paddle's line that of game N / 2 + i?"""
+    def in_sync(self):
+        """-> (N / 2,) bool: do the pages of paired games agree above the paddle's row?"""
         above, half = self.pages[:, :PADDLE_ROW], len(self.games) // 2
         return (above[:half] == above[half:2 * half]).all((1, 2))
 
@@ -169,17 +175,17 @@ class Games:
         """Draw the pages of games `which` (N,) bool from nothing."""
         wall = np.where(self.bricks[which, :, :, None], list(BRICK.encode()), ord(" "))  # (n, 7, 13, 6)
         self.pages[which] = EMPTY_PAGE
-        self.pages[which, BRICK_TOP:BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall.reshape(-1, BRICK_ROWS, BRICK_COLS * WIDTH)
+        self.pages[which, BRICK_TOP:BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall.reshape(-1, BRICK_ROWS, BRICK_COLUMNS * BRICK_WIDTH)
         self.pages[which, PADDLE_ROW] = PADDLE_LINES[self.paddle_x[which]]
         self.pages[which, self.ball_y[which], self.ball_x[which]] = ord("O")
 
     def redraw(self, old_x, old_y, brick):
-        """Bring the pages up to date after a step that began with the balls at old_x, old_y and broke `brick`."""
-        hit, row, col = brick
+        """Bring the pages up to date after a step that found the balls at old_x, old_y and broke `brick`."""
+        hit, row, column = brick
         game = np.flatnonzero(hit)
         self.pages[self.games, old_y, old_x] = EMPTY_PAGE[old_y, old_x]  # no ball ever stands on a whole brick
-        left = 1 + WIDTH * col[game, None] + np.arange(WIDTH)
-        self.pages[game[:, None], BRICK_TOP + row[game, None], left] = ord(" ")
+        cells = 1 + BRICK_WIDTH * column[game, None] + np.arange(BRICK_WIDTH)
+        self.pages[game[:, None], BRICK_TOP + row[game, None], cells] = ord(" ")
         self.pages[:, PADDLE_ROW] = PADDLE_LINES[self.paddle_x]
         self.pages[self.games, self.ball_y, self.ball_x] = ord("O")
 
@@ -189,30 +195,37 @@ def standard_serves(dx):
     return np.stack(np.broadcast_arrays(SERVE_X, dx, PADDLE_START), axis=-1)
 
 
-def draw_serves(rng, num_games, varied_starts=0.0):
-    """Draw all serves of new games -> (num_games, 5, 3) int: ball_x, dx, paddle_x.
+class RandomNumbers(NamedTuple):
+    """What new games are made of, arrays of one library with one row per game."""
 
-    With probability varied_starts a serve starts anywhere on its row, with the paddle under the ball.
+    right: np.ndarray  # (n, 5) 0 or 1: the serve's direction
+    varied: np.ndarray  # (n, 5) in [0, 1): does the serve vary, if it is below varied_starts,
+    x: np.ndarray  # (n, 5) 1..78: and where does it start then
+    wall: np.ndarray  # (n,) in [0, 1): does the wall vary, likewise,
+    share: np.ndarray  # (n,) in [0, 1): and how many of its bricks are left then,
+    brick: np.ndarray  # (n, 91) in [0, 1): those with less than this share
+
+
+def draw_numbers(rng, n):
+    """A NumPy generator -> the `RandomNumbers` of n games."""
+    serves = n, LIVES
+    return RandomNumbers(rng.integers(2, size=serves), rng.random(serves), rng.integers(1, RIGHT_WALL, size=serves),
+                         rng.random(n), rng.random(n), rng.random((n, BRICK_ROWS * BRICK_COLUMNS)))
+
+
+def new_games(numbers, varied_starts=0.0, xp=np):
+    """`RandomNumbers` of n games -> serves (n, 5, 3), bricks (n, 7, 13) bool. xp: the library of the arrays, numpy or torch.
+
+    With probability varied_starts a serve starts anywhere on its row, with the paddle under the ball; and with that probability
+    a wall keeps only a share of its bricks, any share alike.
     """
-    shape = num_games, LIVES
-    serves = standard_serves(2 * rng.integers(2, size=shape) - 1)
-    if varied_starts > 0:
-        varied = rng.random(shape) < varied_starts
-        x = rng.integers(1, RIGHT_WALL, size=shape)
-        serves[varied, 0] = x[varied]
-        serves[varied, 2] = np.clip(x[varied] - 3, 1, PADDLE_MAX)
-    return serves
-
-
-def draw_bricks(rng, num_games, varied_starts=0.0):
-    """Draw the bricks of new games -> (num_games, 7, 13) bool: all, or with probability varied_starts any share."""
-    bricks = np.ones((num_games, BRICK_ROWS, BRICK_COLS), bool)
-    if varied_starts > 0:
-        varied = rng.random(num_games) < varied_starts
-        keep = np.where(varied, rng.random(num_games), 1.0)
-        bricks = rng.random(bricks.shape) < keep[:, None, None]
-        bricks[~bricks.any((1, 2)), 0, 0] = True  # one varied wall in 92: a game needs a brick
-    return bricks
+    where, varied = xp.where, numbers.varied < varied_starts
+    ball_x = where(varied, numbers.x, SERVE_X)
+    paddle_x = where(varied, xp.clip(numbers.x - len(PADDLE) // 2, 1, PADDLE_MAX), PADDLE_START)
+    serves = xp.stack([ball_x, 2 * numbers.right - 1, paddle_x], -1)
+    bricks = numbers.brick < where(numbers.wall < varied_starts, numbers.share, 1.0)[:, None]
+    first = bricks[:, :1] | ~bricks.any(1)[:, None]  # an empty wall, one varied in 92, keeps its first brick
+    return serves, xp.concatenate([first, bricks[:, 1:]], 1).reshape(-1, BRICK_ROWS, BRICK_COLUMNS)
 
 
 def fixed_serves(options, num_games):
@@ -285,15 +298,15 @@ class BreakoutAsciiVec(VectorEnv):
         self._started = False
 
     def reset(self, *, seed=None, options=None):
-        """Begin N new games -> observations, infos.
+        """Start N new games -> observations, infos.
 
         options={"serves": (5,) or (N, 5) of -1 and +1} fixes the dx of the serves of these games, first serve first,
-        and makes them standard serves; games that an autoreset begins are drawn again. Raises ValueError otherwise.
+        and makes them standard serves; games that an autoreset starts are drawn again. Raises ValueError otherwise.
         """
         serves = fixed_serves(options, self.num_envs)
         super().reset(seed=seed)
         everyone = np.ones(self.num_envs, bool)
-        self._begin(everyone, serves)
+        self._new_games(everyone, serves)
         self._started = True
         return self.observation(), self._infos(life_lost=~everyone, mask=everyone)
 
@@ -307,7 +320,7 @@ class BreakoutAsciiVec(VectorEnv):
         infos = {}
         if done.any():
             infos = self._final(life_lost, done)
-            self._begin(done)
+            self._new_games(done)
             life_lost &= ~done
         infos |= self._infos(life_lost, mask=np.ones(self.num_envs, bool))
         return self.observation(), rewards.astype(float), terminated, truncated, infos
@@ -321,23 +334,23 @@ class BreakoutAsciiVec(VectorEnv):
         """-> a tuple with one str ("ansi") or (264, 480, 3) uint8 picture ("rgb_array") per game, None without mode."""
         if self.render_mode is None:
             return None
-        draw = to_text if self.render_mode == "ansi" else to_image
-        return tuple(draw(tokens) for tokens in self.observation())
+        return tuple(rendered(tokens, self.render_mode) for tokens in self.observation())
 
-    def twin(self):
+    def pair(self):
         """Turn the games of the second half into copies of the first half's -> observations (N, 1944).
 
-        Raises ValueError for an odd number of games.
+        Game N / 2 + i is then paired with game i. Raises ValueError for an odd number of games.
         """
         self._check_started()
         if self.num_envs % 2:
             raise ValueError(f"{self.num_envs} games do not make pairs; take an even num_envs")
-        self.games.twin()
+        self.games.pair()
         return self.observation()
 
-    def twins_agree(self):
-        """-> (N / 2,) bool: is page i above the paddle's line that of game N / 2 + i?"""
-        return self.games.twins_agree()
+    def in_sync(self):
+        """-> (N / 2,) bool: do the pages of paired games agree above the paddle's row?"""
+        self._check_started()
+        return self.games.in_sync()
 
     def state_dict(self):
         """-> all that a run needs to go on bit for bit, in NumPy arrays and plain types."""
@@ -354,12 +367,17 @@ class BreakoutAsciiVec(VectorEnv):
 
     def _check_started(self):
         if not self._started:
-            raise ResetNeeded("call reset() first: no game has begun")
+            raise ResetNeeded("call reset() first: no game has started")
 
-    def _begin(self, which, serves=None):
-        if serves is None:
-            serves = draw_serves(self.np_random, which.sum(), self.varied_starts)
-        self.games.begin(which, serves, draw_bricks(self.np_random, which.sum(), self.varied_starts))
+    def _new_games(self, which, serves=None):
+        """Start a new game where which (N,) bool; serves (N, 5, 3), or None to take those that are drawn."""
+        drawn_serves, bricks = new_games(self.random_numbers(which), self.varied_starts)
+        row = np.cumsum(which) - 1  # of each new game among those drawn; the other games read some row in vain
+        self.games.reset(which, drawn_serves[row] if serves is None else serves, bricks[row])
+
+    def random_numbers(self, which):
+        """-> the `RandomNumbers` of the new games where which (N,) bool, one after another."""
+        return draw_numbers(self.np_random, which.sum())
 
     def _infos(self, life_lost, mask):
         """The four infos (N,), zero outside mask (N,) bool, each with its own copy of the mask, as Gymnasium has it."""
@@ -396,10 +414,11 @@ class BreakoutAscii(gym.Env):
         self._playing = False
 
     def reset(self, *, seed=None, options=None):
-        """Begin a game -> observation, info; options={"serves": (5,) of -1 and +1} fixes the dx of its serves."""
+        """Start a game -> observation, info; options={"serves": (5,) of -1 and +1} fixes the dx of its serves."""
         serves = fixed_serves(options, 1)
         super().reset(seed=seed)
-        self.games.begin(np.ones(1, bool), draw_serves(self.np_random, 1) if serves is None else serves, bricks=True)
+        drawn_serves, bricks = new_games(draw_numbers(self.np_random, 1))
+        self.games.reset(np.ones(1, bool), drawn_serves if serves is None else serves, bricks)
         self._playing = True
         if self.render_mode == "human":
             sys.stdout.write("\x1b[2J")  # clear the terminal once; a frame then overwrites the last
@@ -409,7 +428,7 @@ class BreakoutAscii(gym.Env):
     def step(self, action):
         """Raises ResetNeeded before the first reset and after the end of a game, ValueError for a bad action."""
         if not self._playing:
-            raise ResetNeeded("call reset() first: no game has begun, or the last one is over")
+            raise ResetNeeded("call reset() first: no game has started, or the last one is over")
         rewards, terminated, life_lost = self.games.step(check_actions(action, ())[None])
         terminated = bool(terminated[0])
         truncated = not terminated and bool(self.games.elapsed[0] >= self.max_episode_steps)
@@ -420,10 +439,9 @@ class BreakoutAscii(gym.Env):
         return self._observation(), float(rewards[0]), terminated, truncated, self._info(bool(life_lost[0]))
 
     def render(self):
-        if self.render_mode == "ansi":
-            return to_text(self._observation())
-        if self.render_mode == "rgb_array":
-            return to_image(self._observation())
+        """-> a str ("ansi"), a (264, 480, 3) uint8 picture ("rgb_array"), or None ("human" draws over the terminal)."""
+        if self.render_mode in ("ansi", "rgb_array"):
+            return rendered(self._observation(), self.render_mode)
         if self.render_mode == "human":
             sys.stdout.write("\x1b[H" + to_text(self._observation()))
             sys.stdout.flush()
@@ -437,31 +455,11 @@ class BreakoutAscii(gym.Env):
         return {"score": int(score), "lives": int(lives), "bricks": int(bricks), "life_lost": life_lost}
 
 
-def untimed(**kwargs):
-    """What gym.make calls: a game without its own limit, because gym.make wraps it in a TimeLimit."""
-    return BreakoutAscii(max_episode_steps=None, **kwargs)
-
-
-untimed.metadata = BreakoutAscii.metadata  # gym.make looks up the render modes here
-
-if "BreakoutAscii-v0" not in gym.registry:  # a reload must not warn
-    gym.register("BreakoutAscii-v0", entry_point="breakout_ascii:untimed", max_episode_steps=MAX_EPISODE_STEPS,
-                 vector_entry_point="breakout_ascii:BreakoutAsciiVec")
-
-
-# Drawing. Brick rows have colours in the picture only; the page, which is all an agent sees, has none.
-
-CHARACTERS = " #|_=O\n"
-BRICK_COLOURS = [(232, 80, 80), (226, 120, 64), (214, 154, 58), (206, 196, 70),
-                 (92, 190, 96), (74, 170, 200), (104, 120, 240)]  # top row first, RGB
-COLOURS = {"#": (140, 140, 140), "=": (230, 110, 200), "O": (255, 255, 255)}
-
-
-def check_tokens(tokens, shapes):
+def check_tokens(tokens, dimensions):
     """-> tokens as an array. Raises ValueError unless its last axis is a page and every value a character of one."""
     tokens = np.asarray(tokens)
-    if tokens.ndim not in shapes or tokens.shape[-1] != TOKENS:
-        expected = " or ".join({1: f"({TOKENS},)", 2: f"(B, {TOKENS})"}[n] for n in shapes)
+    if tokens.ndim not in dimensions or tokens.shape[-1] != TOKENS:
+        expected = " or ".join({1: f"({TOKENS},)", 2: f"(B, {TOKENS})"}[n] for n in dimensions)
         raise ValueError(f"tokens must have shape {expected}; got {tokens.shape}")
     if tokens.dtype.kind not in "iu":
         raise ValueError(f"tokens must be integers, ASCII codes; got {tokens.dtype}")
@@ -476,117 +474,22 @@ def to_text(tokens):
     return check_tokens(tokens, (1,)).astype(np.uint8).tobytes().decode("ascii")
 
 
-@functools.cache
-def glyph_atlas():
-    """-> (24, 11, 128, 6, 3) uint8: row of the page, line of the glyph, character, dot in the line, RGB."""
-    from PIL import Image, ImageDraw, ImageFont  # here, so that training needs no Pillow
-    font = ImageFont.load_default_imagefont()  # every glyph is 6 wide and 11 high
-    atlas = np.zeros((ROWS, 11, 128, 6, 3), np.uint8)
-    for character in CHARACTERS.strip():
-        glyph = Image.new("1", (6, 11))
-        ImageDraw.Draw(glyph).text((0, 0), character, fill=1, font=font)
-        ink = np.array(glyph)[..., None]  # (11, 6, 1)
-        for row in range(ROWS):
-            brick_row = np.clip(row - BRICK_TOP, 0, BRICK_ROWS - 1)
-            colour = np.uint8(COLOURS.get(character, BRICK_COLOURS[brick_row]))
-            paper = 0 * colour if character == "O" else colour // 4  # things are solid, yet their characters legible
-            atlas[row, :, ord(character)] = np.where(ink, colour, paper)
-    return atlas
+def rendered(tokens, mode):
+    """tokens (1944,) -> str for "ansi", a (264, 480, 3) uint8 picture for "rgb_array"."""
+    if mode == "ansi":
+        return to_text(tokens)
+    from drawing import to_image  # here, because drawing.py imports this file
+
+    return to_image(tokens)
 
 
-def to_image(tokens):
-    """tokens (1944,) -> (264, 480, 3) uint8 RGB, or (B, 1944) -> (B, 264, 480, 3). Raises ValueError for non-pages."""
-    tokens = check_tokens(tokens, (1, 2))
-    pages = tokens.reshape(-1, ROWS, 1, COLS)[..., :-1]  # (B, 24, 1, 80): newlines are not drawn
-    dots = glyph_atlas()[np.arange(ROWS)[:, None, None], np.arange(11)[:, None], pages]  # (B, 24, 11, 80, 6, 3)
-    return dots.reshape(*tokens.shape[:-1], ROWS * 11, (COLS - 1) * 6, 3)
+def untimed(**kwargs):
+    """What gym.make calls: a game without its own limit, because gym.make wraps it in a TimeLimit."""
+    return BreakoutAscii(max_episode_steps=None, **kwargs)
 
 
-# Play in the terminal.
+untimed.metadata = BreakoutAscii.metadata  # gym.make looks up the render modes here
 
-SCREEN_ROWS, SCREEN_COLS = ROWS + 2, COLS - 1  # the page, the score, a line of help
-
-
-def last_key(screen, seconds):
-    """Wait so many seconds, then return the last key pressed meanwhile, or -1."""
-    key, end = -1, time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        screen.timeout(max(1, int(1000 * left)))
-        pressed = screen.getch()
-        if pressed not in (-1, curses.KEY_RESIZE):
-            key = pressed
-    return key
-
-
-def show(screen, lines):
-    screen.erase()
-    for row, line in enumerate(lines):
-        try:
-            screen.addstr(row, 0, line)
-        except curses.error:  # the window has just become smaller
-            break
-    screen.refresh()
-
-
-def play(screen, fps):
-    """Play until q is pressed. Returns None, or one line that says why it is impossible."""
-    def fits():
-        rows, cols = screen.getmaxyx()
-        return rows >= SCREEN_ROWS and cols >= SCREEN_COLS
-
-    if not fits():
-        return f"the terminal is smaller than {SCREEN_COLS}x{SCREEN_ROWS}: enlarge it and start again"
-    try:
-        curses.curs_set(0)
-    except curses.error:  # some terminals cannot hide the cursor
-        pass
-    env = BreakoutAscii(max_episode_steps=None)
-    (tokens, info), over = env.reset(), False
-    while True:
-        status = f"score {info['score']}   lives {info['lives']}" + ("   GAME OVER" if over else "")
-        help_line = "left and right arrow: move   r: new game   q: quit"
-        if fits():
-            show(screen, [*to_text(tokens).splitlines(), status, help_line])
-        else:
-            show(screen, ["too small"])  # the game waits
-        key = last_key(screen, 1 / fps)
-        if key in (ord("q"), ord("Q")):
-            return None
-        if key in (ord("r"), ord("R")):
-            (tokens, info), over = env.reset(), False
-        elif fits() and not over:
-            action = {curses.KEY_LEFT: 1, curses.KEY_RIGHT: 2}.get(key, 0)
-            tokens, _, over, _, info = env.step(action)
-
-
-def terminal_problem():
-    """-> one line that says why nobody can play here, or None."""
-    if curses is None:
-        return "Python's curses module is missing (on Windows: pip install windows-curses)"
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return "input and output must be a terminal"
-    try:
-        curses.setupterm()
-        able = curses.tigetstr("cup")  # move the cursor
-    except curses.error:
-        able = False
-    return None if able else "the terminal type in TERM is unknown or too simple: try TERM=xterm"
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Play Breakout in the terminal with the arrow keys.")
-    parser.add_argument("--fps", type=float, default=15.0, help="steps per second (default 15)")
-    fps = parser.parse_args().fps
-    if not 0.1 <= fps <= 1000:
-        parser.error(f"--fps must lie between 0.1 and 1000; got {fps}")
-    try:
-        problem = terminal_problem() or curses.wrapper(play, fps)
-    except KeyboardInterrupt:
-        return 130
-    if problem:
-        print(f"breakout_ascii: {problem}", file=sys.stderr)
-    return 1 if problem else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+if "BreakoutAscii-v0" not in gym.registry:  # a reload must not warn
+    gym.register("BreakoutAscii-v0", entry_point="breakout_ascii:untimed", max_episode_steps=MAX_EPISODE_STEPS,
+                 vector_entry_point="breakout_ascii:BreakoutAsciiVec")

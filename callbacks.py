@@ -1,9 +1,19 @@
-"""Observers of the training: progress, metrics.csv, TensorBoard, the learning curve, checkpoints.
+"""What watches a training: evaluation, progress, metrics.csv, TensorBoard, the learning curve, checkpoints.
 
-PPO calls every method of every callback, in the order of its list, and nothing here changes the training: no callback
-writes to `ppo` or draws a random number. Put `MetricsCSV` before `LearningCurve`, which draws its file, and before
-`Checkpoints`, so that a resume point never knows of an update that metrics.csv does not. A full disk costs files, not
-the training.
+A trainer is anything that has
+
+    num_steps global_step update_count seconds  counters; seconds of training so far
+    stats                                       {name: float} of the last update; every name becomes a column and a curve
+    evaluated best_score is_best                the last evaluated policy_state(), with its "evaluation", which has a "score"
+    pending                                     the policy states that are being evaluated
+    policy_state() state_dict()                 what playing needs, and what a resume needs; plain types and tensors
+    evaluation_end(state, evaluation)           tells the trainer, and by it all callbacks, what came of an evaluation
+    check_stop()                                raises StopTraining if somebody asked for it
+
+The trainer calls every method of every callback, in the order of its list; a callback never changes the training. Put `Evaluation` first:
+its results come before the update that waits for them. Put `MetricsCSV` before `LearningCurve`, which draws its file, and before
+`Checkpoints`, so that a resume point never knows of an update that metrics.csv does not. A full disk costs files, not the
+training.
 """
 
 import contextlib
@@ -11,34 +21,73 @@ import csv
 import io
 import math
 import sys
+import time
+from collections import deque
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from background import Background
 from checkpoint import CheckpointError, atomic_write, save_checkpoint
 
-CHARTS = ("lr", "steps_per_second", "train_score")  # the other statistics are losses
-EVALUATION = {  # column in metrics.csv: key of an evaluation
-    "eval_score": "score", "eval_min": "min", "eval_max": "max", "eval_cleared": "cleared",
-    "eval_length": "mean_length", "eval_returned": "returned",
-}  # fmt: skip
-RANDOM_SCORE, CLEARED_SCORE = 82, 960  # random play; every brick, which a tracker with a one-cell dead zone gets
+CHARTS = ("lr", "steps_per_second", "episode_return")  # the other statistics are losses
 PLAIN_INTERVAL = 10  # seconds between progress lines where no bar can be drawn
 
 
 class Callback:
-    """Does nothing at any event. They come in this order, but for results that had to be waited for: these come before the
-    on_update_end of the update that waits."""
+    """Does nothing at any event."""
 
     # fmt: off
-    def on_training_start(self, ppo): pass
-    def on_rollout_start(self, ppo): pass
-    def on_rollout_end(self, ppo): pass
-    def on_update_end(self, ppo): pass
-    def on_evaluation_end(self, ppo): pass  # of ppo.evaluated, the policy after this update or an earlier one
-    def on_training_end(self, ppo): pass  # not after an interruption
+    def on_training_start(self, trainer): pass
+    def on_update_end(self, trainer): pass
+    def on_evaluation_end(self, trainer): pass  # of trainer.evaluated, the policy after this update or an earlier one
+    def on_training_end(self, trainer): pass  # not after an interruption
     # fmt: on
+
+
+class Evaluation(Callback):
+    """Every so many updates, and after the last, the policy is evaluated in a process of its own while training goes on.
+
+    A result is waited for when the next evaluation is due. What is being evaluated when a run stops is evaluated again when it goes
+    on. A context manager: at its end the processes are stopped.
+    """
+
+    def __init__(self, evaluate, interval, processes=1):
+        """evaluate(policy state) -> a dict of numbers with a "score", a function of a module. interval: updates."""
+        self.background, self.interval, self.futures = Background(evaluate, processes), interval, deque()
+
+    def on_training_start(self, trainer):
+        for state in trainer.pending[len(self.futures) :]:
+            self.futures.append(self.background.submit(state))
+
+    def on_update_end(self, trainer):
+        self.take(trainer, leave=len(self.futures))  # without waiting
+        if trainer.update_count % self.interval == 0 or trainer.global_step >= trainer.num_steps:
+            self.take(trainer, leave=self.background.processes - 1)
+            trainer.pending.append(trainer.policy_state())
+            self.futures.append(self.background.submit(trainer.pending[-1]))
+
+    def on_training_end(self, trainer):
+        self.take(trainer, leave=0)
+
+    def take(self, trainer, leave):
+        """Take the results that are there, in order, and wait for more until only `leave` evaluations are under way."""
+        while self.futures:
+            while not self.futures[0].done():
+                if len(self.futures) <= leave:
+                    return
+                trainer.check_stop()
+                time.sleep(0.02)
+            evaluation = self.background.result(self.futures[0])
+            self.futures.popleft()
+            trainer.evaluation_end(trainer.pending.pop(0), evaluation)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.background.__exit__(*exception)
 
 
 def say(line):
@@ -57,11 +106,11 @@ def duration(seconds):
     return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
-def evaluation_line(ppo):
-    state, e = ppo.evaluated, ppo.evaluated["evaluation"]
-    return (f"{state['global_step']:>11,} steps  {duration(state['seconds']):>6}  score {e['score']:5.1f} "
-            f"(min {e['min']:.0f} max {e['max']:.0f})  cleared {e['cleared']}/{e['games']}  "
-            f"returned {100 * e['returned']:.0f} %" + ("  best" if ppo.is_best else ""))  # fmt: skip
+def evaluation_line(trainer):
+    state, evaluation = trainer.evaluated, trainer.evaluated["evaluation"]
+    others = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.items() if name != "score")
+    return (f"{state['global_step']:>11,} steps  {duration(state['seconds']):>6}  score {evaluation['score']:5.1f}  {others}"
+            + ("  best" if trainer.is_best else ""))  # fmt: skip
 
 
 class ProgressBar(Callback):
@@ -71,47 +120,47 @@ class ProgressBar(Callback):
         """plan: a line to print first, on what is about to happen."""
         self.plan = plan
 
-    def on_training_start(self, ppo):
+    def on_training_start(self, trainer):
         if self.plan:
             say(self.plan)
-        self.first_step, self.first_seconds, self.estimated = ppo.global_step, ppo.seconds, False
-        self.said_at, self.bar = ppo.seconds, None
+        self.first_step, self.first_seconds, self.estimated = trainer.global_step, trainer.seconds, False
+        self.said_at, self.bar = trainer.seconds, None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=ppo.num_steps, initial=min(ppo.global_step, ppo.num_steps), unit=" steps",
+            self.bar = tqdm(total=trainer.num_steps, initial=min(trainer.global_step, trainer.num_steps), unit=" steps",
                             unit_scale=True, dynamic_ncols=True)  # fmt: skip
 
-    def on_evaluation_end(self, ppo):
-        say(evaluation_line(ppo))
-        self.said_at = ppo.seconds
-        self.show(ppo)
+    def on_evaluation_end(self, trainer):
+        say(evaluation_line(trainer))
+        self.said_at = trainer.seconds
+        self.show(trainer)
 
-    def on_update_end(self, ppo):
-        train_score = self.train_score(ppo)
-        rate = (ppo.global_step - self.first_step) / (ppo.seconds - self.first_seconds)  # of everything
-        left = duration(max(ppo.num_steps - ppo.global_step, 0) / rate)
+    def on_update_end(self, trainer):
+        rate = (trainer.global_step - self.first_step) / (trainer.seconds - self.first_seconds)  # of everything
+        left = duration(max(trainer.num_steps - trainer.global_step, 0) / rate)
         if not self.estimated:
             say(f"the first update ran at {rate:,.0f} steps/s: about {left} to go")
             self.estimated = True
-        self.show(ppo)
-        if self.bar is None and ppo.seconds - self.said_at >= PLAIN_INTERVAL:
-            say(f"{ppo.global_step:>11,} steps  {duration(ppo.seconds):>6}  in training {train_score}  "
+        self.show(trainer)
+        if self.bar is None and trainer.seconds - self.said_at >= PLAIN_INTERVAL:
+            say(f"{trainer.global_step:>11,} steps  {duration(trainer.seconds):>6}  in training {self.recent(trainer)}  "
                 f"{rate:,.0f} steps/s  {left} left")
-            self.said_at = ppo.seconds
+            self.said_at = trainer.seconds
 
-    def show(self, ppo):
+    def show(self, trainer):
         if self.bar is not None:
-            score = f"{ppo.evaluated['evaluation']['score']:.1f}" if ppo.evaluated else "-"
-            self.bar.set_postfix_str(f"score {score}, in training {self.train_score(ppo)}", refresh=False)
-            self.bar.update(min(ppo.global_step, ppo.num_steps) - self.bar.n)
+            score = f"{trainer.evaluated['evaluation']['score']:.1f}" if trainer.evaluated else "-"
+            self.bar.set_postfix_str(f"score {score}, in training {self.recent(trainer)}", refresh=False)
+            self.bar.update(min(trainer.global_step, trainer.num_steps) - self.bar.n)
 
-    def train_score(self, ppo):
-        return f"{ppo.stats['train_score']:.1f}".replace("nan", "-") if ppo.stats else "-"
+    def recent(self, trainer):
+        """-> the mean return of the last training episodes, as text."""
+        return f"{trainer.stats.get('episode_return', math.nan):.1f}".replace("nan", "-")
 
-    def on_training_end(self, ppo):
+    def on_training_end(self, trainer):
         if self.bar is not None:
             self.bar.close()
-        best = f", best score {ppo.best_score:.1f}" if math.isfinite(ppo.best_score) else ""
-        say(f"trained {ppo.global_step:,} steps in {duration(ppo.seconds)}{best}")
+        best = f", best score {trainer.best_score:.1f}" if math.isfinite(trainer.best_score) else ""
+        say(f"trained {trainer.global_step:,} steps in {duration(trainer.seconds)}{best}")
 
 
 def read_metrics(path):
@@ -128,29 +177,30 @@ def read_metrics(path):
 class MetricsCSV(Callback):
     """One row per update. A resumed run drops the rows after its checkpoint, and goes on as if never stopped."""
 
-    def __init__(self, path):
-        self.path, self.columns = Path(path), None
+    def __init__(self, path, evaluation=("score",)):
+        """evaluation: the names of an evaluation that get a column, with `eval_` before them."""
+        self.path, self.evaluation, self.columns = Path(path), evaluation, None
 
-    def on_update_end(self, ppo):
-        row = {"update": ppo.update_count, "global_step": ppo.global_step, "seconds": round(ppo.seconds, 2)}
-        row |= ppo.stats | dict.fromkeys(EVALUATION, "")
-        with self.going_on(f"row {ppo.update_count}"):
+    def on_update_end(self, trainer):
+        row = {"update": trainer.update_count, "global_step": trainer.global_step, "seconds": round(trainer.seconds, 2)}
+        row |= trainer.stats | dict.fromkeys([f"eval_{name}" for name in self.evaluation], "")
+        with self.warn_and_continue(f"row {trainer.update_count}"):
             if self.columns is None:
                 old_columns, old_rows = read_metrics(self.path)
                 columns = old_columns + [name for name in row if name not in old_columns]
                 missing = [""] * (len(columns) - len(old_columns))
-                self.write(columns, [old + missing for old in old_rows if int(old[0]) < ppo.update_count])
+                self.write(columns, [old + missing for old in old_rows if int(old[0]) < trainer.update_count])
                 self.columns = columns
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
-    def on_evaluation_end(self, ppo):
-        update = ppo.evaluated["update_count"]
-        with self.going_on(f"the evaluation of row {update}"):
+    def on_evaluation_end(self, trainer):
+        update = trainer.evaluated["update_count"]
+        with self.warn_and_continue(f"the evaluation of row {update}"):
             columns, rows = read_metrics(self.path)
             for row in (row for row in rows if int(row[0]) == update):
-                for name, key in EVALUATION.items():
-                    row[columns.index(name)] = ppo.evaluated["evaluation"][key]
+                for name in self.evaluation:
+                    row[columns.index(f"eval_{name}")] = trainer.evaluated["evaluation"][name]
                 self.write(columns, rows)
 
     def write(self, columns, rows):
@@ -160,11 +210,11 @@ class MetricsCSV(Callback):
         atomic_write(self.path, table.getvalue().encode())
 
     @contextlib.contextmanager
-    def going_on(self, what):
+    def warn_and_continue(self, what):
         try:
             yield
         except OSError as error:
-            self.columns = None  # the next update starts again, which mends what this one tore
+            self.columns = None  # the next update starts again, which repairs what this one tore
             say(f"warning: {self.path}: {what} not written ({error.strerror}); training goes on")
 
 
@@ -174,36 +224,36 @@ class TensorBoard(Callback):
     def __init__(self, run_dir):
         self.run_dir, self.writer = run_dir, None
 
-    def on_training_start(self, ppo):
+    def on_training_start(self, trainer):
         try:
             from torch.utils.tensorboard import SummaryWriter  # here, because the training can do without
         except ImportError:
             say("warning: tensorboard is not installed, so there are no event files (pip install tensorboard)")
             return
         # purge_step hides what an interrupted run logged after the checkpoint that this one goes on from
-        purge_step = ppo.global_step + 1 if ppo.global_step else None
-        with self.giving_up():
+        purge_step = trainer.global_step + 1 if trainer.global_step else None
+        with self.warn_and_give_up():
             self.writer = SummaryWriter(self.run_dir, purge_step=purge_step)
 
-    def on_update_end(self, ppo):
-        self.add({f"{'charts' if name in CHARTS else 'losses'}/{name}": x for name, x in ppo.stats.items()}, ppo.global_step)
+    def on_update_end(self, trainer):
+        self.add({f"{'charts' if name in CHARTS else 'losses'}/{name}": x for name, x in trainer.stats.items()}, trainer.global_step)
 
-    def on_evaluation_end(self, ppo):
-        self.add({f"eval/{name}": x for name, x in ppo.evaluated["evaluation"].items()}, ppo.evaluated["global_step"])
+    def on_evaluation_end(self, trainer):
+        self.add({f"eval/{name}": x for name, x in trainer.evaluated["evaluation"].items()}, trainer.evaluated["global_step"])
 
-    def on_training_end(self, ppo):
+    def on_training_end(self, trainer):
         if self.writer is not None:
-            with self.giving_up():
+            with self.warn_and_give_up():
                 self.writer.close()
 
     def add(self, scalars, step):
         if self.writer is not None:
-            with self.giving_up():
+            with self.warn_and_give_up():
                 for name, value in scalars.items():
                     self.writer.add_scalar(name, value, step)
 
     @contextlib.contextmanager
-    def giving_up(self):
+    def warn_and_give_up(self):
         try:
             yield
         except OSError as error:
@@ -214,51 +264,52 @@ class TensorBoard(Callback):
 class LearningCurve(Callback):
     """learning_curve.png, drawn from metrics.csv after each evaluation and at the end."""
 
-    def __init__(self, path, csv_path):
-        self.path, self.csv_path = Path(path), csv_path
+    def __init__(self, path, csv_path, levels=None):
+        """levels: {label: score} to compare with, drawn as lines."""
+        self.path, self.csv_path, self.levels = Path(path), csv_path, levels or {}
 
-    def on_evaluation_end(self, ppo):
+    def on_evaluation_end(self, trainer):
         self.draw()
 
-    def on_training_end(self, ppo):
+    def on_training_end(self, trainer):
         self.draw()
 
     def draw(self):
         try:
             columns, rows = read_metrics(self.csv_path)
             image = io.BytesIO()
-            learning_curve([dict(zip(columns, row)) for row in rows]).savefig(image, format="png", dpi=120)
+            learning_curve([dict(zip(columns, row)) for row in rows], self.levels).savefig(image, format="png", dpi=120)
             atomic_write(self.path, image.getvalue())
         except OSError as error:
             say(f"warning: {self.path}: not drawn ({error.strerror}); training goes on")
 
 
-def learning_curve(rows):
-    """Rows of metrics.csv (dicts of str) -> a Figure: scores over steps, and over minutes."""
+def learning_curve(rows, levels):
+    """Rows of metrics.csv (dicts of str), {label: score} -> a Figure: scores over steps, and over minutes."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")  # no pyplot: it keeps global state and may want a screen
     left, right = figure.subplots(1, 2, sharey=True)
     long_run = any(int(row["global_step"]) >= 1_000_000 for row in rows)
     unit, name = (1e6, "million") if long_run else (1e3, "thousand")
-    draw_scores(left, rows, "global_step", unit, f"{name} environment steps")
-    draw_scores(right, rows, "seconds", 60, "minutes")
-    left.set(ylabel="points per game", ylim=(0, 1000), yticks=range(0, 1001, 200))
+    draw_scores(left, rows, levels, "global_step", unit, f"{name} environment steps")
+    draw_scores(right, rows, levels, "seconds", 60, "minutes")
+    left.set(ylabel="score per episode")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
-def draw_scores(axes, rows, column, unit, label):
-    """The scores of `rows` over `column` / `unit`, between the two yardsticks."""
+def draw_scores(axes, rows, levels, column, unit, label):
+    """The scores of `rows` over `column` / `unit`, and the levels to compare with."""
     evaluated = [row for row in rows if row["eval_score"]]
-    axes.axhline(CLEARED_SCORE, color="tab:green", linestyle="--", linewidth=1.2,
-                 label=f"the whole wall, as a simple tracker plays it: {CLEARED_SCORE}")  # fmt: skip
-    axes.axhline(RANDOM_SCORE, color="gray", linestyle=":", linewidth=1.5, label=f"random play: {RANDOM_SCORE}")
-    axes.plot([float(row[column]) / unit for row in evaluated], [float(row["eval_score"]) for row in evaluated],
-              color="tab:blue", linewidth=2, marker="o", markersize=3.5, zorder=3,
-              label="exact greedy score: the mean of all games")  # fmt: skip
-    axes.plot([float(row[column]) / unit for row in rows], [float(row["train_score"] or "nan") for row in rows],
-              color="tab:blue", linewidth=1, alpha=0.4, label="training games: actions are sampled")  # fmt: skip
+    for (name, level), color, style in zip(levels.items(), ("tab:green", "gray", "tab:orange"), ("--", ":", "-.")):
+        axes.axhline(level, color=color, linestyle=style, linewidth=1.3, label=f"{name}: {level:g}")
+    scores = [float(row["eval_score"]) for row in evaluated]
+    axes.plot([float(row[column]) / unit for row in evaluated], scores,
+              color="tab:blue", linewidth=2, marker="o", markersize=3.5, zorder=3, label="evaluation")  # fmt: skip
+    axes.plot([float(row[column]) / unit for row in rows], [float(row.get("episode_return") or "nan") for row in rows],
+              color="tab:blue", linewidth=1, alpha=0.4, label="training episodes: actions are sampled")  # fmt: skip
     axes.set(xlabel=label)
     axes.set_xlim(left=0)
+    axes.set_ylim(bottom=min([0, *scores, *levels.values()]))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -270,31 +321,31 @@ class Checkpoints(Callback):
         """save_freq: updates between two checkpoints. keep: how many checkpoint_<update>.pt stay."""
         self.run_dir, self.save_freq, self.keep, self.best = Path(run_dir), save_freq, keep, None
 
-    def on_training_start(self, ppo):
-        if ppo.update_count == 0:
-            self.save("last.pt", ppo.state_dict())  # a kill before the first checkpoint leaves something to resume
+    def on_training_start(self, trainer):
+        if trainer.update_count == 0:
+            self.save("last.pt", trainer.state_dict())  # a kill before the first checkpoint leaves something to resume
 
-    def on_evaluation_end(self, ppo):
-        if ppo.is_best:
-            self.best = ppo.evaluated
+    def on_evaluation_end(self, trainer):
+        if trainer.is_best:
+            self.best = trainer.evaluated
         self.save_best()
 
     def save_best(self):
         if self.best and self.save("best_model.pt", self.best):  # else again after the next update
             self.best = None
 
-    def on_update_end(self, ppo):
+    def on_update_end(self, trainer):
         self.save_best()
-        if ppo.update_count % self.save_freq == 0:
-            state = ppo.state_dict()
+        if trainer.update_count % self.save_freq == 0:
+            state = trainer.state_dict()
             self.save("last.pt", state)
-            self.save(f"checkpoint_{ppo.update_count}.pt", state)
+            self.save(f"checkpoint_{trainer.update_count}.pt", state)
             self.prune()
 
-    def on_training_end(self, ppo):
+    def on_training_end(self, trainer):
         """Raises CheckpointError if the result of the training cannot be saved."""
         self.save_best()
-        save_checkpoint(self.run_dir / "last.pt", ppo.state_dict())
+        save_checkpoint(self.run_dir / "last.pt", trainer.state_dict())
 
     def save(self, name, state):
         """-> whether it worked."""

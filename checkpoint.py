@@ -168,7 +168,7 @@ def newest_run(runs_dir, name="best_model.pt"):
 
 
 def to_plain(value, where="state"):
-    """`value` with numpy arrays copied into tensors and numpy scalars turned into numbers, to any depth.
+    """A copy of `value`, to any depth: tensors on the CPU, numpy arrays as tensors, numpy scalars as numbers.
 
     Raises TypeError, naming the place, for what still is not plain.
     """
@@ -178,8 +178,10 @@ def to_plain(value, where="state"):
         return type(value)(to_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(value.copy(order="C"))  # a copy: the game goes on writing into its arrays
+        return torch.from_numpy(value.copy(order="C"))
     _check_plain(value, where)
     return value
 

@@ -1,166 +1,150 @@
-"""How well a policy plays: exactly, smoothly, and while training goes on.
+"""How well a policy plays: exactly, smoothly, or by drawn games.
 
-The serves are the only chance in the game, so a greedy policy plays at most 2^5 = 32 different games. `exact` plays them
-all. But they share two beginnings, and one changed decision can move 16 games at once; `returned` is the smoother
-figure beside it.
+Only the direction of the serves is random, so a greedy policy plays at most 2^5 = 32 different games. `exact` plays them all.
+But they share two beginnings, and one changed decision can move 16 games at once; `returned` is the smoother figure beside it.
+
+A player is a function of pages: (n, 1944) uint8 tokens -> (n,) actions.
 """
 
-import contextlib
 import itertools
-import multiprocessing
-import os
-import pickle
-import signal
-import threading
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from breakout_ascii import MAX_EPISODE_STEPS, BreakoutAsciiVec
-from rollout_buffer import reader_of
+from breakout_ascii import (
+    COLUMNS, MAX_EPISODE_STEPS, PADDLE, PADDLE_ROW, ROWS, SERVE_ROW, TOKENS, BreakoutAsciiVec, Games, draw_numbers, new_games,
+    standard_serves,
+)  # fmt: skip
 
 SERVES = np.array(list(itertools.product((-1, 1), repeat=5)))  # (32, 5)
+RANDOM_SCORE, CLEARED_SCORE = 82, 960  # of random play; of every brick, which `tracker` gets too
+COLUMNS_OF_EVALUATION = ("score", "min", "max", "cleared", "length", "returned")
+GAMES_AT_ONCE = 1024
+
+
+class Results(NamedTuple):
+    """Of n games, each (n,) int."""
+
+    scores: np.ndarray
+    bricks: np.ndarray  # left; 0: the wall is cleared
+    lives: np.ndarray  # left; 0: the game is lost
+    lengths: np.ndarray  # in steps
 
 
 def evaluate(policy):
-    """Greedy play -> {"score", "min", "max", "cleared", "games", "mean_length", "returned"}, plain numbers."""
+    """Greedy play -> {"score", "min", "max", "cleared", "games", "length", "returned"}, plain numbers."""
     return {**exact(policy), "returned": returned(policy)}
 
 
-def greedy(reader, obs):
-    """(B, 1944) tokens -> (B,) actions. Games that share their beginning show the same page: each is read once."""
-    pages, first = reader.encode(obs), {}
-    which = [first.setdefault(page.tobytes(), i) for i, page in enumerate(pages)]
-    logits, _ = reader(pages[list(first.values())])
-    actions = dict(zip(first.values(), logits.argmax(-1).tolist()))
-    return np.array([actions[i] for i in which])
-
-
 def exact(policy, max_episode_steps=MAX_EPISODE_STEPS):
-    """Scores and lengths of all 32 games. A game whose state returns is in a loop: it keeps its score until truncation."""
-    reader, env = reader_of(policy), BreakoutAsciiVec(len(SERVES), max_episode_steps=max_episode_steps)
-    obs, _ = env.reset(seed=0, options={"serves": SERVES})
-    scores, lengths, bricks = np.zeros((3, len(SERVES)), int)
-    playing, seen = np.ones(len(SERVES), bool), set()
-    for step in range(1, max_episode_steps + 1):
-        actions = np.zeros(len(SERVES), int)
-        actions[playing] = greedy(reader, obs[playing])
-        obs, _, terminated, truncated, infos = env.step(actions)
-        games = env.games
-        ends = playing & (terminated | truncated)
-        states = np.column_stack([np.arange(len(SERVES)), obs, games.dx + 1, games.dy + 1, games.lives]).astype(np.uint8)
-        states = [hash(state.tobytes()) for state in states]
-        loops = playing & ~ends & np.array([state in seen for state in states])
-        seen.update(states)
-        scores[loops], bricks[loops], lengths[loops] = games.score[loops], games.bricks_left[loops], max_episode_steps
-        if ends.any():
-            final = infos["final_info"]
-            scores[ends], bricks[ends], lengths[ends] = final["score"][ends], final["bricks"][ends], step
-        playing &= ~(loops | ends)
-        if not playing.any():
-            break
-    return summary(scores, lengths, bricks)
+    """All 32 games of greedy play -> `summary`."""
+    bricks = np.ones((len(SERVES), 7, 13), bool)
+    return summary(play_games(greedy(policy), standard_serves(SERVES), bricks, max_episode_steps, deterministic=True))
 
 
-def sampled(policy, games, seed):
-    """Actions drawn from the policy, `games` standard games -> the same keys as `exact`."""
-    env, generator = BreakoutAsciiVec(games), torch.Generator().manual_seed(seed)
-    reader, (obs, _) = reader_of(policy), env.reset(seed=seed)
-    scores, lengths, bricks = np.zeros((3, games), int)
-    playing = np.ones(games, bool)
-    while playing.any():
-        actions = np.zeros(games, int)
-        logits, _ = reader(reader.encode(obs[playing]))
-        actions[playing] = torch.multinomial(logits.cpu().softmax(-1), 1, generator=generator).squeeze(1).numpy()
-        obs, _, terminated, truncated, infos = env.step(actions)
-        lengths += playing
-        ends = playing & (terminated | truncated)
-        if ends.any():
-            scores[ends], bricks[ends] = infos["final_info"]["score"][ends], infos["final_info"]["bricks"][ends]
-            playing &= ~ends
-    return summary(scores, lengths, bricks)
+def sampled(policy, num_games, seed):
+    """Actions drawn from the policy, so many standard games -> `summary`. Plays no more than GAMES_AT_ONCE at a time."""
+    player, rng, parts = drawing(policy, seed), np.random.default_rng(seed), []
+    for first in range(0, num_games, GAMES_AT_ONCE):
+        numbers = draw_numbers(rng, min(GAMES_AT_ONCE, num_games - first))
+        parts.append(play_games(player, *new_games(numbers)))
+    return summary(Results(*map(np.concatenate, zip(*parts))))
 
 
-def summary(scores, lengths, bricks):
+def summary(results):
     return {
-        "score": float(scores.mean()), "min": int(scores.min()), "max": int(scores.max()),
-        "cleared": int((bricks == 0).sum()), "games": len(scores), "mean_length": float(lengths.mean()),
+        "score": float(results.scores.mean()), "min": int(results.scores.min()), "max": int(results.scores.max()),
+        "cleared": int((results.bricks == 0).sum()), "games": len(results.scores), "length": float(results.lengths.mean()),
     }  # fmt: skip
 
 
 def returned(policy, starts=256, steps=300):
     """The share of falling balls that the paddle returns, from fixed varied starts and the serves that follow: 0..1."""
-    reader, env = reader_of(policy), BreakoutAsciiVec(starts, varied_starts=1.0)
+    player, env = greedy(policy), BreakoutAsciiVec(starts, varied_starts=1.0)
     obs, _ = env.reset(seed=0)
     hits = misses = 0
     for _ in range(steps):
         falling = env.games.dy == 1
-        obs, _, terminated, _, infos = env.step(greedy(reader, obs))
+        obs, _, terminated, _, infos = env.step(player(obs))
         lost = infos["life_lost"].copy()
         if terminated.any():
             lost[terminated] = infos["final_info"]["bricks"][terminated] > 0
         misses += int(lost.sum())
-        hits += int((falling & ~lost & ~terminated & (env.games.dy == -1) & (env.games.ball_y == 21)).sum())
+        hits += int((falling & ~lost & ~terminated & (env.games.dy == -1) & (env.games.ball_y == SERVE_ROW)).sum())
     return hits / max(hits + misses, 1)
 
 
-class Background:
-    """Calls function(policy) in processes of its own, which end with this one. A call returns its future, a `Call`; there may
-    be as many calls without a result as there are processes."""
-
-    def __init__(self, function, device, processes=1):
-        """device: where the policies go."""
-        self.device, self.processes, context = device, processes, multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
-        self.free = []  # connections
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes inherit this: Ctrl-C is for the training alone
-        for _ in range(processes):
-            ours, theirs = context.Pipe()
-            context.Process(target=serve, args=(theirs, function), daemon=True).start()
-            theirs.close()
-            self.free.append(ours)
-        signal.signal(signal.SIGINT, before)
-
-    def __call__(self, policy):
-        call = Call(self.free.pop(), self.free)
-        with alive():
-            call.connection.send_bytes(pickle.dumps(policy.to(self.device)))
-        return call
+# Players
 
 
-class Call:
-    """done(): is there a result? result(): waits for it, to be taken once."""
+def greedy(policy):
+    """The player that takes the most probable action. Games that share their beginning show the same page: it is read once."""
+    act = policy.inference_cache()
 
-    def __init__(self, connection, free):
-        self.connection, self.free = connection, free
+    def player(tokens):
+        distinct = {}
+        which = [distinct.setdefault(page.tobytes(), len(distinct)) for page in tokens]
+        pages = np.frombuffer(b"".join(distinct), np.uint8).reshape(-1, TOKENS)
+        logits, _ = act(policy.encode(pages.copy()))
+        return logits.argmax(-1).cpu().numpy()[which]
 
-    def done(self):
-        with alive():
-            return self.connection.poll()
-
-    def result(self):
-        self.free.append(self.connection)
-        with alive():
-            return self.connection.recv()
+    return player
 
 
-@contextlib.contextmanager
-def alive():
-    """Raises ChildProcessError if the process has died."""
-    try:
-        yield
-    except (EOFError, OSError):
-        raise ChildProcessError("the process that evaluates has died: what it wrote stands above, or memory ran out") from None
+def drawing(policy, seed):
+    """The player that draws its actions from the policy."""
+    act, generator = policy.inference_cache(), torch.Generator().manual_seed(seed)
+
+    def player(tokens):
+        logits, _ = act(policy.encode(tokens))
+        return torch.multinomial(logits.cpu().softmax(-1), 1, generator=generator).squeeze(1).numpy()
+
+    return player
 
 
-def serve(connection, function):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems that do not inherit it
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, OSError):  # nobody asks or listens any more
-        while True:
-            connection.send(function(pickle.loads(connection.recv_bytes())))
+def tracker(tokens):
+    """The player that moves if the ball is more than one column from the paddle's centre."""
+    pages = tokens.reshape(-1, ROWS, COLUMNS)
+    ball = (pages == ord("O")).any(1).argmax(1)
+    centre = (pages[:, PADDLE_ROW] == ord("=")).argmax(1) + len(PADDLE) // 2
+    return np.where(ball < centre - 1, 1, np.where(ball > centre + 1, 2, 0))
 
 
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(0)
+# Play
+
+
+def play_games(player, serves, bricks, max_steps=MAX_EPISODE_STEPS, *, sticky=0.0, seed=0, deterministic=False):
+    """Every game once, to its end -> `Results`. serves (n, 5, 3), bricks (n, 7, 13) bool.
+
+    sticky: probability, drawn by seed, that a game repeats its previous action.
+    deterministic: the player always answers a page alike. Then a game whose state returns is caught in a cycle, and keeps its
+        score until truncation, which need not be played.
+    """
+    n, rng, seen = len(serves), np.random.default_rng(seed), set()
+    games = Games(n)
+    games.reset(np.ones(n, bool), serves, bricks)
+    playing, actions, results = np.ones(n, bool), np.zeros(n, int), np.zeros((4, n), int)
+    for step in range(1, max_steps + 1):
+        repeated = rng.random(n) < sticky  # drawn for every game: the same ones for every player
+        chosen = player(games.pages.reshape(n, TOKENS)[playing])
+        actions[playing] = np.where(repeated[playing], actions[playing], chosen)
+        _, terminated, _ = games.step(actions)
+        results[:, playing] = np.stack([games.score, games.bricks_left, games.lives, np.full(n, step)])[:, playing]
+        playing &= ~terminated
+        if deterministic:
+            caught = playing & returning(games, seen)
+            results[3, caught] = max_steps
+            playing &= ~caught
+        if not playing.any():
+            break
+    return Results(*results)
+
+
+def returning(games, seen):
+    """-> (n,) bool: which games are in a state that they were in before; `seen` remembers."""
+    motion = np.column_stack([games.dx + 1, games.dy + 1, games.lives + 1]).astype(np.uint8)
+    states = [hash((i, x.tobytes(), page.tobytes())) for i, (x, page) in enumerate(zip(motion, games.pages))]
+    again = np.array([state in seen for state in states])
+    seen.update(states)
+    return again

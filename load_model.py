@@ -22,15 +22,22 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from breakout_ascii import BreakoutAscii, to_image
+from breakout_ascii import BreakoutAscii
 from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run
-from evaluation import exact, sampled
-from model import GPT, GPTConfig, set_threads
-from rollout_buffer import reader_of
+from device import set_threads
+from drawing import to_image
+from evaluation import drawing, evaluate, exact, greedy, sampled
+from model import GPT, GPTConfig
 
 HERE = Path(__file__).parent
+fast = importlib.import_module("fast") if (HERE / "fast" / "__init__.py").exists() else None  # without it all works, slowly
 SHIPPED = HERE / "pretrained" / "breakout.pt"
 FRAME_MS = 40  # 25 frames a second; gif viewers slow down below 20
+
+
+def make_gpt(config, device):
+    """An untrained GPT, with the shortcuts that suit the device if fast/ is there."""
+    return (fast.fast_gpt(config, device) if fast else GPT(config)).to(device)
 
 
 def load_policy(path, device="cpu"):
@@ -41,12 +48,25 @@ def load_policy(path, device="cpu"):
     path = find_model(path)
     meta = load_checkpoint(path)
     try:
-        policy = GPT(GPTConfig(**meta["gpt_config"]))
-        policy.load_state_dict(meta.pop("model"))
+        policy = policy_of(meta, device)
+        del meta["model"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: is no model of this program ({reason}); train one with train_ppo.py") from error
-    return policy.to(device).eval(), meta
+    return policy, meta
+
+
+def policy_of(state, device="cpu"):
+    """The state of a checkpoint -> the GPT in eval mode."""
+    config = {name: value for name, value in state["gpt_config"].items() if name != "block_size"}  # older files have it: 1944
+    policy = make_gpt(GPTConfig(**config), torch.device(device))
+    policy.load_state_dict(state["model"])
+    return policy.eval()
+
+
+def evaluate_state(state, device="cpu"):
+    """The state of a checkpoint -> what `evaluate` says of its policy."""
+    return evaluate(policy_of(state, device))
 
 
 def play(policy, steps=1000, episodes=None, seed=0, sample=False):
@@ -54,13 +74,10 @@ def play(policy, steps=1000, episodes=None, seed=0, sample=False):
 
     Yields the page after each step, (1944,) uint8, and the info of the game if this step ended it or is the last, else None.
     """
-    reader, env = reader_of(policy), BreakoutAscii()
-    generator = torch.Generator().manual_seed(seed)
+    player, env = drawing(policy, seed) if sample else greedy(policy), BreakoutAscii()
     obs, _ = env.reset(seed=seed)
     for step in itertools.count(1):
-        logits = reader(reader.encode(obs[None]))[0][0].cpu()
-        action = torch.multinomial(logits.softmax(-1), 1, generator=generator) if sample else logits.argmax()
-        obs, _, terminated, truncated, info = env.step(int(action))
+        obs, _, terminated, truncated, info = env.step(int(player(obs[None])[0]))
         over = terminated or truncated
         last = step == steps if episodes is None else over and episodes == 1
         yield obs, info if over or last else None
@@ -108,6 +125,8 @@ def read_command_line(argv):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name} must be from {low} to {high}{' for a gif' if gif else ''}, not {value}")
+    if args.evaluate and args.episodes and not args.sample:
+        parser.error("--evaluate plays all 32 games that greedy play can meet; --episodes goes with --sample")
     suffix = Path(args.out).suffix.lower()
     if suffix not in (".gif", ".mp4"):
         parser.error(f"--out must end in .gif or .mp4, not {args.out!r}")
@@ -155,9 +174,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except CheckpointError as error:
-        sys.exit(f"load_model.py: {error}")
-    except OSError as error:
+    except (CheckpointError, OSError) as error:
         sys.exit(f"load_model.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

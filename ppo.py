@@ -1,10 +1,12 @@
-"""Proximal policy optimisation (Schulman et al. 2017): collect, update, evaluate, and the state that a resume needs.
+"""Proximal policy optimisation (Schulman et al. 2017): collect a rollout, update the policy, repeat.
 
-Any policy that maps a batch of observations to logits (B, A) and values (B,), any Gymnasium vector env with SAME_STEP
-autoreset and discrete actions. Left out: recurrent policies, continuous actions, observation normalisation.
+Any policy with discrete actions (see `Policy`), any Gymnasium vector env with SAME_STEP autoreset. Left out: recurrent policies,
+continuous actions, observation normalisation.
+
+The two steps that repeat, `rollout_step` and `train_step`, take no arguments: they read and write tensors that keep their
+addresses. So they run as they stand here on any device, and fast/cuda_graphs.py can record them as CUDA graphs.
 """
 
-import copy
 import math
 import time
 from collections import deque
@@ -17,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpoint import to_numpy, to_plain
-from rollout_buffer import RolloutBuffer, changed_rows_and_columns, reader_of
+from rollout_buffer import RolloutBuffer
 
 
 def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
@@ -71,13 +73,9 @@ def explained_variance(values, returns):
     return 1 - (returns - values).var() / variance if variance > 0 else torch.tensor(math.nan)
 
 
-def learning_rate(progress, lr, min_lr, warmup, schedule):
-    """progress 0..1 of the training: linear warm-up over its first part, then "cosine" or "linear" down to min_lr."""
-    if progress < warmup:
-        return lr * progress / warmup
-    x = min((progress - warmup) / (1 - warmup), 1.0)
-    fall = x if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * x))
-    return lr + (min_lr - lr) * fall
+def learning_rate(progress, lr, min_lr):
+    """progress 0..1 of the training: half a cosine from lr down to min_lr."""
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def lost_lives(infos):
@@ -100,6 +98,30 @@ def flatten_parameters(policy):
     return weights
 
 
+class Policy(nn.Module):
+    """What PPO asks of a policy. A subclass defines `forward(obs) -> logits (B, A), values (B,)`; GPT has methods of its own.
+
+    PPO keeps `encode(obs)`; while it collects, it reads that by `inference_cache()`, and while it learns by `heads(features(...))`.
+    A policy that can do better may also have
+    share(minibatches)                   (K, M, ...) encoded observations of K minibatches -> what `features` takes of each
+    group_size                           how many observations that begin alike should stay together in minibatches
+    change_head, changes(obs, next_obs)  for predicting what changes in the next observation
+    """
+
+    def encode(self, obs):
+        return torch.as_tensor(obs, device=next(self.parameters()).device)
+
+    def features(self, obs):
+        return obs
+
+    def heads(self, obs):
+        return self(obs)
+
+    def inference_cache(self):
+        """-> a function from encoded observations to logits and values, while the weights stand still."""
+        return torch.no_grad()(self.forward)
+
+
 class StopTraining(Exception):
     """Raised inside `learn` at the next minibatch or step after `request_stop`, with several ranks at the next update."""
 
@@ -109,245 +131,220 @@ class PPOConfig:
     num_steps: int  # environment steps in all
     rollout_steps: int  # steps per environment between updates
     epochs: int
-    batch_size: int
+    batch_size: int  # must divide the samples of a rollout
     gamma: float
     lambd: float  # at the start
     lambd_end: float  # from step lambd_steps on
     lambd_steps: int
     eps_clip: float
     lr: float
-    min_lr: float
+    min_lr: float  # at the end
     value_loss_coef: float
     entropy_coef: float
     max_grad_norm: float
-    warmup: float = 0.0  # share of the training
-    lr_schedule: str = "cosine"  # or "linear"
     value_clip: float = 0.0  # 0: off
-    target_kl: float = 0.0  # 0: off
     move_coef: float = 0.0  # 0: off
     prediction_coef: float = 0.0  # 0: off
-    twins: int = 0  # 1: pairs of games begin each rollout in the same state; for an env with twin() and twins_agree()
+    paired_envs: bool = False  # pairs start each rollout in the same state; for an env with pair() and in_sync()
     reward_scale: float = 1.0
-    eval_interval: int = 0  # updates; 0: never
     seed: int = 0
 
 
 class PPO:
-    """`learn()` trains `policy` on `env`; callbacks observe; `metadata` goes into every checkpoint.
+    """`learn()` trains `policy` on `env`; callbacks watch (callbacks.py); `metadata` goes into every checkpoint."""
 
-    `evaluate(policy)` decides what is best. It is given a copy, and returns a future (`done()`, `result()`) of a dict with
-    a "score": training goes on meanwhile, with up to `evaluate.processes` evaluations under way, one if it does not say.
-    """
-
-    def __init__(self, policy, env, config, evaluate=None, callbacks=(), metadata=None):
+    def __init__(self, policy, env, config, callbacks=(), metadata=None):
         self.policy, self.env, self.config = policy, env, config
-        self.evaluate, self.callbacks, self.metadata = evaluate, callbacks, metadata or {}
-        self.device = next(policy.parameters()).device
+        self.callbacks, self.metadata = callbacks, metadata or {}
+        self.env_on_device = getattr(env, "on_device", False)  # it takes and gives tensors
+        self.device = device = next(policy.parameters()).device
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.weights = flatten_parameters(policy)
         if self.ranks > 1:
             dist.broadcast(self.weights.detach(), 0)
-        self.optimizer = torch.optim.Adam([self.weights], lr=config.lr, eps=1e-5, fused=True)
-        self.generator = torch.Generator()  # actions and shuffles
-        self.buffer = RolloutBuffer(config.rollout_steps, env.num_envs)
-        self.begin(config.seed + 100_003 * self.rank)  # every rank plays its own games
+        # a tensor, so that a CUDA graph sees it change; CUDA's kernel wants float32
+        self.lr = torch.tensor(config.lr, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
+        self.optimizer = torch.optim.Adam([self.weights], lr=self.lr, eps=1e-5, fused=True, capturable=device.type == "cuda")
+        self.generator = torch.Generator()  # of actions and minibatches
+        self.buffer = RolloutBuffer(config.rollout_steps, env.num_envs, device)
+        self.reset(config.seed + 100_003 * self.rank)  # every rank plays its own games
+        self.noise = torch.zeros(config.rollout_steps, env.num_envs, env.single_action_space.n, device=device)
+        self.in_sync = torch.zeros(env.num_envs // 2, dtype=torch.bool, device=device)
+        self.step_stats, self.stat_names = None, []  # (gradient steps of an epoch, statistics)
         self.update_count = self.global_step = 0
-        self.seconds = 0.0
-        self.train_scores = deque(maxlen=100)  # of the games that ended last
-        self.evaluations = deque()  # copies of policy_state() while they are evaluated, and the futures of what comes of it
-        self.evaluations_at_once = getattr(evaluate, "processes", 1)
+        self.seconds, self.clock = 0.0, time.perf_counter()
+        self.episode_returns = deque(maxlen=100)  # of the episodes that ended last
+        self.stats, self.snapshot, self.stop_requested = {}, None, False
+        self.pending = []  # copies of policy_state() that a callback is evaluating
         self.evaluated, self.best_score, self.is_best = None, -math.inf, False  # the last such copy, with its "evaluation"
-        self.stats = {}
-        self.stop_requested, self.snapshot = False, None
 
-    def begin(self, seed):
-        """New games and new chance."""
+    def reset(self, seed):
+        """New episodes and new random numbers."""
         self.generator.manual_seed(seed)
-        self.obs, _ = self.env.reset(seed=seed)
-        self.score_so_far = np.zeros(self.env.num_envs)
-
-    # The loop
+        obs, _ = self.env.reset(seed=seed)
+        self.obs = torch.as_tensor(obs, device=self.device).clone()
+        self.return_so_far = np.zeros(self.env.num_envs)
 
     @property
     def num_steps(self):
         return self.config.num_steps
 
     def learn(self):
+        """Train to the end. Raises StopTraining after `request_stop`, FloatingPointError if the numbers are no longer finite."""
         self.clock = time.perf_counter()
-        self.emit("on_training_start")
         self.snapshot = self.state_dict()  # what an interrupted update goes back to
-        resumed = [state for state, future in self.evaluations if future is None]
-        self.evaluations = deque(e for e in self.evaluations if e[1] is not None)
-        for state in resumed:
-            self.finish_evaluations(leave=self.evaluations_at_once - 1)
-            self.begin_evaluation(state)
-        while self.global_step < self.config.num_steps:
+        self.emit("on_training_start")
+        while self.global_step < self.num_steps:
             self.stop_together()
             start = time.perf_counter()
-            self.emit("on_rollout_start")
             self.collect()
-            self.emit("on_rollout_end")
             self.stats = self.update()
-            samples = self.config.rollout_steps * self.env.num_envs * self.ranks
-            self.stats["steps_per_second"] = samples / (time.perf_counter() - start)
-            last, every = self.global_step >= self.config.num_steps, self.config.eval_interval
+            self.stats["steps_per_second"] = self.buffer.num_steps * self.env.num_envs * self.ranks / (time.perf_counter() - start)
             self.tick()
-            if self.evaluate and every and (last or self.update_count % every == 0):
-                self.finish_evaluations(leave=self.evaluations_at_once - 1)
-                self.begin_evaluation(copy.deepcopy(self.policy_state()))
             self.emit("on_update_end")
-            self.finish_evaluations(leave=self.evaluations_at_once)
             self.snapshot = self.state_dict()
-        self.finish_evaluations(leave=0)
-        self.tick()
         self.emit("on_training_end")
 
-    def begin_evaluation(self, state):
-        policy = copy.deepcopy(self.policy)
-        policy.load_state_dict(state["model"])
-        self.evaluations.append((state, self.evaluate(policy)))
-
-    def finish_evaluations(self, leave):
-        """Takes the results that are there, in order, and waits for more until only `leave` evaluations are under way."""
-        while self.evaluations:
-            state, future = self.evaluations[0]
-            while not future.done():
-                if len(self.evaluations) <= leave:
-                    return
-                self.check_stop()
-                time.sleep(0.02)
-            self.evaluations.popleft()
-            self.evaluated = state | {"evaluation": future.result()}
-            score = self.evaluated["evaluation"]["score"]
-            self.is_best = score > self.best_score
-            self.best_score = max(self.best_score, score)
-            self.emit("on_evaluation_end")
-
-    def tick(self):
-        """Everything since `learn` began counts: observers, snapshots and what is waited for too."""
-        now = time.perf_counter()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
-
     def collect(self):
-        """S steps of every environment into the buffer."""
-        config, S, N = self.config, self.config.rollout_steps, self.env.num_envs
-        self.reader = reader_of(self.policy)
-        self.buffer.clear()
-        has_next, together = np.zeros((S, N), bool), np.zeros((S, N // 2), bool)
-        if config.twins:
-            self.obs = self.env.twin()
-            self.score_so_far[N // 2 :] = self.score_so_far[: N // 2]
-        for step in range(S):
+        """A rollout: S steps of every environment into the buffer, then advantages and returns."""
+        self.start_rollout()
+        for _ in range(self.config.rollout_steps):
             self.check_stop()
-            if config.twins:
-                together[step] = self.env.twins_agree() & (step == 0 or together[step - 1])
-            obs = self.reader.encode(self.obs)
-            logits, values = (x.cpu() for x in self.reader(obs))
-            if not logits.isfinite().all():
-                raise FloatingPointError(f"the logits are not finite in update {self.update_count + 1}; try a lower learning rate")
-            logprobs = F.log_softmax(logits, dim=-1)
-            actions = torch.multinomial(logprobs.exp(), 1, generator=self.generator)  # (N, 1)
-            next_obs, rewards, terminated, truncated, infos = self.env.step(actions.squeeze(1).numpy())
-            final_values = torch.zeros(N)
-            if truncated.any():
-                final_obs = np.stack(list(infos["final_obs"][truncated]))
-                final_values[torch.from_numpy(truncated)] = self.reader(self.reader.encode(final_obs))[1].cpu()
-            done = terminated | truncated
-            self.count_scores(rewards, done)
-            has_next[step] = ~done
-            changes = changed_rows_and_columns(self.obs, next_obs, self.policy.page_columns) if config.prediction_coef else None
-            self.buffer.add(
-                obs, actions.squeeze(1), logprobs.gather(1, actions).squeeze(1), values,
-                (rewards * config.reward_scale).astype(np.float32),
-                terminated | lost_lives(infos), truncated, final_values, changes,
-            )  # fmt: skip
-            self.obs = next_obs
-        last_values = self.reader(self.reader.encode(self.obs))[1].cpu()
-        self.buffer.finish(last_values, has_next, config.gamma, self.lambd(), together if config.twins else None)
-        self.global_step += S * N * self.ranks
+            self.rollout_step()
+        if not self.buffer.columns["logprobs"].isfinite().all():
+            raise FloatingPointError(f"the logits are not finite in update {self.update_count + 1}; try a lower learning rate")
+        _, last_values = self.act(self.policy.encode(self.obs))
+        self.buffer.finish(last_values, self.config.gamma, self.lambd())
+        self.count_returns()
+        self.global_step += self.config.rollout_steps * self.env.num_envs * self.ranks
+
+    def start_rollout(self):
+        """Draw the random numbers of the rollout ahead, and let pairs of environments start in the same state."""
+        self.act = self.policy.inference_cache()
+        self.buffer.clear()
+        S, N, A = self.noise.shape
+        self.noise.copy_(torch.stack([torch.empty(N, A).exponential_(generator=self.generator) for _ in range(S)]))
+        if hasattr(self.env, "start_rollout"):
+            obs, truncated = self.env.start_rollout(self.config.rollout_steps)
+            self.obs.copy_(obs)
+            self.end_episodes(truncated.cpu().numpy())
+        if self.config.paired_envs:
+            self.obs.copy_(torch.as_tensor(self.env.pair()))
+            half = self.env.num_envs // 2
+            self.return_so_far[half:] = self.return_so_far[:half]
+            self.in_sync.fill_(True)
+
+    @torch.no_grad()
+    def rollout_step(self):
+        """One step of every environment into the buffer."""
+        config, tensor = self.config, lambda x: torch.as_tensor(x, device=self.device)
+        row = {}
+        if config.paired_envs:
+            self.in_sync &= tensor(self.env.in_sync())
+            row["in_sync"] = self.in_sync
+        obs = self.policy.encode(self.obs)
+        logits, values = self.act(obs)
+        logprobs = F.log_softmax(logits, dim=-1)
+        # A draw from the policy, as torch.multinomial makes it: of exponential times with these rates the shortest wins
+        actions = (logprobs.exp() / self.noise.index_select(0, self.buffer.step)[0]).argmax(-1)
+        next_obs, rewards, terminated, truncated, infos = self.env.step(actions if self.env_on_device else actions.cpu().numpy())
+        final_values = torch.zeros_like(values)
+        if "final_obs" in infos and truncated.any():
+            final_values[tensor(truncated)] = self.act(self.policy.encode(np.stack(infos["final_obs"][truncated])))[1]
+        next_obs, terminated, truncated = tensor(next_obs), tensor(terminated), tensor(truncated)
+        if config.prediction_coef:
+            row["changes"] = self.policy.changes(self.obs, next_obs)
+        self.buffer.add(
+            obs=obs, actions=actions, logprobs=logprobs.gather(1, actions.unsqueeze(1)).squeeze(1), values=values,
+            rewards=(tensor(rewards) * config.reward_scale).float(), terminated=terminated | tensor(lost_lives(infos)),
+            truncated=truncated, final_values=final_values, has_next=~(terminated | truncated), **row,
+        )  # fmt: skip
+        self.obs.copy_(next_obs)
 
     def lambd(self):
         config, rise = self.config, min(self.global_step / self.config.lambd_steps, 1.0)
         return config.lambd + (config.lambd_end - config.lambd) * rise
 
-    def count_scores(self, rewards, done):
-        self.score_so_far += rewards
-        self.train_scores.extend(self.score_so_far[done].tolist())
-        self.score_so_far[done] = 0
+    def count_returns(self):
+        """The returns of the episodes that ended in the rollout, in the environment's own rewards."""
+        rewards = self.buffer.columns["rewards"].double().cpu().numpy() / self.config.reward_scale
+        for reward, has_next in zip(rewards, self.buffer.columns["has_next"].cpu().numpy()):
+            self.return_so_far += reward
+            self.end_episodes(~has_next)
+
+    def end_episodes(self, which):
+        self.episode_returns.extend(self.return_so_far[which].tolist())
+        self.return_so_far[which] = 0
 
     def update(self):
-        """Epochs of minibatches over the buffer -> the statistics of the update, floats."""
-        config, epochs = self.config, []
-        lr = learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr, config.warmup, config.lr_schedule)
-        self.set_lr(lr)
-        for _ in range(config.epochs):
-            epochs.append(self.epoch())
-            if config.target_kl and self.average(epochs[-1]["approx_kl"].mean()) > config.target_kl:
-                break
+        """Some epochs of minibatches over the rollout -> the statistics of the update, floats."""
+        config = self.config
+        self.lr.fill_(learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr))
+        steps = self.average(torch.cat([self.epoch() for _ in range(config.epochs)]))  # (gradient steps, statistics)
+        if not steps.isfinite().all():
+            raise FloatingPointError(f"the gradient is not finite in update {self.update_count + 1}; try a lower learning rate")
         self.update_count += 1
-        stats = self.average(torch.stack([torch.cat([epoch[name] for epoch in epochs]) for name in epochs[0]]))  # (names, steps)
-        stats = dict(zip(epochs[0], stats))
-        kl_max = stats["approx_kl"].max()
-        stats = {name: x.mean() for name, x in stats.items()}
-        stats["approx_kl_max"] = kl_max
-        stats["explained_variance"] = explained_variance(self.buffer.data.old_values, self.buffer.data.returns)
-        stats["twin_correlation"] = self.buffer.twin_correlation
-        stats = {name: x.item() for name, x in stats.items()}
-        stats["lr"] = lr
-        stats["train_score"] = float(np.mean(self.train_scores)) if self.train_scores else math.nan
+        stats = dict(zip(self.stat_names, steps.mean(0).tolist()))
+        stats["approx_kl_max"] = steps[:, self.stat_names.index("approx_kl")].max().item()
+        stats["explained_variance"] = explained_variance(self.buffer.data.old_values, self.buffer.data.returns).item()
+        if config.paired_envs:
+            stats["pair_correlation"] = self.buffer.pair_correlation.item()
+        stats["lr"] = self.lr.item()
+        stats["episode_return"] = float(np.mean(self.episode_returns)) if self.episode_returns else math.nan
         return stats
 
-    def set_lr(self, lr):
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
     def epoch(self):
-        """Every sample once -> the statistics of the gradient steps, {name: (steps,)}."""
-        steps, size = [], self.config.batch_size // self.ranks
-        minibatches = self.buffer.minibatches(size, self.generator, self.device, self.reader.neighbours)
-        for mb in self.normalize_advantages(list(minibatches)):
+        """Every sample once -> the statistics of the gradient steps, (gradient steps, statistics)."""
+        share, group_size = getattr(self.policy, "share", None), getattr(self.policy, "group_size", 1)
+        self.buffer.shuffle(self.config.batch_size // self.ranks, self.generator, group_size, share)
+        self.normalize_advantages()
+        for _ in range(self.buffer.num_minibatches):
             self.check_stop()
-            steps.append(self.gradient_step(self.reader.batch(mb.obs), mb))
-        return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+            self.train_step()
+        return self.step_stats.clone()
 
-    def gradient_step(self, batch, mb):
-        """One gradient step on one minibatch; batch: what the policy takes of mb.obs -> its statistics, tensors."""
-        loss, stats = self.loss(batch, mb)
+    def normalize_advantages(self):
+        """To mean 0 and standard deviation 1 in each minibatch, all ranks' samples together."""
+        advantages = self.buffer.minibatches.advantages  # (minibatches, M)
+        variances, means = torch.var_mean(advantages, 1, correction=0, keepdim=True)
+        centres = self.average(means.clone())
+        advantages -= centres
+        advantages /= self.average(variances + (means - centres) ** 2).sqrt() + 1e-8
+
+    def train_step(self):
+        """One gradient step on the next minibatch."""
+        loss, stats = self.loss(self.buffer.next_minibatch())
         grad = self.weights.grad
-        grad.zero_()  # this, and the clipping in two lines, a third of a millisecond faster than torch's functions
+        grad.zero_()  # this, and the clipping by hand, a third of a millisecond faster than torch's functions
         loss.backward()
         self.average(grad)
         stats["grad_norm"] = grad.norm()
-        self.check_gradient(stats["grad_norm"])
         grad *= (self.config.max_grad_norm / (stats["grad_norm"] + 1e-6)).clamp_max(1.0)
         self.optimizer.step()
-        return stats
+        self.keep_stats(stats)
 
-    def check_gradient(self, norm):
-        if not norm.isfinite().all():
-            raise FloatingPointError(f"the gradient is not finite in update {self.update_count + 1}; try a lower learning rate")
+    def keep_stats(self, stats):
+        if self.step_stats is None or len(self.step_stats) != self.buffer.num_minibatches:
+            self.stat_names, shape = list(stats), (self.buffer.num_minibatches, len(stats))
+            self.step_stats = torch.zeros(shape, device=self.device)
+        self.step_stats.index_copy_(0, self.buffer.minibatch - 1, torch.stack(list(stats.values())).unsqueeze(0))
 
-    def loss(self, batch, mb):
+    def loss(self, mb):
         """-> the loss of a minibatch, and its terms and what else is worth knowing of it; tensors."""
-        config = self.config
-        if config.prediction_coef:
-            features = self.policy.features(batch)
-            logits, new_values = self.policy.heads(features)
-            loss, stats = prediction_loss(self.policy.change_head(features), mb.changes, mb.has_next)
-            loss = config.prediction_coef * loss
-        else:
-            (logits, new_values), loss, stats = self.policy(batch), 0.0, {}
+        config, features = self.config, self.policy.features(mb.obs)
+        logits, new_values = self.policy.heads(features)
         logprobs = F.log_softmax(logits, dim=-1)
         new_logprobs = logprobs.gather(1, mb.actions.unsqueeze(1)).squeeze(1)
-        for coef, (term, info) in (
+        terms = [] if not config.prediction_coef else [
+            (config.prediction_coef, prediction_loss(self.policy.change_head(features), mb.changes, mb.has_next))
+        ]  # fmt: skip
+        terms += [
             (1.0, policy_loss(new_logprobs, mb.old_logprobs, mb.advantages, config.eps_clip)),
             (config.value_loss_coef, value_loss(new_values, mb.old_values, mb.returns, config.value_clip)),
             (config.entropy_coef, entropy_loss(logprobs)),
             (config.move_coef, move_loss(logprobs)),
-        ):
-            loss = loss + coef * term
-            stats |= info
-        return loss, stats
+        ]
+        return sum(coef * term for coef, (term, _) in terms), {name: x for _, (_, info) in terms for name, x in info.items()}
 
     # Several ranks: with torchrun each plays its own games, and what is learned is averaged
 
@@ -358,25 +355,29 @@ class PPO:
             tensor /= self.ranks
         return tensor
 
-    def normalize_advantages(self, minibatches):
-        """To mean 0 and standard deviation 1 in each minibatch, all ranks' samples together."""
-        variances, means = zip(*(torch.var_mean(mb.advantages, correction=0) for mb in minibatches))
-        means, variances = torch.stack(means), torch.stack(variances)
-        centres = self.average(means.clone())
-        scales = self.average(variances + (means - centres) ** 2).sqrt() + 1e-8
-        for mb, centre, scale in zip(minibatches, centres, scales):
-            yield mb._replace(advantages=(mb.advantages - centre) / scale)
-
     def stop_together(self):
         """Between two updates: a stop requested of any rank stops all, so that none waits for another's gradient."""
         if self.average(torch.tensor(float(self.stop_requested), device=self.device)) > 0:
             raise StopTraining
 
-    # Stopping, saving, going on
+    # What callbacks see and do, stopping, going on (the trainer protocol)
 
     def emit(self, event):
         for callback in self.callbacks:
             getattr(callback, event)(self)
+
+    def tick(self):
+        """Update the clock: everything since `learn` started counts, callbacks and waiting too."""
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    def evaluation_end(self, state, evaluation):
+        """A callback has evaluated `state`, an earlier policy_state()."""
+        self.evaluated = state | {"evaluation": evaluation}
+        self.is_best = evaluation["score"] > self.best_score
+        self.best_score = max(self.best_score, evaluation["score"])
+        self.tick()
+        self.emit("on_evaluation_end")
 
     def request_stop(self):
         self.stop_requested = True
@@ -386,40 +387,41 @@ class PPO:
             raise StopTraining
 
     def policy_state(self):
-        """What playing needs: weights and metadata."""
+        """What playing needs: weights and metadata; a copy, on the CPU."""
         counters = {"update_count": self.update_count, "global_step": self.global_step, "seconds": self.seconds}
-        return {**self.metadata, **counters, "model": self.policy.state_dict()}
+        return to_plain({**self.metadata, **counters, "model": self.policy.state_dict()})
 
     def state_dict(self):
-        """A copy of everything that `learn` goes on from, plain types and tensors."""
+        """A copy of everything that `learn` goes on from, plain types and tensors on the CPU."""
         state = {
-            **self.policy_state(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "env": self.env.state_dict() if hasattr(self.env, "state_dict") else None,
             "obs": self.obs,
-            "score_so_far": self.score_so_far,
-            "train_scores": list(self.train_scores),
-            "evaluations": [state for state, _ in self.evaluations],
+            "return_so_far": self.return_so_far,
+            "episode_returns": list(self.episode_returns),
+            "evaluations": self.pending,
             "best_score": self.best_score,
         }
-        return copy.deepcopy(to_plain(state))
+        return self.policy_state() | to_plain(state)
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, bit for bit on the CPU if the env has a state_dict of its own.
 
-        The state is that of rank 0; other ranks begin new games.
+        The state is that of rank 0; other ranks start new games.
         """
         self.policy.load_state_dict(state["model"])
         groups = self.optimizer.state_dict()["param_groups"]  # this run's own: they differ from device to device
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self.optimizer.param_groups[0]["lr"] = self.lr  # and not a copy
         self.generator.set_state(state["generator"])
         if self.rank > 0:
-            self.begin(self.config.seed + 100_003 * self.rank + state["global_step"])
+            self.reset(self.config.seed + 100_003 * self.rank + state["global_step"])
         elif state["env"] is not None:
             self.env.load_state_dict(to_numpy(state["env"]))
-            self.obs, self.score_so_far = to_numpy(state["obs"]), to_numpy(state["score_so_far"])
-        self.train_scores.extend(state["train_scores"])
-        self.evaluations = deque((evaluated, None) for evaluated in state.get("evaluations", []) if self.evaluate)  # older states have none
+            self.obs.copy_(state["obs"])
+            self.return_so_far = to_numpy(state["return_so_far"])
+        self.episode_returns = deque(state["episode_returns"], maxlen=100)
+        self.pending = list(state["evaluations"])
         for name in ("update_count", "global_step", "seconds", "best_score"):
             setattr(self, name, state[name])

@@ -1,7 +1,7 @@
 """What a rollout leaves behind: storage (S, N), generalised advantage estimation, minibatches.
 
-S steps of N environments. Observations are kept as a reader encodes them: a GPT's keeps 24 line numbers per page, that of
-anything else the observation itself.
+S steps of N environments. The tensors keep their addresses from rollout to rollout, and where the next step goes is a tensor
+too, so that a CUDA graph can fill the buffer and read minibatches from it.
 """
 
 from typing import NamedTuple
@@ -30,138 +30,133 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lamb
     return advantages, advantages + values
 
 
-def advantages_over_twins(advantages, together):
-    """Takes from each advantage what the game's twin gained from the same state -> advantages (S, N), correlation of twins.
+def paired_baseline(advantages, in_sync):
+    """Takes from each advantage what the paired environment gained -> advantages (S, N), the correlation of pairs.
 
-    advantages (S, N): games i and N / 2 + i began the rollout in the same state and went on independently of each other.
-    together (S, N / 2) bool: true while the two are still in much the same state; where it is false nothing is taken.
+    advantages (S, N): environments i and N / 2 + i started the rollout in the same state and went on independently of each other.
+    in_sync (S, N / 2) bool: true while the two are still in much the same state; where it is false nothing is taken.
 
-    What a twin gains does not depend on the other's action, so on average no policy gradient changes; but twins share what
-    the critic does not see of their state. A control variate (Glynn & Szechtman 2002): the share that leaves the least
-    variance is the correlation of twins, here that of this rollout's own advantages, at least 0.
+    What one gains does not depend on the other's action, so on average no policy gradient changes; but both share what the
+    critic does not see of their state. A control variate (Glynn & Szechtman 2002): the share that leaves the least variance is
+    the correlation of the pairs, here that of this rollout's own advantages, at least 0.
     """
     a, b = advantages.chunk(2, dim=1)
-    a, b = a * together, b * together
+    a, b = a * in_sync, b * in_sync
     correlation = (2 * (a * b).sum() / (a.square() + b.square()).sum().clamp_min(1e-8)).clamp_min(0.0)
     return advantages - correlation * torch.cat([b, a], dim=1), correlation
 
 
-def changed_rows_and_columns(pages, next_pages, columns):
-    """Two batches of pages (B, rows * columns) -> (B, rows + columns) bool: where in each page a character changes."""
-    length = pages.shape[1]
-    rows = length // columns
-    page, place = np.divmod(np.flatnonzero(pages != next_pages), length)
-    changes = np.zeros((len(pages), rows + columns), bool)
-    changes[page, place // columns] = changes[page, rows + place % columns] = True
-    return changes
+def shuffled(obs, group_size, generator):
+    """Encoded observations (n, ...) -> (n,) their numbers in random order, on the CPU.
 
-
-def shuffled(obs, neighbours, generator):
-    """Observations (n, ...) -> (n,) their numbers in random order. With neighbours > 1, for obs (n, K): groups of that many
-    that begin alike, and so share work, in random order, so that a minibatch still draws from all over the rollout."""
+    With group_size > 1, for obs (n, K): groups of that many that begin alike, and so share work, in random order, so that a
+    minibatch still draws from all over the rollout.
+    """
     n = len(obs)
-    alike = torch.arange(n) if neighbours == 1 else torch.from_numpy(np.lexsort(obs.T[::-1]))
-    groups = torch.randperm(-(-n // neighbours), generator=generator)
-    places = (groups.unsqueeze(1) * neighbours + torch.arange(neighbours)).flatten()
-    return alike[places[places < n]]
+    if group_size == 1:
+        return torch.randperm(n, generator=generator)
+    alike = torch.from_numpy(np.lexsort(obs.cpu().numpy().T[::-1]))
+    groups = torch.randperm(-(-n // group_size), generator=generator)
+    order = (groups.unsqueeze(1) * group_size + torch.arange(group_size)).flatten()
+    return alike[order[order < n]]
 
 
 class Minibatch(NamedTuple):
-    obs: np.ndarray  # (M, ...) as encoded
+    obs: torch.Tensor  # (M, ...) encoded
     actions: torch.Tensor  # (M,) int64, and from here on (M,) float32
     old_logprobs: torch.Tensor
     old_values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
-    changes: torch.Tensor  # (M, rows + columns) bool, or (M, 0) where nothing is predicted
-    has_next: torch.Tensor  # (M,) bool: the next frame belongs to the same episode
+    changes: torch.Tensor  # (M, ...) bool: what is to be predicted of the next observation, or (M, 0)
+    has_next: torch.Tensor  # (M,) bool: the next observation belongs to the same episode
 
 
 class RolloutBuffer:
-    """Filled by S calls of `add`, closed by `finish`, read by `minibatches`, emptied by `clear`."""
+    """Filled by S calls of `add`, closed by `finish`, read by `shuffle` and `next_minibatch`."""
 
-    def __init__(self, num_steps, num_envs):
+    def __init__(self, num_steps, num_envs, device="cpu"):
         self.num_steps, self.num_envs = num_steps, num_envs
-        self.clear()
+        self.columns, self.data, self.minibatches = {}, None, None
+        self.step, self.minibatch = torch.zeros(2, 1, dtype=torch.int64, device=device).unbind()  # how many are filled, and read
+        self.pair_correlation = torch.tensor(0.0)
 
     def clear(self):
-        self.steps, self.data, self.twin_correlation = [], None, torch.tensor(0.0)
+        self.step.zero_()
+        self.data = None
 
-    def add(self, obs, actions, logprobs, values, rewards, terminated, truncated, final_values, changes=None):
-        """One step of N environments, each argument (N, ...).
+    def add(self, **row):
+        """One step of N environments, tensors (N, ...). `finish` reads, beside the columns of a `Minibatch`:
 
-        terminated, truncated: as compute_gae wants them. final_values: values of the final observations, read only
-        where truncated. changes: `changed_rows_and_columns`, if the next frame is to be predicted.
+        obs, actions, logprobs, values, has_next; changes, if anything is predicted
+        rewards, terminated, truncated  as `compute_gae` wants them
+        final_values                    the values of the final observations, read only where truncated
+        in_sync                         (N / 2,) as `paired_baseline` wants it, if environments are paired
         """
-        if len(self.steps) == self.num_steps:
-            raise RuntimeError(f"the rollout buffer is full: it holds {self.num_steps} steps; call clear() first")
-        if changes is None:
-            changes = np.zeros((self.num_envs, 0), bool)
-        step = [np.array(obs)] + [torch.as_tensor(x) for x in (actions, logprobs, values, rewards, terminated, truncated, final_values, changes)]
-        for x in step:
-            if len(x) != self.num_envs:
-                raise ValueError(f"each argument needs {self.num_envs} rows, one per environment, not {len(x)}")
-        self.steps.append(step)
+        for name, x in row.items():
+            if name not in self.columns:
+                self.columns[name] = x.new_zeros(self.num_steps, *x.shape)
+            self.columns[name].index_copy_(0, self.step, x.unsqueeze(0))
+        self.step += 1
 
-    def finish(self, last_values, has_next, gamma, lambd, together=None):
-        """Advantages and returns, once S steps are in. last_values (N,): the value of the observation that follows.
+    def finish(self, last_values, gamma, lambd):
+        """Advantages and returns, once S steps are in. last_values (N,): the value of the observation that follows."""
+        if int(self.step) != self.num_steps:
+            raise RuntimeError(f"the rollout buffer holds {int(self.step)} of {self.num_steps} steps; add the rest first")
+        c = self.columns
+        next_values = torch.where(c["truncated"], c["final_values"], torch.cat([c["values"][1:], last_values.unsqueeze(0)]))
+        advantages, returns = compute_gae(c["rewards"], c["values"], next_values, c["terminated"], c["truncated"], gamma, lambd)
+        if "in_sync" in c:
+            advantages, self.pair_correlation = paired_baseline(advantages, c["in_sync"])
+        changes = c["changes"] if "changes" in c else c["has_next"].new_zeros(*c["has_next"].shape, 0)
+        columns = c["obs"], c["actions"], c["logprobs"], c["values"], advantages, returns, changes, c["has_next"]
+        self.data = Minibatch(*(x.flatten(0, 1) for x in columns))  # (S * N, ...)
 
-        has_next (S, N) bool: False at the last step of an episode. together: as `advantages_over_twins` wants it, if
-        the games have twins.
+    def shuffle(self, batch_size, generator, group_size=1, share=None):
+        """Cut the S * N samples, in random order, into minibatches of batch_size, which must divide them.
+
+        share: what to make of the encoded observations (K, batch_size, ...) of K minibatches.
+        -> whether the minibatches have moved to new addresses.
         """
-        if len(self.steps) < self.num_steps:
-            raise RuntimeError(f"the rollout buffer holds {len(self.steps)} of {self.num_steps} steps; add the rest first")
-        obs, *rest = zip(*self.steps)
-        return self.close(np.concatenate(obs), *map(torch.stack, rest), last_values, torch.as_tensor(has_next), gamma, lambd,
-                          None if together is None else torch.as_tensor(together))  # fmt: skip
-
-    def close(self, obs, actions, logprobs, values, rewards, terminated, truncated, final_values, changes, last_values, has_next, gamma,
-              lambd, together):
-        """`finish` for steps that were stored elsewhere: obs (S * N, ...), all from actions to changes (S, N, ...), tensors."""
-        next_values = torch.where(truncated, final_values, torch.cat([values[1:], last_values.unsqueeze(0)]))
-        advantages, returns = compute_gae(rewards, values, next_values, terminated, truncated, gamma, lambd)
-        if together is not None:
-            advantages, self.twin_correlation = advantages_over_twins(advantages, together)
-        columns = (actions, logprobs, values, advantages, returns, changes, has_next)
-        self.data = Minibatch(obs, *(x.flatten(0, 1) for x in columns))  # (S * N, ...)
-        return self.data
-
-    def minibatches(self, batch_size, generator, device="cpu", neighbours=1):
-        """The S * N samples, `shuffled`, in minibatches of batch_size (the last may be smaller)."""
         if self.data is None:
             raise RuntimeError("the rollout buffer is not finished: call finish() after the last add()")
-        obs, *rest = self.data
-        order = shuffled(obs, neighbours, generator)
-        rest = [x[order].to(device).split(batch_size) for x in rest]
-        for i, chosen in enumerate(order.split(batch_size)):
-            yield Minibatch(obs[chosen.numpy()], *(x[i] for x in rest))
+        if len(self.data.actions) % batch_size:
+            raise ValueError(f"batch_size {batch_size} does not divide the {len(self.data.actions)} samples of a rollout")
+        order = shuffled(self.data.obs, group_size, generator).to(self.step.device)
+        minibatches = Minibatch(*(x[order].unflatten(0, (-1, batch_size)) for x in self.data))
+        if share is not None:
+            minibatches = minibatches._replace(obs=share(minibatches.obs))
+        kept = self.minibatches
+        self.minibatches = copied_into(kept, minibatches)
+        self.minibatch.zero_()
+        return kept is not self.minibatches
+
+    @property
+    def num_minibatches(self):
+        return len(self.minibatches.actions)
+
+    def next_minibatch(self):
+        """-> the next `Minibatch`, until all `num_minibatches` are read."""
+        minibatch = selected(self.minibatches, self.minibatch)
+        self.minibatch += 1
+        return minibatch
 
 
-class Reader:
-    """How observations reach a policy whose weights stand still; the default for a policy without a `reader()`.
-
-    encode: (N, ...) observations -> the array that the buffer keeps of them
-    call:   what encode gave -> logits (N, A), values (N,), without gradients
-    batch:  any rows of what encode gave -> what the policy takes
-    neighbours: how many observations that begin alike `shuffled` keeps together in minibatches
-    """
-
-    neighbours = 1
-
-    def __init__(self, policy):
-        self.policy = policy
-        self.device = next(policy.parameters()).device
-
-    def encode(self, obs):
-        return np.asarray(obs)
-
-    def batch(self, obs):
-        return torch.from_numpy(obs).to(self.device)
-
-    @torch.no_grad()
-    def __call__(self, obs):
-        return self.policy(self.batch(obs))
+def copied_into(kept, new):
+    """Tensors, or tuples of tensors, copied into `kept` if all shapes are the same -> kept; otherwise -> new."""
+    if kept is None or shapes(kept) != shapes(new):
+        return new
+    for x, y in zip(kept, new):
+        x.copy_(y) if isinstance(x, torch.Tensor) else copied_into(x, y)
+    return kept
 
 
-def reader_of(policy):
-    return policy.reader() if hasattr(policy, "reader") else Reader(policy)
+def shapes(x):
+    return x.shape if isinstance(x, torch.Tensor) else [shapes(y) for y in x]
+
+
+def selected(x, i):
+    """Element i (1,) of a tensor, or of each tensor of a tuple."""
+    if isinstance(x, torch.Tensor):
+        return x.index_select(0, i).squeeze(0)
+    return type(x)(*(selected(y, i) for y in x))

@@ -1,9 +1,9 @@
 """What an ordinary agent learns here:  python benchmarks/baseline.py [--seed 0] [--num_steps 4000000] [--out runs/baseline]
 
 Stable-Baselines3's PPO with its MlpPolicy (pip install stable-baselines3) on the games that train_ppo.py trains on. From
-there too: rollout, minibatch, discount, GAE, entropy bonus, reward scale, and that a lost life ends a return. All else is
-Stable-Baselines3's default. Left out, as the GPT's own: predicting the next frame, the cost of moving, a falling learning
-rate, a rising lambda, twins.
+there too: rollout, minibatch, discount, GAE's lambda at the start, entropy bonus, reward scale, and that a lost life ends a
+return. All else is Stable-Baselines3's default. Left out, as the GPT's own: predicting the next frame, the cost of moving, a
+falling learning rate, a rising lambda, paired games.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from gymnasium.spaces import Box
 
 try:
@@ -27,12 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from breakout_ascii import TOKENS, BreakoutAsciiVec  # noqa: E402
+from command_line import CommandLineError, check_constants, raise_error, run_script  # noqa: E402
+from device import set_threads  # noqa: E402
 from evaluation import exact  # noqa: E402
-from model import set_threads  # noqa: E402
-from ppo import lost_lives  # noqa: E402
+from ppo import Policy, lost_lives  # noqa: E402
 from train_ppo import (  # noqa: E402
-    BATCH_SIZE, CONSTANTS, ENTROPY_COEF, EVAL_INTERVAL, GAMMA, LAMBD, NUM_ENVS, NUM_STEPS, REWARD_SCALE, ROLLOUT_STEPS,
-    VARIED_STARTS, CommandLineError, check,
+    BATCH_SIZE, CONSTANTS, ENTROPY_COEF, EVAL_INTERVAL, GAMMA, LAMBD, NUM_ENVS, NUM_STEPS, RANGES, REWARD_SCALE, ROLLOUT_STEPS,
+    VARIED_STARTS,
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ class Games(VecEnv):
     set_attr = env_method = env_is_wrapped = close = None  # VecEnv demands them, PPO calls none
 
 
-class Player(torch.nn.Module):
+class Player(Policy):
     """A policy of Stable-Baselines3 as `exact` wants it: (B, 1944) tokens -> logits (B, 3), values (B,)."""
 
     def __init__(self, policy):
@@ -96,19 +96,21 @@ def train(seed, num_steps):
         yield model.num_timesteps // samples, model.num_timesteps, seconds, result["score"], result["cleared"]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="baseline.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--num_steps", type=int, default=NUM_STEPS, help=f"environment steps in all (default {NUM_STEPS})")
     parser.add_argument("--out", type=Path, default=Path("runs/baseline"), help="default runs/baseline")
-    args = parser.parse_args()
+    parser.error = raise_error
+    args = parser.parse_args(argv)
+    check_constants({"SEED": args.seed, "NUM_STEPS": args.num_steps}, CONSTANTS, RANGES)
     path, scores = args.out / f"seed{args.seed}.csv", []
+    args.out.mkdir(parents=True, exist_ok=True)
     try:
-        check(CONSTANTS | {"SEED": args.seed, "NUM_STEPS": args.num_steps})
-        args.out.mkdir(parents=True, exist_ok=True)
         file = open(path, "x", newline="")
-    except (CommandLineError, OSError) as error:
-        parser.error(str(error))
+    except FileExistsError:
+        raise CommandLineError(f"{path} exists already; name another --out") from None
     set_threads(n_layer=1)  # as few as train_ppo.py takes
     with file:
         writer = csv.writer(file)
@@ -122,7 +124,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main, "baseline.py")

@@ -1,15 +1,14 @@
 """How it learns, seed by seed:  python benchmarks/learning.py --seeds 0 1 2 [--variants recipe ...] [--num_steps 2000000 ...]
 
 Runs train_ppo.py once per variant and seed, one run per core side by side. Whatever it does not know itself goes to
-train_ppo.py. Stopped and started again it goes on where it was. At the end it prints two tables, seeds and variants, writes
-learning.csv and draws learning.png, the seeds of the first variant.
+train_ppo.py. Stopped and started again it goes on where it was. At the end it prints three tables, every seed, the medians of
+the seeds, and their ranges; writes learning.csv, the first of them; and draws learning.png, the seeds of the first variant.
 """
 
 import argparse
 import csv
 import json
 import math
-import os
 import shutil
 import statistics
 import subprocess
@@ -24,141 +23,146 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import model  # noqa: E402
-import pages  # noqa: E402
 import train_ppo  # noqa: E402
-from callbacks import CLEARED_SCORE, RANDOM_SCORE, read_metrics  # noqa: E402
+from callbacks import read_metrics  # noqa: E402
+from checkpoint import load_checkpoint  # noqa: E402
+from command_line import CommandLineError, check_constants, raise_error, read_command_line, run_script  # noqa: E402
+from device import available_cores  # noqa: E402
+from evaluation import CLEARED_SCORE, RANDOM_SCORE  # noqa: E402
 from model import GPT  # noqa: E402
-from pages import CHARACTERS, NEWLINE, POSITIONS  # noqa: E402
 
-MARKS = (300, 600, 900, 960)
+MARKS = (300, 600, 900, 960)  # points
 VARIANTS = {  # name: what goes to train_ppo.py
     "recipe": [],
-    "small_weights": [],
-    "flat_positions": [],
+    "small_weights": [],  # and other weights at the start
     "no_prediction": ["--prediction_coef", "0"],
     "no_varied_starts": ["--varied_starts", "0"],
-    "no_twins": ["--twins", "0"],
+    "no_paired_envs": ["--paired_envs", "false"],
     "free_moves": ["--move_coef", "0"],
     "lambda_0.95": ["--lambd", "0.95", "--lambd_end", "0.95"],
     "lambda_0.8": ["--lambd_end", "0.8"],
     "gamma_0.99": ["--gamma", "0.99"],
 }
 
+# Runs
 
-class SmallWeights(GPT):
+
+@torch.no_grad()
+def small_weights(gpt):
     """nanoGPT's initialisation: standard deviation 0.02, less for what writes into the residual stream."""
-
-    def init_weights(self):
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                parameter.data.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02)
-            else:
-                parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+    for name, parameter in gpt.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.02 / math.sqrt(2 * gpt.config.n_layer) if "c_proj" in name else 0.02)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-class FlatPositions(GPT):
-    """nanoGPT's position embedding: a vector for each position, here drawn as large as a row's and a column's together."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        del self.wre, self.wce
-        self.wpe = torch.nn.Embedding(POSITIONS, config.n_embd)
-        torch.nn.init.normal_(self.wpe.weight, std=math.sqrt(0.5))
-        pages.EMBEDDINGS = 0, len(CHARACTERS), len(CHARACTERS) + POSITIONS
-        pages.PAIRS = np.stack([x.ravel() for x in np.indices((len(CHARACTERS), POSITIONS))], 1) + np.array(pages.EMBEDDINGS[:-1])
-        model.PAIRS = pages.PAIRS
-
-    def embed(self, characters, positions):
-        return self.wte(characters) + self.wpe(positions)
-
-    def last_embedding(self):
-        return self.wte.weight[NEWLINE] + self.wpe.weight[-1]
-
-    def pair_table(self):
-        x = torch.cat([self.wte.weight, self.wpe.weight])
-        x = x - x.mean(1, keepdim=True)
-        c, p = x.split([len(CHARACTERS), POSITIONS])
-        mean = lambda x: x.square().mean(1)
-        return self.project(x), self.rstd(mean(c).unsqueeze(1) + mean(p) + 2 * c @ p.T / self.config.n_embd)
-
-    def __setstate__(self, state):  # in the process that evaluates: it has modules of its own
-        self.__init__(state["config"])
-        super().__setstate__(state)
+def train_small_weights(argv):
+    """train_ppo.py with `small_weights`. An evaluation loads the weights it is given, so its process need not know of them."""
+    GPT.init_weights = small_weights
+    return train_ppo.main(argv)
 
 
-CLASSES = {"small_weights": SmallWeights, "flat_positions": FlatPositions}
-
-
-def train(out, variant, seed, more):
-    """One run to its end, resumed if it began before -> its exit status."""
-    run_dir, log = out / variant / f"seed{seed}", out / variant / f"seed{seed}.log"
-    if log.exists() and log.read_text().rpartition("\ntrained ")[1]:
-        return 0
+def train(run_dir, variant, seed, more):
+    """One run to its end, resumed if it began before; does nothing if it has ended."""
+    if finished(run_dir):
+        return
     where = ["--resume", run_dir]
     if not (run_dir / "last.pt").exists():
         shutil.rmtree(run_dir, ignore_errors=True)  # killed before there was anything to resume
-        run_dir.parent.mkdir(exist_ok=True)
         where = ["--seed", seed, "--run_dir", run_dir]
-    program = [__file__, "--train", variant] if variant in CLASSES else [ROOT / "train_ppo.py"]
-    command = [sys.executable, *program, *where, *VARIANTS[variant], *more]
+    program = [__file__, "--train_small_weights"] if variant == "small_weights" else [ROOT / "train_ppo.py"]
+    command = [sys.executable, *program, *VARIANTS[variant], *more, *where]
+    log = log_of(run_dir)
+    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
-        return subprocess.run(list(map(str, command)), stdout=file, stderr=file).returncode
+        subprocess.run(list(map(str, command)), stdout=file, stderr=file)
 
 
-def check(out, runs, more):
+def log_of(run_dir):
+    return run_dir.with_name(run_dir.name + ".log")  # beside the run, whose directory has to be empty when it starts
+
+
+def finished(run_dir):
+    """-> whether the run has done all its steps, and its last policy has been evaluated."""
+    if not (run_dir / "last.pt").exists():
+        return False
+    state = load_checkpoint(run_dir)
+    return state["global_step"] >= state["constants"]["NUM_STEPS"] and not state["evaluations"]
+
+
+def check(run_dir, variant, seed, more):
     """Raises CommandLineError for what train_ppo.py does not take, and for a run begun with other constants."""
-    for variant, seed in runs:
-        _, given = train_ppo.read_command_line([*VARIANTS[variant], *more], train_ppo.CONSTANTS)
-        wanted = train_ppo.CONSTANTS | given | {"SEED": seed}
-        train_ppo.check(wanted)
-        if wanted["EVAL_INTERVAL"] == 0:
-            raise train_ppo.CommandLineError("without evaluations there is no curve; leave --eval_interval out")
-        config = out / variant / f"seed{seed}" / "config.json"
-        begun = json.loads(config.read_text()) if config.exists() else wanted
-        if begun | {"RUN_DIR": ""} != wanted | {"RUN_DIR": ""}:
-            raise train_ppo.CommandLineError(f"{config.parent} was begun with other constants; name another --out")
+    defaults, ranges = train_ppo.CONSTANTS, train_ppo.RANGES
+    resume, given = read_command_line([*VARIANTS[variant], *more], "train_ppo.py", train_ppo.__doc__, defaults, ranges)
+    if resume is not None or given.keys() & {"SEED", "RUN_DIR"}:
+        raise CommandLineError("--seed, --run_dir and --resume differ from run to run; give --seeds and --out")
+    wanted = defaults | given | {"SEED": seed}
+    check_constants(wanted, defaults, ranges)
+    train_ppo.check(wanted)
+    if wanted["EVAL_INTERVAL"] == 0:
+        raise CommandLineError("without evaluations there is no curve; leave --eval_interval out")
+    config = run_dir / "config.json"
+    begun = json.loads(config.read_text()) if config.exists() else wanted
+    if begun | {"RUN_DIR": ""} != wanted | {"RUN_DIR": ""}:
+        raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
+
+
+# Tables. A row is a dict {column: number or text}; None: never
 
 
 def evaluations(run_dir):
-    """metrics.csv -> [(steps, minutes, score, games cleared), ...]"""
+    """metrics.csv -> (evaluations, 4): steps, minutes, score, games cleared. Raises CommandLineError if there are none."""
     columns, rows = read_metrics(run_dir / "metrics.csv")
     rows = [dict(zip(columns, row)) for row in rows]
-    return [(int(r["global_step"]), float(r["seconds"]) / 60, float(r["eval_score"]), int(r["eval_cleared"]))
-            for r in rows if r["eval_score"]]  # fmt: skip
-
-
-def first(curve, mark):
-    """(steps in millions, minutes) of the first evaluation of `mark` points or more, or None."""
-    return next(((steps / 1e6, minutes) for steps, minutes, score, _ in curve if score >= mark), None)
+    curve = [[int(r["global_step"]), float(r["seconds"]) / 60, float(r["eval_score"]), int(r["eval_cleared"])]
+             for r in rows if r["eval_score"]]  # fmt: skip
+    if not curve:
+        raise CommandLineError(f"{run_dir / 'metrics.csv'} has no evaluations; name another --out")
+    return np.array(curve)
 
 
 def seed_row(variant, seed, curve):
-    """When it reached each mark, its best and its last score."""
+    """When it first reached each mark, its best evaluation and its last."""
     row = {"variant": variant, "seed": seed}
     for mark in MARKS:
-        reached = first(curve, mark)
-        row[f"to {mark}"] = "{:.2f}M {:.1f}min".format(*reached) if reached else "-"
-    best = max(curve, key=lambda e: e[2])
-    return row | {"best": f"{best[2]:.1f}", "cleared": best[3], "at": f"{best[0] / 1e6:.2f}M", "last": f"{curve[-1][2]:.1f}"}
+        steps, minutes, *_ = next((e for e in curve if e[2] >= mark), (math.inf, math.inf))
+        row |= {f"{mark}: M steps": finite(steps / 1e6, 2), f"{mark}: min": finite(minutes, 1)}
+    steps, _, score, cleared = curve[curve[:, 2].argmax()]
+    best = {"best": finite(score, 1), "best: games cleared": int(cleared), "best: M steps": finite(steps / 1e6, 2)}
+    return row | best | {"last": finite(curve[-1, 2], 1)}
 
 
-def variant_row(variant, curves):
-    """Median and range over the seeds; a mark that a seed never reached counts as later than all others."""
-    row = {"variant": variant, "seeds": len(curves)}
-    for mark in MARKS:
-        reached = [first(curve, mark) for curve in curves]
-        steps, minutes = (spread([r[i] if r else np.inf for r in reached], 2 - i) for i in (0, 1))
-        row[f"to {mark}"] = f"{steps} M, {minutes} min" if any(reached) else "-"
-    row["best"] = spread([max(e[2] for e in curve) for curve in curves], 0)
-    row["cleared"] = spread([max(e[3] for e in curve) for curve in curves], 0)
-    row["last"] = spread([curve[-1][2] for curve in curves], 0)
+def finite(x, digits):
+    """Rounded, infinity as None."""
+    return round(float(x), digits) if math.isfinite(x) else None
+
+
+def summary_row(rows, name, statistic):
+    """One variant's rows of seeds -> a row: statistic([numbers]) of each column. Never counts as later than all else."""
+    row = {"variant": rows[0]["variant"], "seeds": len(rows), "of the seeds": name}
+    for column in list(rows[0])[2:]:
+        x = statistic([math.inf if row[column] is None else row[column] for row in rows])
+        row[column] = finite(x, 2 if "steps" in column else 1)
     return row
 
 
-def spread(xs, digits):
-    text = [f"{x:.{digits}f}" if x < np.inf else "-" for x in (statistics.median(xs), min(xs), max(xs))]
-    return text[0] if len(set(text)) == 1 else "{} ({} to {})".format(*text)
+def show(rows):
+    """Prints a markdown table."""
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join("-" if x is None else f"{x:g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
+    print()
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# The picture
 
 
 def interquartile_mean(scores):
@@ -168,72 +172,64 @@ def interquartile_mean(scores):
 
 
 def draw(curves):
-    """Every seed thin, the interquartile mean thick with a 95 % bootstrap interval, over steps and over minutes."""
+    """{seed: (evaluations, 4)} -> a Figure: every seed thin, the interquartile mean thick with a 95 % bootstrap interval."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
-    data = np.array(list(curves.values()))  # (seeds, evaluations, 4)
+    shortest = min(map(len, curves.values()))  # a full disk may have cost one a row
+    data = np.array([curve[:shortest] for curve in curves.values()])  # (seeds, evaluations, 4)
     scores = data[:, :, 2].T  # (evaluations, seeds)
     drawn = np.random.default_rng(0).integers(len(data), size=(2000, len(data)))
     low, high = np.percentile(interquartile_mean(scores[:, drawn]), (2.5, 97.5), axis=1)
-    for axes, column, unit, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), (1e6, 1),
-                                         ("million environment steps", "minutes, as many runs side by side as cores")):  # fmt: skip
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, column, unit, label in ((left, 0, 1e6, "million environment steps"),
+                                      (right, 1, 1, "minutes, as many runs side by side as cores")):  # fmt: skip
         for seed, curve in zip(curves, data):
             axes.plot(curve[:, column] / unit, curve[:, 2], linewidth=0.8, alpha=0.6, label=f"seed {seed}")
         x = np.median(data[:, :, column], axis=0) / unit
         axes.plot(x, interquartile_mean(scores), color="black", linewidth=2.2, label="interquartile mean, 95 % bootstrap")
         axes.fill_between(x, low, high, color="black", alpha=0.15, linewidth=0)
-        for level, color, style, name in ((CLEARED_SCORE, "tab:green", "--", "the whole wall, a simple tracker"),
+        for level, color, style, name in ((CLEARED_SCORE, "tab:green", "--", "the whole wall, as a simple tracker plays it"),
                                           (320, "tab:orange", "-.", "best published agent of this kind"),
                                           (RANDOM_SCORE, "gray", ":", "random play")):  # fmt: skip
             axes.axhline(level, color=color, linestyle=style, linewidth=1.3, label=f"{name}: {level}")
         axes.set(xlabel=label, ylim=(0, 1000))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set(ylabel="exact greedy score")
-    figure.axes[0].legend(loc="lower right", fontsize=9)
+    left.set(ylabel="exact greedy score")
+    left.legend(loc="lower right", fontsize=9)
     return figure
 
 
-def show(rows):
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(map(str, row.values())) + " |")
-    print()
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["recipe"])
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="learning.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["recipe"], help="default recipe")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="default runs/learning")
-    args, more = parser.parse_known_args()
-    runs = [(variant, seed) for variant in dict.fromkeys(args.variants) for seed in dict.fromkeys(args.seeds)]
-    try:
-        check(args.out, runs, more)
-        args.out.mkdir(parents=True, exist_ok=True)
-    except (train_ppo.CommandLineError, OSError) as error:
-        sys.exit(f"learning.py: {error}")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    parser.error = raise_error
+    args, more = parser.parse_known_args(argv)
+    runs = {(variant, seed): args.out / variant / f"seed{seed}" for variant in args.variants for seed in args.seeds}
+    for (variant, seed), run_dir in runs.items():
+        check(run_dir, variant, seed, more)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(available_cores()) as pool:
         try:
-            statuses = list(pool.map(lambda run: train(args.out, *run, more), runs))
+            list(pool.map(lambda run: train(runs[run], *run, more), runs))
         except KeyboardInterrupt:  # the running trainings have got it too, and save
             pool.shutdown(cancel_futures=True)
-            sys.exit("learning.py: stopped; start again to go on")
-    failed = [str(args.out / variant / f"seed{seed}.log") for (variant, seed), status in zip(runs, statuses) if status]
-    if failed:
-        sys.exit(f"learning.py: some runs did not finish, see {', '.join(failed)}; start again to go on")
-    curves = {v: {seed: evaluations(args.out / v / f"seed{seed}") for seed in args.seeds} for v in args.variants}
-    rows = [seed_row(variant, seed, curve) for variant, seeds in curves.items() for seed, curve in seeds.items()]
-    with open(args.out / "learning.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    show(rows)
-    show([variant_row(variant, list(seeds.values())) for variant, seeds in curves.items()])
+            raise CommandLineError("stopped; start again to go on") from None
+    if failed := [str(log_of(run_dir)) for run_dir in runs.values() if not finished(run_dir)]:
+        raise CommandLineError(f"some runs did not finish, see {', '.join(failed)}; start again to go on")
+    curves = {variant: {seed: evaluations(runs[variant, seed]) for seed in args.seeds} for variant in args.variants}
+    tables = [[seed_row(variant, seed, curve) for seed, curve in seeds.items()] for variant, seeds in curves.items()]
+    rows = [row for table in tables for row in table]
+    write(args.out / "learning.csv", rows)
     draw(curves[args.variants[0]]).savefig(args.out / "learning.png", dpi=120)
+    show(rows)
+    show([summary_row(table, "median", statistics.median) for table in tables])
+    show([summary_row(table, name, statistic) for table in tables for name, statistic in (("min", min), ("max", max))])
 
 
 if __name__ == "__main__":
-    if "--train" in sys.argv[1:2]:  # a variant with a class of its own: --train NAME, and what goes to train_ppo.py
-        train_ppo.GPT = CLASSES[sys.argv[2]]
-        sys.exit(train_ppo.main(sys.argv[3:]))
-    main()
+    if sys.argv[1:2] == ["--train_small_weights"]:
+        run_script(lambda: train_small_weights(sys.argv[2:]), "train_ppo.py")
+    run_script(main, "learning.py")

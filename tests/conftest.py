@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: as many tests run side by side as there are cores
+
 import pytest
 
 

@@ -5,6 +5,7 @@ import os
 import random
 import struct
 import sys
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,20 +13,22 @@ import pytest
 import torch
 
 import callbacks
-from callbacks import Callback, Checkpoints, LearningCurve, MetricsCSV, ProgressBar, TensorBoard, duration, read_metrics
+from callbacks import Callback, Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard, duration, read_metrics
 from checkpoint import CheckpointError, load_checkpoint
 
 STATS = ("policy_loss value_loss entropy prediction_loss approx_kl approx_kl_max clipfrac explained_variance grad_norm "
          "lr").split()  # fmt: skip
+EVALUATED = ("score", "min", "max", "cleared", "length", "returned")
+LEVELS = {"the best": 960, "random play": 82}
 SCORES = {2: 90.0, 4: 300.0, 6: 250.0, 8: 400.0}  # update: what its evaluation says; the others have none
 
 
-class FakePPO:
-    """Emits what PPO emits, in its order; every number follows from the update, but for the timings. Evaluations take
+class FakeTrainer:
+    """Emits what a trainer emits, in its order; every number follows from the update, but for the timings. Evaluations take
     `delay` updates."""
 
-    def __init__(self, observers, updates=8, start=0, seconds_per_update=1.5, delay=0):
-        self.callbacks, self.num_steps, self.seconds_per_update = observers, 100 * updates, seconds_per_update
+    def __init__(self, callbacks, updates=8, start=0, seconds_per_update=1.5, delay=0):
+        self.callbacks, self.num_steps, self.seconds_per_update = callbacks, 100 * updates, seconds_per_update
         self.delay, self.evaluating = delay, None
         self.update_count, self.global_step, self.seconds = start, 100 * start, start * 1.5
         self.evaluated, self.stats, self.is_best = None, {}, False
@@ -38,13 +41,11 @@ class FakePPO:
     def learn(self, until=None):
         self.emit("on_training_start")
         for update in range(self.update_count + 1, self.num_steps // 100 + 1):
-            self.emit("on_rollout_start")
-            self.emit("on_rollout_end")
             self.update_count, self.global_step = update, 100 * update
             self.seconds += self.seconds_per_update
             self.stats = {name: update / (i + 3) for i, name in enumerate(STATS)}
             self.stats |= {"steps_per_second": 1 / self.seconds}
-            self.stats |= {"train_score": 10.0 * update if update > 1 else math.nan}
+            self.stats |= {"episode_return": 10.0 * update if update > 1 else math.nan}
             if update in SCORES:
                 self.finish_evaluation()
                 self.begin_evaluation(SCORES[update])
@@ -58,7 +59,7 @@ class FakePPO:
         return self
 
     def begin_evaluation(self, score):
-        evaluation = {"score": score, "min": score - 80, "max": score + 90, "cleared": 0, "games": 32, "mean_length": 812.5,
+        evaluation = {"score": score, "min": score - 80, "max": score + 90, "cleared": 0, "games": 32, "length": 812.5,
                       "returned": 0.71}  # fmt: skip
         self.evaluating = {**self.policy_state(), "global_step": self.global_step, "seconds": self.seconds, "evaluation": evaluation}
 
@@ -81,19 +82,153 @@ def disk_full(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def all_observers(run_dir):
+def all_callbacks(run_dir):
     csv = run_dir / "metrics.csv"
-    return [ProgressBar(), MetricsCSV(csv), TensorBoard(run_dir), LearningCurve(run_dir / "learning_curve.png", csv),
+    return [ProgressBar(), MetricsCSV(csv, EVALUATED), TensorBoard(run_dir), LearningCurve(run_dir / "learning_curve.png", csv, LEVELS),
             Checkpoints(run_dir, save_freq=3)]  # fmt: skip
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+class Futures:
+    """Stands in for Background: the test gives the results."""
+
+    def __init__(self, evaluate, processes):
+        self.processes, self.asked, self.exits = processes, [], 0
+
+    def submit(self, state):
+        self.asked.append((state, Future()))
+        return self.asked[-1][1]
+
+    def result(self, future):
+        return future.result()
+
+    def __exit__(self, *exception):
+        self.exits += 1
+
+
+class Trainer:
+    """The evaluation's part of a trainer: `update()` is one update."""
+
+    def __init__(self, evaluation, num_updates=5):
+        self.callback, self.pending, self.ends, self.stopped = evaluation, [], [], False
+        self.update_count = self.global_step = 0
+        self.num_steps = num_updates
+        evaluation.on_training_start(self)
+
+    def update(self):
+        self.update_count = self.global_step = self.update_count + 1
+        self.callback.on_update_end(self)
+
+    def policy_state(self):
+        return {"update_count": self.update_count}
+
+    def evaluation_end(self, state, evaluation):
+        self.ends.append((self.update_count, state["update_count"], evaluation["score"]))
+
+    def check_stop(self):
+        if self.stopped:
+            raise KeyboardInterrupt
+
+    def under_way(self):
+        return [state["update_count"] for state in self.pending]
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Whatever is waited for comes, with its own number as the score; -> how often was waited."""
+    monkeypatch.setattr(callbacks, "Background", Futures)
+    waited = []
+
+    def give(seconds):
+        waited.append(seconds)
+        state, future = next((state, future) for state, future in evaluations[-1].background.asked if not future.done())
+        future.set_result({"score": state["update_count"]})
+
+    monkeypatch.setattr(callbacks.time, "sleep", give)
+    evaluations, init = [], Evaluation.__init__
+    monkeypatch.setattr(Evaluation, "__init__", lambda self, *args: (init(self, *args), evaluations.append(self))[0])
+    return waited
+
+
+def test_training_goes_on_while_it_is_evaluated(waits):
+    """A result is waited for when the next evaluation is due; the last update is always evaluated."""
+    evaluation = Evaluation(None, 2)
+    trainer, under_way = Trainer(evaluation), []
+    for _ in range(5):
+        trainer.update()
+        under_way.append(trainer.under_way())
+    assert under_way == [[], [2], [2], [4], [5]] and trainer.ends == [(4, 2, 2), (5, 4, 4)]
+    evaluation.on_training_end(trainer)
+    assert trainer.ends[2:] == [(5, 5, 5)] and trainer.pending == [] and len(waits) == 3
+
+
+def test_several_evaluations_at_once_end_in_order(waits):
+    evaluation = Evaluation(None, 1, 2)
+    trainer, under_way = Trainer(evaluation), []
+    for _ in range(5):
+        trainer.update()
+        under_way.append(trainer.under_way())
+        if trainer.update_count == 2:
+            evaluation.background.asked[1][1].set_result({"score": 2})  # before the first
+    assert under_way == [[1], [1, 2], [3], [3, 4], [4, 5]]
+    assert trainer.ends == [(3, 1, 1), (3, 2, 2), (5, 3, 3)]
+
+
+def test_a_result_that_is_there_is_taken_without_waiting(waits):
+    evaluation = Evaluation(None, 2)
+    trainer = Trainer(evaluation)
+    trainer.update()
+    trainer.update()
+    evaluation.background.asked[0][1].set_result({"score": 7})
+    trainer.update()
+    assert trainer.ends == [(3, 2, 7)] and not waits
+
+
+def test_what_was_being_evaluated_is_evaluated_again_in_a_resumed_run(waits):
+    evaluation = Evaluation(None, 2)
+    trainer = Trainer(evaluation, 6)
+    trainer.pending = [{"update_count": 2}, {"update_count": 4}]  # of more processes than there are now
+    trainer.update_count = trainer.global_step = 5
+    evaluation.on_training_start(trainer)
+    trainer.update()
+    evaluation.on_training_end(trainer)
+    assert trainer.ends == [(6, 2, 2), (6, 4, 4), (6, 6, 6)]
+
+
+def test_a_stop_while_waiting_loses_no_evaluation(waits):
+    evaluation = Evaluation(None, 1)
+    trainer = Trainer(evaluation)
+    trainer.update()
+    trainer.stopped = True
+    with pytest.raises(KeyboardInterrupt):
+        trainer.update()
+    assert trainer.under_way() == [1] and trainer.ends == []
+    trainer.stopped = False  # the training goes on in the same program
+    evaluation.on_training_start(trainer)
+    evaluation.on_training_end(trainer)
+    assert trainer.ends == [(2, 1, 1)] and len(evaluation.background.asked) == 1
+
+
+def test_an_evaluation_that_fails_stays_under_way(waits):
+    with Evaluation(None, 1) as evaluation:
+        trainer = Trainer(evaluation)
+        trainer.update()
+        evaluation.background.asked[0][1].set_exception(ChildProcessError("died"))
+        with pytest.raises(ChildProcessError):
+            trainer.update()
+        assert trainer.under_way() == [1]
+    assert evaluation.background.exits == 1
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def test_observers_do_not_touch_the_training(tmp_path):
+def test_callbacks_do_not_touch_the_training(tmp_path):
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    watched, alone = FakePPO(all_observers(tmp_path)).learn(), FakePPO([Callback()]).learn()
+    watched, alone = FakeTrainer(all_callbacks(tmp_path)).learn(), FakeTrainer([Callback()]).learn()
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     watched.callbacks = alone.callbacks
     assert watched.evaluated.pop("model").keys() == alone.evaluated.pop("model").keys()
@@ -101,14 +236,14 @@ def test_observers_do_not_touch_the_training(tmp_path):
 
 
 def test_files_of_a_run(tmp_path):
-    FakePPO(all_observers(tmp_path)).learn()
+    FakeTrainer(all_callbacks(tmp_path)).learn()
     names = {name for name in os.listdir(tmp_path) if not name.startswith("events")}
     assert names == {"metrics.csv", "learning_curve.png", "best_model.pt", "last.pt", "checkpoint_3.pt",
                      "checkpoint_6.pt"}  # fmt: skip
 
 
 def test_a_full_disk_during_training_costs_files_only(tmp_path, monkeypatch, capsys):
-    ppo = FakePPO(all_observers(tmp_path))
+    ppo = FakeTrainer(all_callbacks(tmp_path))
     monkeypatch.setattr(os, "replace", disk_full)
     ppo.learn(until=8)
     out = capsys.readouterr().out
@@ -128,27 +263,27 @@ def test_durations():
 
 
 def test_plain_lines(capsys):
-    FakePPO([ProgressBar("what happens now")], seconds_per_update=6).learn()
+    FakeTrainer([ProgressBar("what happens now")], seconds_per_update=6).learn()
     out, err = capsys.readouterr()
     assert err == ""  # a file is no terminal: no bar
     assert out.splitlines() == [
         "what happens now",
         "the first update ran at 17 steps/s: about 42s to go",
         "        200 steps     12s  in training 20.0  17 steps/s  36s left",
-        "        200 steps     12s  score  90.0 (min 10 max 180)  cleared 0/32  returned 71 %  best",
+        "        200 steps     12s  score  90.0  min 10  max 180  cleared 0  games 32  length 812.5  returned 0.71  best",
         "        400 steps     24s  in training 40.0  17 steps/s  24s left",
-        "        400 steps     24s  score 300.0 (min 220 max 390)  cleared 0/32  returned 71 %  best",
+        "        400 steps     24s  score 300.0  min 220  max 390  cleared 0  games 32  length 812.5  returned 0.71  best",
         "        600 steps     36s  in training 60.0  17 steps/s  12s left",
-        "        600 steps     36s  score 250.0 (min 170 max 340)  cleared 0/32  returned 71 %",
+        "        600 steps     36s  score 250.0  min 170  max 340  cleared 0  games 32  length 812.5  returned 0.71",
         "        800 steps     48s  in training 80.0  17 steps/s  0s left",
-        "        800 steps     48s  score 400.0 (min 320 max 490)  cleared 0/32  returned 71 %  best",
+        "        800 steps     48s  score 400.0  min 320  max 490  cleared 0  games 32  length 812.5  returned 0.71  best",
         "trained 800 steps in 48s, best score 400.0",
     ]
 
 
 def test_plain_lines_between_evaluations(monkeypatch, capsys):
     monkeypatch.setattr(sys.modules[__name__], "SCORES", {})
-    FakePPO([ProgressBar()], seconds_per_update=4, updates=6, start=2).learn()
+    FakeTrainer([ProgressBar()], seconds_per_update=4, updates=6, start=2).learn()
     assert capsys.readouterr().out.splitlines() == [  # rate and time left count from the resume: 25 steps/s
         "the first update ran at 25 steps/s: about 12s to go",
         "        500 steps     15s  in training 50.0  25 steps/s  4s left",
@@ -156,8 +291,8 @@ def test_plain_lines_between_evaluations(monkeypatch, capsys):
     ]
 
 
-def test_train_score_not_known_yet(capsys):
-    FakePPO([ProgressBar()], seconds_per_update=20, updates=1).learn()
+def test_episode_return_not_known_yet(capsys):
+    FakeTrainer([ProgressBar()], seconds_per_update=20, updates=1).learn()
     assert "in training -  5 steps/s  0s left" in capsys.readouterr().out
 
 
@@ -165,7 +300,7 @@ def test_bar_on_a_terminal(monkeypatch, capsys):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    ppo = FakePPO([ProgressBar()], start=4)
+    ppo = FakeTrainer([ProgressBar()], start=4)
     ppo.learn()
     bar = ppo.callbacks[0].bar
     assert bar.n == bar.total == 800 and bar.initial == 400
@@ -189,15 +324,15 @@ def table(path):
 
 @pytest.fixture
 def straight(tmp_path):
-    FakePPO([MetricsCSV(tmp_path / "straight.csv")]).learn()
+    FakeTrainer([MetricsCSV(tmp_path / "straight.csv", EVALUATED)]).learn()
     return table(tmp_path / "straight.csv")
 
 
 def test_metrics(tmp_path):
     path = tmp_path / "new" / "metrics.csv"
-    FakePPO([MetricsCSV(path)]).learn()
+    FakeTrainer([MetricsCSV(path, EVALUATED)]).learn()
     columns, rows = read_metrics(path)
-    assert columns == ["update", "global_step", "seconds", *STATS, "steps_per_second", "train_score", "eval_score",
+    assert columns == ["update", "global_step", "seconds", *STATS, "steps_per_second", "episode_return", "eval_score",
                        "eval_min", "eval_max", "eval_cleared", "eval_length", "eval_returned"]  # fmt: skip
     assert [row[0] for row in rows] == list("12345678")
     assert rows[0][-7:] == ["nan", "", "", "", "", "", ""]
@@ -209,7 +344,7 @@ def test_metrics(tmp_path):
 @pytest.mark.parametrize("delay", [1, 2])
 def test_an_evaluation_belongs_to_the_row_of_its_update(tmp_path, straight, delay, capsys):
     """And to its step on the line, in TensorBoard and in best_model.pt, though its result comes later."""
-    FakePPO(all_observers(tmp_path), delay=delay).learn()
+    FakeTrainer(all_callbacks(tmp_path), delay=delay).learn()
     assert table(tmp_path / "metrics.csv") == straight
     assert [line.split("steps")[0].strip() for line in capsys.readouterr().out.splitlines() if "cleared" in line] == ["200", "400", "600", "800"]
     assert updates(tmp_path)["best_model.pt"] == 8
@@ -218,28 +353,28 @@ def test_an_evaluation_belongs_to_the_row_of_its_update(tmp_path, straight, dela
 
 def test_every_row_is_on_disk_at_once(tmp_path):
     for n in (1, 2, 3):
-        FakePPO([MetricsCSV(tmp_path / "metrics.csv")]).learn(until=n)
+        FakeTrainer([MetricsCSV(tmp_path / "metrics.csv", EVALUATED)]).learn(until=n)
         assert len((tmp_path / "metrics.csv").read_text().splitlines()) == n + 1
 
 
 @pytest.mark.parametrize("saved, killed", [(3, 3), (3, 5), (4, 7), (0, 2)])
 def test_resumed_metrics_equal_a_straight_run(tmp_path, straight, saved, killed):
     path = tmp_path / "metrics.csv"
-    FakePPO([MetricsCSV(path)]).learn(until=killed)
-    FakePPO([MetricsCSV(path)], start=saved).learn()
+    FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=killed)
+    FakeTrainer([MetricsCSV(path, EVALUATED)], start=saved).learn()
     assert table(path) == straight
     assert sorted(os.listdir(tmp_path)) == ["metrics.csv", "straight.csv"]
 
 
 def test_torn_last_line(tmp_path, straight):
     path = tmp_path / "metrics.csv"
-    FakePPO([MetricsCSV(path)]).learn(until=5)
+    FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=5)
     whole = path.read_bytes()
     last_line = whole.rindex(b"\n", 0, -1) + 1
     for cut in (last_line + 1, last_line + 30, len(whole) - 1):  # the last has all its commas, but no end
         path.write_bytes(whole[:cut])
         assert [row["update"] for row in table(path)] == list("1234")
-        FakePPO([MetricsCSV(path)], start=4).learn()
+        FakeTrainer([MetricsCSV(path, EVALUATED)], start=4).learn()
         assert table(path) == straight
 
 
@@ -247,21 +382,21 @@ def test_garbage_or_nothing_in_the_file(tmp_path, straight):
     path = tmp_path / "metrics.csv"
     for garbage in (b"", b"\n", b"upda", bytes(100), b"\xff\xfe\n"):
         path.write_bytes(garbage)
-        FakePPO([MetricsCSV(path)]).learn()
+        FakeTrainer([MetricsCSV(path, EVALUATED)]).learn()
         assert [{name: row[name] for name in straight[0]} for row in table(path)] == straight
 
 
 def test_a_new_statistic_after_a_resume_gets_a_column(tmp_path, monkeypatch):
     path = tmp_path / "metrics.csv"
-    FakePPO([MetricsCSV(path)]).learn(until=2)
+    FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=2)
     monkeypatch.setattr(sys.modules[__name__], "STATS", STATS + ["new"])
-    FakePPO([MetricsCSV(path)], start=2).learn(until=3)
+    FakeTrainer([MetricsCSV(path, EVALUATED)], start=2).learn(until=3)
     assert [bool(row["new"]) for row in table(path)] == [False, False, True]
 
 
 def test_rows_after_a_full_disk(tmp_path, monkeypatch, straight, capsys):
     path = tmp_path / "metrics.csv"
-    ppo = FakePPO([MetricsCSV(path)])
+    ppo = FakeTrainer([MetricsCSV(path, EVALUATED)])
     ppo.learn(until=3)
     with open(path, "a") as file:
         file.write("4,400,0.")  # a write that failed half-way
@@ -288,13 +423,13 @@ def eval_scores(run_dir):
 
 
 def test_tensorboard(tmp_path):
-    FakePPO([TensorBoard(tmp_path)]).learn(until=5)  # killed; its last checkpoint is of update 3
-    FakePPO([TensorBoard(tmp_path)], start=3).learn()
+    FakeTrainer([TensorBoard(tmp_path)]).learn(until=5)  # killed; its last checkpoint is of update 3
+    FakeTrainer([TensorBoard(tmp_path)], start=3).learn()
     events = events_of(tmp_path)
     tags = events.Tags()["scalars"]
     losses = {f"losses/{name}" for name in STATS if name != "lr"}
-    charts = {"charts/lr", "charts/steps_per_second", "charts/train_score"}
-    evals = {f"eval/{n}" for n in "score min max cleared games mean_length returned".split()}
+    charts = {"charts/lr", "charts/steps_per_second", "charts/episode_return"}
+    evals = {f"eval/{n}" for n in "score min max cleared games length returned".split()}
     assert set(tags) == losses | charts | evals
     assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
     assert [e.step for e in events.Scalars("charts/lr")] == [100 * u for u in range(1, 9)]  # none twice
@@ -302,14 +437,14 @@ def test_tensorboard(tmp_path):
 
 def test_without_tensorboard(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    FakePPO([TensorBoard(tmp_path)]).learn()
+    FakeTrainer([TensorBoard(tmp_path)]).learn()
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "pip install tensorboard" in out
     assert not os.listdir(tmp_path)
 
 
 def test_tensorboard_on_a_full_disk(tmp_path, capsys):
-    ppo = FakePPO([TensorBoard(tmp_path)])
+    ppo = FakeTrainer([TensorBoard(tmp_path)])
     ppo.emit("on_training_start")
     ppo.callbacks[0].writer = SimpleNamespace(add_scalar=disk_full)
     ppo.stats = {"lr": 1.0}
@@ -324,9 +459,9 @@ def test_tensorboard_on_a_full_disk(tmp_path, capsys):
 
 def test_learning_curve_is_drawn_when_its_evaluation_is_in_the_file(tmp_path, monkeypatch):
     seen, real = [], callbacks.learning_curve
-    monkeypatch.setattr(callbacks, "learning_curve", lambda rows: (seen.append(len(rows)), real(rows))[1])
+    monkeypatch.setattr(callbacks, "learning_curve", lambda rows, levels: (seen.append(len(rows)), real(rows, levels))[1])
     csv, png = tmp_path / "metrics.csv", tmp_path / "learning_curve.png"
-    FakePPO([MetricsCSV(csv), LearningCurve(png, csv)]).learn()
+    FakeTrainer([MetricsCSV(csv, EVALUATED), LearningCurve(png, csv)]).learn()
     assert seen == [2, 4, 6, 8, 8]
     data = png.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
@@ -337,15 +472,16 @@ def test_learning_curve_is_drawn_when_its_evaluation_is_in_the_file(tmp_path, mo
 
 def test_learning_curve_shows_the_scores(tmp_path):
     csv = tmp_path / "metrics.csv"
-    FakePPO([MetricsCSV(csv)]).learn()
+    FakeTrainer([MetricsCSV(csv, EVALUATED)]).learn()
     columns, rows = read_metrics(csv)
-    figure = callbacks.learning_curve([dict(zip(columns, row)) for row in rows])
+    figure = callbacks.learning_curve([dict(zip(columns, row)) for row in rows], LEVELS)
     steps, minutes = figure.axes
     lines = {line.get_label().split(":")[0]: line for line in steps.get_lines()}
     assert set(lines["random play"].get_ydata()) == {82}
-    assert lines["exact greedy score"].get_xydata().tolist() == [[u / 10, s] for u, s in SCORES.items()]
+    assert set(lines["the best"].get_ydata()) == {960}
+    assert lines["evaluation"].get_xydata().tolist() == [[u / 10, s] for u, s in SCORES.items()]
     assert minutes.get_lines()[2].get_xdata().tolist() == pytest.approx([u * 1.5 / 60 for u in SCORES])
-    assert steps.get_ylim() == minutes.get_ylim() == (0, 1000)
+    assert steps.get_ylim() == minutes.get_ylim() and steps.get_ylim()[0] == 0 and steps.get_ylim()[1] > 960
     assert (steps.get_xlabel(), minutes.get_xlabel()) == ("thousand environment steps", "minutes")
 
 
@@ -363,7 +499,7 @@ def updates(run_dir):
 
 
 def test_checkpoints(tmp_path):
-    ppo = FakePPO([Checkpoints(tmp_path, save_freq=1, keep=2)])
+    ppo = FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)])
     ppo.learn(until=6)
     assert updates(tmp_path) == {"last.pt": 6, "checkpoint_5.pt": 5, "checkpoint_6.pt": 6, "best_model.pt": 4}
     assert "best_score" not in load_checkpoint(tmp_path / "best_model.pt")  # the smaller state
@@ -371,19 +507,19 @@ def test_checkpoints(tmp_path):
 
 
 def test_last_is_saved_at_the_end(tmp_path):
-    FakePPO([Checkpoints(tmp_path, save_freq=5)], updates=7).learn()
+    FakeTrainer([Checkpoints(tmp_path, save_freq=5)], updates=7).learn()
     assert updates(tmp_path) == {"last.pt": 7, "checkpoint_5.pt": 5, "best_model.pt": 4}
 
 
 def test_there_is_something_to_resume_from_the_start(tmp_path):
-    FakePPO([Checkpoints(tmp_path, save_freq=100)]).learn(until=1)
+    FakeTrainer([Checkpoints(tmp_path, save_freq=100)]).learn(until=1)
     assert updates(tmp_path) == {"last.pt": 0}
 
 
 def test_a_best_model_that_could_not_be_saved_is_saved_later(tmp_path, monkeypatch, capsys):
     """The best score comes with update 4, on a full disk; the disk has room again from update 6."""
     monkeypatch.setattr(sys.modules[__name__], "SCORES", {4: 300.0})
-    ppo, fsync = FakePPO([Checkpoints(tmp_path, save_freq=100)]), os.fsync
+    ppo, fsync = FakeTrainer([Checkpoints(tmp_path, save_freq=100)]), os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: fsync(fd) if ppo.update_count not in (4, 5) else disk_full())
     ppo.learn(until=5)
     assert "best_model.pt" not in updates(tmp_path)
@@ -393,17 +529,17 @@ def test_a_best_model_that_could_not_be_saved_is_saved_later(tmp_path, monkeypat
 
 
 def test_checkpoints_left_from_before_a_resume_do_not_push_out_new_ones(tmp_path):
-    FakePPO([Checkpoints(tmp_path, save_freq=1, keep=2)]).learn(until=8)
+    FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)]).learn(until=8)
     for name in ("checkpoint_7.pt", "checkpoint_8.pt"):
         os.utime(tmp_path / name, (1, 1))  # long ago
     (tmp_path / "checkpoint_mine.pt").write_bytes(b"")  # not ours to delete
-    FakePPO([Checkpoints(tmp_path, save_freq=1, keep=2)], start=3).learn(until=5)
+    FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)], start=3).learn(until=5)
     assert sorted(path.name for path in tmp_path.glob("checkpoint_*")) == [
         "checkpoint_4.pt", "checkpoint_5.pt", "checkpoint_mine.pt"]  # fmt: skip
 
 
 def test_a_full_disk_keeps_the_old_files(tmp_path, monkeypatch, capsys):
-    ppo = FakePPO([Checkpoints(tmp_path, save_freq=1, keep=1)])
+    ppo = FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=1)])
     ppo.learn(until=2)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", disk_full)

@@ -1,19 +1,14 @@
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 
 import evaluation
-from breakout_ascii import BreakoutAscii
-from evaluation import SERVES, Background, evaluate, exact, returned, sampled
+from breakout_ascii import BreakoutAscii, Games, standard_serves
+from evaluation import COLUMNS_OF_EVALUATION, SERVES, drawing, evaluate, exact, greedy, play_games, returned, sampled, tracker
+from ppo import Policy
 
 
-class Tracker(torch.nn.Module):
+class Tracker(Policy):
     """Chases the ball with the paddle's centre, still while it is within `slack` columns; reads the page alone."""
 
     def __init__(self, slack):
@@ -46,7 +41,7 @@ def play_one(policy, serves, limit):
 
 @pytest.mark.parametrize("slack, limit", [(1, 5000), (0, 2500)])
 def test_exact_equals_games_played_one_by_one(slack, limit):
-    """The dead-zone tracker clears every wall; the one that chases the centre is caught in a loop."""
+    """The dead-zone tracker clears every wall; the one that chases the centre is caught in a cycle."""
     with torch.no_grad():
         result = exact(Tracker(slack), limit)
         chosen = [0, 13, 31]
@@ -54,17 +49,16 @@ def test_exact_equals_games_played_one_by_one(slack, limit):
     assert result["games"] == 32
     if slack:
         assert result["score"] == result["min"] == 960 and result["cleared"] == 32
-        assert (slow[:, 0] == 960).all() and 1700 < result["mean_length"] < 1950
+        assert (slow[:, 0] == 960).all() and 1700 < result["length"] < 1950
     else:
-        assert result["mean_length"] == limit and result["cleared"] == 0
+        assert result["length"] == limit and result["cleared"] == 0
         assert {result["min"], result["max"]} == {680, 740} >= set(slow[:, 0])
 
 
-def test_a_loop_is_noticed_before_truncation(monkeypatch):
-    steps = []
-    greedy = evaluation.greedy
-    monkeypatch.setattr(evaluation, "greedy", lambda *args: steps.append(0) or greedy(*args))
-    assert exact(Tracker(0))["mean_length"] == 5000 and len(steps) < 4500
+def test_a_cycle_is_noticed_before_truncation(monkeypatch):
+    steps, step = [], Games.step
+    monkeypatch.setattr(Games, "step", lambda *args: steps.append(0) or step(*args))
+    assert exact(Tracker(0))["length"] == 5000 and len(steps) < 4500
 
 
 def test_a_paddle_that_stands_still():
@@ -73,6 +67,7 @@ def test_a_paddle_that_stands_still():
     scores = [play_one(Still(0), serves, 5000)[0] for serves in SERVES]
     assert result["score"] == np.mean(scores) and (result["min"], result["max"]) == (min(scores), max(scores))
     assert result["returned"] < 0.2 < 0.9 < returned(Tracker(1))
+    assert set(COLUMNS_OF_EVALUATION) < set(result)
 
 
 def test_sampled_games_follow_their_seed():
@@ -81,36 +76,59 @@ def test_sampled_games_follow_their_seed():
     assert results[0]["games"] == 4 and results[0]["min"] <= results[0]["score"] <= results[0]["max"]
 
 
-def who(policy):
-    if policy.slack == 2:
-        os._exit(1)
-    os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C reaches every process of a terminal
-    return {"slack": policy.slack.item(), "process": os.getpid()}
+def test_many_games_are_played_a_few_at_a_time(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(evaluation, "GAMES_AT_ONCE", 3)
+    monkeypatch.setattr(evaluation, "play_games", lambda player, serves, bricks: sizes.append(len(serves)) or play_games(player, serves, bricks, 20))
+    assert sampled(Still(0), 8, seed=0)["games"] == 8 and sizes == [3, 3, 2]
 
 
-def test_in_the_background():
-    background = Background(who, "cpu")
-    for slack in (0, 1):
-        future = background(Tracker(slack))
-        assert future.result() == {"slack": slack, "process": multiprocessing.active_children()[-1].pid}
-        assert not future.done()
-    two = Background(who, "cpu", processes=2)
-    futures = [two(Tracker(slack)) for slack in (0, 1)]
-    assert len({future.result()["process"] for future in futures}) == 2
-    for _ in range(2):
-        with pytest.raises(ChildProcessError, match="the process that evaluates has died"):
-            background(Tracker(2)).result()
+def test_players():
+    """Of three pages two are the same; the policy is asked for two."""
+    pages = np.stack([BreakoutAscii().reset(seed=0)[0]] * 3)
+    pages[1, 21 * 81 + 40], pages[1, 21 * 81 + 10] = 32, ord("O")
+    asked = []
+
+    class Asked(Tracker):
+        def forward(self, tokens):
+            asked.append(len(tokens))
+            return super().forward(tokens)
+
+    assert greedy(Asked(1))(pages).tolist() == tracker(pages).tolist() == [0, 1, 0] and asked == [2]
+    drawn = drawing(Still(0), seed=0)(np.repeat(pages, 200, 0))
+    shares = np.bincount(drawn, minlength=3) / 600
+    assert np.abs(shares - np.array([np.e, 1, 1]) / (np.e + 2)).max() < 0.1  # five standard deviations
 
 
-def test_the_background_ends_with_the_training(tmp_path):
-    """Even with one that is killed: its output, which the background shares, is closed."""
-    program = """
-import os, signal
-from evaluation import Background, evaluate
-if __name__ == "__main__":
-    Background(evaluate, "cpu")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    (tmp_path / "program.py").write_text(program)
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(evaluation.__file__)}
-    subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, stdout=subprocess.PIPE, timeout=60)
+def test_sticky_actions_repeat_the_one_before():
+    """A player that always wants left: without stickiness the paddle goes left at once, if nothing is heard it never moves."""
+    bricks, serves = np.ones((2, 7, 13), bool), standard_serves(np.ones((2, 5), int))
+    seen = []
+
+    def left(tokens):
+        seen.append((tokens.reshape(-1, 24, 81)[:, 22] == ord("=")).argmax(1).tolist())
+        return np.ones(len(tokens), int)
+
+    for sticky, expected in ((0.0, [36, 34, 32]), (1.0, [36, 36, 36])):
+        seen.clear()
+        play_games(left, serves, bricks, 3, sticky=sticky)
+        assert seen == [[x, x] for x in expected]
+    seen.clear()
+    play_games(left, serves.repeat(500, 0), bricks.repeat(500, 0), 2, sticky=0.3)
+    assert 0.3 == pytest.approx((np.array(seen[1]) == 36).mean(), abs=0.075)  # five standard deviations
+
+
+def test_a_cycle_is_one_game_alone_in_a_state_again():
+    """1024 games side by side in the same states: none is taken for another."""
+    bricks, serves = np.ones((1024, 7, 13), bool), standard_serves(np.ones((1024, 5), int))
+    results = play_games(tracker, serves, bricks, 60, deterministic=True)
+    assert (results.lengths == 60).all() and len(np.unique(results.scores)) == 1
+
+
+def test_results_of_a_game_stay_when_others_go_on():
+    """Two games with one brick: one is cleared at once, the other only lost."""
+    bricks = np.zeros((2, 7, 13), bool)
+    bricks[0, 6, 8] = bricks[1, 0, 0] = True  # the first ball rises from (40, 21) to the right and meets the first brick
+    results = play_games(lambda tokens: np.zeros(len(tokens), int), standard_serves(np.ones((2, 5), int)), bricks)
+    assert (results.scores[0], results.bricks[0], results.lives[0], results.lengths[0]) == (60, 0, 5, 10)
+    assert results.lives[1] == 0 and results.bricks[1] == 1 and results.lengths[1] > 10

@@ -1,20 +1,23 @@
 import math
-from concurrent.futures import Future
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Callback
+from fast import FastGPT
+from helpers import largest_score, tolerance
 from load_model import SHIPPED, load_policy
-from model import GPT, GPTConfig
-from ppo import PPO, PPOConfig, StopTraining, entropy_loss, explained_variance, learning_rate, lost_lives, move_loss, policy_loss, prediction_loss, value_loss
-from rollout_buffer import advantages_over_twins
+from model import GPTConfig
+from ppo import (
+    PPO, Policy, PPOConfig, StopTraining, entropy_loss, explained_variance, learning_rate, lost_lives, move_loss, policy_loss,
+    prediction_loss, value_loss,
+)  # fmt: skip
+from rollout_buffer import Minibatch, paired_baseline, selected
 
 
 class Probe(VectorEnv):
@@ -45,22 +48,16 @@ class Probe(VectorEnv):
         return self.observe(), rewards, *((none, last) if self.truncates else (last, none)), infos
 
 
-class Table(nn.Module):
+class Table(Policy):
     """Logits and a value for each observation, nothing shared."""
 
     def __init__(self, size):
         super().__init__()
-        self.table = nn.Linear(size, 3, bias=False)
+        self.table = torch.nn.Linear(size, 3, bias=False)
 
     def forward(self, obs):
         x = self.table(obs)
         return x[:, :2], x[:, 2]
-
-
-def done(result):
-    future = Future()
-    future.set_result(result)
-    return future
 
 
 def config(**changes):
@@ -107,7 +104,7 @@ def test_reward_scale():
 
 def breakout_ppo(seed=0, **changes):
     torch.manual_seed(seed)
-    policy = GPT(GPTConfig(n_head=4, n_embd=16))
+    policy = FastGPT(GPTConfig(n_head=4, n_embd=16))
     env = BreakoutAsciiVec(8, varied_starts=0.7)
     return PPO(policy, env, config(**{**dict(prediction_coef=0.1, rollout_steps=8, num_steps=1000, reward_scale=0.1), **changes}))
 
@@ -118,32 +115,45 @@ def shipped_ppo():
     return PPO(policy, BreakoutAsciiVec(32, varied_starts=0.7), config(rollout_steps=16, num_steps=512, prediction_coef=0.1))
 
 
-@pytest.mark.parametrize("make", [breakout_ppo, shipped_ppo, lambda: PPO(Table(2), Probe(lambda s, a: 1.0, states=2), config())])
-def test_ratio_is_exactly_one_before_the_first_step(make):
+def minibatches_of(ppo, size=64):
+    ppo.buffer.shuffle(size, ppo.generator)
+    return [selected(ppo.buffer.minibatches, torch.tensor([i])) for i in range(ppo.buffer.num_minibatches)]
+
+
+def deep_ppo():
+    torch.manual_seed(0)
+    return PPO(FastGPT(GPTConfig(n_layer=2, n_head=2, n_embd=8)), BreakoutAsciiVec(2), config(rollout_steps=8, batch_size=8, epochs=1))
+
+
+@pytest.mark.parametrize("make", [breakout_ppo, shipped_ppo, deep_ppo, lambda: PPO(Table(2), Probe(lambda s, a: 1.0, states=2), config())])
+def test_ratio_is_one_before_the_first_step(make):
+    """What acts is what learns: the same weights, the same dtype, and on most CPUs the same bits. Where a matrix product of another
+    size rounds otherwise, the difference stays what float32 allows."""
     ppo = make()
     ppo.collect()
-    for mb in ppo.buffer.minibatches(64, ppo.generator):
-        logits, values = ppo.policy(ppo.reader.batch(mb.obs))
+    near = tolerance(largest_score(ppo.policy) if hasattr(ppo.policy, "config") else 1)
+    scale = max(p.norm(dim=1).max().item() for name, p in ppo.policy.named_parameters() if "head.weight" in name or "table" in name) * 8
+    for mb in minibatches_of(ppo, ppo.config.batch_size):
+        logits, values = ppo.policy.heads(ppo.policy.features(mb.obs))
         new_logprobs = logits.log_softmax(-1).gather(1, mb.actions.unsqueeze(1)).squeeze(1)
-        assert ((new_logprobs - mb.old_logprobs).exp() == 1).all()
-        assert torch.equal(values, mb.old_values)
-    stats = ppo.gradient_step(ppo.reader.batch(mb.obs), mb)
-    assert stats["approx_kl"] == 0 and stats["clipfrac"] == 0
-    assert ppo.gradient_step(ppo.reader.batch(mb.obs), mb)["approx_kl"] > 1e-9  # and it is not, once the weights have moved
+        assert (new_logprobs - mb.old_logprobs).abs().max() <= near * scale and (values - mb.old_values).abs().max() <= near * scale
+    first, second, *_ = ppo.epoch()[:, ppo.stat_names.index("approx_kl")].tolist()
+    assert first <= (near * scale) ** 2 and second > 1e-9 and second > 100 * first  # it is not one, once the weights have moved
 
 
 def test_a_lost_life_ends_the_sum_but_not_the_game():
     ppo = breakout_ppo(rollout_steps=40, seed=1)
+    ppo.env.games.lives[:], ppo.env.games.ball_y[:], ppo.env.games.dy[:] = 3, 22, 1  # all balls fall in the first step
+    ppo.env.games.draw(np.ones(8, bool))
+    ppo.obs.copy_(torch.from_numpy(ppo.env.observation()))
     ppo.collect()
-    data, lives = ppo.buffer.data, ppo.env.games.lives
-    terminated = torch.stack([step[5] for step in ppo.buffer.steps]).flatten()
-    assert terminated.any() and (lives < 5).any()
-    assert data.has_next[terminated].all() and data.changes[terminated].any(1).all()
-    rewards = torch.stack([step[4] for step in ppo.buffer.steps]).flatten()
-    torch.testing.assert_close(data.returns[terminated], rewards[terminated], rtol=0, atol=1e-6)
+    data, terminated = ppo.buffer.data, ppo.buffer.columns["terminated"].flatten()
+    assert terminated[:8].all() and (ppo.env.games.lives < 5).any()
+    assert data.has_next[:8].all() and data.changes[:8].any(1).all()
+    torch.testing.assert_close(data.returns[terminated], ppo.buffer.columns["rewards"].flatten()[terminated], rtol=0, atol=1e-6)
 
 
-def test_a_life_lost_in_a_truncated_step_is_lost(monkeypatch):
+def test_a_life_lost_in_a_truncated_step_is_lost():
     """Gymnasium tells of it in final_info alone: the new game has lost none."""
     infos = {"life_lost": np.array([False, True, False]), "final_info": {"life_lost": np.array([True, False, False])}}
     assert lost_lives(infos).tolist() == [True, True, False]
@@ -165,7 +175,7 @@ def test_nothing_is_predicted_across_the_end_of_an_episode():
     ppo = breakout_ppo(rollout_steps=12)
     ppo.env.max_episode_steps = 5
     ppo.collect()
-    has_next = ppo.buffer.data.has_next.view(12, 8)
+    has_next = ppo.buffer.columns["has_next"]
     assert (~has_next).all(1).nonzero().flatten().tolist() == [4, 9]
     logits, changes = torch.zeros(4, 3, requires_grad=True), torch.ones(4, 3, dtype=torch.bool)
     loss, _ = prediction_loss(logits, changes, torch.tensor([True, False, True, False]))
@@ -220,15 +230,13 @@ def test_explained_variance():
 
 
 def test_learning_rate():
-    linear = [learning_rate(x, 1.0, 0.2, 0.0, "linear") for x in (0, 0.5, 1, 1.1)]
-    assert linear == pytest.approx([1, 0.6, 0.2, 0.2])
-    cosine = [learning_rate(x, 1.0, 0.2, 0.2, "cosine") for x in (0, 0.1, 0.2, 0.4, 0.6, 1)]
-    assert cosine == pytest.approx([0, 0.5, 1, 1 - 0.8 * (1 - math.cos(math.pi / 4)) / 2, 0.6, 0.2])
+    cosine = [learning_rate(x, 1.0, 0.2) for x in (0, 0.25, 0.5, 1, 1.1)]
+    assert cosine == pytest.approx([1, 1 - 0.8 * (1 - math.cos(math.pi / 4)) / 2, 0.6, 0.2, 0.2])
 
 
 def test_lambda_rises_over_its_steps():
     ppo, seen = breakout_ppo(lambd=0.5, lambd_end=0.9, lambd_steps=128), []
-    ppo.buffer.finish = lambda *arguments: seen.append(arguments[3])
+    ppo.buffer.finish = lambda last_values, gamma, lambd: seen.append(lambd)
     for _ in range(4):
         ppo.collect()
     assert seen == pytest.approx([0.5, 0.7, 0.9, 0.9])
@@ -238,39 +246,63 @@ def test_advantages_are_normalized_even_if_they_hardly_differ():
     ppo = breakout_ppo()
     ppo.collect()
     ppo.buffer.data.advantages[:] = 5 + 1e-3 * (torch.arange(64) % 2)
-    (mb,) = ppo.normalize_advantages(list(ppo.buffer.minibatches(64, ppo.generator)))
-    torch.testing.assert_close(mb.advantages.abs(), torch.ones(64), rtol=1e-2, atol=0)
+    ppo.buffer.shuffle(64, ppo.generator)
+    ppo.normalize_advantages()
+    torch.testing.assert_close(ppo.buffer.minibatches.advantages.abs(), torch.ones(1, 64), rtol=1e-2, atol=0)
+
+
+def test_advantages_of_each_minibatch_are_normalized():
+    ppo = breakout_ppo()
+    ppo.collect()
+    ppo.buffer.shuffle(16, ppo.generator)
+    ppo.normalize_advantages()
+    variance, mean = torch.var_mean(ppo.buffer.minibatches.advantages, 1, correction=0)
+    torch.testing.assert_close((mean, variance), (torch.zeros(4), torch.ones(4)), rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_norm_is_clipped():
     ppo = breakout_ppo(max_grad_norm=1e-3)
     ppo.collect()
-    mb = next(ppo.buffer.minibatches(32, ppo.generator))
-    stats = ppo.gradient_step(ppo.reader.batch(mb.obs), mb)
+    ppo.epoch()
     norm = torch.stack([p.grad.norm() for p in ppo.policy.parameters()]).norm()
-    assert stats["grad_norm"] > 1e-2 and norm.item() == pytest.approx(1e-3, rel=1e-3)
+    assert (ppo.step_stats[:, ppo.stat_names.index("grad_norm")] > 1e-2).all() and norm.item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_spoiled():
+def test_numbers_that_are_not_finite_end_the_training_before_it():
+    """The update is lost, what was before it is not."""
     ppo = breakout_ppo()
+    collect = ppo.collect
+
+    def spoiled():
+        collect()
+        if ppo.update_count == 1:
+            ppo.buffer.data.returns[:] = math.nan
+
+    ppo.collect = spoiled
+    with pytest.raises(FloatingPointError, match="gradient is not finite in update 2"):
+        ppo.learn()
+    assert ppo.snapshot["update_count"] == 1 and all(x.isfinite().all() for x in ppo.snapshot["model"].values())
+    with pytest.raises(FloatingPointError, match="logits are not finite in update 2"):
+        collect()
+
+
+def test_the_learning_rate_falls():
+    ppo, seen = breakout_ppo(num_steps=64 * 3, lr=0.02, min_lr=0.01), []
+    ppo.callbacks = [type("Watch", (Callback,), {"on_update_end": lambda self, ppo: seen.append((ppo.stats["lr"], ppo.lr.item()))})()]
+    ppo.learn()
+    assert [lr for lr, _ in seen] == pytest.approx([learning_rate(i / 3, 0.02, 0.01) for i in (1, 2, 3)]) and all(x == y for x, y in seen)
+    assert ppo.optimizer.param_groups[0]["lr"] is ppo.lr  # which a CUDA graph reads
+
+
+def test_actions_are_drawn_from_the_policy():
+    ppo = breakout_ppo(rollout_steps=200, batch_size=1600)
+    with torch.no_grad():
+        ppo.policy.policy_head.weight.zero_()
+        ppo.policy.policy_head.bias.copy_(torch.tensor([0.2, 0.3, 0.5]).log())
     ppo.collect()
-    ppo.buffer.data.returns[:] = math.nan
-    before = [p.clone() for p in ppo.policy.parameters()]
-    with pytest.raises(FloatingPointError, match="not finite in update 1"):
-        ppo.update()
-    assert all(torch.equal(p, q) for p, q in zip(ppo.policy.parameters(), before))
-
-
-def test_target_kl_ends_an_update_after_its_epoch():
-    def minibatches(**changes):
-        ppo = breakout_ppo(lr=0.05, epochs=6, **changes)
-        ppo.collect()
-        steps, step = [], ppo.gradient_step
-        ppo.gradient_step = lambda *args: steps.append(0) or step(*args)
-        ppo.update()
-        return len(steps)
-
-    assert minibatches() == 12 and minibatches(target_kl=1e-6) == 2
+    shares = torch.bincount(ppo.buffer.data.actions) / 1600
+    torch.testing.assert_close(shares, torch.tensor([0.2, 0.3, 0.5]), atol=0.063, rtol=0)  # five standard deviations
+    torch.testing.assert_close(ppo.buffer.data.old_logprobs.exp(), torch.tensor([0.2, 0.3, 0.5])[ppo.buffer.data.actions])
 
 
 def test_prediction_weight_zero_leaves_its_head_alone():
@@ -291,26 +323,40 @@ def test_statistics_of_an_update():
     stats = ppo.update()
     assert set(stats) == {
         "policy_loss", "value_loss", "entropy", "move_loss", "prediction_loss", "approx_kl", "approx_kl_max", "clipfrac",
-        "explained_variance", "twin_correlation", "grad_norm", "lr", "train_score",
+        "explained_variance", "grad_norm", "lr", "episode_return",
     }  # fmt: skip
     assert all(type(value) is float for value in stats.values())
     assert stats["approx_kl_max"] >= stats["approx_kl"] and ppo.global_step == 64
+    paired = breakout_ppo(paired_envs=True)
+    paired.collect()
+    assert set(paired.update()) - set(stats) == {"pair_correlation"}
+
+
+def test_a_statistic_is_the_mean_of_its_gradient_steps():
+    ppo, seen = breakout_ppo(epochs=3), []
+    loss = ppo.loss
+    ppo.loss = lambda mb: seen.append(loss(mb)) or seen[-1]
+    ppo.collect()
+    stats = ppo.update()
+    assert len(seen) == 3 * 2
+    for name in seen[0][1]:
+        assert stats[name] == pytest.approx(np.mean([info[name].item() for _, info in seen]), rel=1e-5, abs=1e-7), name
 
 
 def test_stop_goes_back_to_the_beginning_of_the_update():
     ppo = breakout_ppo()
-    step, count = ppo.gradient_step, []
+    step, count = ppo.train_step, []
 
-    def third_step_of_the_third_update(*args):
+    def third_step_of_the_third_update():
         count.append(0)
         if len(count) == 2 * 8 + 3:
             ppo.request_stop()
-        return step(*args)
+        step()
 
-    ppo.gradient_step = third_step_of_the_third_update
+    ppo.train_step = third_step_of_the_third_update
     with pytest.raises(StopTraining):
         ppo.learn()
-    assert ppo.snapshot["update_count"] == 2 and ppo.snapshot["global_step"] == 128
+    assert len(count) == 2 * 8 + 3 and ppo.snapshot["update_count"] == 2 and ppo.snapshot["global_step"] == 128
     fresh, straight = breakout_ppo(seed=5), breakout_ppo()
     fresh.load_state_dict(ppo.snapshot)
     for other, updates in ((fresh, 1), (straight, 3)):
@@ -321,164 +367,82 @@ def test_stop_goes_back_to_the_beginning_of_the_update():
         assert torch.equal(p, q)
 
 
-def test_evaluations_decide_what_is_best():
-    class Events:
-        def __init__(self):
-            self.seen = []
+def test_events_come_in_order_and_evaluations_decide_what_is_best():
+    class Events(Callback):
+        def on_update_end(self, ppo):
+            seen.append(("update", ppo.update_count))
+            if ppo.update_count in scores:
+                ppo.evaluation_end(ppo.policy_state(), {"score": scores[ppo.update_count]})
 
-        def __getattr__(self, event):
-            return lambda ppo: self.seen.append((event.removeprefix("on_"), ppo.update_count, ppo.is_best))
+        def on_evaluation_end(self, ppo):
+            seen.append(("evaluation", ppo.evaluated["update_count"], ppo.is_best))
 
-    ppo, scores, events = breakout_ppo(num_steps=64 * 5), iter([5.0, 3.0, 8.0]), Events()
-    ppo.config.eval_interval, ppo.callbacks = 2, [events]
-    ppo.evaluate = lambda policy: done({"score": next(scores)})
+        def on_training_start(self, ppo):
+            seen.append("start")
+
+        def on_training_end(self, ppo):
+            seen.append("end")
+
+    scores, seen, ppo = {1: 5.0, 3: 3.0, 4: 8.0}, [], breakout_ppo(num_steps=64 * 4)
+    ppo.callbacks = [Events()]
     ppo.learn()
-    assert [e[1:] for e in events.seen if e[0] == "evaluation_end"] == [(2, True), (4, False), (5, True)]
+    assert seen == ["start", ("update", 1), ("evaluation", 1, True), ("update", 2), ("update", 3), ("evaluation", 3, False),
+                    ("update", 4), ("evaluation", 4, True), "end"]  # fmt: skip
     assert ppo.best_score == 8
-    assert [e[0] for e in events.seen[:4]] == ["training_start", "rollout_start", "rollout_end", "update_end"]
-    assert [e[0] for e in events.seen[-5:]] == ["rollout_start", "rollout_end", "update_end", "evaluation_end", "training_end"]
 
 
-def test_training_goes_on_while_it_is_evaluated(monkeypatch):
-    """A result is waited for when the next evaluation is due; a run resumed before that evaluates the same weights again."""
-
-    class Slow:
-        def __init__(self, policy):
-            weights.append(policy.state_dict())
-            self.slept = []
-            monkeypatch.setattr("ppo.time.sleep", self.slept.append)  # it is done when it was waited for
-
-        def done(self):
-            return bool(self.slept)
-
-        def result(self):
-            return {"score": 1.0}
-
-    class Watch(Callback):
-        def on_rollout_end(self, ppo):
-            snapshots.append(ppo.snapshot)
-
-        def on_evaluation_end(self, ppo):
-            ends.append((ppo.update_count, ppo.evaluated["update_count"], ppo.evaluated["evaluation"]["score"]))
-
-    weights, ends, snapshots = [], [], []
-    ppo, resumed = breakout_ppo(num_steps=64 * 5, eval_interval=2), breakout_ppo(num_steps=64 * 5, eval_interval=2)
-    ppo.evaluate, ppo.callbacks, resumed.evaluate = Slow, [Watch()], Slow
-    ppo.learn()
-    assert ends == [(4, 2, 1.0), (5, 4, 1.0), (5, 5, 1.0)] and len(weights) == 3
-    assert [[state["update_count"] for state in s["evaluations"]] for s in snapshots] == [[], [], [2], [2], [4]]
-    resumed.load_state_dict(snapshots[3])  # after update 3
-    resumed.learn()
-    for before, after in zip(weights[:3], weights[3:], strict=True):
-        assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not torch.equal(weights[0]["wte.weight"], weights[1]["wte.weight"])
-
-
-def test_several_evaluations_at_once_end_in_order(monkeypatch):
-    class Evaluator:
-        processes = 2
-
-        def __call__(self, policy):
-            futures.append(Future())
-            return futures[-1]
-
-    class Watch(Callback):
-        def on_update_end(self, ppo):
-            under_way.append([state["update_count"] for state, _ in ppo.evaluations])
-            if ppo.update_count == 3:
-                futures[1].set_result({"score": 2.0})  # before the first
-
-        def on_evaluation_end(self, ppo):
-            ends.append((ppo.update_count, ppo.evaluated["update_count"], ppo.evaluated["evaluation"]["score"]))
-
-    def give(seconds):  # what is waited for comes
-        next(future for future in futures if not future.done()).set_result({"score": 1.0})
-
-    monkeypatch.setattr("ppo.time.sleep", give)
-    futures, under_way, ends = [], [], []
-    ppo = breakout_ppo(num_steps=64 * 5)
-    ppo = PPO(ppo.policy, ppo.env, ppo.config, Evaluator(), [Watch()])
-    ppo.config.eval_interval = 1
-    ppo.learn()
-    assert under_way == [[1], [1, 2], [2, 3], [3, 4], [4, 5]]
-    assert ends == [(3, 1, 1.0), (3, 2, 2.0), (5, 3, 1.0), (5, 4, 1.0), (5, 5, 1.0)]
-    resumed, ppo.config.num_steps = PPO(ppo.policy, ppo.env, ppo.config, lambda policy: done({"score": 3.0})), 64 * 6
-    resumed.load_state_dict(ppo.state_dict() | {"evaluations": [ppo.policy_state(), ppo.policy_state()]})
-    resumed.callbacks = [Watch()]
-    ends.clear()
-    resumed.learn()
-    assert ends == [(5, 5, 3.0), (6, 5, 3.0), (6, 6, 3.0)]
-
-
-def test_training_that_goes_on_after_a_stop_waits_for_the_evaluation_under_way():
-    class Stop(Callback):
-        def on_update_end(self, ppo):
-            ppo.request_stop()
-
-    ppo, futures = breakout_ppo(num_steps=64 * 3, eval_interval=1), []
-    ppo.evaluate, ppo.callbacks = lambda policy: futures.append(Future()) or futures[-1], [Stop()]
-    with pytest.raises(StopTraining):
-        ppo.learn()
-    ppo.stop_requested, ppo.callbacks = False, []
-    futures[0].set_result({"score": 1.0})
-    ppo.evaluate = lambda policy: done({"score": 2.0})
-    ppo.learn()
-    assert len(futures) == 1 and ppo.evaluated["update_count"] == 3 and ppo.best_score == 2
-
-
-def test_training_scores_are_whole_games_in_points():
-    ppo = breakout_ppo()
-    ppo.count_scores(np.array([10.0] + [0.0] * 7), np.zeros(8, bool))
-    done = np.array([True] + [False] * 7)
-    ppo.count_scores(np.array([50.0] + [0.0] * 7), done)
-    ppo.count_scores(np.array([10.0] + [0.0] * 7), done)
-    assert list(ppo.train_scores) == [60.0, 10.0]
+def test_returns_of_episodes_are_in_points():
+    ppo = breakout_ppo(rollout_steps=2)
+    ppo.buffer.columns = {"rewards": torch.tensor([[1.0] + [0.0] * 7, [5.0] + [1.0] * 7]), "has_next": torch.ones(2, 8, dtype=torch.bool)}
+    ppo.buffer.columns["has_next"][1, 0] = False
+    ppo.count_returns()
+    ppo.buffer.columns["has_next"][:] = True
+    ppo.buffer.columns["has_next"][0, 1] = False
+    ppo.count_returns()
+    assert list(ppo.episode_returns) == pytest.approx([60.0, 10.0])
+    assert ppo.return_so_far.tolist() == pytest.approx([60.0, 10.0] + [20.0] * 6)
 
 
 def test_deeper_models_learn_from_pages_that_begin_alike():
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8))
-    ppo = PPO(gpt, BreakoutAsciiVec(2), config(rollout_steps=8, batch_size=8, epochs=1))
+    ppo = deep_ppo()
     ppo.collect()
-    before, given, minibatches = ppo.weights.detach().clone(), [], ppo.buffer.minibatches
-    ppo.buffer.minibatches = lambda *args: given.extend(minibatches(*args)) or given
-    stats = ppo.epoch()
-    assert stats["approx_kl"][0] < 1e-9 and stats["clipfrac"][0] == 0  # what acted is what learns
+    before = ppo.weights.detach().clone()
+    ppo.epoch()
     assert not torch.equal(ppo.weights, before)
-    alike = sorted(map(tuple, ppo.buffer.data.obs))  # 16 pages: each minibatch of 8 is one group of neighbours
-    assert sorted(sorted(map(tuple, mb.obs)) for mb in given) == [alike[:8], alike[8:]]
+    alike = sorted(map(tuple, ppo.buffer.data.obs.tolist()))  # 16 pages: each minibatch of 8 is one group
+    assert sorted(sorted(map(tuple, obs)) for obs in ppo.buffer.minibatches.obs.tolist()) == [alike[:8], alike[8:]]
 
 
 def rank_of_two(rank, folder):
     """One update alone on all samples, and one as a rank of two, each of which has every other sample of each minibatch."""
     torch.set_num_threads(1)
-    alone = breakout_ppo(max_grad_norm=0.5, target_kl=1e9)
+    alone = breakout_ppo(max_grad_norm=0.5)
     alone.collect()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    together = breakout_ppo(seed=rank, max_grad_norm=0.5, target_kl=1e9)  # rank 0's weights count
-    together.reader, together.buffer.data, together.global_step = alone.reader, alone.buffer.data, alone.global_step
+    both = breakout_ppo(seed=rank, max_grad_norm=0.5)  # rank 0's weights count
+    both.policy.index, both.buffer.data, both.global_step = alone.policy.index, alone.buffer.data, alone.global_step
 
-    def minibatches(part):
-        def chosen(*args):
-            for i in range(2):
-                yield type(alone.buffer.data)(*(x[i * 32 : i * 32 + 32][part] for x in alone.buffer.data))
+    def shuffle(buffer, part):
+        def cut(*_):
+            buffer.minibatches = Minibatch(*(x.unflatten(0, (2, 32))[:, part].clone() for x in buffer.data))
+            buffer.minibatch.zero_()
 
-        return chosen
+        return cut
 
-    alone.buffer.minibatches, together.buffer.minibatches = minibatches(slice(None)), minibatches(slice(rank, None, 2))
-    first, second = alone.update(), together.update()
-    torch.testing.assert_close(together.weights, alone.weights, rtol=1e-4, atol=1e-5)  # eight steps of 0.02
+    alone.buffer.shuffle, both.buffer.shuffle = shuffle(alone.buffer, slice(None)), shuffle(both.buffer, slice(rank, None, 2))
+    first, second = alone.update(), both.update()
+    torch.testing.assert_close(both.weights, alone.weights, rtol=1e-4, atol=1e-4)  # eight steps of 0.02
     for name in ("policy_loss", "value_loss", "prediction_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"):
-        assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
-    together.collect()
-    assert together.global_step == 64 + 2 * 64  # both ranks' steps
+        assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-5), name
+    both.collect()
+    assert both.global_step == 64 + 2 * 64  # both ranks' steps
     played = [torch.empty(64) for _ in range(2)]
-    dist.all_gather(played, together.buffer.data.old_logprobs)
+    dist.all_gather(played, both.buffer.data.old_logprobs)
     assert not torch.equal(*played)  # each rank has its own games
     if rank == 1:
-        together.request_stop()
+        both.request_stop()
     with pytest.raises(StopTraining):
-        together.learn()  # rank 1's stop is rank 0's too
+        both.learn()  # rank 1's stop is rank 0's too
     dist.destroy_process_group()
 
 
@@ -486,18 +450,17 @@ def test_two_ranks_learn_what_one_learns_from_the_samples_of_both(tmp_path):
     torch.multiprocessing.spawn(rank_of_two, args=(tmp_path,), nprocs=2)
 
 
-def test_twins_begin_each_rollout_alike_and_their_shared_luck_is_taken_off():
-    ppo = breakout_ppo(twins=1, rollout_steps=32)
+def test_pairs_start_each_rollout_alike_and_what_they_share_is_taken_off():
+    ppo = breakout_ppo(paired_envs=True, rollout_steps=32)
     for _ in range(2):
-        start, together = ppo.env.twin(), []
-        agree = ppo.env.twins_agree
-        ppo.env.twins_agree = lambda: together.append(agree()) or together[-1]
+        in_sync, agree = [], ppo.env.in_sync
+        ppo.env.in_sync = lambda: in_sync.append(agree()) or in_sync[-1]
         ppo.collect()
-        ppo.env.twins_agree = agree
-        obs = np.array([step[0] for step in ppo.buffer.steps])  # (32, 8, lines)
-        np.testing.assert_array_equal(obs[0, :4], obs[0, 4:])
-        np.testing.assert_array_equal(obs[0], ppo.reader.encode(start))
-        together = torch.from_numpy(np.logical_and.accumulate(together))
+        ppo.env.in_sync = agree
+        obs = ppo.buffer.columns["obs"]  # (32, 8, lines)
+        assert torch.equal(obs[0, :4], obs[0, 4:])
+        in_sync = torch.from_numpy(np.logical_and.accumulate(in_sync))
+        assert torch.equal(ppo.buffer.columns["in_sync"], in_sync)
         plain = (ppo.buffer.data.returns - ppo.buffer.data.old_values).view(32, 8)
-        torch.testing.assert_close(ppo.buffer.data.advantages.view(32, 8), advantages_over_twins(plain, together)[0], rtol=1e-4, atol=1e-5)
-        assert together.any() and not torch.equal(ppo.buffer.data.advantages.view(32, 8), plain)
+        torch.testing.assert_close(ppo.buffer.data.advantages.view(32, 8), paired_baseline(plain, in_sync)[0], rtol=1e-4, atol=1e-5)
+        assert in_sync.any() and not torch.equal(ppo.buffer.data.advantages.view(32, 8), plain)

@@ -2,30 +2,41 @@ import ast
 import re
 from pathlib import Path
 
-from train_ppo import CONSTANTS
+import train_ppo
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-OTHERS = {"logdir", "index", "standalone", "nproc_per_node"}  # options of other programs
-ORIGINAL = {"NUM_STEPS": 4_000_000, "ROLLOUT_STEPS": 1024, "EPOCHS": 10, "GAMMA": 0.99, "LAMBD": 0.95, "EPS_CLIP": 0.2,
-            "LR": 0.001, "BLOCK_SIZE": 1944}  # fmt: skip
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = {"logdir", "index", "standalone", "nproc_per_node", "index-url"}  # options of other programs
+ORIGINAL = {"NUM_STEPS": 4_000_000, "ROLLOUT_STEPS": 1024, "EPOCHS": 10, "GAMMA": 0.99, "LAMBD": 0.95, "EPS_CLIP": 0.2, "LR": 0.001}
 
 
 def test_table_of_constants():
-    rows = re.findall(r"^\| `([A-Z_]+)` \| `(.*?)` \| (?:`(.*?)`)? *\|$", README, re.M)
-    assert {name: ast.literal_eval(value) for name, value, _ in rows} == CONSTANTS
+    """Names, types, and the original's values. Somebody who edits a default need not edit the page."""
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `(.*?)` \| (?:`(.*?)`)? *\|", (ROOT / "docs" / "constants.md").read_text(), re.M)
+    assert [name for name, _, _ in rows] == list(train_ppo.CONSTANTS)
+    assert {name: type(ast.literal_eval(value)) for name, value, _ in rows} == {name: type(x) for name, x in train_ppo.CONSTANTS.items()}
     assert {name: ast.literal_eval(original) for name, _, original in rows if original} == ORIGINAL
 
 
-def test_files_and_options_that_the_readme_names_exist():
-    for name in re.findall(r"`([a-z_]+\.py)`", README) + re.findall(r"\]\((?!http)(.*?)\)", README):
-        assert (ROOT / name).exists(), name
-    scripts = [ROOT / "load_model.py", ROOT / "tests" / "conftest.py", *(ROOT / "benchmarks").glob("*.py")]
+def test_what_the_pages_name_exists():
+    """Links, files, and the options of our programs."""
+    scripts = [ROOT / "load_model.py", ROOT / "play_in_terminal.py", ROOT / "tests" / "conftest.py", *(ROOT / "benchmarks").glob("*.py")]
     sources = "".join(script.read_text() for script in scripts)
-    for option in set(re.findall(r"--([a-z_]+)", README)) - {"resume", *OTHERS}:
-        assert option.upper() in CONSTANTS or f'"--{option}"' in sources, option
+    for page in PAGES:
+        text = page.read_text()
+        for name in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (page.parent / name).exists(), f"{page.name}: {name}"
+        for name in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", text):
+            assert (ROOT / name).exists() or (ROOT / "fast" / name).exists(), f"{page.name}: {name}"
+        for option in set(re.findall(r"--([a-z_]+(?:-[a-z]+)*)", text)) - {"resume", *OTHERS}:
+            assert option.upper() in train_ppo.CONSTANTS or f'"--{option}"' in sources, f"{page.name}: --{option}"
 
 
 def test_ci_runs_the_command_of_the_readme():
-    (command,) = re.findall(r"^python3 -m venv .*pytest.*$", README, re.M)
+    (command,) = re.findall(r"^python3 -m venv .*pytest.*$", PAGES[0].read_text(), re.M)
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_readme_is_short_and_has_its_command_early():
+    words = re.sub(r"^```.*?^```", lambda block: block[0] if "train_ppo.py" in block[0] else "", PAGES[0].read_text(), flags=re.M | re.S).split()
+    assert len(words) <= 1000 and any("train_ppo.py" in word for word in words[:150])

@@ -1,8 +1,10 @@
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 
-from rollout_buffer import RolloutBuffer, advantages_over_twins, changed_rows_and_columns, compute_gae, shuffled
+from rollout_buffer import RolloutBuffer, compute_gae, paired_baseline, shuffled
 
 
 def tensors(*rows):
@@ -53,98 +55,136 @@ def test_gae_against_the_definition(gamma, lambd):
     torch.testing.assert_close(returns, advantages + values)
 
 
-def test_advantages_over_twins_by_hand():
-    """Two pairs. Games 0 and 2 are together for both steps, games 1 and 3 for the first."""
+def test_paired_baseline_by_hand():
+    """Two pairs. Games 0 and 2 are in sync for both steps, games 1 and 3 for the first."""
     advantages = torch.tensor([[1.0, 2.0, 1.0, 0.0], [3.0, 5.0, 1.0, 7.0]])
-    together = torch.tensor([[True, True], [True, False]])
+    in_sync = torch.tensor([[True, True], [True, False]])
     # products 1 + 0 + 3 = 4, squares 1 + 1 + 4 + 0 + 9 + 1 = 16: the correlation is 2 * 4 / 16 = 0.5
-    after, correlation = advantages_over_twins(advantages, together)
+    after, correlation = paired_baseline(advantages, in_sync)
     assert correlation == 0.5 and after.tolist() == [[0.5, 2.0, 0.5, -1.0], [2.5, 5.0, -0.5, 7.0]]
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
-def test_twins_take_off_what_they_share_and_no_more(correlation):
+def test_pairs_take_off_what_they_share_and_no_more(correlation):
     g = torch.Generator().manual_seed(0)
     shared, own, action = torch.randn(100, 20, generator=g), torch.randn(100, 40, generator=g), torch.randn(100, 40, generator=g).sign()
     advantages = correlation**0.5 * shared.repeat(1, 2) + (1 - correlation) ** 0.5 * own  # of variance 1
-    after, found = advantages_over_twins(advantages + 0.1 * action, torch.ones(100, 20, dtype=torch.bool))
+    after, found = paired_baseline(advantages + 0.1 * action, torch.ones(100, 20, dtype=torch.bool))
     assert found.item() == pytest.approx(correlation, abs=0.06)
     assert after.var().item() == pytest.approx(1 - correlation**2, abs=0.06)
     assert (after * action).mean().item() == pytest.approx(0.1, abs=0.04)  # what the action gained is still there
-    apart, _ = advantages_over_twins(advantages, torch.zeros(100, 20, dtype=torch.bool))
+    apart, _ = paired_baseline(advantages, torch.zeros(100, 20, dtype=torch.bool))
     torch.testing.assert_close(apart, advantages)
 
 
-def test_twins_whose_fortunes_oppose_are_left_alone():
+def test_pairs_whose_fortunes_oppose_are_left_alone():
     advantages = torch.tensor([[1.0, -1.0]])
-    after, correlation = advantages_over_twins(advantages, torch.tensor([[True]]))
+    after, correlation = paired_baseline(advantages, torch.tensor([[True]]))
     assert correlation == 0 and after.tolist() == [[1.0, -1.0]]
 
 
+class Shared(NamedTuple):
+    obs: torch.Tensor
+    more: torch.Tensor
+
+
+def row(N, number, **columns):
+    """One step whose every number says where it comes from."""
+    none, zeros = torch.zeros(N, dtype=torch.bool), torch.zeros(N)
+    return {**dict(obs=torch.stack([number, number], 1), actions=number, logprobs=number + 0.1, values=number.float(), rewards=zeros,
+                   terminated=none, truncated=none, final_values=zeros, has_next=~none), **columns}  # fmt: skip
+
+
 def filled(S=4, N=3):
-    """A buffer whose every number says where it comes from."""
     buffer = RolloutBuffer(S, N)
     for t in range(S):
-        number = 10 * t + np.arange(N)
-        zeros = np.zeros(N, bool)
-        buffer.add(np.stack([number, number], 1), number, number + 0.1, number.astype(np.float32), np.zeros(N, np.float32),
-                   zeros, zeros, torch.zeros(N))  # fmt: skip
+        buffer.add(**row(N, 10 * t + torch.arange(N)))
     return buffer
+
+
+def read(buffer):
+    return [buffer.next_minibatch() for _ in range(buffer.num_minibatches)]
 
 
 def test_minibatches_hold_every_sample_once_and_whole():
     buffer = filled()
-    buffer.finish(torch.zeros(3), np.ones((4, 3), bool), 0.9, 0.9)
-    batches = list(buffer.minibatches(5, torch.Generator().manual_seed(0)))
-    assert [len(b.actions) for b in batches] == [5, 5, 2]
+    buffer.finish(torch.zeros(3), 0.9, 0.9)
+    buffer.shuffle(4, torch.Generator().manual_seed(0))
+    batches = read(buffer)
     actions = torch.cat([b.actions for b in batches])
+    assert [len(b.actions) for b in batches] == [4, 4, 4]
     assert sorted(actions.tolist()) == sorted(10 * t + n for t in range(4) for n in range(3))
     assert actions.tolist() != sorted(actions.tolist())
     for b in batches:
-        np.testing.assert_array_equal(b.obs[:, 1], b.actions)
-        torch.testing.assert_close(b.old_logprobs, b.actions + 0.1, check_dtype=False)
+        assert torch.equal(b.obs[:, 1], b.actions) and b.changes.shape == (4, 0) and b.has_next.all()
+        torch.testing.assert_close(b.old_logprobs, b.actions + 0.1)
         torch.testing.assert_close(b.returns, b.advantages + b.old_values)
 
 
-@pytest.mark.parametrize("neighbours", [1, 3, 8])
-def test_neighbours_stay_together(neighbours):
+def test_tensors_keep_their_addresses():
+    """From rollout to rollout and from epoch to epoch, for CUDA graphs; unless a minibatch needs more room."""
+    def places():
+        buffer.shuffle(4, generator, share=share)
+        return [x.data_ptr() for x in (*buffer.columns.values(), *buffer.minibatches.obs, *buffer.minibatches[1:], buffer.step, buffer.minibatch)]
+
+    generator, share = torch.Generator().manual_seed(0), lambda obs: Shared(obs, obs + 1)
+    buffer = filled()
+    buffer.finish(torch.zeros(3), 0.9, 0.9)
+    first, minibatches = places(), buffer.minibatches
+    order = torch.cat([mb.actions for mb in read(buffer)])
+    buffer.clear()
+    for t in range(4):
+        buffer.add(**row(3, 10 * t + torch.arange(3)))
+    buffer.finish(torch.zeros(3), 0.9, 0.9)
+    assert places() == first and buffer.minibatches is minibatches
+    mb = buffer.next_minibatch()
+    assert torch.equal(mb.obs[0][:, 0], mb.actions) and torch.equal(mb.obs[1], mb.obs[0] + 1)
+    assert not torch.equal(buffer.minibatches.actions.flatten(), order)
+    share = lambda obs: Shared(obs, torch.cat([obs, obs], 1))
+    assert places() != first and buffer.minibatches is not minibatches
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 8])
+def test_groups_stay_together(group_size):
     """50 samples of 10 kinds, 5 of each: groups of the sorted samples, and the groups in random order."""
     obs = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 5))
     obs = np.stack([obs % 4, obs], 1)
-    order = shuffled(obs, neighbours, torch.Generator().manual_seed(0))
+    order = shuffled(torch.from_numpy(obs), group_size, torch.Generator().manual_seed(0))
     assert sorted(order.tolist()) == list(range(50))
-    ranks = np.argsort(sorted(range(50), key=lambda i: tuple(obs[i])))[order]  # places in sorted order
-    breaks = np.flatnonzero(np.diff(ranks) != 1) + 1
-    groups = np.split(ranks, breaks)
-    assert all(group[0] % neighbours == 0 and (len(group) % neighbours == 0 or group[-1] == 49) for group in groups)
-    assert len(groups) > 50 / neighbours / 2
+    if group_size > 1:
+        ranks = np.argsort(np.lexsort(obs.T[::-1]))[order]  # positions in sorted order
+        groups = np.split(ranks, np.flatnonzero(np.diff(ranks) != 1) + 1)
+        assert all(group[0] % group_size == 0 and (len(group) % group_size == 0 or group[-1] == 49) for group in groups)
+        assert len(groups) > 50 / group_size / 2
 
 
 def test_finish_takes_the_value_of_what_follows():
     """One step, gamma 1, lambda 0: a return is the reward and the value behind it."""
     buffer = RolloutBuffer(1, 3)
-    terminated, truncated = np.array([False, True, False]), np.array([False, False, True])
-    buffer.add(np.zeros((3, 1)), np.zeros(3, int), torch.zeros(3), torch.zeros(3), torch.ones(3), terminated, truncated,
-               torch.tensor([7.0, 7.0, 7.0]))  # fmt: skip
-    data = buffer.finish(torch.tensor([4.0, 4.0, 4.0]), ~(terminated | truncated)[None], 1.0, 0.0)
-    assert data.returns.tolist() == [5.0, 1.0, 8.0]
+    terminated, truncated = torch.tensor([[False, True, False], [False, False, True]])
+    buffer.add(**row(3, torch.zeros(3, dtype=torch.int64), rewards=torch.ones(3), terminated=terminated, truncated=truncated,
+                     final_values=torch.full((3,), 7.0)))  # fmt: skip
+    buffer.finish(torch.full((3,), 4.0), 1.0, 0.0)
+    assert buffer.data.returns.tolist() == [5.0, 1.0, 8.0]
+
+
+def test_pairs_in_sync_are_compared():
+    buffer, in_sync = RolloutBuffer(1, 4), torch.tensor([True, False])
+    buffer.add(**row(4, torch.zeros(4, dtype=torch.int64), rewards=torch.tensor([1.0, 2.0, 1.0, 5.0]), in_sync=in_sync))
+    buffer.finish(torch.zeros(4), 1.0, 0.0)
+    assert buffer.data.advantages.tolist() == [0.0, 2.0, 0.0, 5.0] and buffer.pair_correlation == 1
 
 
 def test_misuse_is_an_error():
     buffer = filled()
-    with pytest.raises(RuntimeError, match="full"):
-        buffer.add(np.zeros((3, 2)), *[np.zeros(3)] * 7)
-    with pytest.raises(RuntimeError, match="not finished"):
-        next(buffer.minibatches(4, None))
+    with pytest.raises(IndexError):  # it is full
+        buffer.add(**row(3, torch.arange(3)))
     buffer.clear()
+    with pytest.raises(RuntimeError, match="not finished"):
+        buffer.shuffle(4, None)
     with pytest.raises(RuntimeError, match="holds 0 of 4"):
-        buffer.finish(torch.zeros(3), np.ones((4, 3), bool), 0.9, 0.9)
-    with pytest.raises(ValueError, match="3 rows"):
-        buffer.add(np.zeros((2, 2)), *[np.zeros(2)] * 7)
-
-
-def test_changes_of_a_page():
-    pages = np.zeros((2, 6), np.uint8)  # 2 rows of 3
-    after = pages.copy()
-    after[1, 4] = 1  # row 1, column 1
-    assert changed_rows_and_columns(pages, after, 3).tolist() == [[False] * 5, [False, True, False, True, False]]
+        buffer.finish(torch.zeros(3), 0.9, 0.9)
+    buffer = filled()
+    buffer.finish(torch.zeros(3), 0.9, 0.9)
+    with pytest.raises(ValueError, match="batch_size 5 does not divide the 12 samples"):
+        buffer.shuffle(5, None)

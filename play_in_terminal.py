@@ -1,0 +1,99 @@
+"""Play Breakout in the terminal with the arrow keys:  python play_in_terminal.py [--fps 15]"""
+
+import argparse
+import sys
+import time
+
+try:
+    import curses
+except ImportError:
+    curses = None
+
+from breakout_ascii import COLUMNS, ROWS, BreakoutAscii, to_text
+
+SCREEN_ROWS, SCREEN_COLUMNS = ROWS + 2, COLUMNS - 1  # the page, the score, a line of help
+
+
+def last_key(screen, seconds):
+    """Wait so many seconds, then return the last key pressed meanwhile, or -1."""
+    key, end = -1, time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        screen.timeout(max(1, int(1000 * left)))
+        pressed = screen.getch()
+        if pressed not in (-1, curses.KEY_RESIZE):
+            key = pressed
+    return key
+
+
+def show(screen, lines):
+    screen.erase()
+    for row, line in enumerate(lines):
+        try:
+            screen.addstr(row, 0, line)
+        except curses.error:  # the window has just become smaller
+            break
+    screen.refresh()
+
+
+def play(screen, fps):
+    """Play until q is pressed. Returns None, or one line that says why it is impossible."""
+    def fits():
+        rows, cols = screen.getmaxyx()
+        return rows >= SCREEN_ROWS and cols >= SCREEN_COLUMNS
+
+    if not fits():
+        return f"the terminal is smaller than {SCREEN_COLUMNS}x{SCREEN_ROWS}: enlarge it and start again"
+    try:
+        curses.curs_set(0)
+    except curses.error:  # some terminals cannot hide the cursor
+        pass
+    env = BreakoutAscii(max_episode_steps=None)
+    (tokens, info), over = env.reset(), False
+    while True:
+        status = f"score {info['score']}   lives {info['lives']}" + ("   GAME OVER" if over else "")
+        help_line = "left and right arrow: move   r: new game   q: quit"
+        if fits():
+            show(screen, [*to_text(tokens).splitlines(), status, help_line])
+        else:
+            show(screen, ["too small"])  # the game waits
+        key = last_key(screen, 1 / fps)
+        if key in (ord("q"), ord("Q")):
+            return None
+        if key in (ord("r"), ord("R")):
+            (tokens, info), over = env.reset(), False
+        elif fits() and not over:
+            action = {curses.KEY_LEFT: 1, curses.KEY_RIGHT: 2}.get(key, 0)
+            tokens, _, over, _, info = env.step(action)
+
+
+def terminal_problem():
+    """-> one line that says why nobody can play here, or None."""
+    if curses is None:
+        return "Python's curses module is missing (on Windows: pip install windows-curses)"
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return "input and output must be a terminal"
+    try:
+        curses.setupterm()
+        able = curses.tigetstr("cup")  # move the cursor
+    except curses.error:
+        able = False
+    return None if able else "the terminal type in TERM is unknown or too simple: try TERM=xterm"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Play Breakout in the terminal with the arrow keys.", allow_abbrev=False)
+    parser.add_argument("--fps", type=float, default=15.0, help="steps per second (default 15)")
+    fps = parser.parse_args().fps
+    if not 0.1 <= fps <= 1000:
+        parser.error(f"--fps must lie between 0.1 and 1000; got {fps}")
+    try:
+        problem = terminal_problem() or curses.wrapper(play, fps)
+    except KeyboardInterrupt:
+        return 130
+    if problem:
+        print(f"play_in_terminal.py: {problem}", file=sys.stderr)
+    return 1 if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Pages, models and tolerances that several tests share."""
+
+import numpy as np
+import torch
+
+from breakout_ascii import CHARACTERS, TOKENS, BreakoutAsciiVec
+from model import GPT, GPTConfig
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def tolerance(largest_score):
+    """The relative error that float32 may leave in attention whose scores go up to so many nats.
+
+    A score s is rounded to s (1 + a few EPS), which changes its weight exp(s) by a share of a few EPS * s, and with the weights
+    what they weigh, and the gradient.
+    """
+    return 2 * EPS * (1 + largest_score)
+
+
+def make_gpt(seed=0, kind=GPT, **config):
+    torch.manual_seed(seed)
+    return kind(GPTConfig(**config))
+
+
+def random_play():
+    env = BreakoutAsciiVec(3)
+    env.reset(seed=1)
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        obs, *_ = env.step(rng.integers(3, size=3))
+    return obs
+
+
+def late_game():
+    """Nearly empty walls, the balls anywhere."""
+    env = BreakoutAsciiVec(3, varied_starts=1.0)
+    env.reset(seed=2)
+    env.games.bricks &= np.random.default_rng(2).random(env.games.bricks.shape) < 0.1
+    env.games.ball_y[:], env.games.ball_x[:] = (14, 20, 3), (5, 33, 70)
+    env.games.draw(np.ones(3, bool))
+    return env.observation()
+
+
+def all_new():
+    """No two lines alike, nor any two pieces: random characters but for the last newline."""
+    pages = np.random.default_rng(3).choice(np.frombuffer(CHARACTERS.encode(), np.uint8), (3, TOKENS))
+    pages[:, -1] = ord("\n")
+    return pages
+
+
+def foreign_end():
+    """The last character is another on each page, so the pages share no query."""
+    pages = all_new()
+    pages[:, -1] = [ord(c) for c in "O# "]
+    return pages
+
+
+def one_game():
+    """Pages that begin alike: four steps of one game, the first page twice."""
+    env = BreakoutAsciiVec(1)
+    pages = [env.reset(seed=1)[0]] + [env.step(np.array([1]))[0] for _ in range(4)]
+    return np.concatenate(pages + pages[:1])
+
+
+def every_score(gpt):
+    """(7 * 1944, H) attention scores, in nats, that the last position's query gives every character everywhere, in one layer."""
+    with torch.no_grad():
+        rows, columns = torch.arange(24).repeat_interleave(81), torch.arange(81).repeat(24)
+        x = gpt.wte.weight.unsqueeze(1) + gpt.wre.weight[rows] + gpt.wce.weight[columns]  # (7, 1944, C)
+        block, C, H = gpt.blocks[0], gpt.config.n_embd, gpt.config.n_head
+        w_q, w_k, _ = block.attn.c_attn.weight.split(C)
+        q = (block.ln_1(x[CHARACTERS.index("\n"), -1]) @ w_q.T).view(H, C // H)
+        k = (block.ln_1(x).flatten(0, 1) @ w_k.T).view(-1, H, C // H)
+        return (k * q).sum(2) / (C // H) ** 0.5
+
+
+def largest_score(gpt):
+    return every_score(gpt).abs().max().item()

@@ -1,0 +1,55 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from background import Background
+
+
+def work(x):
+    if x == "die":
+        os._exit(1)
+    os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C reaches every process of a terminal
+    time.sleep(0.2)
+    return x, os.getpid()
+
+
+def test_in_the_background():
+    with Background(work, processes=2) as background:
+        futures = [background.submit(i) for i in range(3)]
+        results = [background.result(future) for future in futures]
+        assert [x for x, _ in results] == [0, 1, 2] and os.getpid() not in [pid for _, pid in results]
+        for _ in range(2):  # and a dead pool stays dead
+            with pytest.raises(ChildProcessError, match="the process that evaluates has died"):
+                background.result(background.submit("die"))
+    for child in multiprocessing.active_children():
+        child.join(timeout=30)
+    assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_is_as_before():
+    before = signal.getsignal(signal.SIGINT)
+    with Background(work) as background:
+        background.submit(0)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_processes_end_with_this_one(tmp_path):
+    """Even if it is killed: its output, which they share, is closed."""
+    program = """
+import os, signal, time
+from background import Background
+def work(x): time.sleep(1000)
+if __name__ == "__main__":
+    background = Background(work)
+    background.submit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, stdout=subprocess.PIPE, timeout=60)

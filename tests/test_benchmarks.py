@@ -1,0 +1,455 @@
+"""Every benchmark, small, against figures that are known."""
+
+import contextlib
+import csv
+import functools
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_ppo
+from breakout_ascii import TOKENS, BreakoutAscii, BreakoutAsciiVec
+from callbacks import Callback
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from command_line import CommandLineError
+from device import DeviceError
+from evaluation import SERVES, exact
+from helpers import make_gpt
+from load_model import load_policy, policy_of
+from model import GPT
+from test_breakout_ascii import SlowGame
+from train_ppo import CONSTANTS
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(name):
+    """benchmarks/<name>.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+robustness, learning, throughput = map(load, ("robustness", "learning", "throughput"))
+
+
+def table(text):
+    """A markdown table -> its header and rows, lists of str."""
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return header, rows
+
+
+def still(tokens):
+    return np.zeros(len(tokens), int)
+
+
+@pytest.mark.parametrize("main, arguments, message", [
+    (robustness.main, "--games 0", "--games must be from 1 to 10000, not 0"),
+    (robustness.main, "--games few", "invalid int value: 'few'"),
+    (robustness.main, "nowhere", "nowhere: there is no such file"),
+    (learning.main, "--seeds -1", "SEED (--seed) must be an integer from 0"),
+    (learning.main, "--variants best", "invalid choice: 'best'"),
+    (learning.main, "--seed 1", "give --seeds and --out"),
+    (learning.main, "--resume run", "give --seeds and --out"),
+    (learning.main, "--eval_interval 0", "without evaluations there is no curve"),
+    (learning.main, "--n_head 7", "multiple of n_head"),
+    (throughput.main, "--tables 6", "invalid choice: 6"),
+    (throughput.main, "--repetitions 0", "--repetitions) must be an integer from 1"),
+    (throughput.main, "--device tpu9", "--device tpu9 does not work here"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused_in_one_line(main, arguments, message):
+    with pytest.raises((CommandLineError, CheckpointError, DeviceError), match=re.escape(message)) as error:
+        main(arguments.split())
+    assert "\n" not in str(error.value)
+
+
+# robustness.py
+
+
+def play_one(serves):
+    """Standing still, in the environment for one game -> score, bricks left, lives left, steps."""
+    env = BreakoutAscii()
+    env.reset(options={"serves": serves})
+    for step in range(1, 5000):
+        _, _, over, _, info = env.step(0)
+        if over:
+            return info["score"], info["bricks"], info["lives"], step
+
+
+def test_every_game_of_a_condition_is_played_to_its_end(monkeypatch):
+    """The first one too; and a few at a time as all at once."""
+    serves, bricks, sticky = robustness.conditions(1, 0, True)["standard"]
+    results = robustness.play(still, serves, bricks, sticky, 0, True)
+    np.testing.assert_array_equal(np.stack(results, 1), [play_one(dx) for dx in SERVES])
+    assert (results.bricks > 0).all() and (results.lives == 0).all()
+    monkeypatch.setattr(robustness, "GAMES_AT_ONCE", 5)
+    np.testing.assert_array_equal(results, robustness.play(still, serves, bricks, sticky, 0, True))
+
+
+def test_the_conditions_differ_in_one_thing_each():
+    n = 4000
+    conditions = robustness.conditions(n, 0, False)
+    standard, whole, _ = conditions["standard"]
+    assert (standard[..., 0] == 40).all() and (standard[..., 2] == 36).all() and whole.all() and whole.shape == (n, 7, 13)
+    assert np.mean(standard[..., 1] == 1) == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(5 * n))
+    serves, bricks, _ = conditions["random serves"]
+    counts = np.bincount(serves[..., 0].ravel(), minlength=80)
+    assert (counts[[0, 79]] == 0).all() and np.abs(counts[1:79] / (5 * n) - 1 / 78).max() < 5 * math.sqrt(1 / 78 / (5 * n))
+    assert (serves[..., 1] == standard[..., 1]).all() and (np.abs(serves[..., 0] - serves[..., 2] - 3) <= 3).all() and bricks.all()
+    serves, bricks, _ = conditions["random layouts"]
+    shares = bricks.mean((1, 2))  # any share alike
+    assert (serves == standard).all() and np.abs(np.quantile(shares, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.04
+    assert [sticky for *_, sticky in conditions.values()] == [0.0, 0.0, 0.0, 0.1]
+    for name, (serves, bricks, sticky) in robustness.conditions(n, 0, True).items():  # all players get the same
+        same = [np.array_equal(x, y) for x, y in zip((serves, bricks), conditions[name])]
+        assert same == ([False, False] if name == "standard" else [True, True])
+
+
+def test_a_sticky_action_is_played_again(monkeypatch):
+    """Of a player that goes right and left by turns. Its action is the chosen one if it is heard, or if the one before was not the
+    chosen one: a share p = (1 - 0.25) + 0.25 (1 - p)."""
+    monkeypatch.setattr(robustness, "STICKY", 0.25)
+    paddles, (serves, bricks, sticky) = [], robustness.conditions(300, 0, False)["sticky actions"]
+
+    def player(tokens):
+        paddles.append((tokens.reshape(-1, 24, 81)[:, 22] == ord("=")).argmax(1))
+        return np.full(len(tokens), 1 + len(paddles) % 2)
+
+    robustness.play(player, serves, bricks, sticky, 0, False)
+    moves = np.diff(np.array(paddles[:18]), axis=0)  # no ball has come down yet
+    chosen = np.where(np.arange(17) % 2, -2, 2)[:, None]
+    assert np.mean((moves == chosen)[4:]) == pytest.approx(1 / 1.25, abs=0.03) and (np.abs(moves) <= 2).all()
+
+
+def test_the_table_of_robustness(tmp_path, monkeypatch, capsys):
+    """Models in the order given, then the tracker and random play, once each."""
+    monkeypatch.setattr(robustness, "play_games", functools.partial(robustness.play_games, max_steps=2000))  # enough for the tracker
+    for seed, name in enumerate(("b.pt", "a.pt")):
+        gpt = make_gpt(seed, n_head=2, n_embd=8)
+        save_checkpoint(tmp_path / name, {"model": gpt.state_dict(), "gpt_config": asdict(gpt.config), "global_step": 1000})
+    robustness.main([str(tmp_path / "b.pt"), str(tmp_path / "a.pt"), "--games", "2"])
+    output = capsys.readouterr().out
+    header, rows = table(output)
+    assert header == list(robustness.COLUMNS) and output.count("trained for 1,000 steps") == 2
+    players = [re.sub(r"^.*/", "", row[0]) for row in rows[::4]]
+    assert players == ["b.pt, greedy", "b.pt, sampled", "a.pt, greedy", "a.pt, sampled", "tracker", "random"]
+    assert [row[1] for row in rows] == 6 * ["standard", "random serves", "random layouts", "sticky actions"]
+    assert all(re.fullmatch(r"[\d.]+%?", cell) for row in rows for cell in row[2:])
+    assert rows[16] == ["tracker", "standard", "32", "960.0", "100.0%", "100.0%", "0.0%", "0.0%", "0.00"]
+    assert [row[2] for row in rows[:8]] == ["32", "2", "2", "2", "2", "2", "2", "2"]
+
+
+# learning.py
+
+SMALL = "--num_envs 4 --rollout_steps 8 --batch_size 16 --epochs 1 --n_head 2 --n_embd 8 --device cpu --num_steps 64"
+CURVES = {  # seed: (steps, seconds, score, games cleared) of each evaluation
+    0: [(1_000_000, 60, 350.0, 0), (2_000_000, 120, 960.0, 32), (3_000_000, 180, 945.0, 30)],
+    1: [(1_000_000, 90, 100.0, 0), (2_000_000, 180, 650.5, 1), (3_000_000, 270, 640.0, 2)],
+}
+MARKS = [f"{mark}: {unit}" for mark in (300, 600, 900, 960) for unit in ("M steps", "min")]
+
+
+def leave_run(run_dir, seed, curve=(), global_step=4_000_000, evaluations=()):
+    """What a run of the default constants leaves, as far as learning.py reads it."""
+    run_dir.mkdir(parents=True)
+    constants = CONSTANTS | {"SEED": seed, "RUN_DIR": str(run_dir)}
+    (run_dir / "config.json").write_text(json.dumps(constants))
+    save_checkpoint(run_dir / "last.pt", {"global_step": global_step, "constants": constants, "evaluations": list(evaluations)})
+    rows = [f"{i},{steps},{seconds},{score},{cleared}\n" for i, (steps, seconds, score, cleared) in enumerate(curve, start=1)]
+    between = "9,3500000,999,,\n"  # an update without evaluation
+    (run_dir / "metrics.csv").write_text("update,global_step,seconds,eval_score,eval_cleared\n" + "".join(rows) + between)
+
+
+def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(learning.subprocess, "run", None)  # all runs have ended: none is started
+    for seed, curve in CURVES.items():
+        leave_run(tmp_path / "recipe" / f"seed{seed}", seed, curve)
+    learning.main(["--seeds", "0", "1", "--out", str(tmp_path)])
+    seeds, medians, ranges = map(table, capsys.readouterr().out.strip().split("\n\n"))
+    last = ["best", "best: games cleared", "best: M steps", "last"]
+    assert seeds == (["variant", "seed", *MARKS, *last], [
+        ["recipe", "0", "1", "1", "2", "2", "2", "2", "2", "2", "960", "32", "2", "945"],
+        ["recipe", "1", "2", "3", "2", "3", "-", "-", "-", "-", "650.5", "1", "2", "640"],
+    ])  # fmt: skip
+    assert medians == (["variant", "seeds", "of the seeds", *MARKS, *last], [
+        ["recipe", "2", "median", "1.5", "2", "2", "2.5", "-", "-", "-", "-", "805.2", "16.5", "2", "792.5"],
+    ])  # fmt: skip
+    assert ranges == (medians[0], [
+        ["recipe", "2", "min", "1", "1", "2", "2", "2", "2", "2", "2", "650.5", "1", "2", "640"],
+        ["recipe", "2", "max", "2", "3", "2", "3", "-", "-", "-", "-", "960", "32", "2", "945"],
+    ])  # fmt: skip
+    with open(tmp_path / "learning.csv") as file:
+        assert [row["300: min"] for row in csv.DictReader(file)] == ["1.0", "3.0"]
+    assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_interquartile_mean():
+    assert learning.interquartile_mean(np.array([[960, 0, 1, 2, 3, 4, 900, -5]])) == pytest.approx([2.5])
+    assert learning.interquartile_mean(np.array([1.0, 2.0, 6.0])) == 3.0  # of three none is left out
+
+
+def test_when_a_run_has_ended(tmp_path):
+    pending = [{"global_step": 4_000_000}]
+    for name, leave in (("half", {"global_step": 2_000_000}), ("unevaluated", {"evaluations": pending}), ("whole", {})):
+        leave_run(tmp_path / name, 0, **leave)
+    assert [learning.finished(tmp_path / name) for name in ("nothing", "half", "unevaluated", "whole")] == [False, False, False, True]
+
+
+def test_a_run_is_started_resumed_or_left_alone(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(learning.subprocess, "run", lambda command, **kwargs: commands.append(command[1:]))
+    leave_run(tmp_path / "half", 3, global_step=2_000_000)
+    leave_run(tmp_path / "whole", 3)
+    (tmp_path / "killed").mkdir()  # before there was anything to resume
+    for name, variant in (("half", "gamma_0.99"), ("whole", "recipe"), ("killed", "recipe"), ("new", "small_weights")):
+        learning.train(tmp_path / name, variant, 3, ["--num_envs", "4"])
+    train, itself = str(ROOT / "train_ppo.py"), learning.__file__
+    assert commands == [
+        [train, "--gamma", "0.99", "--num_envs", "4", "--resume", str(tmp_path / "half")],
+        [train, "--num_envs", "4", "--seed", "3", "--run_dir", str(tmp_path / "killed")],
+        [itself, "--train_small_weights", "--num_envs", "4", "--seed", "3", "--run_dir", str(tmp_path / "new")],
+    ]
+    assert not (tmp_path / "killed").exists() and {"half.log", "killed.log", "new.log"} <= {x.name for x in tmp_path.iterdir()}
+
+
+def test_runs_that_did_not_end_and_runs_of_other_constants(tmp_path, monkeypatch):
+    monkeypatch.setattr(learning.subprocess, "run", lambda command, **kwargs: None)
+    with pytest.raises(CommandLineError, match="did not finish, see .*recipe/seed0.log, .*recipe/seed1.log; start again"):
+        learning.main(["--seeds", "0", "1", "--out", str(tmp_path)])
+    leave_run(tmp_path / "recipe" / "seed0", 0)
+    with pytest.raises(CommandLineError, match="recipe/seed0 was begun with other constants"):
+        learning.main(["--seeds", "0", "--gamma", "0.9", "--out", str(tmp_path)])
+    with pytest.raises(CommandLineError, match="metrics.csv has no evaluations"):
+        learning.main(["--seeds", "0", "--out", str(tmp_path)])
+
+
+class AtOnce(Callback):
+    """An `Evaluation` in this process, of the beginning of all games after the last update alone."""
+
+    def on_training_end(self, trainer):
+        state = trainer.policy_state()
+        trainer.evaluation_end(state, exact(policy_of(state), 100) | {"returned": 0.5})
+
+
+class InTurn(contextlib.nullcontext):
+    """A pool of no threads: only the main one may handle signals."""
+
+    map = staticmethod(map)
+
+    def __init__(self, max_workers):
+        super().__init__(self)
+
+
+def in_this_process(command, **kwargs):
+    main, arguments = train_ppo.main, command[2:]
+    if arguments[0] == "--train_small_weights":
+        main, arguments = learning.train_small_weights, arguments[1:]
+    assert main(arguments) == 0
+
+
+def test_small_trainings_end_to_end(tmp_path, monkeypatch):
+    """What the table says is what the runs' best models say of themselves. Small weights are nanoGPT's, and whoever evaluates them
+    need not know of them."""
+    monkeypatch.setattr(learning, "ThreadPoolExecutor", InTurn)
+    monkeypatch.setattr(learning.subprocess, "run", in_this_process)
+    monkeypatch.setattr(train_ppo, "evaluation_of", lambda c, device: contextlib.nullcontext(AtOnce()))
+    monkeypatch.setattr(GPT, "init_weights", GPT.init_weights)  # restored at the end
+    variants = ["no_paired_envs", "no_prediction", "small_weights"]
+    learning.main(["--seeds", "5", "--variants", *variants, "--out", str(tmp_path), *SMALL.split()])
+    with open(tmp_path / "learning.csv") as file:
+        rows = list(csv.DictReader(file))
+    runs = [load_checkpoint(tmp_path / variant / "seed5" / "best_model.pt") for variant in variants]
+    assert [(row["variant"], row["seed"], float(row["best"])) for row in rows] == [
+        (variant, "5", round(run["evaluation"]["score"], 1)) for variant, run in zip(variants, runs)]  # fmt: skip
+    assert [run["constants"]["PAIRED_ENVS"] for run in runs] == [False, True, True]
+    assert [run["constants"]["PREDICTION_COEF"] for run in runs] == [0.1, 0.0, 0.1]
+    for name, p in make_gpt().named_parameters():  # GPT.init_weights is what the last run left
+        std = 0.02 / math.sqrt(2) if "c_proj" in name else 0.02
+        if p.dim() > 1:
+            assert p.std().item() == pytest.approx(std, rel=5 / math.sqrt(p.numel()))
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all()
+    moved = [(load_policy(tmp_path / variant / "seed5")[0].wte.weight.std().item()) for variant in variants]
+    assert min(moved[:2]) > 0.5 and moved[2] < 0.05
+
+
+# baseline.py
+
+
+def test_without_stable_baselines3_there_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    with pytest.raises(SystemExit) as end:
+        load("baseline")
+    assert end.value.code == "baseline.py: needs Stable-Baselines3: pip install stable-baselines3"
+
+
+@pytest.fixture
+def baseline(monkeypatch):
+    pytest.importorskip("stable_baselines3")
+    module = load("baseline")
+    for name, value in {"NUM_ENVS": 4, "ROLLOUT_STEPS": 8, "BATCH_SIZE": 16, "EVAL_INTERVAL": 2}.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def test_a_small_baseline(tmp_path, baseline, capsys):
+    arguments = ["--num_steps", "90", "--seed", "3", "--out", str(tmp_path / "out")]
+    baseline.main(arguments)
+    with open(tmp_path / "out" / "seed3.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["update"], row["steps"]) for row in rows] == [("2", "64"), ("3", "96")]
+    assert all(0 <= float(row["score"]) <= 960 and row["cleared"] == "0" for row in rows)
+    assert f"last {float(rows[-1]['score']):.2f}" in capsys.readouterr().out
+    with pytest.raises(CommandLineError, match="seed3.csv exists already; name another --out"):
+        baseline.main(arguments)
+
+
+def test_the_games_as_stable_baselines3_sees_them(baseline):
+    """A lost life ends a return, a truncation says what it cut off, and rewards are scaled."""
+    ours, env = BreakoutAsciiVec(8, max_episode_steps=60), BreakoutAsciiVec(8, max_episode_steps=60)
+    games, rng, seen = baseline.Games(env), np.random.default_rng(0), np.zeros(3, int)
+    games.seed(1)
+    np.testing.assert_array_equal(games.reset(), ours.reset(seed=1)[0] / np.float32(127))
+    for _ in range(130):
+        actions = rng.integers(3, size=8)
+        games.step_async(actions)
+        obs, rewards, dones, infos = games.step_wait()
+        tokens, points, terminated, truncated, our_infos = ours.step(actions)
+        np.testing.assert_array_equal(obs, tokens / np.float32(127))
+        np.testing.assert_allclose(rewards, points * CONSTANTS["REWARD_SCALE"])
+        lost = our_infos["life_lost"] | our_infos.get("final_info", {}).get("life_lost", False)
+        np.testing.assert_array_equal(dones, terminated | truncated | lost)
+        cut = np.array(["TimeLimit.truncated" in info for info in infos])
+        assert (cut <= truncated).all() and all(info["terminal_observation"].shape == (TOKENS,) for info in infos if info)
+        seen += (points > 0).sum(), lost.sum(), cut.sum()
+    assert (seen > 0).all()
+
+
+# throughput.py
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small constants -> a GPT of that size."""
+    for name, value in dict(NUM_ENVS=4, ROLLOUT_STEPS=16, BATCH_SIZE=8, EVAL_INTERVAL=1, N_HEAD=2, N_EMBD=8, MLP_EXPANSION=1).items():
+        monkeypatch.setattr(throughput.C, name, value)
+    monkeypatch.setattr(throughput, "SPREAD_STEPS", 30)
+    monkeypatch.setattr(throughput, "GAMES", (2, 4))
+    monkeypatch.setattr(throughput, "RANDOM_ACTIONS", {"middling": 0.5})
+    monkeypatch.setattr(throughput, "DEEP", {"n_layer": 2, "n_embd": 8, "n_head": 2, "mlp_expansion": 1})
+    game_row = functools.partial(throughput.game_row, num_envs=8, num_plain=2, steps=150)
+    monkeypatch.setattr(throughput, "game_row", game_row)
+    torch.manual_seed(0)
+    return throughput.make_gpt(throughput.GPTConfig(n_embd=8, n_head=2, mlp_expansion=1), torch.device("cpu"))
+
+
+ONCE = SimpleNamespace(repetitions=1, num_steps=64)
+
+
+def amount(cell):
+    return float(cell.split()[0].replace(",", ""))
+
+
+def test_the_table_of_speed(small):
+    _, header, rows = throughput.speed_table(small, ONCE)
+    assert [len(row) for row in rows] == 5 * [len(header)] and rows[0][-1] == "equal"
+    for row in rows:
+        assert amount(row[3]) == pytest.approx(amount(row[1]) / amount(row[2]), rel=0.02)  # one repetition: the ratio itself
+    assert all(float(row[-1]) < 1e-4 for row in rows[1:]), rows
+
+
+def test_the_game_is_compared_character_by_character(small, monkeypatch):
+    class Shifted(SlowGame):
+        def page(self):
+            return super().page().replace("=======#", "======= ").replace("O", "o")
+
+    monkeypatch.setattr(throughput, "SlowGame", Shifted)
+    assert throughput.game_row(1)[-1] == "300 characters"  # one in each page of two games, 150 steps
+
+
+def test_a_wrong_gpt_is_seen(small, monkeypatch):
+    plain = throughput.plain_gpt
+
+    def wrong(policy):
+        gpt = plain(policy)
+        with torch.no_grad():
+            gpt.policy_head.weight *= 1.01
+        return gpt
+
+    monkeypatch.setattr(throughput, "plain_gpt", wrong)
+    rows = list(throughput.model_rows("", small, throughput.training_pages(small, "middling"), 1))
+    assert all(float(row[-1]) == pytest.approx(0.01, rel=0.2) for row in rows)
+
+
+def test_the_table_of_changes(small):
+    _, header, rows = throughput.changes_table(small, ONCE)
+    assert [row[0].split(", ")[1] for row in rows[::2]] == [f"{share} % changed" for share in ("0", "0.1", "1", "10", "100")]
+    assert all(float(row[-1]) < 1e-4 for row in rows), rows
+
+
+def test_the_pages_that_are_read(small, monkeypatch):
+    """A minibatch of a rollout of pairs: each page of it once."""
+    monkeypatch.setattr(throughput.C, "BATCH_SIZE", 4 * 16)  # the whole rollout
+    pages = throughput.training_pages(small, "middling")
+    assert pages.shape == (64, TOKENS) and pages.dtype == np.uint8
+    texts = [page.tobytes() for page in pages]
+    assert 32 < len(set(texts)) <= 62  # both pairs begin with the same page
+    grouped = throughput.training_pages(small, "middling", 8)
+    assert sorted(page.tobytes() for page in grouped) == sorted(texts)
+
+
+def test_the_table_of_games(small):
+    _, header, rows = throughput.games_table(small, ONCE)
+    assert [row[0] for row in rows] == ["2", "4"] and all(amount(row[1]) > 0 for row in rows)
+
+
+def test_where_the_time_goes(small, monkeypatch):
+    """All of it is accounted for; the weights stay as they are."""
+    monkeypatch.setattr(throughput, "evaluation_of", lambda c, device: contextlib.nullcontext(Callback()))
+    steps, seconds, parts = throughput.split(small, 3 * 64)
+    assert steps == 3 * 64 and sum(parts.values()) == pytest.approx(seconds)
+    assert list(parts) == ["game", "forward", "prediction targets", "buffer.add", "GAE", "update", "evaluations", "other callbacks", "rest"]
+    assert all(share > 0 for share in parts.values())
+
+
+def test_a_part_does_not_count_the_parts_it_calls(small, monkeypatch):
+    """By a clock that ticks once for each reading."""
+    readings = iter(range(10**6))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(readings)))
+    trainer, _ = throughput.endless(small)
+    trainer.callbacks = [Callback(), Callback()]
+    with throughput.clocks(trainer) as parts:
+        trainer.emit("on_update_end")
+    assert parts["evaluations"] == 1 and parts["other callbacks"] == 3 - 1
+
+
+def test_speed_and_memory_of_a_whole_training(monkeypatch):
+    """The run's own clock, and the peak in the kilobytes of Linux."""
+
+    def train(command, **kwargs):
+        run_dir = Path(command[command.index("--run_dir") + 1])
+        run_dir.mkdir()
+        save_checkpoint(run_dir / "last.pt", {"global_step": 3000, "seconds": 1.5})
+        return subprocess.CompletedProcess(command, 0, stdout=b"2000000\n")
+
+    monkeypatch.setattr(throughput.subprocess, "run", train)
+    monkeypatch.setattr(throughput.sys, "platform", "linux")
+    assert throughput.training(3000, "cpu") == (2000.0, pytest.approx(2.048))
+
+
+def test_throughput_from_the_command_line(small, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "C", SimpleNamespace(**CONSTANTS | {"ROLLOUT_STEPS": 8}))  # the shipped model is not small
+    throughput.main("--tables 3 --repetitions 1 --device cpu".split())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("torch ") and lines[2] == "Table 3: rollouts as games grow: learned play" and len(lines) == 7

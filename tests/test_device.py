@@ -1,0 +1,50 @@
+import os
+
+import pytest
+import torch
+
+import device
+from device import DeviceError, available_cores, choose_device, out_of_memory
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("CUDA error: no kernel image\nmore lines")
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch, capsys):
+    assert choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(device, "working_device", broken)
+    monkeypatch.setattr(device, "gpu_is_there", lambda: False)
+    assert choose_device("auto") == torch.device("cpu") and capsys.readouterr().err == ""
+
+
+def test_a_gpu_that_cannot_be_used_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "ones", broken)
+    monkeypatch.setattr(device, "gpu_is_there", lambda: True)
+    assert choose_device("auto") == torch.device("cpu")
+    err = capsys.readouterr().err
+    assert err.startswith("warning: the GPU cannot be used (CUDA error: no kernel image)") and err.count("\n") == 1
+    with pytest.raises(DeviceError, match=r"--device cuda does not work here .*no kernel image\); try --device cpu$"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("name", ["tpu9", "cuda:99", "meta:x", ""])
+def test_devices_that_do_not_work(name):
+    with pytest.raises(DeviceError, match="does not work here") as error:
+        choose_device(name)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_lack_of_memory():
+    assert out_of_memory(MemoryError()) and out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60)
+    assert out_of_memory(error.value)
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
+    assert available_cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert available_cores() == os.cpu_count()

@@ -1,0 +1,244 @@
+"""The loop that stays on one device, here on the CPU: the same games, rollouts and updates as with NumPy. CUDA graphs need CUDA."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from breakout_ascii import BreakoutAsciiVec, Games, RandomNumbers
+from fast import DeviceBreakout, DeviceGPT, FastGPT
+from fast.cuda_graphs import Compiled, GraphRunner, run_as_cuda_graphs
+from helpers import largest_score, make_gpt, tolerance
+from ppo import PPO, PPOConfig
+
+CPU = torch.device("cpu")
+
+
+def config(**changes):
+    constants = dict(
+        num_steps=96, rollout_steps=6, epochs=1, batch_size=12, gamma=0.9, lambd=0.5, lambd_end=0.5, lambd_steps=1, eps_clip=0.2, lr=1e-3,
+        min_lr=1e-4, value_loss_coef=0.5, entropy_coef=0.01, max_grad_norm=0.5, prediction_coef=0.1, move_coef=0.04, paired_envs=True,
+        reward_scale=0.1,
+    )  # fmt: skip
+    return PPOConfig(**constants | changes)
+
+
+def trainer(max_episode_steps=5000, seed=0, num_envs=4, **changes):
+    env = DeviceBreakout(num_envs, CPU, varied_starts=0.7, max_episode_steps=max_episode_steps)
+    return PPO(make_gpt(seed, DeviceGPT, n_head=4, n_embd=16), env, config(**changes))
+
+
+def test_the_games_equal_those_of_numpy_step_by_step():
+    env, vec, rng, ended = DeviceBreakout(32, CPU, varied_starts=0.7), BreakoutAsciiVec(32, varied_starts=0.7), np.random.default_rng(0), 0
+    env.reset(seed=0)
+    env.start_rollout(400)
+    vec.load_state_dict(env.state_dict())
+    for t in range(400):
+        vec.random_numbers = lambda which: RandomNumbers(*(x[t].numpy()[which] for x in env.numbers))
+        chase = 1 + (vec.games.ball_x > vec.games.paddle_x + 3)
+        actions = np.where(rng.random(32) < 0.6, rng.integers(3, size=32), chase)
+        obs, rewards, terminated, truncated, infos = env.step(torch.from_numpy(actions))
+        *expected, expected_infos = vec.step(actions)
+        for ours, theirs in zip((obs, rewards, terminated, truncated), expected):
+            np.testing.assert_array_equal(ours, theirs)
+        lost = expected_infos["life_lost"] | expected_infos.get("final_info", {}).get("life_lost", False)
+        np.testing.assert_array_equal(infos["life_lost"], lost)
+        for name in [*Games.STATE, "pages"]:
+            np.testing.assert_array_equal(getattr(env.games, name), getattr(vec.games, name), err_msg=name)
+        np.testing.assert_array_equal(env.in_sync(), vec.in_sync())
+        ended += terminated.sum()
+    assert ended > 20
+
+
+def test_a_game_that_has_become_too_long_is_truncated_between_rollouts():
+    env = DeviceBreakout(3, CPU, max_episode_steps=9)
+    env.reset(seed=0)
+    env.games.elapsed.copy_(torch.tensor([9, 8, 0]))
+    obs, truncated = env.start_rollout(4)
+    assert truncated.tolist() == [True, False, False] and env.games.elapsed.tolist() == [0, 8, 0]
+    assert torch.equal(obs, env.games.pages.flatten(1))
+
+
+def test_a_truncated_game_is_bootstrapped_and_its_return_counts():
+    ppo = trainer(max_episode_steps=6, paired_envs=False)
+    ppo.collect()
+    ppo.return_so_far[:] = 7
+    _, values = ppo.act(ppo.policy.encode(ppo.obs))
+    returns, last = ppo.buffer.data.returns.view(6, 4)[-1], {name: x[-1] for name, x in ppo.buffer.columns.items()}
+    torch.testing.assert_close(returns, last["rewards"] + 0.9 * values * ~last["terminated"])
+    ppo.collect()
+    assert list(ppo.episode_returns)[:4] == [7] * 4 and (ppo.env.games.elapsed == 6).all()
+
+
+def test_no_random_number_is_used_twice_and_all_follow_from_the_seed():
+    first, second = (DeviceBreakout(4, CPU, varied_starts=1.0) for _ in range(2))
+    for env in (first, second):
+        env.reset(seed=3)
+    assert torch.equal(first.games.pages, second.games.pages)
+    a, b = first.random_numbers(2), first.random_numbers(2)
+    for x, y, other in zip(a, b, second.random_numbers(2)):
+        assert not torch.equal(x, y) and not torch.equal(x[0], x[1]) and torch.equal(x, other)
+
+
+def test_a_run_may_go_on_with_either_kind_of_games():
+    env, vec = DeviceBreakout(4, CPU, varied_starts=1.0), BreakoutAsciiVec(4, varied_starts=1.0)
+    env.reset(seed=0)
+    vec.reset(seed=1)
+    address = env.games.pages.data_ptr()
+    env.load_state_dict(vec.state_dict())
+    np.testing.assert_array_equal(env.games.pages, vec.games.pages)
+    assert env.games.pages.data_ptr() == address  # a CUDA graph would look for it there
+    other = BreakoutAsciiVec(4)
+    other.load_state_dict(env.state_dict())
+    np.testing.assert_array_equal(other.games.pages, vec.games.pages)
+
+
+def test_both_loops_are_one():
+    """The same weights, games and random numbers: equal rollouts, and updates equal but for rounding."""
+    ours = trainer(num_envs=8, rollout_steps=24, batch_size=48)
+    theirs = PPO(make_gpt(0, FastGPT, n_head=4, n_embd=16), BreakoutAsciiVec(8, varied_starts=0.7), ours.config)
+    near = tolerance(largest_score(ours.policy)) * 4  # |features| = 4
+    for _ in range(2):
+        theirs.env.load_state_dict(ours.env.state_dict())
+        theirs.obs.copy_(ours.obs)
+        ours.collect()
+        theirs.env.random_numbers = lambda which: RandomNumbers(*(x[int(theirs.buffer.step)].numpy()[which] for x in ours.env.numbers))
+        theirs.collect()
+        for name in ("actions", "rewards", "terminated", "truncated", "has_next", "changes", "in_sync"):
+            assert torch.equal(ours.buffer.columns[name], theirs.buffer.columns[name]), name
+        for name in ("logprobs", "values"):
+            torch.testing.assert_close(ours.buffer.columns[name], theirs.buffer.columns[name], rtol=1e-3, atol=near)
+        torch.testing.assert_close(ours.buffer.data.advantages, theirs.buffer.data.advantages, rtol=1e-3, atol=10 * near)
+        np.testing.assert_array_equal(ours.return_so_far, theirs.return_so_far)
+        expected = theirs.update()
+        for name, x in ours.update().items():
+            assert x == pytest.approx(expected[name], rel=1e-2, abs=100 * near, nan_ok=True), name
+        assert (ours.weights - theirs.weights).norm() < 1e-4 * ours.weights.norm()
+        with torch.no_grad():
+            theirs.weights.copy_(ours.weights)
+
+
+def test_a_shared_minibatch_holds_the_pages_of_its_samples():
+    ppo, seen = trainer(), []
+    ppo.collect()
+    ppo.buffer.data.old_logprobs.copy_(-torch.arange(24) / 100)  # they tell the samples apart
+    ppo.epoch()
+    ppo.buffer.minibatch.zero_()
+    for _ in range(ppo.buffer.num_minibatches):
+        mb = ppo.buffer.next_minibatch()
+        pages = mb.obs.characters[mb.obs.pages].flatten(1)  # (M, 1944)
+        samples = [ppo.buffer.data.old_logprobs.tolist().index(x) for x in mb.old_logprobs.tolist()]
+        assert torch.equal(pages, ppo.buffer.data.obs[samples])
+        seen += samples
+    assert len(seen) == 24 and sorted(set(seen)) == sorted(seen)
+
+
+def test_what_a_graph_reads_and_writes_keeps_its_address():
+    def addresses():
+        tensors = [*ppo.policy.table, *ppo.buffer.columns.values(), *ppo.buffer.minibatches.obs, *ppo.buffer.minibatches[1:]]
+        tensors += [*ppo.env.games.buffers.values(), *ppo.env.numbers, ppo.env.played, ppo.noise, ppo.obs, ppo.in_sync, ppo.step_stats]
+        return [x.data_ptr() for x in (*tensors, ppo.buffer.step, ppo.buffer.minibatch, ppo.weights, ppo.weights.grad, ppo.lr)]
+
+    ppo = trainer(num_steps=24)
+    ppo.learn()
+    before = addresses()
+    ppo.config.num_steps = 72
+    ppo.learn()
+    assert ppo.update_count == 3 and addresses() == before
+
+
+def test_a_resumed_run_goes_on_bit_for_bit_and_either_kind_of_loop_goes_on():
+    whole, stopped, resumed = (trainer(seed=seed, min_lr=1e-3) for seed in (0, 0, 1))  # the learning rate does not fall
+    whole.learn()
+    stopped.config.num_steps = 48
+    stopped.learn()
+    stopped.config.num_steps = 96
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.learn()
+    assert resumed.update_count == 4 and torch.equal(resumed.weights, whole.weights) and torch.equal(resumed.obs, whole.obs)
+    other = PPO(make_gpt(0, FastGPT, n_head=4, n_embd=16), BreakoutAsciiVec(4, varied_starts=0.7), whole.config)
+    other.load_state_dict(stopped.state_dict())
+    np.testing.assert_array_equal(other.return_so_far, stopped.return_so_far)
+    other.learn()
+    assert other.global_step == 96
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    def broken(function, fullgraph):
+        def compiled(*args):
+            raise RuntimeError("no compiler\nat all")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", broken)
+    ppo, plain = trainer(), trainer()
+    run_as_cuda_graphs(ppo)
+    with pytest.warns(UserWarning, match="torch.compile does not work here, going on without: no compiler$"):
+        ppo.learn()
+    plain.learn()
+    assert torch.equal(ppo.weights, plain.weights)
+
+
+def test_what_worked_once_compiled_is_not_tried_another_way(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: lambda: calls.append(0) or 1 / (2 - len(calls)))
+    function = Compiled(lambda: -1)
+    assert [function(), function()] == [-1, 1]
+    with pytest.raises(ZeroDivisionError):
+        function()
+
+
+def test_a_graph_is_recorded_again_when_its_tensors_have_moved(monkeypatch):
+    """With stand-ins for CUDA's streams and graphs: three calls as they are, one recording, then replays."""
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    class Recording:
+        def __init__(self, graph, stream):
+            pass
+
+        def __enter__(self):
+            log.append("record")
+
+        def __exit__(self, *exception):
+            log.append("recorded")
+
+    for name, stand_in in (("current_stream", Stream), ("CUDAGraph", Graph), ("graph", Recording), ("stream", lambda s: contextlib.nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    log, objects = [], [object()]
+    run = GraphRunner(lambda: log.append("run"), Stream(), lambda: tuple(objects))
+    for _ in range(5):
+        run()
+    assert log == ["run"] * 3 + ["record", "run", "recorded"] + ["replay"] * 2
+    objects[0] = object()
+    log.clear()
+    run()
+    assert log == ["run"]
+
+
+@pytest.mark.slow
+def test_both_steps_can_be_traced_whole():
+    """What torch.compile needs before it generates code: no break in the graph, and the same results."""
+    ppo, plain = trainer(), trainer()
+    for p in (ppo, plain):
+        p.start_rollout()
+        p.rollout_step()  # makes the tensors that stay
+    compiled = torch.compile(ppo.rollout_step, fullgraph=True, backend="aot_eager")
+    for _ in range(5):
+        compiled()
+        plain.rollout_step()
+    for name, x in plain.buffer.columns.items():
+        torch.testing.assert_close(ppo.buffer.columns[name], x, msg=name)
+    assert torch.equal(ppo.obs, plain.obs) and torch.equal(ppo.env.games.pages, plain.env.games.pages)
+    for p in (ppo, plain):
+        p.buffer.finish(torch.zeros(4), 0.9, 0.5)
+        p.generator.manual_seed(0)
+    ppo.loss = torch.compile(ppo.loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(ppo.epoch(), plain.epoch())
+    torch.testing.assert_close(ppo.weights, plain.weights)

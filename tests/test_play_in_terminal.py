@@ -1,0 +1,115 @@
+"""Playing in a terminal: the keys on a screen of our own, then the whole program in a pseudo-terminal and without one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import play_in_terminal
+
+curses = pytest.importorskip("curses")
+
+
+class Screen:
+    """As much of a curses window as `play` needs: each frame ends with one of the keys, and what it showed is kept.
+
+    A key may also be (rows, columns): then the terminal takes this size.
+    """
+
+    def __init__(self, keys):
+        self.keys, self.shown, self.size = list(keys), [], (26, 80)
+
+    def getmaxyx(self):
+        return self.size
+
+    def erase(self):
+        self.shown.append([])
+
+    def addstr(self, row, column, line):
+        assert (row, column) == (len(self.shown[-1]), 0)
+        self.shown[-1].append(line)
+
+    def refresh(self):
+        pass
+
+    def timeout(self, milliseconds):
+        self.milliseconds = milliseconds
+
+    def getch(self):
+        time.sleep(self.milliseconds / 1000)
+        key = self.keys.pop(0)
+        if isinstance(key, tuple):
+            self.size, key = key, curses.KEY_RESIZE
+        return key
+
+
+def test_keys():
+    screen = Screen([curses.KEY_RIGHT, curses.KEY_RIGHT, curses.KEY_LEFT, ord("x"), -1, ord("r"), ord("q")])
+    assert play_in_terminal.play(screen, fps=1000) is None and not screen.keys
+    assert [lines[22].index("=======") for lines in screen.shown] == [36, 38, 40, 38, 38, 38, 36]
+    assert [lines[21][40] == "O" for lines in screen.shown] == [True] + [False] * 5 + [True]  # r serves anew
+    assert all(lines[24].startswith("score 0   lives 5") and "r: new game" in lines[25] for lines in screen.shown)
+
+
+def test_the_game_waits_while_the_terminal_is_too_small():
+    screen = Screen([(25, 80), curses.KEY_RIGHT, (27, 81), ord("Q")])
+    assert play_in_terminal.play(screen, fps=1000) is None
+    before, *small, after = screen.shown
+    assert small == [["too small"]] * 2 and before[22] == after[22] and before[21] != after[21]  # the ball flies on
+
+
+def test_a_game_that_is_over_stays_on_the_screen():
+    screen = Screen([-1] * 200 + [ord("r"), ord("q")])  # nobody moves: any five balls are lost in 158 steps
+    assert play_in_terminal.play(screen, fps=1000) is None
+    over = ["GAME OVER" in lines[24] for lines in screen.shown]
+    assert over == sorted(over[:-1]) + [False] and over[-2] and screen.shown[-2] == screen.shown[over.index(True)]
+
+
+@pytest.mark.parametrize("arguments", [["--fps", "0"], ["--fps", "nan"], ["--fp", "15"]])
+def test_bad_arguments(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["play_in_terminal.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        play_in_terminal.main()
+    assert capsys.readouterr().err.splitlines()[-1].startswith("play_in_terminal.py: error: ")
+
+
+def test_play_without_a_terminal_is_one_line():
+    run = subprocess.run([sys.executable, play_in_terminal.__file__], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr == "play_in_terminal.py: input and output must be a terminal\n"
+
+
+def play_in_a_terminal(keys, rows=26, columns=80, term="xterm"):
+    """Play in a pseudo-terminal -> exit status, all that was written."""
+    pty, fcntl, termios, struct = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios", "struct"))
+    pid, terminal = pty.fork()
+    if pid == 0:
+        # Whoever imports readline leaves LINES and COLUMNS behind, and curses would believe them.
+        environment = {key: os.environ[key] for key in os.environ if key not in ("LINES", "COLUMNS")}
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests started in the background ignore it, and so would the program
+        signal.alarm(60)  # a program that does not end fails the test, instead of halting it
+        command = [sys.executable, play_in_terminal.__file__, "--fps", "100"]
+        os.execve(sys.executable, command, environment | {"TERM": term})
+    written = b""
+    try:
+        while chunk := os.read(terminal, 4096):
+            written += chunk
+            if keys and b"quit" in written:  # it is ready
+                os.write(terminal, keys)
+                keys = b""
+    except OSError:  # the other end is closed
+        pass
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), written.decode()
+
+
+@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+def test_play_in_a_terminal():
+    status, written = play_in_a_terminal(b"q")
+    assert status == 0 and "|____|" in written and "lives 5" in written
+    assert play_in_a_terminal(b"\x03")[0] == 130
+    for bad, said in ((dict(columns=79), "smaller than 80x26"), (dict(rows=25), "smaller"), (dict(term="none"), "TERM")):
+        status, written = play_in_a_terminal(b"", **bad)
+        assert status == 1 and said in written and "Traceback" not in written
