@@ -13,49 +13,50 @@ import torch
 
 
 class Background:
-    """`submit(x)` -> the future of function(x), computed in one of some processes. They end with this one, however it ends, and
-    Ctrl-C, which reaches every process of a terminal, is not for them. A context manager: at its end they are stopped.
+    """`submit(x)` -> the future of function(x), computed in one of some processes; `result(future)` waits for it.
 
-    function: a function of a module, for it is imported there.
+    The processes ignore Ctrl-C, which reaches every process of a terminal. They read from a pipe that nobody writes to, and leave
+    when its other end is closed: by `close()`, which waits for nothing, or because this process has ended, however it ended.
+
+    function: must be importable, because it is pickled by its name.
     """
 
     def __init__(self, function, processes=1):
-        self.function, self.processes, context = function, processes, multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        theirs, self.alive = context.Pipe(duplex=False)
-        self.pool = ProcessPoolExecutor(processes, context, initializer=prepare, initargs=(theirs,))
-        with sigint_ignored():  # the processes inherit this
-            self.pool.submit(os.getpid)  # the imports take seconds: start with them
+        self.function, self.processes = function, processes
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        reader, self.writer = context.Pipe(duplex=False)
+        self.pool = ProcessPoolExecutor(processes, context, initializer=prepare, initargs=(reader,))
+        with sigint_ignored():  # inherited: until `prepare`, Ctrl-C would print tracebacks
+            self.pool.submit(os.getpid)  # the imports take seconds: start one process now
 
     def submit(self, x):
-        """Raises ChildProcessError, now or by the future's result(), if a process has died."""
+        """-> a future for `result`. Raises ChildProcessError if a process has died."""
         # pickled here: the pool would move tensors into shared memory
         with sigint_ignored(), child_errors():
             return self.pool.submit(call, self.function, pickle.dumps(x))
 
     def result(self, future):
+        """Raises what function raised, ChildProcessError if its process has died."""
         with child_errors():
             return future.result()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.alive.close()
+    def close(self):
+        self.writer.close()
 
 
 def call(function, x):
     return function(pickle.loads(x))
 
 
-def prepare(alive):
+def prepare(reader):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems that do not inherit it
-    threading.Thread(target=end_with_parent, args=(alive,), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(reader,), daemon=True).start()
     torch.set_num_threads(1)
 
 
-def end_with_parent(alive):
+def end_with_parent(reader):
     with contextlib.suppress(EOFError, OSError):
-        alive.recv()  # nothing is ever sent: this ends when the other end is closed, or its process dead
+        reader.recv()
     os._exit(0)
 
 
@@ -73,4 +74,4 @@ def child_errors():
     try:
         yield
     except BrokenProcessPool:
-        raise ChildProcessError("the process that evaluates has died: what it wrote stands above, or memory ran out") from None
+        raise ChildProcessError("a background process has died: what it wrote stands above, or memory ran out") from None

@@ -4,8 +4,8 @@ The rules stand here once, in `Games`, for N games at a time. Around them: `Brea
 `BreakoutAsciiVec` (a Gymnasium VectorEnv, for training) and `to_text`. drawing.py makes pictures of the pages, and
 play_in_terminal.py lets you play.
 
-Only the direction of the serves is random; in training, starts and walls may be too. All of it is drawn before a game starts, so the
-rules themselves draw nothing.
+Only the direction of the serves is random, and with `varied_starts` also where a ball is served and which bricks there are.
+All of it is drawn before a game starts, so the rules themselves draw nothing.
 """
 
 import math
@@ -45,12 +45,12 @@ class Games:
     lives, score, elapsed             (N,) int      lives left, points, steps since the game started
     bricks, bricks_left               (N, 7, 13) bool, (N,) int
     serves                            (N, 5, 3) int for each serve of the game: ball_x, dx, paddle_x
-    pages                             (N, 24, 81) uint8 ASCII codes, always up to date
+    pages                             (N, 24, 81) uint8 ASCII codes, up to date from the first reset on
     """
 
     STATE = "ball_x ball_y dx dy paddle_x lives score elapsed bricks bricks_left serves".split()  # pages follow from it
 
-    xp = np  # the array library; a subclass for another one brings its own `array`, `draw` and `redraw`
+    xp = np  # the array library; a subclass for another (fast/device_breakout.py) has its own `array`, `draw` and `redraw`
 
     def __init__(self, num_games):
         for name in ("ball_x", "ball_y", "dx", "dy", "paddle_x", "lives", "score", "elapsed", "bricks_left"):
@@ -58,28 +58,29 @@ class Games:
         self.bricks = self.array(np.ones((num_games, BRICK_ROWS, BRICK_COLUMNS), bool))
         self.serves = self.array(np.zeros((num_games, LIVES, 3), np.int64))
         self.pages = self.array(np.tile(EMPTY_PAGE, (num_games, 1, 1)))
-        self.games, self.paddle_moves = self.array(np.arange(num_games)), self.array(PADDLE_MOVES)
+        self.index = self.array(np.arange(num_games))
+        self.paddle_moves = self.array(PADDLE_MOVES)
 
     def array(self, x):
         """NumPy array -> an array of this library."""
         return x
 
-    def reset(self, which, serves, bricks):
-        """Start new games where which (N,) is true: serves (N, 5, 3), bricks (N, 7, 13) bool.
+    def reset(self, mask, serves, bricks):
+        """Start new games where mask (N,) is true: serves (N, 5, 3), bricks (N, 7, 13) bool.
 
         Raises ValueError if `which` is no mask: numbers of games would start other games than they name.
         """
-        if which.dtype != self.xp.bool or which.shape != self.games.shape:
-            raise ValueError(f"which must be bool of shape {tuple(self.games.shape)}; got {which.dtype} of shape {tuple(which.shape)}")
+        if mask.dtype != self.xp.bool or mask.shape != self.index.shape:
+            raise ValueError(f"mask must be bool of shape {tuple(self.index.shape)}; got {mask.dtype} of shape {tuple(mask.shape)}")
         where = self.xp.where
-        self.serves = where(which[:, None, None], serves, self.serves)
-        self.bricks = where(which[:, None, None], bricks, self.bricks)
-        self.bricks_left = where(which, self.bricks.sum((1, 2)), self.bricks_left)
-        self.lives = where(which, LIVES, self.lives)
-        self.score = where(which, 0, self.score)
-        self.elapsed = where(which, 0, self.elapsed)
-        self.serve(which)
-        self.draw(which)
+        self.serves = where(mask[:, None, None], serves, self.serves)
+        self.bricks = where(mask[:, None, None], bricks, self.bricks)
+        self.bricks_left = where(mask, self.bricks.sum((1, 2)), self.bricks_left)
+        self.lives = where(mask, LIVES, self.lives)
+        self.score = where(mask, 0, self.score)
+        self.elapsed = where(mask, 0, self.elapsed)
+        self.serve(mask)
+        self.draw(mask)
 
     def step(self, actions):
         """Play one step of every game: actions (N,) of 0, 1, 2 -> rewards, terminated, life_lost, each (N,)."""
@@ -102,41 +103,48 @@ class Games:
 
     def bounce_off_walls(self):
         """Left, right and top: the ball stands on the wall for one step and turns round."""
-        where, left, right, top = self.xp.where, self.ball_x <= 0, self.ball_x >= RIGHT_WALL, self.ball_y <= 0
-        self.ball_x, self.dx = where(left, 0, where(right, RIGHT_WALL, self.ball_x)), where(left | right, -self.dx, self.dx)
-        self.ball_y, self.dy = where(top, 0, self.ball_y), where(top, -self.dy, self.dy)
+        where = self.xp.where
+        left, right, top = self.ball_x <= 0, self.ball_x >= RIGHT_WALL, self.ball_y <= 0
+        self.ball_x = where(left, 0, where(right, RIGHT_WALL, self.ball_x))
+        self.dx = where(left | right, -self.dx, self.dx)
+        self.ball_y = where(top, 0, self.ball_y)
+        self.dy = where(top, -self.dy, self.dy)
 
     def lose_balls(self, old_x, old_y):
-        """A ball at the floor costs a life: the next is served, or the last stays in the cell it came from."""
-        where, life_lost = self.xp.where, self.ball_y >= FLOOR
+        """A ball at the floor costs a life: the next is served, or the last stays in the cell it came from -> life_lost (N,)."""
+        life_lost = self.ball_y >= FLOOR
         self.lives = self.lives - 1 * life_lost
-        self.ball_x, self.ball_y = where(life_lost, old_x, self.ball_x), where(life_lost, old_y, self.ball_y)
+        self.ball_x = self.xp.where(life_lost, old_x, self.ball_x)
+        self.ball_y = self.xp.where(life_lost, old_y, self.ball_y)
         self.serve(life_lost & (self.lives > 0))
         return life_lost
 
-    def serve(self, which):
-        """The next serve, where which (N,) bool."""
-        where, serve = self.xp.where, self.serves[self.games, (LIVES - self.lives) % LIVES]  # (N, 3)
-        self.ball_x, self.ball_y = where(which, serve[:, 0], self.ball_x), where(which, SERVE_ROW, self.ball_y)
-        self.dx, self.dy = where(which, serve[:, 1], self.dx), where(which, -1, self.dy)
-        self.paddle_x = where(which, serve[:, 2], self.paddle_x)
+    def serve(self, mask):
+        """Serve the next ball where mask (N,) is true."""
+        where, serve = self.xp.where, self.serves[self.index, (LIVES - self.lives) % LIVES]  # (N, 3)
+        self.ball_x = where(mask, serve[:, 0], self.ball_x)
+        self.ball_y = where(mask, SERVE_ROW, self.ball_y)
+        self.dx = where(mask, serve[:, 1], self.dx)
+        self.dy = where(mask, -1, self.dy)
+        self.paddle_x = where(mask, serve[:, 2], self.paddle_x)
 
     def bounce_off_paddles(self):
         """The left four cells of a paddle send the ball up and left, the right three up and right."""
         where, offset = self.xp.where, self.ball_x - self.paddle_x
         # A game that has just ended may show its ball in the paddle's row: it was lost, not returned.
         hit = (self.ball_y == PADDLE_ROW) & (offset >= 0) & (offset < len(PADDLE)) & (self.lives > 0)
-        self.ball_y, self.dy = where(hit, SERVE_ROW, self.ball_y), where(hit, -1, self.dy)
+        self.ball_y = where(hit, SERVE_ROW, self.ball_y)
+        self.dy = where(hit, -1, self.dy)
         self.dx = where(hit, where(offset <= 3, -1, 1), self.dx)
 
     def break_bricks(self):
         """A brick under the ball goes and the ball turns -> rewards, and hit, row, column of the bricks, each (N,)."""
         row, column = self.ball_y - BRICK_TOP, (self.ball_x - 1) // BRICK_WIDTH
         inside = (row >= 0) & (row < BRICK_ROWS) & (column >= 0) & (column < BRICK_COLUMNS)
-        row, column = row % BRICK_ROWS, column % BRICK_COLUMNS  # outside the wall: some brick, which stays as it is
-        whole = self.bricks[self.games, row, column]
+        row, column = row % BRICK_ROWS, column % BRICK_COLUMNS  # a valid index everywhere; `inside` decides
+        whole = self.bricks[self.index, row, column]
         hit = inside & whole
-        self.bricks[self.games, row, column] = whole & ~inside
+        self.bricks[self.index, row, column] = whole & ~inside
         self.bricks_left = self.bricks_left - 1 * hit
         self.dy = self.xp.where(hit, -self.dy, self.dy)
         rewards = BRICK_POINTS * hit + CLEAR_POINTS * (hit & (self.bricks_left == 0))
@@ -155,39 +163,39 @@ class Games:
                 raise ValueError(f"state[{name!r}] must have shape {expected} with this num_envs; got {shape}")
         for name in self.STATE:
             getattr(self, name)[...] = self.array(state[name])
-        self.draw(self.games >= 0)  # all of them
+        self.draw(self.index >= 0)  # all of them
 
     def pair(self):
         """Turn the games of the second half into copies of the first half's: game N / 2 + i is then paired with game i."""
-        half = len(self.games) // 2
+        half = len(self.index) // 2
         for name in self.STATE + ["pages"]:
             x = getattr(self, name)
             x[half:] = x[:half]
 
     def in_sync(self):
         """-> (N / 2,) bool: do the pages of paired games agree above the paddle's row?"""
-        above, half = self.pages[:, :PADDLE_ROW], len(self.games) // 2
+        above, half = self.pages[:, :PADDLE_ROW], len(self.index) // 2
         return (above[:half] == above[half:2 * half]).all((1, 2))
 
     # The pages. A step changes few cells, so only these are written; the ball comes last, over whatever is there.
 
-    def draw(self, which):
+    def draw(self, mask):
         """Draw the pages of games `which` (N,) bool from nothing."""
-        wall = np.where(self.bricks[which, :, :, None], list(BRICK.encode()), ord(" "))  # (n, 7, 13, 6)
-        self.pages[which] = EMPTY_PAGE
-        self.pages[which, BRICK_TOP:BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall.reshape(-1, BRICK_ROWS, BRICK_COLUMNS * BRICK_WIDTH)
-        self.pages[which, PADDLE_ROW] = PADDLE_LINES[self.paddle_x[which]]
-        self.pages[which, self.ball_y[which], self.ball_x[which]] = ord("O")
+        wall = np.where(self.bricks[mask, :, :, None], list(BRICK.encode()), ord(" "))  # (n, 7, 13, 6)
+        self.pages[mask] = EMPTY_PAGE
+        self.pages[mask, BRICK_TOP:BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall.reshape(-1, BRICK_ROWS, BRICK_COLUMNS * BRICK_WIDTH)
+        self.pages[mask, PADDLE_ROW] = PADDLE_LINES[self.paddle_x[mask]]
+        self.pages[mask, self.ball_y[mask], self.ball_x[mask]] = ord("O")
 
     def redraw(self, old_x, old_y, brick):
         """Bring the pages up to date after a step that found the balls at old_x, old_y and broke `brick`."""
         hit, row, column = brick
         game = np.flatnonzero(hit)
-        self.pages[self.games, old_y, old_x] = EMPTY_PAGE[old_y, old_x]  # no ball ever stands on a whole brick
+        self.pages[self.index, old_y, old_x] = EMPTY_PAGE[old_y, old_x]  # no ball ever stands on a whole brick
         cells = 1 + BRICK_WIDTH * column[game, None] + np.arange(BRICK_WIDTH)
         self.pages[game[:, None], BRICK_TOP + row[game, None], cells] = ord(" ")
         self.pages[:, PADDLE_ROW] = PADDLE_LINES[self.paddle_x]
-        self.pages[self.games, self.ball_y, self.ball_x] = ord("O")
+        self.pages[self.index, self.ball_y, self.ball_x] = ord("O")
 
 
 def standard_serves(dx):
@@ -198,12 +206,12 @@ def standard_serves(dx):
 class RandomNumbers(NamedTuple):
     """What new games are made of, arrays of one library with one row per game."""
 
-    right: np.ndarray  # (n, 5) 0 or 1: the serve's direction
-    varied: np.ndarray  # (n, 5) in [0, 1): does the serve vary, if it is below varied_starts,
-    x: np.ndarray  # (n, 5) 1..78: and where does it start then
-    wall: np.ndarray  # (n,) in [0, 1): does the wall vary, likewise,
-    share: np.ndarray  # (n,) in [0, 1): and how many of its bricks are left then,
-    brick: np.ndarray  # (n, 91) in [0, 1): those with less than this share
+    right: np.ndarray  # (n, 5) 0 or 1: 1 serves to the right
+    varied: np.ndarray  # (n, 5) in [0, 1): a serve is varied where this is below varied_starts
+    x: np.ndarray  # (n, 5) 1..78: where a varied serve starts
+    wall: np.ndarray  # (n,) in [0, 1): a wall is varied where this is below varied_starts
+    share: np.ndarray  # (n,) in [0, 1): the share of the bricks that a varied wall keeps
+    brick: np.ndarray  # (n, 91) in [0, 1): it keeps the bricks where this is below its share
 
 
 def draw_numbers(rng, n):
@@ -216,15 +224,15 @@ def draw_numbers(rng, n):
 def new_games(numbers, varied_starts=0.0, xp=np):
     """`RandomNumbers` of n games -> serves (n, 5, 3), bricks (n, 7, 13) bool. xp: the library of the arrays, numpy or torch.
 
-    With probability varied_starts a serve starts anywhere on its row, with the paddle under the ball; and with that probability
-    a wall keeps only a share of its bricks, any share alike.
+    With probability varied_starts a serve starts anywhere on its row, with the paddle under the ball; and with the same
+    probability a wall keeps only a share of its bricks, uniform in [0, 1).
     """
     where, varied = xp.where, numbers.varied < varied_starts
     ball_x = where(varied, numbers.x, SERVE_X)
     paddle_x = where(varied, xp.clip(numbers.x - len(PADDLE) // 2, 1, PADDLE_MAX), PADDLE_START)
     serves = xp.stack([ball_x, 2 * numbers.right - 1, paddle_x], -1)
     bricks = numbers.brick < where(numbers.wall < varied_starts, numbers.share, 1.0)[:, None]
-    first = bricks[:, :1] | ~bricks.any(1)[:, None]  # an empty wall, one varied in 92, keeps its first brick
+    first = bricks[:, :1] | ~bricks.any(1)[:, None]  # a wall is empty with probability 1/92: it then keeps its first brick
     return serves, xp.concatenate([first, bricks[:, 1:]], 1).reshape(-1, BRICK_ROWS, BRICK_COLUMNS)
 
 
@@ -369,18 +377,18 @@ class BreakoutAsciiVec(VectorEnv):
         if not self._started:
             raise ResetNeeded("call reset() first: no game has started")
 
-    def _new_games(self, which, serves=None):
-        """Start a new game where which (N,) bool; serves (N, 5, 3), or None to take those that are drawn."""
-        drawn_serves, bricks = new_games(self.random_numbers(which), self.varied_starts)
-        row = np.cumsum(which) - 1  # of each new game among those drawn; the other games read some row in vain
-        self.games.reset(which, drawn_serves[row] if serves is None else serves, bricks[row])
+    def _new_games(self, mask, serves=None):
+        """Start a new game where mask (N,) is true; serves (N, 5, 3), or None to take those that are drawn."""
+        drawn_serves, bricks = new_games(self.random_numbers(mask), self.varied_starts)
+        row = np.cumsum(mask) - 1  # of each new game among those drawn; what the other games get here is ignored
+        self.games.reset(mask, drawn_serves[row] if serves is None else serves, bricks[row])
 
-    def random_numbers(self, which):
-        """-> the `RandomNumbers` of the new games where which (N,) bool, one after another."""
-        return draw_numbers(self.np_random, which.sum())
+    def random_numbers(self, mask):
+        """-> the `RandomNumbers` of as many new games as mask (N,) has."""
+        return draw_numbers(self.np_random, mask.sum())
 
     def _infos(self, life_lost, mask):
-        """The four infos (N,), zero outside mask (N,) bool, each with its own copy of the mask, as Gymnasium has it."""
+        """The four infos (N,), zero where mask (N,) is false, each with a `_mask` of its own, as Gymnasium lays infos out."""
         score, lives, bricks = self.games.score, self.games.lives, self.games.bricks_left
         infos = {}
         for name, value in dict(score=score, lives=lives, bricks=bricks, life_lost=life_lost).items():

@@ -3,17 +3,18 @@
 A trainer is anything that has
 
     num_steps global_step update_count seconds  counters; seconds of training so far
-    stats                                       {name: float} of the last update; every name becomes a column and a curve
+    stats                                       {name: float} of the last update, the same names in each; every one becomes a
+                                                column and a curve
     evaluated best_score is_best                the last evaluated policy_state(), with its "evaluation", which has a "score"
     pending                                     the policy states that are being evaluated
     policy_state() state_dict()                 what playing needs, and what a resume needs; plain types and tensors
     evaluation_end(state, evaluation)           tells the trainer, and by it all callbacks, what came of an evaluation
     check_stop()                                raises StopTraining if somebody asked for it
 
-The trainer calls every method of every callback, in the order of its list; a callback never changes the training. Put `Evaluation` first:
-its results come before the update that waits for them. Put `MetricsCSV` before `LearningCurve`, which draws its file, and before
-`Checkpoints`, so that a resume point never knows of an update that metrics.csv does not. A full disk costs files, not the
-training.
+The trainer calls every method of every callback, in the order of its list; no callback changes what is learned. Put `Evaluation`
+first, so that the others hear of a result before they hear of the update that waited for it. Put `MetricsCSV` before
+`LearningCurve`, which draws its file, and before `Checkpoints`, so that a resume point never knows of an update that
+metrics.csv does not. A full disk costs files, not the training.
 """
 
 import contextlib
@@ -43,51 +44,52 @@ class Callback:
     def on_update_end(self, trainer): pass
     def on_evaluation_end(self, trainer): pass  # of trainer.evaluated, the policy after this update or an earlier one
     def on_training_end(self, trainer): pass  # not after an interruption
+    def close(self): pass  # always, at the very end
     # fmt: on
 
 
 class Evaluation(Callback):
     """Every so many updates, and after the last, the policy is evaluated in a process of its own while training goes on.
 
-    A result is waited for when the next evaluation is due. What is being evaluated when a run stops is evaluated again when it goes
-    on. A context manager: at its end the processes are stopped.
+    A result is waited for when the next evaluation is due. An evaluation that a stop interrupts is started again when the run is
+    resumed: its policy state stays in `trainer.pending`, which has one for each of our futures.
     """
 
     def __init__(self, evaluate, interval, processes=1):
-        """evaluate(policy state) -> a dict of numbers with a "score", a function of a module. interval: updates."""
+        """evaluate(policy state) -> a dict of numbers with a "score"; it must be importable. interval: updates, at least 1."""
         self.background, self.interval, self.futures = Background(evaluate, processes), interval, deque()
 
     def on_training_start(self, trainer):
-        for state in trainer.pending[len(self.futures) :]:
+        for state in trainer.pending[len(self.futures) :]:  # of a run that was stopped
             self.futures.append(self.background.submit(state))
 
     def on_update_end(self, trainer):
-        self.take(trainer, leave=len(self.futures))  # without waiting
+        self.report_finished(trainer)
         if trainer.update_count % self.interval == 0 or trainer.global_step >= trainer.num_steps:
-            self.take(trainer, leave=self.background.processes - 1)
+            self.wait_until_under_way(self.background.processes - 1, trainer)
             trainer.pending.append(trainer.policy_state())
             self.futures.append(self.background.submit(trainer.pending[-1]))
 
     def on_training_end(self, trainer):
-        self.take(trainer, leave=0)
+        self.wait_until_under_way(0, trainer)
 
-    def take(self, trainer, leave):
-        """Take the results that are there, in order, and wait for more until only `leave` evaluations are under way."""
-        while self.futures:
-            while not self.futures[0].done():
-                if len(self.futures) <= leave:
-                    return
-                trainer.check_stop()
-                time.sleep(0.02)
+    def wait_until_under_way(self, number, trainer):
+        """Wait until no more evaluations than this are under way."""
+        self.report_finished(trainer)
+        while len(self.futures) > number:
+            trainer.check_stop()
+            time.sleep(0.02)
+            self.report_finished(trainer)
+
+    def report_finished(self, trainer):
+        """Tell the trainer what is finished, in the order in which it was started."""
+        while self.futures and self.futures[0].done():
             evaluation = self.background.result(self.futures[0])
             self.futures.popleft()
             trainer.evaluation_end(trainer.pending.pop(0), evaluation)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.background.__exit__(*exception)
+    def close(self):
+        self.background.close()
 
 
 def say(line):
@@ -107,6 +109,7 @@ def duration(seconds):
 
 
 def evaluation_line(trainer):
+    """trainer.evaluated as one line of text."""
     state, evaluation = trainer.evaluated, trainer.evaluated["evaluation"]
     others = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.items() if name != "score")
     return (f"{state['global_step']:>11,} steps  {duration(state['seconds']):>6}  score {evaluation['score']:5.1f}  {others}"
@@ -118,13 +121,13 @@ class ProgressBar(Callback):
 
     def __init__(self, plan=""):
         """plan: a line to print first, on what is about to happen."""
-        self.plan = plan
+        self.plan, self.bar = plan, None
 
     def on_training_start(self, trainer):
         if self.plan:
             say(self.plan)
         self.first_step, self.first_seconds, self.estimated = trainer.global_step, trainer.seconds, False
-        self.said_at, self.bar = trainer.seconds, None
+        self.said_at = trainer.seconds
         if sys.stderr.isatty():
             self.bar = tqdm(total=trainer.num_steps, initial=min(trainer.global_step, trainer.num_steps), unit=" steps",
                             unit_scale=True, dynamic_ncols=True)  # fmt: skip
@@ -135,15 +138,17 @@ class ProgressBar(Callback):
         self.show(trainer)
 
     def on_update_end(self, trainer):
-        rate = (trainer.global_step - self.first_step) / (trainer.seconds - self.first_seconds)  # of everything
+        rate = (trainer.global_step - self.first_step) / (trainer.seconds - self.first_seconds)  # callbacks and waiting included
         left = duration(max(trainer.num_steps - trainer.global_step, 0) / rate)
         if not self.estimated:
             say(f"the first update ran at {rate:,.0f} steps/s: about {left} to go")
             self.estimated = True
         self.show(trainer)
         if self.bar is None and trainer.seconds - self.said_at >= PLAIN_INTERVAL:
-            say(f"{trainer.global_step:>11,} steps  {duration(trainer.seconds):>6}  in training {self.recent(trainer)}  "
-                f"{rate:,.0f} steps/s  {left} left")
+            say(
+                f"{trainer.global_step:>11,} steps  {duration(trainer.seconds):>6}  in training {self.recent(trainer)}  "
+                f"{rate:,.0f} steps/s  {left} left"
+            )
             self.said_at = trainer.seconds
 
     def show(self, trainer):
@@ -156,9 +161,12 @@ class ProgressBar(Callback):
         """-> the mean return of the last training episodes, as text."""
         return f"{trainer.stats.get('episode_return', math.nan):.1f}".replace("nan", "-")
 
-    def on_training_end(self, trainer):
+    def close(self):
         if self.bar is not None:
             self.bar.close()
+
+    def on_training_end(self, trainer):
+        self.close()
         best = f", best score {trainer.best_score:.1f}" if math.isfinite(trainer.best_score) else ""
         say(f"trained {trainer.global_step:,} steps in {duration(trainer.seconds)}{best}")
 
@@ -236,12 +244,14 @@ class TensorBoard(Callback):
             self.writer = SummaryWriter(self.run_dir, purge_step=purge_step)
 
     def on_update_end(self, trainer):
-        self.add({f"{'charts' if name in CHARTS else 'losses'}/{name}": x for name, x in trainer.stats.items()}, trainer.global_step)
+        self.add(
+            {f"{'charts' if name in CHARTS else 'losses'}/{name}": x for name, x in trainer.stats.items()}, trainer.global_step
+        )
 
     def on_evaluation_end(self, trainer):
         self.add({f"eval/{name}": x for name, x in trainer.evaluated["evaluation"].items()}, trainer.evaluated["global_step"])
 
-    def on_training_end(self, trainer):
+    def close(self):
         if self.writer is not None:
             with self.warn_and_give_up():
                 self.writer.close()
@@ -358,6 +368,7 @@ class Checkpoints(Callback):
 
     def prune(self):
         """Delete all but the newest. By time, not by number: higher numbers may be left from before a resume."""
+
         def written(file):
             return file.stat().st_mtime_ns, int(file.stem.removeprefix("checkpoint_"))
 

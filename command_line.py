@@ -1,8 +1,8 @@
 """From the command line to a training and back, for any script with constants at its top.
 
-Every constant of the script is an option, in lower case. Its type follows from its range, or else from its default. A new run gets a
-directory; `--resume RUN` goes on with one, with its own constants. Ctrl-C saves and says how to go on. Whatever a user gets wrong
-becomes one line and a non-zero exit status.
+Every constant of the script is an option, in lower case. Its type follows from its range, or else from its default. A new run
+gets a directory; `--resume RUN` goes on with one, with its own constants. Ctrl-C saves and says how to go on. Whatever a user gets
+wrong becomes one line and a non-zero exit status.
 """
 
 import argparse
@@ -44,7 +44,9 @@ class Run(NamedTuple):
 def constants_of(script):
     """globals() of a script -> the constants that it assigns at its top level: {"NUM_STEPS": 4000000, ...}"""
     statements = ast.parse(Path(script["__file__"]).read_text()).body
-    names = [target.id for node in statements if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)]
+    names = [
+        target.id for node in statements if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)
+    ]
     return {name: script[name] for name in names if name.isupper() and type(script.get(name)) in KINDS}
 
 
@@ -55,7 +57,9 @@ def kind_of(name, defaults, ranges):
 
 def read_command_line(argv, prog, doc, defaults, ranges):
     """Arguments -> the run to resume or None, and the constants given: {"NUM_STEPS": 200000}."""
-    parser = argparse.ArgumentParser(prog=prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = raise_error
     parser.add_argument("--resume", metavar="RUN", help="a run directory, or a checkpoint in it to resume from")
     for name, value in defaults.items():
@@ -66,7 +70,9 @@ def read_command_line(argv, prog, doc, defaults, ranges):
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1, cutoff=0.4)
         raise CommandLineError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
     given = {name: getattr(args, name.lower()) for name in defaults}
-    return args.resume, {name: convert(name, text, kind_of(name, defaults, ranges)) for name, text in given.items() if text is not None}
+    return args.resume, {
+        name: convert(name, text, kind_of(name, defaults, ranges)) for name, text in given.items() if text is not None
+    }
 
 
 def raise_error(message):
@@ -116,7 +122,9 @@ def read_resumed(name, given, defaults, kept):
     constants = state.get("constants")
     if not isinstance(constants, dict) or constants.keys() != defaults.keys():
         differing = ", ".join(sorted(set(constants or ()) ^ set(defaults))[:3])
-        raise CheckpointError(f"{path}: has other constants than this program (as {differing}); resume it with the program that wrote it")
+        raise CheckpointError(
+            f"{path}: has other constants than this program (as {differing}); resume it with the program that wrote it"
+        )
     for constant in kept:
         if given.get(constant, constants[constant]) != constants[constant]:
             raise CommandLineError(f"--{constant.lower()} cannot change in a resumed run; leave it out")
@@ -148,7 +156,9 @@ def load_state(trainer, run):
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{run.directory}: does not fit this program ({one_line(error)}); resume another run") from None
     if trainer.global_step >= trainer.num_steps and not trainer.pending:
-        raise CommandLineError(f"{run.directory} has done {trainer.global_step:,} steps already; to go on, give a larger --num_steps")
+        raise CommandLineError(
+            f"{run.directory} has done {trainer.global_step:,} steps already; to go on, give a larger --num_steps"
+        )
     try:
         trainer.best_score = load_checkpoint(run.directory / "best_model.pt")["evaluation"]["score"]
     except CheckpointError:  # none, or spoiled: the next evaluation leaves another
@@ -184,13 +194,18 @@ def train(trainer, run_dir, prog, advice):
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        for callback in trainer.callbacks:
+            callback.close()
 
 
 def give_up(error, received, trainer, run_dir, prog, advice):
     """Save the run as it was before the update that failed, and say how to go on -> exit status. Raises what is a defect."""
     status, help_with = 1, ""
     if isinstance(error, StopTraining) or received:  # a signal to the whole group may have ended a child first
-        reason, status = "stopped", 128 + (received[0] if received else signal.SIGTERM)  # without one, another rank was told to stop
+        reason, status = (
+            "stopped",
+            128 + (received[0] if received else signal.SIGTERM),
+        )  # without one, another rank was told to stop
     else:
         kind = MemoryError if out_of_memory(error) else type(error)
         reason, help_with = one_line(error) or ("out of memory" if kind is MemoryError else kind.__name__), advice.get(kind, "")
@@ -202,6 +217,17 @@ def give_up(error, received, trainer, run_dir, prog, advice):
     if RANKS == 1 and reason != "stopped" and not isinstance(error, ChildProcessError) and kind not in advice:
         raise error
     return status
+
+
+@contextlib.contextmanager
+def memory_advice(advice):
+    """Raises CommandLineError with the advice for lack of memory within."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise CommandLineError(advice) from None
 
 
 def launcher(ranks):

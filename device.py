@@ -19,8 +19,10 @@ class DeviceError(ValueError):
 
 
 def choose_device(name):
-    """ "auto", "cpu", "cuda", "cuda:1" -> torch.device. "auto" takes CUDA if a small product runs on it, and otherwise the CPU;
-    where a GPU seems to be there, it says why. Raises DeviceError if a device that was named does not work."""
+    """One of "auto", "cpu", "cuda", "cuda:1" -> torch.device. Raises DeviceError if a device that was named does not work.
+
+    "auto" takes CUDA if a small product runs on it, and otherwise the CPU; if there seems to be a GPU, it prints why.
+    """
     try:
         return working_device(name)
     except Exception as error:  # whatever torch, a driver or a missing build raises
@@ -49,8 +51,7 @@ def gpu_is_there():
 
 
 def set_threads(n_layer):
-    """One thread for one layer on the CPU: its kernels are small. A second gained 25 % alone, and lost 70 % beside one other
-    busy process. OMP_NUM_THREADS overrules."""
+    """One thread for one layer, whose kernels on a CPU are too small for two (docs/performance.md). OMP_NUM_THREADS overrules."""
     if n_layer == 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 

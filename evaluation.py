@@ -1,7 +1,7 @@
-"""How well a policy plays: exactly, smoothly, or by drawn games.
+"""How well a policy plays.
 
-Only the direction of the serves is random, so a greedy policy plays at most 2^5 = 32 different games. `exact` plays them all.
-But they share two beginnings, and one changed decision can move 16 games at once; `returned` is the smoother figure beside it.
+Only the direction of the serves is random, so a greedy policy plays at most 2^5 = 32 different games. `exact` plays them all. But
+each starts with one of two serves, so one changed action can change 16 scores at once; `returned` varies less.
 
 A player is a function of pages: (n, 1944) uint8 tokens -> (n,) actions.
 """
@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from breakout_ascii import (
-    COLUMNS, MAX_EPISODE_STEPS, PADDLE, PADDLE_ROW, ROWS, SERVE_ROW, TOKENS, BreakoutAsciiVec, Games, draw_numbers, new_games,
-    standard_serves,
+    BRICK_COLUMNS, BRICK_ROWS, COLUMNS, LIVES, MAX_EPISODE_STEPS, PADDLE, PADDLE_ROW, ROWS, SERVE_ROW, TOKENS, BreakoutAsciiVec,
+    Games, draw_numbers, new_games, standard_serves,
 )  # fmt: skip
 
-SERVES = np.array(list(itertools.product((-1, 1), repeat=5)))  # (32, 5)
-RANDOM_SCORE, CLEARED_SCORE = 82, 960  # of random play; of every brick, which `tracker` gets too
-COLUMNS_OF_EVALUATION = ("score", "min", "max", "cleared", "length", "returned")
+SERVES = np.array(list(itertools.product((-1, 1), repeat=LIVES)))  # (32, 5) dx
+RANDOM_SCORE = 82  # of random play
+CLEARED_SCORE = 960  # every brick; `tracker` gets it too
+METRICS = ("score", "min", "max", "cleared", "length", "returned")  # of an evaluation; "games" is always 32
 GAMES_AT_ONCE = 1024
 
 
@@ -33,19 +34,19 @@ class Results(NamedTuple):
 
 
 def evaluate(policy):
-    """Greedy play -> {"score", "min", "max", "cleared", "games", "length", "returned"}, plain numbers."""
+    """Greedy play -> what `summary` says of all 32 games, and "returned"."""
     return {**exact(policy), "returned": returned(policy)}
 
 
 def exact(policy, max_episode_steps=MAX_EPISODE_STEPS):
-    """All 32 games of greedy play -> `summary`."""
-    bricks = np.ones((len(SERVES), 7, 13), bool)
+    """All 32 games of greedy play -> what `summary` says of them."""
+    bricks = np.ones((len(SERVES), BRICK_ROWS, BRICK_COLUMNS), bool)
     return summary(play_games(greedy(policy), standard_serves(SERVES), bricks, max_episode_steps, deterministic=True))
 
 
 def sampled(policy, num_games, seed):
-    """Actions drawn from the policy, so many standard games -> `summary`. Plays no more than GAMES_AT_ONCE at a time."""
-    player, rng, parts = drawing(policy, seed), np.random.default_rng(seed), []
+    """So many standard games, actions sampled from the policy, GAMES_AT_ONCE at a time -> what `summary` says of them."""
+    player, rng, parts = sampling(policy, seed), np.random.default_rng(seed), []
     for first in range(0, num_games, GAMES_AT_ONCE):
         numbers = draw_numbers(rng, min(GAMES_AT_ONCE, num_games - first))
         parts.append(play_games(player, *new_games(numbers)))
@@ -53,6 +54,7 @@ def sampled(policy, num_games, seed):
 
 
 def summary(results):
+    """`Results` -> mean, lowest and highest score; how many games are cleared, of how many; and their mean length in steps."""
     return {
         "score": float(results.scores.mean()), "min": int(results.scores.min()), "max": int(results.scores.max()),
         "cleared": int((results.bricks == 0).sum()), "games": len(results.scores), "length": float(results.lengths.mean()),
@@ -60,7 +62,7 @@ def summary(results):
 
 
 def returned(policy, starts=256, steps=300):
-    """The share of falling balls that the paddle returns, from fixed varied starts and the serves that follow: 0..1."""
+    """The share of falling balls that the paddle returns, 0..1, in games from random starts, the same ones each time."""
     player, env = greedy(policy), BreakoutAsciiVec(starts, varied_starts=1.0)
     obs, _ = env.reset(seed=0)
     hits = misses = 0
@@ -92,8 +94,8 @@ def greedy(policy):
     return player
 
 
-def drawing(policy, seed):
-    """The player that draws its actions from the policy."""
+def sampling(policy, seed):
+    """The player that samples its actions from the policy."""
     act, generator = policy.inference_cache(), torch.Generator().manual_seed(seed)
 
     def player(tokens):
@@ -117,32 +119,34 @@ def tracker(tokens):
 def play_games(player, serves, bricks, max_steps=MAX_EPISODE_STEPS, *, sticky=0.0, seed=0, deterministic=False):
     """Every game once, to its end -> `Results`. serves (n, 5, 3), bricks (n, 7, 13) bool.
 
-    sticky: probability, drawn by seed, that a game repeats its previous action.
-    deterministic: the player always answers a page alike. Then a game whose state returns is caught in a cycle, and keeps its
-        score until truncation, which need not be played.
+    sticky: probability, drawn by seed, that a game repeats its previous action (the first one: stay).
+    deterministic: the player always answers a page alike, and nothing is sticky. Then a game that is in a state once more is
+        caught in a cycle; it keeps its score until truncation, which need not be played.
     """
     n, rng, seen = len(serves), np.random.default_rng(seed), set()
     games = Games(n)
     games.reset(np.ones(n, bool), serves, bricks)
-    playing, actions, results = np.ones(n, bool), np.zeros(n, int), np.zeros((4, n), int)
+    playing, actions = np.ones(n, bool), np.zeros(n, int)
+    results = Results(*np.zeros((4, n), int))
     for step in range(1, max_steps + 1):
-        repeated = rng.random(n) < sticky  # drawn for every game: the same ones for every player
+        repeated = rng.random(n) < sticky  # drawn for all n, so that no game's numbers depend on which others still go on
         chosen = player(games.pages.reshape(n, TOKENS)[playing])
         actions[playing] = np.where(repeated[playing], actions[playing], chosen)
         _, terminated, _ = games.step(actions)
-        results[:, playing] = np.stack([games.score, games.bricks_left, games.lives, np.full(n, step)])[:, playing]
+        for result, now in zip(results, (games.score, games.bricks_left, games.lives, np.full(n, step))):
+            result[playing] = now[playing]
         playing &= ~terminated
         if deterministic:
-            caught = playing & returning(games, seen)
-            results[3, caught] = max_steps
+            caught = playing & in_a_state_again(games, seen)
+            results.lengths[caught] = max_steps
             playing &= ~caught
         if not playing.any():
             break
-    return Results(*results)
+    return results
 
 
-def returning(games, seen):
-    """-> (n,) bool: which games are in a state that they were in before; `seen` remembers."""
+def in_a_state_again(games, seen):
+    """-> (n,) bool: which games are in a state that they were in before; `seen` remembers the states."""
     motion = np.column_stack([games.dx + 1, games.dy + 1, games.lives + 1]).astype(np.uint8)
     states = [hash((i, x.tobytes(), page.tobytes())) for i, (x, page) in enumerate(zip(motion, games.pages))]
     again = np.array([state in seen for state in states])

@@ -7,7 +7,7 @@ directory to play another; --evaluate plays all 32 possible games and prints the
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C among them leaves without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import argparse
 import importlib.util
@@ -26,24 +26,24 @@ from breakout_ascii import BreakoutAscii
 from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run
 from device import set_threads
 from drawing import to_image
-from evaluation import drawing, evaluate, exact, greedy, sampled
+from evaluation import evaluate, exact, greedy, sampled, sampling
 from model import GPT, GPTConfig
 
 HERE = Path(__file__).parent
-fast = importlib.import_module("fast") if (HERE / "fast" / "__init__.py").exists() else None  # without it all works, slowly
+fast = importlib.import_module("fast") if (HERE / "fast" / "__init__.py").exists() else None  # it is optional
 SHIPPED = HERE / "pretrained" / "breakout.pt"
 FRAME_MS = 40  # 25 frames a second; gif viewers slow down below 20
 
 
 def make_gpt(config, device):
     """An untrained GPT, with the shortcuts that suit the device if fast/ is there."""
-    return (fast.fast_gpt(config, device) if fast else GPT(config)).to(device)
+    return (fast.gpt_for(config, device) if fast else GPT(config)).to(device)
 
 
 def load_policy(path, device="cpu"):
-    """A checkpoint, or a run directory -> the GPT in eval mode, and what else the checkpoint says of it.
+    """A checkpoint, or a run directory -> the GPT in eval mode, and the checkpoint without its weights.
 
-    The GPT maps (B, 1944) uint8 tokens to logits (B, 3) and values (B,). Raises CheckpointError, in one line.
+    The GPT maps (B, 1944) uint8 tokens to logits (B, 3) and values (B,). Raises CheckpointError with a message of one line.
     """
     path = find_model(path)
     meta = load_checkpoint(path)
@@ -70,33 +70,33 @@ def evaluate_state(state, device="cpu"):
 
 
 def play(policy, steps=1000, episodes=None, seed=0, sample=False):
-    """Plays so many steps, or so many whole games, a new game after each end.
+    """Plays so many steps, or so many whole games, with a new game after each end.
 
-    Yields the page after each step, (1944,) uint8, and the info of the game if this step ended it or is the last, else None.
+    Yields for each step the page that it led to, (1944,) uint8, and, if a game or the playing ends there, its info, else None.
     """
-    player, env = drawing(policy, seed) if sample else greedy(policy), BreakoutAscii()
+    player, env = sampling(policy, seed) if sample else greedy(policy), BreakoutAscii()
     obs, _ = env.reset(seed=seed)
+    games = 0
     for step in itertools.count(1):
         obs, _, terminated, truncated, info = env.step(int(player(obs[None])[0]))
         over = terminated or truncated
-        last = step == steps if episodes is None else over and episodes == 1
-        yield obs, info if over or last else None
-        if last:
+        games += over
+        done = games == episodes if episodes else step == steps
+        yield obs, info if over or done else None
+        if done:
             return
         if over:
             obs, _ = env.reset()
-            episodes = episodes and episodes - 1
 
 
 def write_gif(file, frames):
-    """frames: an iterable of (1944,) uint8 pages. One palette for all, so that each frame stores only what moved."""
-    first = Image.fromarray(to_image(next(frames)))  # the wall stands: every colour is there
-    palette = first.quantize(64)
+    """frames: an iterator of (1944,) uint8 pages. One palette for all, so that each frame stores only what moved."""
+    palette = Image.fromarray(to_image(next(frames))).quantize(64)  # the wall stands: every colour is there
     rest = (Image.fromarray(to_image(frame)).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     palette.save(file, "GIF", save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
 
 
-def write_video(file, frames):
+def write_mp4(file, frames):
     with imageio.get_writer(file, format="mp4", fps=1000 / FRAME_MS, macro_block_size=8) as writer:
         for frame in frames:
             writer.append_data(to_image(frame))
@@ -110,7 +110,9 @@ def find_model(name):
 def read_command_line(argv):
     parser = argparse.ArgumentParser(prog="load_model.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("model", nargs="?", help="a checkpoint or a run directory (default: the newest run, else the shipped model)")
+    parser.add_argument(
+        "model", nargs="?", help="a checkpoint or a run directory (default: the newest run, else the shipped model)"
+    )
     parser.add_argument("--steps", type=int, default=1000, help="steps to play (default 1000)")
     parser.add_argument("--episodes", type=int, help="whole games to play, instead of --steps")
     parser.add_argument("--out", default="gpt.gif", help="a .gif, or an .mp4 if imageio-ffmpeg is installed (default gpt.gif)")
@@ -120,14 +122,14 @@ def read_command_line(argv):
                         help="no picture: the exact score over all 32 games; with --sample, the mean of --episodes games (1000)")  # fmt: skip
     parser.error = lambda message: sys.exit(f"load_model.py: {message}")
     args = parser.parse_args(argv)
-    gif = args.out.lower().endswith(".gif") and not args.evaluate  # Pillow keeps every frame until the end: 130 KB each
-    for name, low, high in (("steps", 1, 10_000 if gif else 10**9), ("episodes", 1, 5 if gif else 10**6), ("seed", 0, 2**32 - 1)):
+    suffix = Path(args.out).suffix.lower()
+    gif = suffix == ".gif" and not args.evaluate  # Pillow keeps every frame until the end, 130 KB each: 10,000 are enough
+    for name, low, high in (("steps", 1, 10_000 if gif else 10**9), ("episodes", 1, 2 if gif else 10**6), ("seed", 0, 2**32 - 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name} must be from {low} to {high}{' for a gif' if gif else ''}, not {value}")
     if args.evaluate and args.episodes and not args.sample:
         parser.error("--evaluate plays all 32 games that greedy play can meet; --episodes goes with --sample")
-    suffix = Path(args.out).suffix.lower()
     if suffix not in (".gif", ".mp4"):
         parser.error(f"--out must end in .gif or .mp4, not {args.out!r}")
     if suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
@@ -154,13 +156,15 @@ def main(argv=None):
     def frames():
         played = play(policy, args.steps, args.episodes, args.seed, args.sample)
         for frame, info in tqdm(played, total=None if args.episodes else args.steps, unit=" frames"):
-            games.extend([info] if info else [])
+            if info:
+                games.append(info)
             yield frame
 
+    write = write_gif if Path(args.out).suffix.lower() == ".gif" else write_mp4
     unfinished = Path(args.out + ".part")
     try:
         with open(unfinished, "wb") as file:
-            (write_gif if args.out.lower().endswith(".gif") else write_video)(file, frames())
+            write(file, frames())
         os.replace(unfinished, args.out)  # an old picture stays whole until the new one is
     finally:
         unfinished.unlink(missing_ok=True)

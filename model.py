@@ -1,11 +1,12 @@
 """A GPT that reads a page of text and answers from its last position.
 
-The blocks are nanoGPT's: pre-LayerNorm, causal self-attention, GELU MLP. Three things differ. Only the last position is
-read. A position is a row plus a column, so what is learned about a column holds in every row. And the weights start large
-enough for attention to find one character among 1944.
+The blocks are nanoGPT's: pre-LayerNorm, causal self-attention, GELU MLP. Around them four things differ. Only the last position
+is read, and heads for the policy, the value and a prediction take the place of one for the next token. A position is a row plus
+a column, so what is learned about a column holds in every row. And the weights start large enough for attention to find one
+character among 1944.
 
 Left out: dropout, biases inside the blocks, weight tying, generation of text. This is the whole model and it is slow: every
-token goes through every block. fast/ computes the same numbers thousands of times faster.
+token goes through every block. fast/ computes the same, but for rounding, thousands of times faster.
 """
 
 import math
@@ -18,12 +19,14 @@ import torch.nn.functional as F
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS
 
 UNKNOWN = len(CHARACTERS)
-CHARACTER_OF = torch.full((256,), UNKNOWN, dtype=torch.uint8)  # token -> number of its character
+CHARACTER_OF = torch.full((256,), UNKNOWN, dtype=torch.uint8)  # token, an ASCII code -> its place in CHARACTERS
 CHARACTER_OF[list(CHARACTERS.encode())] = torch.arange(len(CHARACTERS), dtype=torch.uint8)
 
 
 @dataclass
 class GPTConfig:
+    """Raises ValueError for sizes that do not fit together."""
+
     n_layer: int = 1
     n_head: int = 16
     n_embd: int = 64
@@ -34,6 +37,7 @@ class GPTConfig:
         if min(self.n_layer, self.n_head, self.n_embd, self.mlp_expansion, self.n_action) < 1:
             raise ValueError(f"layers, heads, embedding, expansion and actions must be at least 1: {self}")
         if self.n_embd % self.n_head or self.n_embd % 4:
+            # sinusoids() splits rows' and columns' halves into sines and cosines
             raise ValueError(f"n_embd must be a multiple of n_head and of 4; n_embd {self.n_embd}, n_head {self.n_head}")
 
 
@@ -88,40 +92,49 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(C, bias=False)
         self.policy_head = nn.Linear(C, config.n_action)
         self.value_head = nn.Linear(C, 1)
-        self.change_head = nn.Linear(C, ROWS + COLUMNS)  # which rows and columns of the page change next
+        self.change_head = nn.Linear(C, ROWS + COLUMNS)  # which rows and columns of the next page differ
         self.register_buffer("character_of", CHARACTER_OF.clone(), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Large enough to see: with a std of 0.02 everywhere attention is uniform and the ball weighs 1 in 1944."""
+        """Large enough to see: with nanoGPT's std of 0.02 attention is uniform, and the ball has a weight of 1 in 1944."""
         C = self.config.n_embd
         nn.init.normal_(self.wte.weight)
         self.wre.weight.copy_(sinusoids(ROWS, C))
-        self.wce.weight.copy_(sinusoids(COLUMNS, C).roll(C // 2, dims=1))
-        for block in self.blocks:
+        self.wce.weight.copy_(sinusoids(COLUMNS, C).roll(C // 2, dims=1))  # the other half of the dimensions
+        for block in self.blocks:  # scores of a few nats between characters; values that keep their variance
             nn.init.normal_(block.attn.c_attn.weight[: 2 * C], std=3 / math.sqrt(C))
-            for weight in (block.attn.c_attn.weight[2 * C :], block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight):
+            for weight in (
+                block.attn.c_attn.weight[2 * C :],
+                block.attn.c_proj.weight,
+                block.mlp.c_fc.weight,
+                block.mlp.c_proj.weight,
+            ):
                 nn.init.normal_(weight, std=1 / math.sqrt(weight.size(1)))
         for head, gain in ((self.policy_head, 0.01), (self.value_head, 1.0), (self.change_head, 0.1)):
             nn.init.normal_(head.weight, std=gain / math.sqrt(C))
             nn.init.zeros_(head.bias)
 
     def forward(self, tokens):
-        """(B, 1944) uint8 ASCII codes -> action logits (B, A), values (B,), float32. Raises ValueError for anything but pages."""
+        """(B, 1944) uint8 tokens, ASCII codes -> action logits (B, A), values (B,), float32. Raises ValueError as `encode`."""
         return self.heads(self.features(self.encode(tokens)))
 
     def encode(self, tokens):
-        """(B, 1944) uint8 ASCII codes, a tensor or an array -> numbers of their characters, 0..6. Raises ValueError."""
+        """(B, 1944) uint8 tokens, a tensor or an array -> their characters, 0..6, (B, 1944) uint8.
+
+        Raises ValueError for another shape or dtype, and for a token that is no character of a page.
+        """
         check_pages(tokens)
-        characters = self.character_of[torch.as_tensor(tokens, device=self.device).int()]
+        tokens = torch.as_tensor(tokens, device=self.device)
+        characters = self.character_of[tokens.int()]
         if (unknown := characters == UNKNOWN).any():
-            code = int(torch.as_tensor(tokens)[unknown.cpu()][0])
+            code = int(tokens[unknown][0])
             raise ValueError(f"token {code} ({chr(code)!r}) is not in the character set {CHARACTERS!r}")
         return characters
 
     def features(self, characters):
-        """(B, 1944) numbers of characters -> (B, C), the last position after the final LayerNorm."""
+        """(B, 1944) characters -> (B, C), the last position after the final LayerNorm."""
         position = torch.arange(TOKENS, device=self.device)
         x = self.wte(characters.int()) + self.wre(position // COLUMNS) + self.wce(position % COLUMNS)  # (B, T, C)
         for block in self.blocks:
@@ -133,11 +146,16 @@ class GPT(nn.Module):
         return self.policy_head(features), self.value_head(features).squeeze(-1)
 
     def inference_cache(self):
-        """-> a function from encoded pages to logits and values, without gradients, for as long as the weights stand still."""
-        return torch.no_grad()(lambda characters: self.heads(self.features(characters)))
+        """-> a function from encoded pages to logits and values, without gradients, valid until the weights change."""
+
+        @torch.no_grad()
+        def act(characters):
+            return self.heads(self.features(characters))
+
+        return act
 
     def changes(self, tokens, next_tokens):
-        """Two batches of pages (B, 1944) -> (B, 24 + 81) bool: the rows and columns that differ, which change_head predicts."""
+        """Two batches of pages (B, 1944) -> (B, 24 + 81) bool, what change_head learns: the rows and columns that differ."""
         changed = (tokens != next_tokens).unflatten(1, (ROWS, COLUMNS))
         return torch.cat([changed.any(2), changed.any(1)], dim=1)
 
@@ -153,7 +171,7 @@ def check_pages(tokens):
 
 
 def sinusoids(n, C):
-    """(n, C): sines and cosines of wavelengths from 2 pi to 4 n, spaced geometrically, in the first half of the columns."""
+    """(n, C): sines and cosines of wavelengths from 2 pi to 4 n, spaced geometrically, in the first half of the dimensions."""
     rates = torch.logspace(0, math.log10(2 * math.pi / (4 * n)), C // 4)
     angles = torch.arange(n).unsqueeze(1) * rates
     return torch.cat([angles.sin(), angles.cos(), torch.zeros(n, C // 2)], dim=1)

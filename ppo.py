@@ -17,13 +17,17 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from gymnasium.vector import AutoresetMode
 
 from checkpoint import to_numpy, to_plain
 from rollout_buffer import RolloutBuffer
 
 
 def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
-    """Clipped surrogate (equation 7); all (M,). approx_kl is the estimator k3 of http://joschu.net/blog/kl-approx.html."""
+    """Clipped surrogate (Schulman et al. 2017, equation 7); all (M,), advantages normalised -> loss, statistics.
+
+    approx_kl is the estimator k3 of http://joschu.net/blog/kl-approx.html.
+    """
     log_ratio = new_logprobs - old_logprobs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - eps_clip, 1 + eps_clip)
@@ -45,22 +49,22 @@ def value_loss(new_values, old_values, returns, value_clip=0.0):
     return loss, {"value_loss": loss.detach()}
 
 
-def entropy_loss(logprobs):
-    """Minus the mean entropy of the action distributions, in nats; logprobs (M, A)."""
-    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+def entropy_loss(all_logprobs):
+    """Minus the mean entropy of the action distributions, in nats; all_logprobs (M, A)."""
+    entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
     return -entropy, {"entropy": entropy.detach()}
 
 
-def move_loss(logprobs):
-    """The mean probability of any action but the first, which does nothing; logprobs (M, A)."""
-    loss = 1 - logprobs[:, 0].exp().mean()
+def move_loss(all_logprobs):
+    """The mean probability of any action but the first, which does nothing; all_logprobs (M, A)."""
+    loss = 1 - all_logprobs[:, 0].exp().mean()
     return loss, {"move_loss": loss.detach()}
 
 
 def prediction_loss(logits, changes, has_next):
-    """Cross-entropy of "this row or column changes", summed over rows and columns (M, R + C), averaged over M.
+    """Cross-entropy of "this part of the observation changes", logits and changes (M, ...), summed over the parts, averaged over M.
 
-    Where has_next (M,) is False the next frame belongs to another game, and nothing is predicted.
+    Where has_next (M,) is False the next observation belongs to another episode, and the error counts as 0.
     """
     errors = F.binary_cross_entropy_with_logits(logits, changes.to(logits.dtype), reduction="none").sum(1)
     loss = (errors * has_next).mean()
@@ -79,21 +83,21 @@ def learning_rate(progress, lr, min_lr):
 
 
 def lost_lives(infos):
-    """(N,) bool, or False where the env knows no lives: which games lost one in this step, games that it ended included."""
+    """(N,) bool: where a life was lost in this step, also if that ended the episode; False if the env reports no lives."""
     return infos.get("life_lost", False) | infos.get("final_info", {}).get("life_lost", False)
 
 
 def flatten_parameters(policy):
     """Moves the parameters of `policy`, and their gradients, into one vector -> that vector, a parameter with its gradient.
 
-    Norm, clipping and optimizer then take one kernel each instead of one per parameter. Gradients are cleared there:
-    `policy.zero_grad()` would cut the parameters off.
+    Norm, clipping and optimizer then take one kernel each instead of one per parameter. Clear gradients by `weights.grad.zero_()`:
+    `policy.zero_grad()` would detach the parameters' own.
     """
     parameters = list(policy.parameters())
+    sizes = [p.numel() for p in parameters]
     weights = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
     weights.grad = torch.zeros_like(weights)
-    pieces = zip(parameters, *(x.split([p.numel() for p in parameters]) for x in (weights.detach(), weights.grad)))
-    for p, weight, grad in pieces:
+    for p, weight, grad in zip(parameters, weights.detach().split(sizes), weights.grad.split(sizes)):
         p.data, p.grad = weight.view_as(p), grad.view_as(p)
     return weights
 
@@ -101,14 +105,15 @@ def flatten_parameters(policy):
 class Policy(nn.Module):
     """What PPO asks of a policy. A subclass defines `forward(obs) -> logits (B, A), values (B,)`; GPT has methods of its own.
 
-    PPO keeps `encode(obs)`; while it collects, it reads that by `inference_cache()`, and while it learns by `heads(features(...))`.
-    A policy that can do better may also have
+    The buffer stores `encode(obs)`. Collecting calls `inference_cache()(encoded)`, learning calls `heads(features(encoded))`; here
+    `features` passes on what it gets and `heads` is the whole policy. A policy may also have
     share(minibatches)                   (K, M, ...) encoded observations of K minibatches -> what `features` takes of each
     group_size                           how many observations that begin alike should stay together in minibatches
     change_head, changes(obs, next_obs)  for predicting what changes in the next observation
     """
 
     def encode(self, obs):
+        """Observations (N, ...), an array or a tensor -> a tensor (N, ...)."""
         return torch.as_tensor(obs, device=next(self.parameters()).device)
 
     def features(self, obs):
@@ -130,20 +135,20 @@ class StopTraining(Exception):
 class PPOConfig:
     num_steps: int  # environment steps in all
     rollout_steps: int  # steps per environment between updates
-    epochs: int
+    epochs: int  # passes over each rollout
     batch_size: int  # must divide the samples of a rollout
-    gamma: float
-    lambd: float  # at the start
-    lambd_end: float  # from step lambd_steps on
+    gamma: float  # discount
+    lambd: float  # of GAE, at the start of the training
+    lambd_end: float  # from environment step lambd_steps on
     lambd_steps: int
-    eps_clip: float
-    lr: float
+    eps_clip: float  # the probability ratio is clipped to 1 +- this
+    lr: float  # at the start
     min_lr: float  # at the end
     value_loss_coef: float
     entropy_coef: float
     max_grad_norm: float
     value_clip: float = 0.0  # 0: off
-    move_coef: float = 0.0  # 0: off
+    move_coef: float = 0.0  # cost of any action but the first, for an env in which that one does nothing; 0: off
     prediction_coef: float = 0.0  # 0: off
     paired_envs: bool = False  # pairs start each rollout in the same state; for an env with pair() and in_sync()
     reward_scale: float = 1.0
@@ -151,12 +156,20 @@ class PPOConfig:
 
 
 class PPO:
-    """`learn()` trains `policy` on `env`; callbacks watch (callbacks.py); `metadata` goes into every checkpoint."""
+    """`learn()` trains `policy` on `env`; callbacks watch (callbacks.py); `metadata` goes into every checkpoint.
+
+    The env may also have
+    state_dict() load_state_dict()  for a run to be resumed bit for bit
+    pair() in_sync()                for paired_envs: as in BreakoutAsciiVec
+    on_device, start_rollout(S)     it takes and gives tensors, and truncates episodes between rollouts: as in DeviceBreakout
+    """
 
     def __init__(self, policy, env, config, callbacks=(), metadata=None):
         self.policy, self.env, self.config = policy, env, config
         self.callbacks, self.metadata = callbacks, metadata or {}
-        self.env_on_device = getattr(env, "on_device", False)  # it takes and gives tensors
+        self.env_on_device = getattr(env, "on_device", False)
+        if not self.env_on_device and env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+            raise ValueError("PPO needs a vector env that resets in the step that ends an episode: AutoresetMode.SAME_STEP")
         self.device = device = next(policy.parameters()).device
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.weights = flatten_parameters(policy)
@@ -170,13 +183,19 @@ class PPO:
         self.reset(config.seed + 100_003 * self.rank)  # every rank plays its own games
         self.noise = torch.zeros(config.rollout_steps, env.num_envs, env.single_action_space.n, device=device)
         self.in_sync = torch.zeros(env.num_envs // 2, dtype=torch.bool, device=device)
-        self.step_stats, self.stat_names = None, []  # (gradient steps of an epoch, statistics)
+        self.step_stats, self.stat_names = (
+            None,
+            [],
+        )  # (gradient steps of an epoch, statistics), a tensor that stays, for CUDA graphs
         self.update_count = self.global_step = 0
-        self.seconds, self.clock = 0.0, time.perf_counter()
+        self.seconds, self.clock = 0.0, time.perf_counter()  # of training so far; when that was last counted
         self.episode_returns = deque(maxlen=100)  # of the episodes that ended last
-        self.stats, self.snapshot, self.stop_requested = {}, None, False
+        self.stats = {}  # of the last update
+        self.snapshot = None  # state_dict() before the current update
+        self.stop_requested = False
         self.pending = []  # copies of policy_state() that a callback is evaluating
-        self.evaluated, self.best_score, self.is_best = None, -math.inf, False  # the last such copy, with its "evaluation"
+        self.evaluated = None  # the last of them, with its "evaluation"
+        self.best_score, self.is_best = -math.inf, False  # of all evaluations; is it that of the last?
 
     def reset(self, seed):
         """New episodes and new random numbers."""
@@ -189,6 +208,11 @@ class PPO:
     def num_steps(self):
         return self.config.num_steps
 
+    @property
+    def samples_per_update(self):
+        """Of all ranks."""
+        return self.config.rollout_steps * self.env.num_envs * self.ranks
+
     def learn(self):
         """Train to the end. Raises StopTraining after `request_stop`, FloatingPointError if the numbers are no longer finite."""
         self.clock = time.perf_counter()
@@ -199,28 +223,28 @@ class PPO:
             start = time.perf_counter()
             self.collect()
             self.stats = self.update()
-            self.stats["steps_per_second"] = self.buffer.num_steps * self.env.num_envs * self.ranks / (time.perf_counter() - start)
+            self.stats["steps_per_second"] = self.samples_per_update / (time.perf_counter() - start)
             self.tick()
             self.emit("on_update_end")
             self.snapshot = self.state_dict()
         self.emit("on_training_end")
 
     def collect(self):
-        """A rollout: S steps of every environment into the buffer, then advantages and returns."""
+        """A rollout: S steps of every environment into the buffer, then advantages and returns. Raises FloatingPointError."""
         self.start_rollout()
         for _ in range(self.config.rollout_steps):
             self.check_stop()
             self.rollout_step()
-        if not self.buffer.columns["logprobs"].isfinite().all():
+        if not self.buffer.fields["logprobs"].isfinite().all():
             raise FloatingPointError(f"the logits are not finite in update {self.update_count + 1}; try a lower learning rate")
         _, last_values = self.act(self.policy.encode(self.obs))
-        self.buffer.finish(last_values, self.config.gamma, self.lambd())
-        self.count_returns()
-        self.global_step += self.config.rollout_steps * self.env.num_envs * self.ranks
+        self.buffer.finish(last_values, self.config.gamma, self.lambd(), self.config.reward_scale)
+        self.record_episode_returns()
+        self.global_step += self.samples_per_update
 
     def start_rollout(self):
-        """Draw the random numbers of the rollout ahead, and let pairs of environments start in the same state."""
-        self.act = self.policy.inference_cache()
+        """Draw the random numbers of the rollout ahead, truncate what an env on the device leaves to us, and pair environments."""
+        self.act = self.policy.inference_cache()  # encoded observations -> logits, values
         self.buffer.clear()
         S, N, A = self.noise.shape
         self.noise.copy_(torch.stack([torch.empty(N, A).exponential_(generator=self.generator) for _ in range(S)]))
@@ -237,56 +261,62 @@ class PPO:
     @torch.no_grad()
     def rollout_step(self):
         """One step of every environment into the buffer."""
-        config, tensor = self.config, lambda x: torch.as_tensor(x, device=self.device)
-        row = {}
-        if config.paired_envs:
-            self.in_sync &= tensor(self.env.in_sync())
-            row["in_sync"] = self.in_sync
-        obs = self.policy.encode(self.obs)
-        logits, values = self.act(obs)
-        logprobs = F.log_softmax(logits, dim=-1)
-        # A draw from the policy, as torch.multinomial makes it: of exponential times with these rates the shortest wins
-        actions = (logprobs.exp() / self.noise.index_select(0, self.buffer.step)[0]).argmax(-1)
+        optional = {}
+        if self.config.paired_envs:
+            self.in_sync &= self.tensor(self.env.in_sync())
+            optional["in_sync"] = self.in_sync
+        encoded = self.policy.encode(self.obs)
+        logits, values = self.act(encoded)
+        all_logprobs = F.log_softmax(logits, dim=-1)  # (N, A)
+        # With noise E ~ Exp(1) the argmax of p / E is a draw from p; so does torch.multinomial, but a CUDA graph cannot draw
+        actions = (all_logprobs.exp() / self.noise.index_select(0, self.buffer.position)[0]).argmax(-1)
         next_obs, rewards, terminated, truncated, infos = self.env.step(actions if self.env_on_device else actions.cpu().numpy())
         final_values = torch.zeros_like(values)
-        if "final_obs" in infos and truncated.any():
-            final_values[tensor(truncated)] = self.act(self.policy.encode(np.stack(infos["final_obs"][truncated])))[1]
-        next_obs, terminated, truncated = tensor(next_obs), tensor(terminated), tensor(truncated)
-        if config.prediction_coef:
-            row["changes"] = self.policy.changes(self.obs, next_obs)
+        if "final_obs" in infos and truncated.any():  # never on the device, which need not wait for this answer
+            final_obs = np.stack(infos["final_obs"][truncated])
+            final_values[self.tensor(truncated)] = self.act(self.policy.encode(final_obs))[1]
+        next_obs, terminated, truncated = self.tensor(next_obs), self.tensor(terminated), self.tensor(truncated)
+        if self.config.prediction_coef:
+            optional["changes"] = self.policy.changes(self.obs, next_obs)
+        # A lost life ends a return like the end of an episode, but the next observation still follows from this one.
         self.buffer.add(
-            obs=obs, actions=actions, logprobs=logprobs.gather(1, actions.unsqueeze(1)).squeeze(1), values=values,
-            rewards=(tensor(rewards) * config.reward_scale).float(), terminated=terminated | tensor(lost_lives(infos)),
-            truncated=truncated, final_values=final_values, has_next=~(terminated | truncated), **row,
+            obs=encoded, actions=actions, logprobs=all_logprobs.gather(1, actions.unsqueeze(1)).squeeze(1), values=values,
+            rewards=self.tensor(rewards).float(), terminated=terminated | self.tensor(lost_lives(infos)), truncated=truncated,
+            final_values=final_values, has_next=~(terminated | truncated), **optional,
         )  # fmt: skip
         self.obs.copy_(next_obs)
+
+    def tensor(self, x):
+        return torch.as_tensor(x, device=self.device)
 
     def lambd(self):
         config, rise = self.config, min(self.global_step / self.config.lambd_steps, 1.0)
         return config.lambd + (config.lambd_end - config.lambd) * rise
 
-    def count_returns(self):
-        """The returns of the episodes that ended in the rollout, in the environment's own rewards."""
-        rewards = self.buffer.columns["rewards"].double().cpu().numpy() / self.config.reward_scale
-        for reward, has_next in zip(rewards, self.buffer.columns["has_next"].cpu().numpy()):
-            self.return_so_far += reward
+    def record_episode_returns(self):
+        """Of the episodes that ended in the rollout, undiscounted, in the environment's own rewards."""
+        for rewards, has_next in zip(self.buffer.fields["rewards"].cpu().numpy(), self.buffer.fields["has_next"].cpu().numpy()):
+            self.return_so_far += rewards
             self.end_episodes(~has_next)
 
-    def end_episodes(self, which):
-        self.episode_returns.extend(self.return_so_far[which].tolist())
-        self.return_so_far[which] = 0
+    def end_episodes(self, mask):
+        self.episode_returns.extend(self.return_so_far[mask].tolist())
+        self.return_so_far[mask] = 0
 
     def update(self):
-        """Some epochs of minibatches over the rollout -> the statistics of the update, floats."""
+        """Epochs of minibatches over the rollout -> the statistics of the update, floats. Raises FloatingPointError.
+
+        They are means over the gradient steps and the ranks; those of a rollout and its episodes are of this rank's alone.
+        """
         config = self.config
         self.lr.fill_(learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr))
-        steps = self.average(torch.cat([self.epoch() for _ in range(config.epochs)]))  # (gradient steps, statistics)
-        if not steps.isfinite().all():
+        step_stats = self.average(torch.cat([self.epoch() for _ in range(config.epochs)]))  # (gradient steps, statistics)
+        if not step_stats.isfinite().all():
             raise FloatingPointError(f"the gradient is not finite in update {self.update_count + 1}; try a lower learning rate")
         self.update_count += 1
-        stats = dict(zip(self.stat_names, steps.mean(0).tolist()))
-        stats["approx_kl_max"] = steps[:, self.stat_names.index("approx_kl")].max().item()
-        stats["explained_variance"] = explained_variance(self.buffer.data.old_values, self.buffer.data.returns).item()
+        stats = dict(zip(self.stat_names, step_stats.mean(0).tolist()))
+        stats["approx_kl_max"] = step_stats[:, self.stat_names.index("approx_kl")].max().item()
+        stats["explained_variance"] = explained_variance(self.buffer.samples.old_values, self.buffer.samples.returns).item()
         if config.paired_envs:
             stats["pair_correlation"] = self.buffer.pair_correlation.item()
         stats["lr"] = self.lr.item()
@@ -315,7 +345,7 @@ class PPO:
         """One gradient step on the next minibatch."""
         loss, stats = self.loss(self.buffer.next_minibatch())
         grad = self.weights.grad
-        grad.zero_()  # this, and the clipping by hand, a third of a millisecond faster than torch's functions
+        grad.zero_()  # this and the clipping below save a third of a millisecond against torch's functions
         loss.backward()
         self.average(grad)
         stats["grad_norm"] = grad.norm()
@@ -327,24 +357,29 @@ class PPO:
         if self.step_stats is None or len(self.step_stats) != self.buffer.num_minibatches:
             self.stat_names, shape = list(stats), (self.buffer.num_minibatches, len(stats))
             self.step_stats = torch.zeros(shape, device=self.device)
-        self.step_stats.index_copy_(0, self.buffer.minibatch - 1, torch.stack(list(stats.values())).unsqueeze(0))
+        self.step_stats.index_copy_(0, self.buffer.minibatch_position - 1, torch.stack(list(stats.values())).unsqueeze(0))
 
     def loss(self, mb):
-        """-> the loss of a minibatch, and its terms and what else is worth knowing of it; tensors."""
-        config, features = self.config, self.policy.features(mb.obs)
+        """A `Minibatch` -> the loss, and its terms and what else is worth knowing of it; tensors."""
+        config = self.config
+        features = self.policy.features(mb.obs)
         logits, new_values = self.policy.heads(features)
-        logprobs = F.log_softmax(logits, dim=-1)
-        new_logprobs = logprobs.gather(1, mb.actions.unsqueeze(1)).squeeze(1)
-        terms = [] if not config.prediction_coef else [
-            (config.prediction_coef, prediction_loss(self.policy.change_head(features), mb.changes, mb.has_next))
-        ]  # fmt: skip
-        terms += [
-            (1.0, policy_loss(new_logprobs, mb.old_logprobs, mb.advantages, config.eps_clip)),
-            (config.value_loss_coef, value_loss(new_values, mb.old_values, mb.returns, config.value_clip)),
-            (config.entropy_coef, entropy_loss(logprobs)),
-            (config.move_coef, move_loss(logprobs)),
-        ]
-        return sum(coef * term for coef, (term, _) in terms), {name: x for _, (_, info) in terms for name, x in info.items()}
+        all_logprobs = F.log_softmax(logits, dim=-1)  # (M, A)
+        new_logprobs = all_logprobs.gather(1, mb.actions.unsqueeze(1)).squeeze(1)
+
+        loss, stats = 0.0, {}
+        if config.prediction_coef:
+            term, info = prediction_loss(self.policy.change_head(features), mb.changes, mb.has_next)
+            loss, stats = loss + config.prediction_coef * term, stats | info
+        term, info = policy_loss(new_logprobs, mb.old_logprobs, mb.advantages, config.eps_clip)
+        loss, stats = loss + term, stats | info
+        term, info = value_loss(new_values, mb.old_values, mb.returns, config.value_clip)
+        loss, stats = loss + config.value_loss_coef * term, stats | info
+        term, info = entropy_loss(all_logprobs)
+        loss, stats = loss + config.entropy_coef * term, stats | info
+        term, info = move_loss(all_logprobs)
+        loss, stats = loss + config.move_coef * term, stats | info
+        return loss, stats
 
     # Several ranks: with torchrun each plays its own games, and what is learned is averaged
 

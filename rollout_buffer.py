@@ -1,7 +1,7 @@
 """What a rollout leaves behind: storage (S, N), generalised advantage estimation, minibatches.
 
-S steps of N environments. The tensors keep their addresses from rollout to rollout, and where the next step goes is a tensor
-too, so that a CUDA graph can fill the buffer and read minibatches from it.
+S steps of N environments. The tensors keep their addresses from rollout to rollout, and the position to be filled next is a
+tensor too, so that a CUDA graph can fill the buffer and read minibatches from it.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,8 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lamb
     next_values            (S, N) float: the value of what follows each step; after a truncation, of the final observation
     terminated, truncated  (S, N) bool
 
-    Returns advantages and returns, (S, N). A terminated step has nothing after it. A truncated one does, and its
-    next value says what; but the step stored behind it belongs to another episode, so the sum ends at both.
+    Returns advantages and returns, (S, N). A terminated step has nothing after it. A truncated one does, and its next value
+    says what; but the next row belongs to another episode, so the sum ends at both. A step that is both is terminated.
     """
     deltas = rewards + gamma * next_values * ~terminated - values
     carry = gamma * lambd * (~(terminated | truncated)).to(rewards.dtype)
@@ -31,14 +31,14 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lamb
 
 
 def paired_baseline(advantages, in_sync):
-    """Takes from each advantage what the paired environment gained -> advantages (S, N), the correlation of pairs.
+    """Subtracts from each advantage a share of its partner's -> advantages (S, N), that share.
 
-    advantages (S, N): environments i and N / 2 + i started the rollout in the same state and went on independently of each other.
-    in_sync (S, N / 2) bool: true while the two are still in much the same state; where it is false nothing is taken.
+    advantages (S, N): environments i and N / 2 + i started the rollout in the same state and went on independently.
+    in_sync (S, N / 2) bool: true while the two are still in much the same state; where it is false nothing is subtracted.
 
-    What one gains does not depend on the other's action, so on average no policy gradient changes; but both share what the
-    critic does not see of their state. A control variate (Glynn & Szechtman 2002): the share that leaves the least variance is
-    the correlation of the pairs, here that of this rollout's own advantages, at least 0.
+    A control variate (Glynn & Szechtman 2002): the partner's advantage does not depend on this environment's action, so the
+    expected policy gradient is unchanged, but both contain the same error of the critic. The share that leaves the least
+    variance is the correlation of the pairs, estimated on this rollout and held at 0 or more.
     """
     a, b = advantages.chunk(2, dim=1)
     a, b = a * in_sync, b * in_sync
@@ -46,11 +46,11 @@ def paired_baseline(advantages, in_sync):
     return advantages - correlation * torch.cat([b, a], dim=1), correlation
 
 
-def shuffled(obs, group_size, generator):
-    """Encoded observations (n, ...) -> (n,) their numbers in random order, on the CPU.
+def random_order(obs, group_size, generator):
+    """Encoded observations (n, ...) -> a random order of them, (n,) int64 on the CPU.
 
-    With group_size > 1, for obs (n, K): groups of that many that begin alike, and so share work, in random order, so that a
-    minibatch still draws from all over the rollout.
+    With group_size > 1, for obs (n, K): sorted lexicographically, cut into groups of that size, and the groups in random order.
+    Neighbours in the order then begin alike and can share work, yet a minibatch still comes from all over the rollout.
     """
     n = len(obs)
     if group_size == 1:
@@ -62,74 +62,83 @@ def shuffled(obs, group_size, generator):
 
 
 class Minibatch(NamedTuple):
-    obs: torch.Tensor  # (M, ...) encoded
-    actions: torch.Tensor  # (M,) int64, and from here on (M,) float32
-    old_logprobs: torch.Tensor
+    """M samples, or all samples of a rollout, or, with a first axis more, K minibatches."""
+
+    obs: torch.Tensor  # (M, ...) as the policy encoded them, or what it made of a minibatch of these
+    actions: torch.Tensor  # (M,) int64
+    old_logprobs: torch.Tensor  # (M,) float32, like the next three
     old_values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
-    changes: torch.Tensor  # (M, ...) bool: what is to be predicted of the next observation, or (M, 0)
+    changes: torch.Tensor  # (M, ...) bool, what is to be predicted of the next observation; (M, 0) if nothing is
     has_next: torch.Tensor  # (M,) bool: the next observation belongs to the same episode
 
 
 class RolloutBuffer:
-    """Filled by S calls of `add`, closed by `finish`, read by `shuffle` and `next_minibatch`."""
+    """Filled by S calls of `add`, closed by `finish`; `shuffle` cuts it into minibatches, `next_minibatch` reads them."""
 
-    def __init__(self, num_steps, num_envs, device="cpu"):
-        self.num_steps, self.num_envs = num_steps, num_envs
-        self.columns, self.data, self.minibatches = {}, None, None
-        self.step, self.minibatch = torch.zeros(2, 1, dtype=torch.int64, device=device).unbind()  # how many are filled, and read
+    def __init__(self, rollout_steps, num_envs, device="cpu"):
+        self.rollout_steps, self.num_envs = rollout_steps, num_envs
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the step to be added next
+        self.minibatch_position = torch.zeros(1, dtype=torch.int64, device=device)  # of the minibatch to be read next
+        self.fields = {}  # name: (S, N, ...)
+        self.samples = None  # `Minibatch` of all S * N, once finished
+        self.minibatches = None  # `Minibatch` of K minibatches, once shuffled
         self.pair_correlation = torch.tensor(0.0)
 
     def clear(self):
-        self.step.zero_()
-        self.data = None
+        self.position.zero_()
+        self.samples = None
 
-    def add(self, **row):
-        """One step of N environments, tensors (N, ...). `finish` reads, beside the columns of a `Minibatch`:
+    def add(self, **step):
+        """One step of N environments, tensors (N, ...), the same names in every step:
 
-        obs, actions, logprobs, values, has_next; changes, if anything is predicted
-        rewards, terminated, truncated  as `compute_gae` wants them
-        final_values                    the values of the final observations, read only where truncated
-        in_sync                         (N / 2,) as `paired_baseline` wants it, if environments are paired
+        obs, actions, logprobs, values, has_next  as in `Minibatch`
+        rewards                                   in the environment's own units
+        terminated, truncated                     as `compute_gae` wants them
+        final_values                              the values of the final observations, read only where truncated
+        changes                                   if the next observation is to be predicted
+        in_sync                                   (N / 2,) as `paired_baseline` wants it, if environments are paired
+
+        Raises IndexError if the buffer is full (on CUDA an assertion of the device).
         """
-        for name, x in row.items():
-            if name not in self.columns:
-                self.columns[name] = x.new_zeros(self.num_steps, *x.shape)
-            self.columns[name].index_copy_(0, self.step, x.unsqueeze(0))
-        self.step += 1
+        for name, x in step.items():
+            if name not in self.fields:
+                self.fields[name] = x.new_zeros(self.rollout_steps, *x.shape)
+            self.fields[name].index_copy_(0, self.position, x.unsqueeze(0))
+        self.position += 1
 
-    def finish(self, last_values, gamma, lambd):
-        """Advantages and returns, once S steps are in. last_values (N,): the value of the observation that follows."""
-        if int(self.step) != self.num_steps:
-            raise RuntimeError(f"the rollout buffer holds {int(self.step)} of {self.num_steps} steps; add the rest first")
-        c = self.columns
-        next_values = torch.where(c["truncated"], c["final_values"], torch.cat([c["values"][1:], last_values.unsqueeze(0)]))
-        advantages, returns = compute_gae(c["rewards"], c["values"], next_values, c["terminated"], c["truncated"], gamma, lambd)
-        if "in_sync" in c:
-            advantages, self.pair_correlation = paired_baseline(advantages, c["in_sync"])
-        changes = c["changes"] if "changes" in c else c["has_next"].new_zeros(*c["has_next"].shape, 0)
-        columns = c["obs"], c["actions"], c["logprobs"], c["values"], advantages, returns, changes, c["has_next"]
-        self.data = Minibatch(*(x.flatten(0, 1) for x in columns))  # (S * N, ...)
+    def finish(self, last_values, gamma, lambd, reward_scale=1.0):
+        """Advantages and returns. last_values (N,): the values of the observations that follow. Raises RuntimeError before S steps
+        are in."""
+        if int(self.position) != self.rollout_steps:
+            raise RuntimeError(f"the rollout buffer holds {int(self.position)} of {self.rollout_steps} steps; add the rest first")
+        f = self.fields
+        rewards = (f["rewards"].double() * reward_scale).float()
+        next_values = torch.where(f["truncated"], f["final_values"], torch.cat([f["values"][1:], last_values.unsqueeze(0)]))
+        advantages, returns = compute_gae(rewards, f["values"], next_values, f["terminated"], f["truncated"], gamma, lambd)
+        if "in_sync" in f:
+            advantages, self.pair_correlation = paired_baseline(advantages, f["in_sync"])
+        changes = f["changes"] if "changes" in f else f["has_next"].new_zeros(*f["has_next"].shape, 0)
+        samples = f["obs"], f["actions"], f["logprobs"], f["values"], advantages, returns, changes, f["has_next"]
+        self.samples = Minibatch(*(x.flatten(0, 1) for x in samples))
 
     def shuffle(self, batch_size, generator, group_size=1, share=None):
-        """Cut the S * N samples, in random order, into minibatches of batch_size, which must divide them.
+        """Cut the S * N samples, in `random_order`, into minibatches of batch_size.
 
-        share: what to make of the encoded observations (K, batch_size, ...) of K minibatches.
-        -> whether the minibatches have moved to new addresses.
+        share: the policy may make something better of the encoded observations (K, batch_size, ...) of all minibatches at once.
+        Raises RuntimeError before `finish`, ValueError if batch_size does not divide the samples.
         """
-        if self.data is None:
+        if self.samples is None:
             raise RuntimeError("the rollout buffer is not finished: call finish() after the last add()")
-        if len(self.data.actions) % batch_size:
-            raise ValueError(f"batch_size {batch_size} does not divide the {len(self.data.actions)} samples of a rollout")
-        order = shuffled(self.data.obs, group_size, generator).to(self.step.device)
-        minibatches = Minibatch(*(x[order].unflatten(0, (-1, batch_size)) for x in self.data))
+        if len(self.samples.actions) % batch_size:
+            raise ValueError(f"batch_size {batch_size} does not divide the {len(self.samples.actions)} samples of a rollout")
+        order = random_order(self.samples.obs, group_size, generator).to(self.position.device)
+        minibatches = Minibatch(*(x[order].unflatten(0, (-1, batch_size)) for x in self.samples))
         if share is not None:
             minibatches = minibatches._replace(obs=share(minibatches.obs))
-        kept = self.minibatches
-        self.minibatches = copied_into(kept, minibatches)
-        self.minibatch.zero_()
-        return kept is not self.minibatches
+        self.minibatches = copy_into(self.minibatches, minibatches)
+        self.minibatch_position.zero_()
 
     @property
     def num_minibatches(self):
@@ -137,17 +146,23 @@ class RolloutBuffer:
 
     def next_minibatch(self):
         """-> the next `Minibatch`, until all `num_minibatches` are read."""
-        minibatch = selected(self.minibatches, self.minibatch)
-        self.minibatch += 1
+        minibatch = select(self.minibatches, self.minibatch_position)
+        self.minibatch_position += 1
         return minibatch
 
 
-def copied_into(kept, new):
-    """Tensors, or tuples of tensors, copied into `kept` if all shapes are the same -> kept; otherwise -> new."""
+# Tensors, or tuples of tensors
+
+
+def copy_into(kept, new):
+    """Copy `new` into `kept`, whose addresses a CUDA graph knows -> kept; or, if a shape has changed or kept is None, -> new."""
     if kept is None or shapes(kept) != shapes(new):
         return new
     for x, y in zip(kept, new):
-        x.copy_(y) if isinstance(x, torch.Tensor) else copied_into(x, y)
+        if isinstance(x, torch.Tensor):
+            x.copy_(y)
+        else:
+            copy_into(x, y)
     return kept
 
 
@@ -155,8 +170,8 @@ def shapes(x):
     return x.shape if isinstance(x, torch.Tensor) else [shapes(y) for y in x]
 
 
-def selected(x, i):
-    """Element i (1,) of a tensor, or of each tensor of a tuple."""
+def select(x, i):
+    """Element i, a tensor (1,), along the first axis."""
     if isinstance(x, torch.Tensor):
         return x.index_select(0, i).squeeze(0)
-    return type(x)(*(selected(y, i) for y in x))
+    return type(x)(*(select(y, i) for y in x))

@@ -8,9 +8,8 @@ Several cores or GPUs, each with its own games:    torchrun --standalone --nproc
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C among them leaves without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
-import contextlib
 import functools
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -19,9 +18,19 @@ import torch
 
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
-from command_line import CommandLineError, constants_of, launcher, load_state, new_run_dir, read_run, run_script, train
-from device import RANK, RANKS, available_cores, choose_device, joined_ranks, out_of_memory, set_threads
-from evaluation import CLEARED_SCORE, COLUMNS_OF_EVALUATION, RANDOM_SCORE
+from command_line import (
+    CommandLineError,
+    constants_of,
+    launcher,
+    load_state,
+    memory_advice,
+    new_run_dir,
+    read_run,
+    run_script,
+    train,
+)
+from device import RANK, RANKS, available_cores, choose_device, joined_ranks, set_threads
+from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
 from load_model import evaluate_state, fast, make_gpt
 from model import GPTConfig
 from ppo import PPO, PPOConfig
@@ -38,7 +47,7 @@ GAMMA = 0.995  # discount per step; with 0.99 a life is worth too little among t
 LAMBD = 0.8  # GAE at the start: 0 trusts the critic alone, 1 the returns alone
 LAMBD_END = 0.98  # it rises evenly to this: a brick that a bounce aims at is hit some thirty steps later
 LAMBD_STEPS = 4_000_000  # environment steps until LAMBD_END is reached
-EPS_CLIP = 0.2  # how far a probability ratio counts
+EPS_CLIP = 0.2  # the probability ratio is clipped to 1 +- this
 VALUE_LOSS_COEF = 0.5
 VALUE_CLIP = 0.0  # in units of the scaled return; off if 0.0
 ENTROPY_COEF = 0.01
@@ -51,9 +60,9 @@ MAX_GRAD_NORM = 0.5
 # what makes it learn
 VARIED_STARTS = 0.7  # share of training serves and walls that are random; evaluation never varies
 PREDICTION_COEF = 0.1  # weight of predicting which rows and columns change next; off if 0.0
-PAIRED_ENVS = True  # pairs of games start each rollout in the same state; an advantage is what one gains beyond the other
+PAIRED_ENVS = True  # pairs of games start each rollout in the same state; what both gain counts as the critic's error
 # GPT
-N_LAYER = 1  # pages share nearly all their work in one layer; in two or more only how they begin: thousands of times slower
+N_LAYER = 1  # two or more run thousands of times slower: pages then share only what stands before their first difference
 N_HEAD = 16
 N_EMBD = 64
 MLP_EXPANSION = 4
@@ -66,7 +75,7 @@ SAVE_FREQ = 8  # updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = constants_of(globals())
-RANGES = {  # integers for an integer, else a number; a constant without a range may have any value
+RANGES = {  # lowest and highest value; integers if the constant is one. A constant without a range may have any value
     "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 65536), "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (1, 10**7),
     "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "LAMBD_END": (0.0, 1.0), "LAMBD_STEPS": (1, 10**12), "EPS_CLIP": (1e-9, 1.0),
     "VALUE_LOSS_COEF": (0.0, 1e9), "VALUE_CLIP": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9), "MOVE_COEF": (0.0, 1e9),
@@ -74,18 +83,22 @@ RANGES = {  # integers for an integer, else a number; a constant without a range
     "PREDICTION_COEF": (0.0, 1e9), "N_LAYER": (1, 1024), "N_HEAD": (1, 8192), "N_EMBD": (1, 8192), "MLP_EXPANSION": (1, 1024),
     "SEED": (0, 2**32 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
 }  # fmt: skip
-KEPT = "NUM_ENVS N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # by a run that is resumed
+KEPT = "NUM_ENVS N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run must not change these
 
 
 def check(constants):
     """Raises CommandLineError for constants that do not fit together."""
     c = SimpleNamespace(**constants)
     if c.NUM_ENVS * c.ROLLOUT_STEPS % c.BATCH_SIZE:
-        raise CommandLineError(f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {c.NUM_ENVS * c.ROLLOUT_STEPS:,} samples of a rollout")
+        raise CommandLineError(
+            f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {c.NUM_ENVS * c.ROLLOUT_STEPS:,} samples of a rollout"
+        )
     if c.NUM_ENVS % RANKS or c.BATCH_SIZE % RANKS:
         raise CommandLineError(f"NUM_ENVS and BATCH_SIZE are shared by {RANKS} ranks; each must be a multiple of {RANKS}")
     if c.PAIRED_ENVS and c.NUM_ENVS // RANKS % 2:
-        raise CommandLineError("PAIRED_ENVS needs an even number of games" + (" on each rank" if RANKS > 1 else "") + "; change NUM_ENVS")
+        raise CommandLineError(
+            "PAIRED_ENVS needs an even number of games" + (" on each rank" if RANKS > 1 else "") + "; change NUM_ENVS"
+        )
     if c.MIN_LR > c.LR:
         raise CommandLineError(f"MIN_LR {c.MIN_LR} must not exceed LR {c.LR}")
     gpt_config(c)
@@ -123,18 +136,21 @@ def plan(c, ppo, run_dir):
     parameters = sum(p.numel() for p in ppo.policy.parameters())
     layers = "one layer" if c.N_LAYER == 1 else f"{c.N_LAYER} layers"
     return (
-        f"A GPT of {layers} and {parameters:,} parameters learns Breakout on {ppo.device}: {c.NUM_STEPS:,} steps of "
-        f"{c.NUM_ENVS} games.\nCurve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops."
+        f"A GPT of {layers} and {parameters:,} parameters learns Breakout on {ppo.device}: {c.NUM_STEPS:,} steps in all, "
+        f"in {c.NUM_ENVS} games at once.\nCurve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops."
     )
 
 
 def watch(ppo, c, run_dir, evaluation):
     """The callbacks of rank 0, in the order in which they are called."""
-    csv, levels = run_dir / "metrics.csv", {"the whole wall, as a simple tracker plays it": CLEARED_SCORE, "random play": RANDOM_SCORE}
+    csv, levels = (
+        run_dir / "metrics.csv",
+        {"the whole wall, as a simple tracker plays it": CLEARED_SCORE, "random play": RANDOM_SCORE},
+    )
     return [
         *([evaluation] if evaluation else []),
         ProgressBar(plan(c, ppo, run_dir)),
-        MetricsCSV(csv, COLUMNS_OF_EVALUATION),
+        MetricsCSV(csv, METRICS),
         TensorBoard(run_dir),
         LearningCurve(run_dir / "learning_curve.png", csv, levels),
         Checkpoints(run_dir, c.SAVE_FREQ),
@@ -142,36 +158,34 @@ def watch(ppo, c, run_dir, evaluation):
 
 
 def evaluation_of(c, device):
-    """Evaluates in processes of their own: one beside a training on the CPU, several beside one on a GPU, which takes seconds."""
-    where = "cpu" if c.N_LAYER == 1 else str(device)  # the kernels of one layer are small and suit the CPU
-    processes = min(max(available_cores() - 1, 1), 8) if device.type == "cuda" and c.N_LAYER == 1 else 1
-    return Evaluation(functools.partial(evaluate_state, device=where), c.EVAL_INTERVAL, processes)
+    """Evaluation beside the training, in one process; in several beside a one-layer training on a GPU, which outruns one."""
+    one_layer = c.N_LAYER == 1
+    evaluate = functools.partial(evaluate_state, device="cpu" if one_layer else str(device))  # small kernels suit the CPU
+    processes = min(max(available_cores() - 1, 1), 8) if one_layer and device.type == "cuda" else 1
+    return Evaluation(evaluate, c.EVAL_INTERVAL, processes)
 
 
 def main(argv=None):
     run = read_run(argv, "train_ppo.py", __doc__, CONSTANTS, RANGES, KEPT, check)
     c = SimpleNamespace(**run.constants)
-    if run.state and (ranks := c.NUM_ENVS // len(run.state["obs"])) != RANKS:
+    if run.state and (ranks := c.NUM_ENVS // len(run.state["obs"])) != RANKS:  # rank 0 saved the pages of its own games
         raise CommandLineError(f"{run.directory} was trained by {ranks} ranks, not {RANKS}; use {launcher(ranks)} train_ppo.py")
     device = choose_device(c.DEVICE)
     set_threads(c.N_LAYER)
-    with joined_ranks(device), contextlib.ExitStack() as stack:
-        try:
+    with joined_ranks(device):
+        with memory_advice(f"the model does not fit into the memory of {device}; try a smaller --n_embd or --n_layer"):
             ppo = build(c, device)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            raise CommandLineError(f"the model does not fit into the memory of {device}; try a smaller --n_embd or --n_layer") from None
         if run.state:
             load_state(ppo, run)
         run_dir = None
         if RANK == 0:
             run_dir = run.directory or new_run_dir(c.RUN_DIR)
             ppo.metadata["constants"]["RUN_DIR"] = str(run_dir)
-            evaluation = stack.enter_context(evaluation_of(c, device)) if c.EVAL_INTERVAL else None
-            ppo.callbacks = watch(ppo, c, run_dir, evaluation)
-        advice = {MemoryError: f" --batch_size {max(c.BATCH_SIZE // 2 // RANKS, 1) * RANKS}", FloatingPointError: f" --lr {c.LR / 2:g}"}
-        return train(ppo, run_dir, "train_ppo.py", advice)
+            ppo.callbacks = watch(ppo, c, run_dir, evaluation_of(c, device) if c.EVAL_INTERVAL else None)
+        return train(ppo, run_dir, "train_ppo.py", {
+            MemoryError: f" --batch_size {max(c.BATCH_SIZE // 2 // RANKS, 1) * RANKS}",
+            FloatingPointError: f" --lr {c.LR / 2:g} --min_lr {min(c.MIN_LR, c.LR / 2):g}",
+        })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from breakout_ascii import BRICK_POINTS, CLEAR_POINTS, LIVES, draw_numbers, new_games, standard_serves  # noqa: E402
 from command_line import CommandLineError, raise_error, run_script  # noqa: E402
 from device import set_threads  # noqa: E402
-from evaluation import GAMES_AT_ONCE, SERVES, Results, drawing, greedy, play_games, tracker  # noqa: E402
+from evaluation import GAMES_AT_ONCE, SERVES, Results, greedy, play_games, sampling, tracker  # noqa: E402
 from load_model import SHIPPED, load_policy  # noqa: E402
 
 STICKY = 0.1  # probability that the previous action is repeated
@@ -98,7 +98,7 @@ def main(argv=None):
     print("\n| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     for name, (policy, _) in models.items():
         show_rows(f"{name}, greedy", lambda: greedy(policy), True, args.games, args.seed)
-        show_rows(f"{name}, sampled", lambda: drawing(policy, args.seed), False, args.games, args.seed)
+        show_rows(f"{name}, sampled", lambda: sampling(policy, args.seed), False, args.games, args.seed)
     show_rows("tracker", lambda: tracker, True, args.games, args.seed)
     show_rows("random", lambda: random_player(args.seed), False, args.games, args.seed)
 

@@ -33,12 +33,12 @@ from breakout_ascii import CHARACTERS, BreakoutAsciiVec  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from command_line import check_constants, raise_error, run_script  # noqa: E402
 from device import choose_device, set_threads  # noqa: E402
-from evaluation import drawing  # noqa: E402
+from evaluation import sampling  # noqa: E402
 from fast.line_index import LineIndex  # noqa: E402
 from load_model import SHIPPED, load_policy, make_gpt  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from ppo import StopTraining  # noqa: E402
-from rollout_buffer import selected, shuffled  # noqa: E402
+from rollout_buffer import random_order, select  # noqa: E402
 from test_breakout_ascii import SlowGame  # noqa: E402
 from train_ppo import CONSTANTS, RANGES, build, evaluation_of, watch  # noqa: E402
 
@@ -98,7 +98,7 @@ def relative_error(ours, plain):
 def training_pages(policy, level, group_size=1):
     """A minibatch as training makes it of a rollout of varied games, played by policy: (BATCH_SIZE, 1944) uint8."""
     env, rng, index = BreakoutAsciiVec(C.NUM_ENVS, varied_starts=C.VARIED_STARTS), np.random.default_rng(0), LineIndex()
-    player, (obs, _), pages, lines = drawing(policy, seed=0), env.reset(seed=0), [], []
+    player, (obs, _), pages, lines = sampling(policy, seed=0), env.reset(seed=0), [], []
     for step in range(SPREAD_STEPS + C.ROLLOUT_STEPS):
         if step == SPREAD_STEPS and C.PAIRED_ENVS:
             obs = env.pair()
@@ -107,7 +107,7 @@ def training_pages(policy, level, group_size=1):
             lines.append(index.encode(obs))
         actions, at_random = rng.integers(3, size=C.NUM_ENVS), rng.random(C.NUM_ENVS) < RANDOM_ACTIONS[level]
         obs, *_ = env.step(actions if at_random.all() else np.where(at_random, actions, player(obs)))
-    order = shuffled(torch.from_numpy(np.concatenate(lines)), group_size, torch.Generator().manual_seed(0))
+    order = random_order(torch.from_numpy(np.concatenate(lines)), group_size, torch.Generator().manual_seed(0))
     return np.concatenate(pages)[order[: C.BATCH_SIZE]]
 
 
@@ -141,7 +141,7 @@ def work(gpt, pages):
     the gradients of a loss of all logits and values."""
     tokens, kept = torch.from_numpy(pages).to(gpt.device), gpt.encode(pages)
     if hasattr(gpt, "share"):
-        kept = selected(gpt.share(kept.unsqueeze(0)), torch.tensor([0], device=gpt.device))
+        kept = select(gpt.share(kept.unsqueeze(0)), torch.tensor([0], device=gpt.device))
 
     @torch.no_grad()
     def forward():
@@ -245,15 +245,15 @@ def split(policy, num_steps):
     -> steps, seconds, and the seconds of each part. There is no last evaluation to wait for."""
     interval, silence, (trainer, c) = C.EVAL_INTERVAL * C.ROLLOUT_STEPS * C.NUM_ENVS, io.StringIO(), endless(policy)
     with (
-        tempfile.TemporaryDirectory() as folder, evaluation_of(c, policy.device) as evaluation,
+        tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence),
     ):  # fmt: skip
-        trainer.callbacks = watch(trainer, c, Path(folder), evaluation)
+        trainer.callbacks = watch(trainer, c, Path(folder), evaluation_of(c, policy.device))
         learn_until(trainer, interval)  # warm up
         with clocks(trainer) as parts:
             _, seconds = timed(learn_until, trainer, interval + max(num_steps // interval, 1) * interval)
-        for callback in trainer.callbacks[1:]:  # closes their files; an evaluation would be waited for
-            callback.on_training_end(trainer)
+        for callback in trainer.callbacks:
+            callback.close()
     return trainer.global_step - interval, seconds, parts | {"rest": seconds - sum(parts.values())}
 
 

@@ -1,18 +1,22 @@
-"""The same GPT and the same games, thousands of times faster. Delete this folder and everything still trains, slowly.
+"""The same GPT and the same games, faster. Delete this folder and everything still trains, slowly.
 
-FastGPT computes what the pages of a batch have in common once, on the CPU and, for deeper models, on a GPU. DeviceGPT and
-DeviceBreakout keep a one-layer training on the GPU, where run_as_cuda_graphs replays its two repeated steps.
+one layer, CPU            FastGPT shares lines and pieces of lines      line_index.py one_layer.py pieces.py fast_gpt.py
+one layer, CUDA           DeviceGPT shares lines, DeviceBreakout plays  one_layer.py device_gpt.py device_breakout.py
+                          there, the steps are CUDA graphs              cuda_graphs.py
+more layers, CPU or CUDA  FastGPT shares prefixes of pages              line_index.py prefixes.py fast_gpt.py
 """
 
-from fast.cuda_graphs import run_as_cuda_graphs
-from fast.device_breakout import DeviceBreakout
+from fast.cuda_graphs import run_as_cuda_graphs as run_as_cuda_graphs
+from fast.device_breakout import DeviceBreakout as DeviceBreakout
 from fast.device_gpt import DeviceGPT
 from fast.fast_gpt import FastGPT
 from model import GPT
 
 
-def fast_gpt(config, device):
-    """An untrained GPT with the shortcuts that suit the device."""
+def gpt_for(config, device):
+    """An untrained GPT, on the CPU, of the class whose shortcuts suit the device."""
     if device.type == "cuda" and config.n_layer == 1:
         return DeviceGPT(config)
-    return FastGPT(config) if device.type in ("cpu", "cuda") else GPT(config)
+    if device.type in ("cpu", "cuda"):
+        return FastGPT(config)
+    return GPT(config)  # no shortcut has been tried on other devices

@@ -2,6 +2,10 @@
 
 A one-layer training launches some hundred small kernels a step, and launching them takes longer than running them. This file has
 not been run on a GPU yet.
+
+What a graph reads and writes must keep its address: the games and their random numbers, the noise, the policy's table, the rollout
+buffer and its minibatches, weights, gradient, optimizer state and learning rate. Python numbers are baked in: coefficients of the
+loss and `varied_starts` must not change after the recording.
 """
 
 import warnings
@@ -10,7 +14,10 @@ import torch
 
 
 def run_as_cuda_graphs(ppo):
-    """Compile and record `ppo.rollout_step` and `ppo.train_step`. With several ranks, which meet in every step, they are compiled only."""
+    """Compile `ppo.rollout_step` and `ppo.loss`, and record `ppo.rollout_step` and `ppo.train_step`.
+
+    With several ranks, which meet in every step, nothing is recorded.
+    """
     stream = torch.cuda.Stream(ppo.device) if ppo.device.type == "cuda" and ppo.ranks == 1 else None
     ppo.loss = Compiled(ppo.loss)
     ppo.rollout_step = GraphRunner(Compiled(ppo.rollout_step), stream, recorded_with=lambda: ())
@@ -18,8 +25,8 @@ def run_as_cuda_graphs(ppo):
 
 
 class Compiled:
-    """function(*args), compiled from its second call on: the first one makes the tensors that stay. Where it cannot be compiled it
-    says so, and goes on as it is."""
+    """function(*args), compiled from its second call on, for the first allocates the tensors that stay. If the second call fails,
+    which is when it is compiled and before it has run, it warns and goes on uncompiled."""
 
     def __init__(self, function):
         self.plain, self.compiled, self.calls = function, torch.compile(function, fullgraph=True), 0
@@ -39,8 +46,8 @@ class Compiled:
 
 
 class GraphRunner:
-    """function(), which reads and writes tensors that keep their addresses. On a stream of CUDA its first calls run as they are;
-    then it is recorded as a CUDA graph and replayed. Without a stream, or where recording fails, it goes on running as it is.
+    """function(), which reads and writes tensors that keep their addresses. On a side stream of CUDA its first calls warm up, as a
+    recording requires; then it is recorded as a CUDA graph and replayed. Without a stream, or where recording fails, it is called.
 
     recorded_with() -> objects; when one is no longer the same, its tensors have moved, and the function is recorded again.
     """
@@ -62,7 +69,7 @@ class GraphRunner:
         if len(objects) != len(self.objects) or any(x is not y for x, y in zip(objects, self.objects)):
             self.invalidate()
             self.objects = objects
-        if self.graph:
+        if self.graph is not None:
             self.graph.replay()
             return
         before = torch.cuda.current_stream()

@@ -9,14 +9,14 @@ from breakout_ascii import (
     BRICK, BRICK_COLUMNS, BRICK_ROWS, BRICK_TOP, BRICK_WIDTH, COLUMNS, EMPTY_PAGE, LIVES, MAX_EPISODE_STEPS, PADDLE, PADDLE_MOVES,
     PADDLE_ROW, RIGHT_WALL, TOKENS, Games, RandomNumbers, new_games,
 )  # fmt: skip
-from rollout_buffer import copied_into, selected
+from rollout_buffer import copy_into, select
 
 
 class TensorGames(Games):
     """`Games` of tensors on one device.
 
-    A CUDA graph knows tensors by their addresses, but the rules make new ones. `copy_back` brings these back into the buffers that
-    hold the games.
+    A CUDA graph knows tensors by their addresses, but the rules make new ones. `copy_back` brings these back into the buffers in
+    which the games live.
     """
 
     xp = torch
@@ -28,14 +28,16 @@ class TensorGames(Games):
         whole_page[BRICK_TOP : BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = list((BRICK * BRICK_COLUMNS).encode())
         row, column = cell // COLUMNS - BRICK_TOP, (cell % COLUMNS - 1) // BRICK_WIDTH
         brick = np.where(whole_page.ravel() != EMPTY_PAGE.ravel(), row * BRICK_COLUMNS + column, BRICK_ROWS * BRICK_COLUMNS)
-        self.cell, self.brick, self.empty_page, self.whole_page = map(self.array, (cell, brick, EMPTY_PAGE.ravel(), whole_page.ravel()))
+        self.cell, self.brick, self.empty_page, self.whole_page = map(
+            self.array, (cell, brick, EMPTY_PAGE.ravel(), whole_page.ravel())
+        )
         self.buffers = {name: getattr(self, name) for name in [*self.STATE, "pages"]}
 
     def array(self, x):
         return torch.as_tensor(x, device=self.device)
 
     def draw(self, *_):
-        """Every page from nothing: no step asks which cells have changed."""
+        """Every page from nothing: which cells have changed would be a list of no fixed length, which CUDA graphs forbid."""
         bricks = F.pad(self.bricks.flatten(1), (0, 1))[:, self.brick]  # (N, 1944); cells without a brick see the padding
         pages = torch.where(bricks, self.whole_page, self.empty_page)
         along = self.cell - (PADDLE_ROW * COLUMNS + self.paddle_x).unsqueeze(1)
@@ -46,7 +48,7 @@ class TensorGames(Games):
     redraw = draw
 
     def from_buffers(self):
-        """Take the games from the buffers. They are these already, unless a CUDA graph was recorded: that computes nothing."""
+        """The games are in the buffers already, unless a recording of a CUDA graph failed half-way and left tensors of its own."""
         for name, buffer in self.buffers.items():
             setattr(self, name, buffer)
 
@@ -59,10 +61,12 @@ class TensorGames(Games):
 
 
 class DeviceBreakout:
-    """N training games, each started anew in the step that ends it. Arguments as of `BreakoutAsciiVec`.
+    """N training games, each started anew in the step that ends it.
 
-    `step` takes and gives tensors and asks the host nothing. So the random numbers of new games are drawn ahead, for a whole
-    rollout, and a game that has become too long is truncated between two rollouts, where the last values bootstrap it anyway.
+    Like `BreakoutAsciiVec`, but: `step` takes and gives tensors, and never waits for the host. So the random numbers of new games
+    are drawn ahead, by `start_rollout(S)` for S steps, and a game that has become too long is truncated there, between two
+    rollouts, where the values of what follows bootstrap it anyway. Rewards are integers, infos have `life_lost` alone, also for games that
+    ended, and observations are overwritten by the next step. The same seed gives other games than there.
     """
 
     on_device = True  # actions, rewards and observations are tensors
@@ -77,7 +81,7 @@ class DeviceBreakout:
     def reset(self, *, seed):
         """Start N new games -> observations (N, 1944) uint8, infos."""
         self.np_random = np.random.default_rng(seed)
-        self.new_games(self.games.games >= 0, selected(self.random_numbers(1), torch.zeros_like(self.played)))
+        self.new_games(self.games.index >= 0, select(self.random_numbers(1), torch.zeros_like(self.played)))
         return self.observation(), {}
 
     def start_rollout(self, steps):
@@ -87,8 +91,8 @@ class DeviceBreakout:
         """
         truncated = self.games.elapsed >= self.max_episode_steps
         self.played.zero_()
-        self.new_games(truncated, selected(self.random_numbers(1), self.played))
-        self.numbers = copied_into(self.numbers, self.random_numbers(steps))
+        self.new_games(truncated, select(self.random_numbers(1), self.played))
+        self.numbers = copy_into(self.numbers, self.random_numbers(steps))
         return self.observation(), truncated
 
     def random_numbers(self, steps):
@@ -110,7 +114,7 @@ class DeviceBreakout:
         """One step of every game -> observations (N, 1944), rewards, terminated, truncated, each (N,), and infos."""
         self.games.from_buffers()
         rewards, terminated, life_lost = self.games.step(actions)
-        self.new_games(terminated, selected(self.numbers, self.played))
+        self.new_games(terminated, select(self.numbers, self.played))
         self.played += 1
         return self.observation(), rewards, terminated, torch.zeros_like(terminated), {"life_lost": life_lost}
 

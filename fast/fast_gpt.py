@@ -1,4 +1,4 @@
-"""The GPT of model.py, computed by what the pages of a batch have in common."""
+"""The GPT of model.py, with everything that the pages of a batch have in common computed once."""
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from model import GPT
 
 
 class FastGPT(GPT):
-    """A `GPT`: the same parameters, the same state_dict, the same numbers. Its encoded pages are 24 line numbers each.
+    """A `GPT`: the same parameters, the same state_dict, and but for rounding the same numbers. Its encoded pages are 24 line ids.
 
-    One layer shares lines and their pieces (pieces.py), deeper models how pages begin (prefixes.py). Line numbers hold until the
-    next `inference_cache()`.
+    One layer shares lines and their pieces (pieces.py, on the CPU), deeper models their prefixes (prefixes.py). Line ids hold until
+    the next `inference_cache()`.
     """
 
     def __init__(self, config):
@@ -26,24 +26,24 @@ class FastGPT(GPT):
         self.group_size = 1 if config.n_layer == 1 else 8
 
     def forward(self, tokens):
-        kept, self.index = self.index, LineIndex()  # line numbers of a rollout stay as they are
+        kept, self.index = self.index, LineIndex()  # the line ids of a rollout stay as they are
         try:
             return super().forward(tokens)
         finally:
             self.index = kept
 
     def encode(self, tokens):
-        """(B, 1944) uint8 ASCII codes, a tensor or an array -> (B, 24) int64 numbers of their lines. Raises ValueError."""
+        """(B, 1944) uint8 ASCII codes, a tensor or an array -> (B, 24) int64 ids of their lines. Raises ValueError."""
         return torch.from_numpy(self.index.encode(tokens.cpu() if isinstance(tokens, torch.Tensor) else tokens)).to(self.device)
 
     def features(self, lines):
-        """(B, 24) line numbers -> (B, C)."""
+        """(B, 24) line ids -> (B, C)."""
         if self.config.n_layer == 1 and self.index.pages_end_alike:
             return after_attention(self, shared_attention(*pair_table(self), tree_of(self.index, lines.numpy())))
         return prefix_features(self, prefix_tree(self.index, lines.cpu().numpy(), self.device), self.bf16, self.compile_blocks)
 
     def inference_cache(self):
-        """As in `GPT`, with every distinct line summed once. Forgets all line numbers, so an older cache is of no use any more."""
+        """As in `GPT`, with every distinct line summed once. Forgets all line ids, so an older cache is of no use any more."""
         self.index = index = LineIndex()
         cache, plain = LineCache(self, index) if self.config.n_layer == 1 else None, super().inference_cache()
 

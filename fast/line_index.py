@@ -1,7 +1,7 @@
-"""Numbers for the distinct lines of pages, and for the distinct pieces of lines.
+"""Ids for the distinct lines of pages, and for the distinct pieces of lines.
 
-From step to step and from game to game few lines of a page change. So pages are kept as 24 line numbers each, and whatever
-depends on one line alone is computed once for all pages it stands on.
+Most lines recur from step to step and across games. So a page is kept as the ids of its 24 lines, and whatever depends on one line
+alone is computed once for all pages it stands on.
 """
 
 import numpy as np
@@ -14,69 +14,74 @@ PIECE = 9  # characters in a piece of a line, a divisor of 81; its key, below 13
 
 
 class LineIndex:
-    """Numbers lines, and pieces of lines, in the order in which they come; the same text in another row is another line.
+    """Gives lines, and pieces of lines, ids in the order in which they come; the same text in another row is another line.
 
-    Lines are told apart by their row and characters times random 64-bit numbers, summed: that two of ten thousand lines
-    have the same sum has a chance of less than one in a billion.
+    Lines are told apart by a random linear hash of their row and characters, modulo 2^64. Two of ten thousand lines have the same
+    hash, and would be taken for one, with a chance of less than one in a billion. The tables grow with every new line.
     """
 
     MULTIPLIERS = np.random.default_rng(0).integers(2**64, size=1 + COLUMNS, dtype=np.uint64)
 
     def __init__(self):
-        self.lines, self.line_pieces = {}, GrowingTable(COLUMNS // PIECE, dtype=torch.int64)  # key -> number -> its 9 pieces
-        self.pieces, self.piece_pairs = {}, GrowingTable(PIECE, dtype=torch.int64)  # key -> number -> its 9 pairs
-        self.last = None  # the last batch of pages and its line numbers: from step to step few lines change
-        self.pages_end_alike = True  # with a newline, as those of the game do
+        self.lines = {}  # hash of a line: its id
+        self.line_pieces = GrowingTable(COLUMNS // PIECE, dtype=torch.int64)  # id of a line -> ids of its 9 pieces
+        self.pieces = {}  # key of a piece: its id
+        self.piece_pairs = GrowingTable(PIECE, dtype=torch.int64)  # id of a piece -> its 9 pairs, character * 1944 + position
+        self.last = None  # the last batch of pages and its ids: from step to step few lines change
+        self.pages_end_alike = True  # with a newline, as those of the game do; once false it stays so
 
     def encode(self, tokens):
-        """(B, 1944) uint8 array or CPU tensor -> (B, 24) int64 array, the numbers of its lines. ValueError for anything but pages."""
+        """(B, 1944) uint8 array or CPU tensor -> (B, 24) int64 array, the ids of its lines. Raises ValueError if it is no page."""
         check_pages(tokens)
         tokens = np.asarray(tokens)
         if self.last is not None and len(self.last[0]) == len(tokens):
-            changed, numbers = np.zeros(len(tokens) * ROWS, bool), self.last[1].copy()
-            changed[np.flatnonzero(tokens != self.last[0]) // COLUMNS] = True
+            changed = np.zeros(len(tokens) * ROWS, bool)
+            changed[np.flatnonzero(tokens != self.last[0]) // COLUMNS] = True  # few characters change
             changed = changed.nonzero()[0]
+            ids = self.last[1].copy()
         else:
-            changed, numbers = np.arange(len(tokens) * ROWS), np.empty((len(tokens), ROWS), np.int64)
+            changed = np.arange(len(tokens) * ROWS)
+            ids = np.empty((len(tokens), ROWS), np.int64)
         rows, lines = changed % ROWS, tokens.reshape(-1, COLUMNS)[changed]  # (n,), (n, 81)
-        keys = (np.column_stack([rows, lines]).astype(np.uint64) @ self.MULTIPLIERS).tolist()
-        numbers.reshape(-1)[changed], new = number_keys(self.lines, keys)
+        check_characters(lines)
+        hashes = np.column_stack([rows, lines]).astype(np.uint64) @ self.MULTIPLIERS
+        ids.reshape(-1)[changed], new = ids_of(self.lines, hashes.tolist())
         if len(new):
-            try:
-                self.add(rows[new], lines[new])
-            except ValueError:  # not a page: forget its lines again
-                for i in new:
-                    del self.lines[keys[i]]
-                raise
-        self.last = tokens.copy(), numbers
-        return numbers
+            self.add(rows[new], lines[new])
+        self.last = tokens.copy(), ids.copy()
+        return ids
 
     def add(self, rows, lines):
         """New lines: rows (n,), tokens (n, 81)."""
-        characters = CHARACTER_OF.numpy()[lines].astype(np.int64).reshape(-1, PIECE)
-        if (characters == UNKNOWN).any():
-            code = lines.reshape(-1, PIECE)[characters == UNKNOWN][0]
-            raise ValueError(f"token {code} ({chr(code)!r}) is not in the character set {CHARACTERS!r}")
         self.pages_end_alike &= bool((lines[rows == ROWS - 1, -1] == ord("\n")).all())
+        characters = CHARACTER_OF.numpy()[lines].astype(np.int64).reshape(-1, PIECE)
         positions = rows[:, None] * COLUMNS + np.arange(COLUMNS)  # (n, 81)
         pairs = characters * TOKENS + positions.reshape(-1, PIECE)
-        # 9 digits in base 7 and the first pair: unequal for unequal pieces
+        # the piece's first pair, which knows its position, and its characters as digits in base 7
         keys = pairs[:, 0] * len(CHARACTERS) ** PIECE + characters @ len(CHARACTERS) ** np.arange(PIECE)
-        pieces, new = number_keys(self.pieces, keys.tolist())
+        pieces, new = ids_of(self.pieces, keys.tolist())
         self.piece_pairs.append(torch.from_numpy(pairs[new]))
         self.line_pieces.append(torch.from_numpy(pieces).view(-1, COLUMNS // PIECE))
 
 
-def number_keys(table, keys):
-    """Numbers (n,) of the keys in `table`, new keys taking the next ones; and where each new key stands first."""
+def check_characters(tokens):
+    """Raises ValueError for a token that is no character of a page."""
+    unknown = CHARACTER_OF.numpy()[tokens] == UNKNOWN
+    if unknown.any():
+        code = tokens[unknown][0]
+        raise ValueError(f"token {code} ({chr(code)!r}) is not in the character set {CHARACTERS!r}")
+
+
+def ids_of(table, keys):
+    """Keys, n of them -> their ids (n,) in `table`, which new keys are added to; and the indices at which each new one stands first."""
     known = len(table)
-    numbers = np.array([table.setdefault(key, len(table)) for key in keys], np.int64)
-    highest = np.maximum.accumulate(np.append(known - 1, numbers))  # a new key stands first where the numbers rise above it
-    return numbers, (numbers > highest[:-1]).nonzero()[0]
+    ids = np.array([table.setdefault(key, len(table)) for key in keys], np.int64)
+    highest = np.maximum.accumulate(np.append(known - 1, ids))  # a new key stands first where the ids rise above all before
+    return ids, (ids > highest[:-1]).nonzero()[0]
 
 
 class GrowingTable:
-    """A tensor that grows by rows."""
+    """A tensor that grows by rows: `table()` is what it holds now."""
 
     def __init__(self, *shape, **kwargs):
         self.table, self.n = torch.empty(1024, *shape, **kwargs), 0

@@ -1,15 +1,15 @@
 """One layer on the CPU: pages share their lines, and lines share their pieces.
 
-A softmax splits over parts of a page (Dao et al. 2022, FlashAttention, after Milakov & Gimelshein 2018). For a part we keep, per
-head, the running maximum m of its scores and the sums of 2^(s - m) and of 2^(s - m) v, the denominator and numerator; parts
-with the same maximum combine by adding their sums. A page is 24 lines of 9 pieces of 9 characters. Most lines and pieces stand
+A softmax splits over parts of a page (Milakov & Gimelshein 2018, and FlashAttention, Dao et al. 2022). For a part we keep, per
+head, the maximum m of its scores and the sums of 2^(s - m) and of 2^(s - m) v, the denominator and numerator; parts with the
+same maximum combine by adding their sums. A page is 24 lines of 9 pieces of 9 characters. Most lines and pieces stand
 on many pages of a minibatch, and each distinct one is summed once: a minibatch of 512 pages has about 3,000 distinct pairs,
 1,000 pieces and 1,250 lines.
 
 Maxima are rounded up to whole numbers and scores are in bits, so that rescaling to another maximum multiplies by a power of
-two, which rounds nothing. One maximum for the whole minibatch is fastest, and good while the largest scores of its pages lie
-within HEADROOM - LEAST = 176 bits of each other. Heads whose scores spread further rescale every part; doing so always would make
-a gradient step 1.7 times as long. Without pieces, by lines alone, attention took 2.7 times as long.
+two, which is exact. One maximum for the whole minibatch is fastest, and good while the largest scores of its pages lie within
+HEADROOM - LEAST = 176 bits of each other. Heads whose scores spread further rescale every part. What this saves is in
+docs/performance.md.
 """
 
 import math
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from fast.line_index import GrowingTable
-from fast.one_layer import EMBEDDINGS, PAIRS, after_attention, pair_table
+from fast.one_layer import NUM_EMBEDDINGS, PAIRS, after_attention, pair_table
 
-HEADROOM = 86  # bits that the sums may rise above 1: float32 ends at 2^128, and values and 1944 terms need room too
-LEAST = -90  # below 2^-90 a page's sum could miss what float32 rounded to zero, below 2^-126
+HEADROOM = 86  # bits that the sums may rise above 1: float32 ends at 2^128, 1944 terms take 11 bits, 31 are left for the values
+LEAST = -90  # float32 may flush terms below 2^-126 to zero: 1944 of them are 2^-25 of a sum of 2^-90, and no less matters
 
 
 class Level(NamedTuple):
@@ -39,18 +39,21 @@ class Tree(NamedTuple):
     """The pages of a minibatch as their distinct parts."""
 
     pairs: torch.Tensor  # (P,) distinct character * 1944 + position
-    embeddings: Level  # pairs of character, row and column, counted as in EMBEDDINGS
+    embeddings: Level  # pairs of character, row and column, among the NUM_EMBEDDINGS
     levels: list  # pieces of pairs, lines of pieces, pages of lines
 
 
 def tree_of(index, lines):
-    """Pages as line numbers (B, 24) int64 array of a `LineIndex` -> their `Tree`."""
-    lines, pages = distinct(lines, len(index.lines))
-    pieces, lines_of = distinct(index.line_pieces().numpy()[lines], len(index.pieces))
-    pairs, pieces_of = distinct(index.piece_pairs().numpy()[pieces], len(PAIRS))
-    sizes = zip((PAIRS[pairs], pieces_of, lines_of, pages), (EMBEDDINGS[-1], len(pairs), len(pieces), len(lines)))
-    embeddings, *levels = (Level(*map(torch.from_numpy, level(children, n))) for children, n in sizes)
-    return Tree(torch.from_numpy(pairs), embeddings, levels)
+    """Pages as line ids (B, 24), an int64 array, of a `LineIndex` -> their `Tree`, on the CPU."""
+    lines, lines_of_pages = distinct(lines, len(index.lines))
+    pieces, pieces_of_lines = distinct(index.line_pieces().numpy()[lines], len(index.pieces))
+    pairs, pairs_of_pieces = distinct(index.piece_pairs().numpy()[pieces], len(PAIRS))
+    levels = [
+        make_level(pairs_of_pieces, len(pairs)),
+        make_level(pieces_of_lines, len(pieces)),
+        make_level(lines_of_pages, len(lines)),
+    ]
+    return Tree(torch.from_numpy(pairs), make_level(PAIRS[pairs], NUM_EMBEDDINGS), levels)
 
 
 def distinct(children, n):
@@ -60,26 +63,33 @@ def distinct(children, n):
     return used.nonzero()[0], (np.cumsum(used) - 1)[children]
 
 
-def level(children, n):
-    """(..., J) numbers below n -> the arrays of a `Level`."""
-    flat = children.ravel().astype(np.uint8 if n < 2**8 else np.uint16 if n < 2**16 else np.int32)  # up to 16 bits: a radix sort
-    counts, order = np.bincount(flat, minlength=n), np.argsort(flat, kind="stable")
-    return children, order, order // children.shape[-1], np.cumsum(counts) - counts
+def make_level(children, num_below, device="cpu"):
+    """(n, J) numbers below num_below -> their `Level`."""
+    dtype = np.uint8 if num_below < 2**8 else np.uint16 if num_below < 2**16 else np.int32
+    flat = children.ravel().astype(dtype)  # up to 16 bits NumPy sorts by radix
+    counts, order = np.bincount(flat, minlength=num_below), np.argsort(flat, kind="stable")
+    arrays = children, order, order // children.shape[-1], np.cumsum(counts) - counts
+    return Level(*(torch.from_numpy(x).to(device) for x in arrays))
 
 
 def bag_sums(rows, index, offsets=None):
-    """Sums rows (K, 1 + D, H) over each row of index (n, J), or over each run of index that starts at offsets (n,)."""
+    """Sums rows (K, 1 + D, H) over bags -> (n, 1 + D, H). Bag i is index[i] of index (n, J), or index[offsets[i] : offsets[i + 1]]."""
     return F.embedding_bag(index, rows.flatten(1), offsets, mode="sum").view(-1, *rows.shape[1:])
 
 
 def pair_sums(table, rstd, embeddings, rescale):
-    """Pairs as parts: `pair_table`'s factors of P pairs, embeddings (P, 3) -> rows (P, 1 + D, H), their sums of the table;
-    weights 2^(s - m) (P, H); sums (P, 1 + D, H), denominator first; and maxima m, one for all or, with rescale, for each."""
+    """Pairs as parts: `pair_table`'s factors of P pairs, embeddings (P, 3) ->
+
+    rows     (P, 1 + D, H)  their sums of the table, not yet times rstd
+    weights  (P, H)         2^(s - m)
+    sums     (P, 1 + D, H)  denominator first, then the numerator
+    m        (H,), or (P, H) with rescale: the maximum of all, or of each
+    """
     rows, rstd = bag_sums(table, embeddings), rstd.unsqueeze(1)
     scores = rows[:, 0] * rstd
     whole = scores.ceil()
     m = whole if rescale else whole.max(0).values - HEADROOM  # three times as fast as amax(0)
-    weights = torch.exp2(scores - whole) * torch.exp2(whole - m)  # in two factors m rounds nothing
+    weights = torch.exp2(scores - whole) * torch.exp2(whole - m)  # in two factors, so that what is rounded does not depend on m
     sums = rows * (weights * rstd).unsqueeze(1)
     sums[:, 0] = weights
     return rows, weights, sums, m
@@ -146,7 +156,7 @@ class SharedAttention(torch.autograd.Function):
 def shared_attention(table, rstd, tree):
     """`SharedAttention`, rescaled for the heads that need it -> (B, D, H)."""
     y, denominator = SharedAttention.apply(table, rstd, tree, False)
-    spread = (denominator <= 2.0**LEAST).any(0).nonzero().flatten()
+    spread = (denominator <= 2.0**LEAST).any(0).nonzero().flatten()  # they were clamped to this
     if len(spread):
         y = y.index_copy(2, spread, SharedAttention.apply(table[:, :, spread], rstd, tree, True)[0])
     return y
@@ -166,7 +176,7 @@ class LineCache:
 
     @torch.no_grad()
     def __call__(self, lines):
-        """Pages as line numbers (B, 24) -> action logits (B, A), values (B,)."""
+        """Pages as line ids (B, 24), on the CPU -> action logits (B, A), values (B,)."""
         self.extend(self.pieces, self.pairs, self.index.piece_pairs())
         self.extend(self.lines, [table() for table in self.pieces], self.index.line_pieces())
         _, sums, _ = rescaled_sums(*[table() for table in self.lines], lines)
@@ -174,7 +184,9 @@ class LineCache:
 
     def extend(self, parts, below, children):
         """Sums the parts that `children` has gained since the last call."""
-        new = children[parts[0].n :]
+        maxima, sums = parts
+        new = children[maxima.n :]
         if len(new):
-            for table, x in zip(parts, rescaled_sums(*below, new)):
-                table.append(x)
+            m, s, _ = rescaled_sums(*below, new)
+            maxima.append(m)
+            sums.append(s)

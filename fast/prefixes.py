@@ -4,7 +4,7 @@ Attention is causal: what a block computes at a position depends on the text up 
 work up to their first difference. Each distinct prefix is computed once, chunk by chunk; the queries of its last chunk attend to
 the keys and values of its whole path, as language model servers share prompts (Zheng et al. 2024, RadixAttention), here with
 gradients. Each path has a copy of its keys and values, which takes two to three times the memory that they take unshared;
-all else takes less. On two CPU cores six layers learn 1.8 to 3.5 times as fast as without sharing.
+all else takes less. What this saves is in docs/performance.md.
 """
 
 import functools
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from breakout_ascii import COLUMNS, TOKENS
-from fast.pieces import Level, level
+from fast.pieces import make_level
 
-LINES = 3  # in a chunk, the unit that is shared: 243 characters nearly fill two blocks of 128, as GPUs attend in
+LINES = 3  # in a chunk, the unit that is shared: 243 characters nearly fill two of FlashAttention's blocks of 128
 CHUNK = LINES * COLUMNS
 
 
@@ -26,8 +26,8 @@ class PrefixTree(NamedTuple):
     """The pages of a minibatch as the distinct ones of their prefixes: of 1 chunk, of 2, ... of all 8.
 
     A prefix is its last chunk, behind a shorter prefix that others may share. All are numbered, the shortest first. The children
-    of a prefix of J chunks are the J prefixes that end with one of these, itself included; `offsets` counts all prefixes up to
-    this length, `parents` is of no use here.
+    of a prefix of J chunks are the J prefixes that its chunks end, the shortest first and itself last: its path. In the `Level` of
+    length J `offsets` has one entry for each prefix of up to J chunks.
     """
 
     chunks: torch.Tensor  # (n, CHUNK) characters
@@ -37,25 +37,25 @@ class PrefixTree(NamedTuple):
 
 
 def prefix_tree(index, lines, device="cpu"):
-    """Pages as line numbers (B, 24) int64 array of a `LineIndex` -> their `PrefixTree`."""
+    """Pages as line ids (B, 24), an int64 array, of a `LineIndex` -> their `PrefixTree`."""
     order = np.lexsort(lines.T[::-1])  # pages that begin alike lie next to each other
     chunks = lines[order].reshape(len(order), -1, LINES)  # (B, 8, LINES)
     new = np.ones(chunks.shape[:2], bool)  # prefixes that the page before does not share
     new[1:] = np.logical_or.accumulate((chunks[1:] != chunks[:-1]).any(2), axis=1)
-    ends = new.sum(0).cumsum()  # of the numbers for each length
-    prefixes = new.cumsum(0) - 1 + np.append(0, ends[:-1])  # (B, 8)
-    levels = [level(prefixes[new[:, i], : i + 1], end) for i, end in enumerate(ends)]
+    ends = new.sum(0).cumsum()  # how many prefixes there are up to each length
+    prefixes = new.cumsum(0) - 1 + np.append(0, ends[:-1])  # (B, 8): each page's prefix of each length
+    levels = [make_level(prefixes[new[:, i], : i + 1], end, device) for i, end in enumerate(ends)]
     pieces = index.line_pieces().numpy()[chunks.swapaxes(0, 1)[new.T]]  # (n, LINES, 9)
     characters = index.piece_pairs().numpy()[pieces].reshape(-1, CHUNK) // TOKENS
     pages = np.empty_like(order)
     pages[order] = prefixes[:, -1] - prefixes[0, -1]
     tensors = lambda *arrays: (torch.from_numpy(x).to(device) for x in arrays)
     starts = new.T.nonzero()[0][:, None] * CHUNK
-    return PrefixTree(*tensors(characters, starts), [Level(*tensors(*x)) for x in levels], *tensors(pages))
+    return PrefixTree(*tensors(characters, starts), levels, *tensors(pages))
 
 
 class Paths(torch.autograd.Function):
-    """rows (K, W) -> for each level, the rows of its children, (n * J, W). The gradient sums the runs of a row, in order."""
+    """rows (K, W) -> for each level, the rows of its children, (n * J, W). The gradient is a segment sum, which needs no atomics."""
 
     @staticmethod
     def forward(ctx, rows, levels):
@@ -66,8 +66,8 @@ class Paths(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
         total = gradients[0].new_zeros(ctx.rows, gradients[0].size(1))
-        for level, d in zip(ctx.levels, gradients):
-            total[: len(level.offsets)] += F.embedding_bag(level.order, d, level.offsets, mode="sum")
+        for of_length, d in zip(ctx.levels, gradients):
+            total[: len(of_length.offsets)] += F.embedding_bag(of_length.order, d, of_length.offsets, mode="sum")
         return total, None
 
 
@@ -75,7 +75,7 @@ def lower_right_attention(q, kv, n_head):
     """Causal attention of queries (B, T, C), the last T of S positions, to keys and values (B, S, 2C) of all -> (B, T, C)."""
     mask = None
     if q.size(1) < kv.size(1):
-        from torch.nn.attention.bias import causal_lower_right  # here, for it takes a second that one layer need not wait
+        from torch.nn.attention.bias import causal_lower_right  # here: the import takes a second
 
         mask = causal_lower_right(q.size(1), kv.size(1))
     heads = lambda z: z.unflatten(2, (n_head, -1)).transpose(1, 2)  # (B, nh, T or S, hs)
@@ -96,7 +96,7 @@ def before_attention(block, x):
     return [F.linear(x, w) for w in block.attn.c_attn.weight.split([x.size(-1), 2 * x.size(-1)])]
 
 
-def after_attention(block, x, y):
+def rest_of_block(block, x, y):
     """The second half: x (..., C), attention outputs y (..., C) -> (..., C)."""
     x = x + block.attn.c_proj(y)
     return x + block.mlp(block.ln_2(x))
@@ -108,9 +108,9 @@ def compiled(f):
     return torch.compile(f, dynamic=True)
 
 
-def prefix_features(gpt, tree, bf16=False, compile=False):
-    """`GPT.features` of a `PrefixTree` -> (B, C). bf16: in the blocks; compile: the halves of a block."""
-    before, after = (compiled(f) if compile else f for f in (before_attention, after_attention))
+def prefix_features(gpt, tree, bf16=False, compile_blocks=False):
+    """`GPT.features` of a `PrefixTree` -> (B, C). bf16: in the blocks; compile_blocks: both halves of one, for all."""
+    before, after = (compiled(f) if compile_blocks else f for f in (before_attention, rest_of_block))
     positions = tree.starts + torch.arange(CHUNK, device=gpt.device)
     x = gpt.wte(tree.chunks) + gpt.wre(positions // COLUMNS) + gpt.wce(positions % COLUMNS)  # (n, CHUNK, C)
     *blocks, last_block = gpt.blocks
@@ -119,7 +119,7 @@ def prefix_features(gpt, tree, bf16=False, compile=False):
             x = after(block, x, prefix_attention(*before(block, x), gpt.config.n_head, tree.levels))
         ends = lambda z: z[-len(tree.levels[-1].children) :, -1:]  # the last positions of whole pages: all that is read
         q, kv = before(last_block, x)
-        x = after_attention(last_block, ends(x), prefix_attention(ends(q), kv, gpt.config.n_head, tree.levels[-1:]))
+        x = rest_of_block(last_block, ends(x), prefix_attention(ends(q), kv, gpt.config.n_head, tree.levels[-1:]))
     return gpt.ln_f(x.squeeze(1)).index_select(0, tree.pages)
 
 

@@ -134,7 +134,9 @@ def test_a_sticky_action_is_played_again(monkeypatch):
 
 def test_the_table_of_robustness(tmp_path, monkeypatch, capsys):
     """Models in the order given, then the tracker and random play, once each."""
-    monkeypatch.setattr(robustness, "play_games", functools.partial(robustness.play_games, max_steps=2000))  # enough for the tracker
+    monkeypatch.setattr(
+        robustness, "play_games", functools.partial(robustness.play_games, max_steps=2000)
+    )  # enough for the tracker
     for seed, name in enumerate(("b.pt", "a.pt")):
         gpt = make_gpt(seed, n_head=2, n_embd=8)
         save_checkpoint(tmp_path / name, {"model": gpt.state_dict(), "gpt_config": asdict(gpt.config), "global_step": 1000})
@@ -203,7 +205,12 @@ def test_when_a_run_has_ended(tmp_path):
     pending = [{"global_step": 4_000_000}]
     for name, leave in (("half", {"global_step": 2_000_000}), ("unevaluated", {"evaluations": pending}), ("whole", {})):
         leave_run(tmp_path / name, 0, **leave)
-    assert [learning.finished(tmp_path / name) for name in ("nothing", "half", "unevaluated", "whole")] == [False, False, False, True]
+    assert [learning.finished(tmp_path / name) for name in ("nothing", "half", "unevaluated", "whole")] == [
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_run_is_started_resumed_or_left_alone(tmp_path, monkeypatch):
@@ -263,7 +270,7 @@ def test_small_trainings_end_to_end(tmp_path, monkeypatch):
     need not know of them."""
     monkeypatch.setattr(learning, "ThreadPoolExecutor", InTurn)
     monkeypatch.setattr(learning.subprocess, "run", in_this_process)
-    monkeypatch.setattr(train_ppo, "evaluation_of", lambda c, device: contextlib.nullcontext(AtOnce()))
+    monkeypatch.setattr(train_ppo, "evaluation_of", lambda c, device: AtOnce())
     monkeypatch.setattr(GPT, "init_weights", GPT.init_weights)  # restored at the end
     variants = ["no_paired_envs", "no_prediction", "small_weights"]
     learning.main(["--seeds", "5", "--variants", *variants, "--out", str(tmp_path), *SMALL.split()])
@@ -342,7 +349,9 @@ def test_the_games_as_stable_baselines3_sees_them(baseline):
 @pytest.fixture
 def small(monkeypatch):
     """Small constants -> a GPT of that size."""
-    for name, value in dict(NUM_ENVS=4, ROLLOUT_STEPS=16, BATCH_SIZE=8, EVAL_INTERVAL=1, N_HEAD=2, N_EMBD=8, MLP_EXPANSION=1).items():
+    for name, value in dict(
+        NUM_ENVS=4, ROLLOUT_STEPS=16, BATCH_SIZE=8, EVAL_INTERVAL=1, N_HEAD=2, N_EMBD=8, MLP_EXPANSION=1
+    ).items():
         monkeypatch.setattr(throughput.C, name, value)
     monkeypatch.setattr(throughput, "SPREAD_STEPS", 30)
     monkeypatch.setattr(throughput, "GAMES", (2, 4))
@@ -416,10 +425,20 @@ def test_the_table_of_games(small):
 
 def test_where_the_time_goes(small, monkeypatch):
     """All of it is accounted for; the weights stay as they are."""
-    monkeypatch.setattr(throughput, "evaluation_of", lambda c, device: contextlib.nullcontext(Callback()))
+    monkeypatch.setattr(throughput, "evaluation_of", lambda c, device: Callback())
     steps, seconds, parts = throughput.split(small, 3 * 64)
     assert steps == 3 * 64 and sum(parts.values()) == pytest.approx(seconds)
-    assert list(parts) == ["game", "forward", "prediction targets", "buffer.add", "GAE", "update", "evaluations", "other callbacks", "rest"]
+    assert list(parts) == [
+        "game",
+        "forward",
+        "prediction targets",
+        "buffer.add",
+        "GAE",
+        "update",
+        "evaluations",
+        "other callbacks",
+        "rest",
+    ]
     assert all(share > 0 for share in parts.values())
 
 

@@ -621,7 +621,7 @@ def test_new_games_take_a_boolean_mask(which):
     env = BreakoutAsciiVec(4)
     env.reset(seed=0)
     before = env.state_dict()
-    with pytest.raises(ValueError, match="which must be bool") as error:
+    with pytest.raises(ValueError, match="mask must be bool") as error:
         env.games.reset(which, standard_serves(np.ones((4, 5), int)), np.zeros((4, 7, 13), bool))
     assert "\n" not in str(error.value)
     assert_same(before, env.state_dict())

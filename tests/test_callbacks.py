@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import io
 import math
@@ -104,7 +105,7 @@ class Futures:
     def result(self, future):
         return future.result()
 
-    def __exit__(self, *exception):
+    def close(self):
         self.exits += 1
 
 
@@ -212,7 +213,7 @@ def test_a_stop_while_waiting_loses_no_evaluation(waits):
 
 
 def test_an_evaluation_that_fails_stays_under_way(waits):
-    with Evaluation(None, 1) as evaluation:
+    with contextlib.closing(Evaluation(None, 1)) as evaluation:
         trainer = Trainer(evaluation)
         trainer.update()
         evaluation.background.asked[0][1].set_exception(ChildProcessError("died"))

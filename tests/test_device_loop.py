@@ -30,7 +30,12 @@ def trainer(max_episode_steps=5000, seed=0, num_envs=4, **changes):
 
 
 def test_the_games_equal_those_of_numpy_step_by_step():
-    env, vec, rng, ended = DeviceBreakout(32, CPU, varied_starts=0.7), BreakoutAsciiVec(32, varied_starts=0.7), np.random.default_rng(0), 0
+    env, vec, rng, ended = (
+        DeviceBreakout(32, CPU, varied_starts=0.7),
+        BreakoutAsciiVec(32, varied_starts=0.7),
+        np.random.default_rng(0),
+        0,
+    )
     env.reset(seed=0)
     env.start_rollout(400)
     vec.load_state_dict(env.state_dict())
@@ -65,8 +70,8 @@ def test_a_truncated_game_is_bootstrapped_and_its_return_counts():
     ppo.collect()
     ppo.return_so_far[:] = 7
     _, values = ppo.act(ppo.policy.encode(ppo.obs))
-    returns, last = ppo.buffer.data.returns.view(6, 4)[-1], {name: x[-1] for name, x in ppo.buffer.columns.items()}
-    torch.testing.assert_close(returns, last["rewards"] + 0.9 * values * ~last["terminated"])
+    returns, last = ppo.buffer.samples.returns.view(6, 4)[-1], {name: x[-1] for name, x in ppo.buffer.fields.items()}
+    torch.testing.assert_close(returns, 0.1 * last["rewards"] + 0.9 * values * ~last["terminated"])
     ppo.collect()
     assert list(ppo.episode_returns)[:4] == [7] * 4 and (ppo.env.games.elapsed == 6).all()
 
@@ -103,13 +108,15 @@ def test_both_loops_are_one():
         theirs.env.load_state_dict(ours.env.state_dict())
         theirs.obs.copy_(ours.obs)
         ours.collect()
-        theirs.env.random_numbers = lambda which: RandomNumbers(*(x[int(theirs.buffer.step)].numpy()[which] for x in ours.env.numbers))
+        theirs.env.random_numbers = lambda which: RandomNumbers(
+            *(x[int(theirs.buffer.position)].numpy()[which] for x in ours.env.numbers)
+        )
         theirs.collect()
         for name in ("actions", "rewards", "terminated", "truncated", "has_next", "changes", "in_sync"):
-            assert torch.equal(ours.buffer.columns[name], theirs.buffer.columns[name]), name
+            assert torch.equal(ours.buffer.fields[name], theirs.buffer.fields[name]), name
         for name in ("logprobs", "values"):
-            torch.testing.assert_close(ours.buffer.columns[name], theirs.buffer.columns[name], rtol=1e-3, atol=near)
-        torch.testing.assert_close(ours.buffer.data.advantages, theirs.buffer.data.advantages, rtol=1e-3, atol=10 * near)
+            torch.testing.assert_close(ours.buffer.fields[name], theirs.buffer.fields[name], rtol=1e-3, atol=near)
+        torch.testing.assert_close(ours.buffer.samples.advantages, theirs.buffer.samples.advantages, rtol=1e-3, atol=10 * near)
         np.testing.assert_array_equal(ours.return_so_far, theirs.return_so_far)
         expected = theirs.update()
         for name, x in ours.update().items():
@@ -122,23 +129,34 @@ def test_both_loops_are_one():
 def test_a_shared_minibatch_holds_the_pages_of_its_samples():
     ppo, seen = trainer(), []
     ppo.collect()
-    ppo.buffer.data.old_logprobs.copy_(-torch.arange(24) / 100)  # they tell the samples apart
+    ppo.buffer.samples.old_logprobs.copy_(-torch.arange(24) / 100)  # they tell the samples apart
     ppo.epoch()
-    ppo.buffer.minibatch.zero_()
+    ppo.buffer.minibatch_position.zero_()
     for _ in range(ppo.buffer.num_minibatches):
         mb = ppo.buffer.next_minibatch()
         pages = mb.obs.characters[mb.obs.pages].flatten(1)  # (M, 1944)
-        samples = [ppo.buffer.data.old_logprobs.tolist().index(x) for x in mb.old_logprobs.tolist()]
-        assert torch.equal(pages, ppo.buffer.data.obs[samples])
+        samples = [ppo.buffer.samples.old_logprobs.tolist().index(x) for x in mb.old_logprobs.tolist()]
+        assert torch.equal(pages, ppo.buffer.samples.obs[samples])
         seen += samples
     assert len(seen) == 24 and sorted(set(seen)) == sorted(seen)
 
 
 def test_what_a_graph_reads_and_writes_keeps_its_address():
     def addresses():
-        tensors = [*ppo.policy.table, *ppo.buffer.columns.values(), *ppo.buffer.minibatches.obs, *ppo.buffer.minibatches[1:]]
-        tensors += [*ppo.env.games.buffers.values(), *ppo.env.numbers, ppo.env.played, ppo.noise, ppo.obs, ppo.in_sync, ppo.step_stats]
-        return [x.data_ptr() for x in (*tensors, ppo.buffer.step, ppo.buffer.minibatch, ppo.weights, ppo.weights.grad, ppo.lr)]
+        tensors = [*ppo.policy.table, *ppo.buffer.fields.values(), *ppo.buffer.minibatches.obs, *ppo.buffer.minibatches[1:]]
+        tensors += [
+            *ppo.env.games.buffers.values(),
+            *ppo.env.numbers,
+            ppo.env.played,
+            ppo.noise,
+            ppo.obs,
+            ppo.in_sync,
+            ppo.step_stats,
+        ]
+        return [
+            x.data_ptr()
+            for x in (*tensors, ppo.buffer.position, ppo.buffer.minibatch_position, ppo.weights, ppo.weights.grad, ppo.lr)
+        ]
 
     ppo = trainer(num_steps=24)
     ppo.learn()
@@ -191,6 +209,7 @@ def test_what_worked_once_compiled_is_not_tried_another_way(monkeypatch):
 
 def test_a_graph_is_recorded_again_when_its_tensors_have_moved(monkeypatch):
     """With stand-ins for CUDA's streams and graphs: three calls as they are, one recording, then replays."""
+
     class Stream:
         def wait_stream(self, other):
             pass
@@ -209,7 +228,12 @@ def test_a_graph_is_recorded_again_when_its_tensors_have_moved(monkeypatch):
         def __exit__(self, *exception):
             log.append("recorded")
 
-    for name, stand_in in (("current_stream", Stream), ("CUDAGraph", Graph), ("graph", Recording), ("stream", lambda s: contextlib.nullcontext())):
+    for name, stand_in in (
+        ("current_stream", Stream),
+        ("CUDAGraph", Graph),
+        ("graph", Recording),
+        ("stream", lambda s: contextlib.nullcontext()),
+    ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     log, objects = [], [object()]
     run = GraphRunner(lambda: log.append("run"), Stream(), lambda: tuple(objects))
@@ -233,8 +257,8 @@ def test_both_steps_can_be_traced_whole():
     for _ in range(5):
         compiled()
         plain.rollout_step()
-    for name, x in plain.buffer.columns.items():
-        torch.testing.assert_close(ppo.buffer.columns[name], x, msg=name)
+    for name, x in plain.buffer.fields.items():
+        torch.testing.assert_close(ppo.buffer.fields[name], x, msg=name)
     assert torch.equal(ppo.obs, plain.obs) and torch.equal(ppo.env.games.pages, plain.env.games.pages)
     for p in (ppo, plain):
         p.buffer.finish(torch.zeros(4), 0.9, 0.5)

@@ -4,7 +4,7 @@ import torch
 
 import evaluation
 from breakout_ascii import BreakoutAscii, Games, standard_serves
-from evaluation import COLUMNS_OF_EVALUATION, SERVES, drawing, evaluate, exact, greedy, play_games, returned, sampled, tracker
+from evaluation import METRICS, SERVES, evaluate, exact, greedy, play_games, returned, sampled, sampling, tracker
 from ppo import Policy
 
 
@@ -67,7 +67,7 @@ def test_a_paddle_that_stands_still():
     scores = [play_one(Still(0), serves, 5000)[0] for serves in SERVES]
     assert result["score"] == np.mean(scores) and (result["min"], result["max"]) == (min(scores), max(scores))
     assert result["returned"] < 0.2 < 0.9 < returned(Tracker(1))
-    assert set(COLUMNS_OF_EVALUATION) < set(result)
+    assert set(METRICS) < set(result)
 
 
 def test_sampled_games_follow_their_seed():
@@ -79,7 +79,9 @@ def test_sampled_games_follow_their_seed():
 def test_many_games_are_played_a_few_at_a_time(monkeypatch):
     sizes = []
     monkeypatch.setattr(evaluation, "GAMES_AT_ONCE", 3)
-    monkeypatch.setattr(evaluation, "play_games", lambda player, serves, bricks: sizes.append(len(serves)) or play_games(player, serves, bricks, 20))
+    monkeypatch.setattr(
+        evaluation, "play_games", lambda player, serves, bricks: sizes.append(len(serves)) or play_games(player, serves, bricks, 20)
+    )
     assert sampled(Still(0), 8, seed=0)["games"] == 8 and sizes == [3, 3, 2]
 
 
@@ -95,7 +97,7 @@ def test_players():
             return super().forward(tokens)
 
     assert greedy(Asked(1))(pages).tolist() == tracker(pages).tolist() == [0, 1, 0] and asked == [2]
-    drawn = drawing(Still(0), seed=0)(np.repeat(pages, 200, 0))
+    drawn = sampling(Still(0), seed=0)(np.repeat(pages, 200, 0))
     shares = np.bincount(drawn, minlength=3) / 600
     assert np.abs(shares - np.array([np.e, 1, 1]) / (np.e + 2)).max() < 0.1  # five standard deviations
 

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import fast
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS, BreakoutAsciiVec
-from fast import DeviceGPT, FastGPT, fast_gpt, pieces, prefixes
+from fast import DeviceGPT, FastGPT, gpt_for, prefixes
 from fast.device_gpt import distinct_lines, every_line
 from fast.line_index import LineIndex
-from fast.one_layer import pair_table
-from fast.pieces import Level, SharedAttention, Tree, level, shared_attention
+from fast.pieces import SharedAttention, Tree, make_level, shared_attention
 from fast.prefixes import CHUNK, prefix_tree
 from helpers import all_new, foreign_end, largest_score, late_game, make_gpt, one_game, random_play, tolerance
 from model import GPT, GPTConfig
@@ -52,7 +50,9 @@ def test_fast_gpt_equals_gpt(pages, n_layer):
     for x, reference in zip(features_and_gradient(ours, ours.encode(tokens)), expected):
         assert relative_error(x, reference) <= tolerance(largest_score(gpt)) * n_layer
     for x, reference in zip(ours(tokens), copy.deepcopy(gpt).double()(tokens)):
-        torch.testing.assert_close(x, reference.float(), rtol=1e-3, atol=tolerance(largest_score(gpt)) * n_layer * 8)  # |features| = 6
+        torch.testing.assert_close(
+            x, reference.float(), rtol=1e-3, atol=tolerance(largest_score(gpt)) * n_layer * 8
+        )  # |features| = 6
 
 
 @pytest.mark.parametrize("pages, largest", [
@@ -89,9 +89,8 @@ def test_pages_far_apart_in_one_head(monkeypatch, spread, rescaled):
     table, rstd = torch.randn(120, 1 + 3, 2), 0.5 + torch.rand(40)  # 40 pairs, each of three rows of its own
     table[:12:3, 0, 0] += spread  # bits, of the first four pairs; the scores of the second head lie near each other
     table.requires_grad_(), rstd.requires_grad_()
-    make = lambda children, n: Level(*map(torch.from_numpy, level(children, n)))
     pages = np.stack([np.arange(0, 20), np.arange(20, 40), np.arange(10, 30)])
-    tree = Tree(torch.arange(40), make(np.arange(120).reshape(40, 3), 120), [make(pages, 40)])
+    tree = Tree(torch.arange(40), make_level(np.arange(120).reshape(40, 3), 120), [make_level(pages, 40)])
     used = []
     apply = SharedAttention.apply
     monkeypatch.setattr(SharedAttention, "apply", lambda *args: used.append(args[0].size(2)) or apply(*args))
@@ -157,9 +156,9 @@ def test_changes_are_those_of_gpt():
 
 def test_which_shortcut_suits_which_device():
     deep, one = GPTConfig(n_layer=2), GPTConfig()
-    kinds = [type(fast_gpt(config, torch.device(device))) for config in (one, deep) for device in ("cpu", "cuda", "mps")]
+    kinds = [type(gpt_for(config, torch.device(device))) for config in (one, deep) for device in ("cpu", "cuda", "mps")]
     assert kinds == [FastGPT, DeviceGPT, GPT, FastGPT, FastGPT, GPT]
-    assert fast_gpt(one, CPU).group_size == 1 and fast_gpt(deep, CPU).group_size == 8
+    assert gpt_for(one, CPU).group_size == 1 and gpt_for(deep, CPU).group_size == 8
 
 
 # Line numbers
@@ -224,9 +223,13 @@ def test_lines_are_the_text_of_the_pages():
     pages = np.stack([np.concatenate([one_game(), random_play()]), np.concatenate([random_play(), one_game()[:1].repeat(6, 0)])])
     characters = make_gpt(n_head=2, n_embd=8).encode(torch.from_numpy(pages.reshape(-1, TOKENS))).view(2, 9, TOKENS)
     shared = distinct_lines(characters)
-    room = shared.rows.size(1)
+    capacity = shared.rows.size(1)
     used = [len({(i % ROWS, line.tobytes()) for i, line in enumerate(batch.reshape(-1, COLUMNS))}) for batch in pages]
-    assert used[0] != used[1] and max(used) <= room < 2 * max(used) and distinct_lines(characters, room=4096).rows.size(1) == 4096
+    assert (
+        used[0] != used[1]
+        and max(used) <= capacity < 2 * max(used)
+        and distinct_lines(characters, capacity=4096).rows.size(1) == 4096
+    )
     for batch, text, n, lines in zip(characters, pages, used, map(type(shared)._make, zip(*shared))):
         assert torch.equal(lines.pages.unique(), torch.arange(n))
         for of, rows, numbers in (lines, every_line(batch)):

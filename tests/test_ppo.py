@@ -17,7 +17,7 @@ from ppo import (
     PPO, Policy, PPOConfig, StopTraining, entropy_loss, explained_variance, learning_rate, lost_lives, move_loss, policy_loss,
     prediction_loss, value_loss,
 )  # fmt: skip
-from rollout_buffer import Minibatch, paired_baseline, selected
+from rollout_buffer import Minibatch, paired_baseline, select
 
 
 class Probe(VectorEnv):
@@ -74,6 +74,13 @@ def train(env, **changes):
         return policy(torch.eye(env.single_observation_space.shape[0]))
 
 
+def test_an_env_that_resets_a_step_later_is_refused():
+    env = Probe(lambda state, action: 1.0)
+    env.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+    with pytest.raises(ValueError, match="SAME_STEP"):
+        PPO(Table(1), env, config())
+
+
 def test_constant_reward_is_worth_itself():
     _, values = train(Probe(lambda state, action: 1.0))
     assert values.tolist() == pytest.approx([1.0], abs=0.01)
@@ -117,7 +124,7 @@ def shipped_ppo():
 
 def minibatches_of(ppo, size=64):
     ppo.buffer.shuffle(size, ppo.generator)
-    return [selected(ppo.buffer.minibatches, torch.tensor([i])) for i in range(ppo.buffer.num_minibatches)]
+    return [select(ppo.buffer.minibatches, torch.tensor([i])) for i in range(ppo.buffer.num_minibatches)]
 
 
 def deep_ppo():
@@ -147,10 +154,10 @@ def test_a_lost_life_ends_the_sum_but_not_the_game():
     ppo.env.games.draw(np.ones(8, bool))
     ppo.obs.copy_(torch.from_numpy(ppo.env.observation()))
     ppo.collect()
-    data, terminated = ppo.buffer.data, ppo.buffer.columns["terminated"].flatten()
+    data, terminated = ppo.buffer.samples, ppo.buffer.fields["terminated"].flatten()
     assert terminated[:8].all() and (ppo.env.games.lives < 5).any()
     assert data.has_next[:8].all() and data.changes[:8].any(1).all()
-    torch.testing.assert_close(data.returns[terminated], ppo.buffer.columns["rewards"].flatten()[terminated], rtol=0, atol=1e-6)
+    torch.testing.assert_close(data.returns[terminated], 0.1 * ppo.buffer.fields["rewards"].flatten()[terminated], rtol=0, atol=1e-6)
 
 
 def test_a_life_lost_in_a_truncated_step_is_lost():
@@ -175,7 +182,7 @@ def test_nothing_is_predicted_across_the_end_of_an_episode():
     ppo = breakout_ppo(rollout_steps=12)
     ppo.env.max_episode_steps = 5
     ppo.collect()
-    has_next = ppo.buffer.columns["has_next"]
+    has_next = ppo.buffer.fields["has_next"]
     assert (~has_next).all(1).nonzero().flatten().tolist() == [4, 9]
     logits, changes = torch.zeros(4, 3, requires_grad=True), torch.ones(4, 3, dtype=torch.bool)
     loss, _ = prediction_loss(logits, changes, torch.tensor([True, False, True, False]))
@@ -236,7 +243,7 @@ def test_learning_rate():
 
 def test_lambda_rises_over_its_steps():
     ppo, seen = breakout_ppo(lambd=0.5, lambd_end=0.9, lambd_steps=128), []
-    ppo.buffer.finish = lambda last_values, gamma, lambd: seen.append(lambd)
+    ppo.buffer.finish = lambda last_values, gamma, lambd, reward_scale: seen.append(lambd)
     for _ in range(4):
         ppo.collect()
     assert seen == pytest.approx([0.5, 0.7, 0.9, 0.9])
@@ -245,7 +252,7 @@ def test_lambda_rises_over_its_steps():
 def test_advantages_are_normalized_even_if_they_hardly_differ():
     ppo = breakout_ppo()
     ppo.collect()
-    ppo.buffer.data.advantages[:] = 5 + 1e-3 * (torch.arange(64) % 2)
+    ppo.buffer.samples.advantages[:] = 5 + 1e-3 * (torch.arange(64) % 2)
     ppo.buffer.shuffle(64, ppo.generator)
     ppo.normalize_advantages()
     torch.testing.assert_close(ppo.buffer.minibatches.advantages.abs(), torch.ones(1, 64), rtol=1e-2, atol=0)
@@ -276,7 +283,7 @@ def test_numbers_that_are_not_finite_end_the_training_before_it():
     def spoiled():
         collect()
         if ppo.update_count == 1:
-            ppo.buffer.data.returns[:] = math.nan
+            ppo.buffer.samples.returns[:] = math.nan
 
     ppo.collect = spoiled
     with pytest.raises(FloatingPointError, match="gradient is not finite in update 2"):
@@ -300,9 +307,9 @@ def test_actions_are_drawn_from_the_policy():
         ppo.policy.policy_head.weight.zero_()
         ppo.policy.policy_head.bias.copy_(torch.tensor([0.2, 0.3, 0.5]).log())
     ppo.collect()
-    shares = torch.bincount(ppo.buffer.data.actions) / 1600
+    shares = torch.bincount(ppo.buffer.samples.actions) / 1600
     torch.testing.assert_close(shares, torch.tensor([0.2, 0.3, 0.5]), atol=0.063, rtol=0)  # five standard deviations
-    torch.testing.assert_close(ppo.buffer.data.old_logprobs.exp(), torch.tensor([0.2, 0.3, 0.5])[ppo.buffer.data.actions])
+    torch.testing.assert_close(ppo.buffer.samples.old_logprobs.exp(), torch.tensor([0.2, 0.3, 0.5])[ppo.buffer.samples.actions])
 
 
 def test_prediction_weight_zero_leaves_its_head_alone():
@@ -393,12 +400,12 @@ def test_events_come_in_order_and_evaluations_decide_what_is_best():
 
 def test_returns_of_episodes_are_in_points():
     ppo = breakout_ppo(rollout_steps=2)
-    ppo.buffer.columns = {"rewards": torch.tensor([[1.0] + [0.0] * 7, [5.0] + [1.0] * 7]), "has_next": torch.ones(2, 8, dtype=torch.bool)}
-    ppo.buffer.columns["has_next"][1, 0] = False
-    ppo.count_returns()
-    ppo.buffer.columns["has_next"][:] = True
-    ppo.buffer.columns["has_next"][0, 1] = False
-    ppo.count_returns()
+    ppo.buffer.fields = {"rewards": torch.tensor([[10.0] + [0.0] * 7, [50.0] + [10.0] * 7]), "has_next": torch.ones(2, 8, dtype=torch.bool)}
+    ppo.buffer.fields["has_next"][1, 0] = False
+    ppo.record_episode_returns()
+    ppo.buffer.fields["has_next"][:] = True
+    ppo.buffer.fields["has_next"][0, 1] = False
+    ppo.record_episode_returns()
     assert list(ppo.episode_returns) == pytest.approx([60.0, 10.0])
     assert ppo.return_so_far.tolist() == pytest.approx([60.0, 10.0] + [20.0] * 6)
 
@@ -409,7 +416,7 @@ def test_deeper_models_learn_from_pages_that_begin_alike():
     before = ppo.weights.detach().clone()
     ppo.epoch()
     assert not torch.equal(ppo.weights, before)
-    alike = sorted(map(tuple, ppo.buffer.data.obs.tolist()))  # 16 pages: each minibatch of 8 is one group
+    alike = sorted(map(tuple, ppo.buffer.samples.obs.tolist()))  # 16 pages: each minibatch of 8 is one group
     assert sorted(sorted(map(tuple, obs)) for obs in ppo.buffer.minibatches.obs.tolist()) == [alike[:8], alike[8:]]
 
 
@@ -420,12 +427,12 @@ def rank_of_two(rank, folder):
     alone.collect()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     both = breakout_ppo(seed=rank, max_grad_norm=0.5)  # rank 0's weights count
-    both.policy.index, both.buffer.data, both.global_step = alone.policy.index, alone.buffer.data, alone.global_step
+    both.policy.index, both.buffer.samples, both.global_step = alone.policy.index, alone.buffer.samples, alone.global_step
 
     def shuffle(buffer, part):
         def cut(*_):
-            buffer.minibatches = Minibatch(*(x.unflatten(0, (2, 32))[:, part].clone() for x in buffer.data))
-            buffer.minibatch.zero_()
+            buffer.minibatches = Minibatch(*(x.unflatten(0, (2, 32))[:, part].clone() for x in buffer.samples))
+            buffer.minibatch_position.zero_()
 
         return cut
 
@@ -437,7 +444,7 @@ def rank_of_two(rank, folder):
     both.collect()
     assert both.global_step == 64 + 2 * 64  # both ranks' steps
     played = [torch.empty(64) for _ in range(2)]
-    dist.all_gather(played, both.buffer.data.old_logprobs)
+    dist.all_gather(played, both.buffer.samples.old_logprobs)
     assert not torch.equal(*played)  # each rank has its own games
     if rank == 1:
         both.request_stop()
@@ -457,10 +464,10 @@ def test_pairs_start_each_rollout_alike_and_what_they_share_is_taken_off():
         ppo.env.in_sync = lambda: in_sync.append(agree()) or in_sync[-1]
         ppo.collect()
         ppo.env.in_sync = agree
-        obs = ppo.buffer.columns["obs"]  # (32, 8, lines)
+        obs = ppo.buffer.fields["obs"]  # (32, 8, lines)
         assert torch.equal(obs[0, :4], obs[0, 4:])
         in_sync = torch.from_numpy(np.logical_and.accumulate(in_sync))
-        assert torch.equal(ppo.buffer.columns["in_sync"], in_sync)
-        plain = (ppo.buffer.data.returns - ppo.buffer.data.old_values).view(32, 8)
-        torch.testing.assert_close(ppo.buffer.data.advantages.view(32, 8), paired_baseline(plain, in_sync)[0], rtol=1e-4, atol=1e-5)
-        assert in_sync.any() and not torch.equal(ppo.buffer.data.advantages.view(32, 8), plain)
+        assert torch.equal(ppo.buffer.fields["in_sync"], in_sync)
+        plain = (ppo.buffer.samples.returns - ppo.buffer.samples.old_values).view(32, 8)
+        torch.testing.assert_close(ppo.buffer.samples.advantages.view(32, 8), paired_baseline(plain, in_sync)[0], rtol=1e-4, atol=1e-5)
+        assert in_sync.any() and not torch.equal(ppo.buffer.samples.advantages.view(32, 8), plain)

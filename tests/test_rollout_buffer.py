@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rollout_buffer import RolloutBuffer, compute_gae, paired_baseline, shuffled
+from rollout_buffer import RolloutBuffer, compute_gae, paired_baseline, random_order
 
 
 def tensors(*rows):
@@ -125,7 +125,7 @@ def test_tensors_keep_their_addresses():
     """From rollout to rollout and from epoch to epoch, for CUDA graphs; unless a minibatch needs more room."""
     def places():
         buffer.shuffle(4, generator, share=share)
-        return [x.data_ptr() for x in (*buffer.columns.values(), *buffer.minibatches.obs, *buffer.minibatches[1:], buffer.step, buffer.minibatch)]
+        return [x.data_ptr() for x in (*buffer.fields.values(), *buffer.minibatches.obs, *buffer.minibatches[1:], buffer.position, buffer.minibatch_position)]
 
     generator, share = torch.Generator().manual_seed(0), lambda obs: Shared(obs, obs + 1)
     buffer = filled()
@@ -149,7 +149,7 @@ def test_groups_stay_together(group_size):
     """50 samples of 10 kinds, 5 of each: groups of the sorted samples, and the groups in random order."""
     obs = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 5))
     obs = np.stack([obs % 4, obs], 1)
-    order = shuffled(torch.from_numpy(obs), group_size, torch.Generator().manual_seed(0))
+    order = random_order(torch.from_numpy(obs), group_size, torch.Generator().manual_seed(0))
     assert sorted(order.tolist()) == list(range(50))
     if group_size > 1:
         ranks = np.argsort(np.lexsort(obs.T[::-1]))[order]  # positions in sorted order
@@ -165,14 +165,14 @@ def test_finish_takes_the_value_of_what_follows():
     buffer.add(**row(3, torch.zeros(3, dtype=torch.int64), rewards=torch.ones(3), terminated=terminated, truncated=truncated,
                      final_values=torch.full((3,), 7.0)))  # fmt: skip
     buffer.finish(torch.full((3,), 4.0), 1.0, 0.0)
-    assert buffer.data.returns.tolist() == [5.0, 1.0, 8.0]
+    assert buffer.samples.returns.tolist() == [5.0, 1.0, 8.0]
 
 
 def test_pairs_in_sync_are_compared():
     buffer, in_sync = RolloutBuffer(1, 4), torch.tensor([True, False])
     buffer.add(**row(4, torch.zeros(4, dtype=torch.int64), rewards=torch.tensor([1.0, 2.0, 1.0, 5.0]), in_sync=in_sync))
     buffer.finish(torch.zeros(4), 1.0, 0.0)
-    assert buffer.data.advantages.tolist() == [0.0, 2.0, 0.0, 5.0] and buffer.pair_correlation == 1
+    assert buffer.samples.advantages.tolist() == [0.0, 2.0, 0.0, 5.0] and buffer.pair_correlation == 1
 
 
 def test_misuse_is_an_error():

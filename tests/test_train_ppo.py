@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import callbacks
-import command_line
 import train_ppo
 from breakout_ascii import BreakoutAsciiVec
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -49,7 +48,7 @@ class AtOnce:
     def result(self, future):
         return future.result()
 
-    def __exit__(self, *exception):
+    def close(self):
         pass
 
 
@@ -227,7 +226,7 @@ def test_an_evaluator_that_dies_at_once_loses_nothing(tmp_path, monkeypatch, cap
 
     class Dead(AtOnce):
         def submit(self, state):
-            raise ChildProcessError("the process that evaluates has died")
+            raise ChildProcessError("a background process has died")
 
     run(tmp_path, "run")
     for name in ("last.pt", "checkpoint_4.pt"):
@@ -251,19 +250,19 @@ def test_a_gradient_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, caps
 
     def spoiled(self):
         if self.update_count == 2:
-            self.buffer.data.returns[:] = math.nan
+            self.buffer.samples.returns[:] = math.nan
         return update(self)
 
     monkeypatch.setattr(PPO, "update", spoiled)
     assert run(tmp_path, "run") == 1
-    assert re.search(f"not finite in update 3.*--resume .*run --lr {CONSTANTS['LR'] / 2:g}", capsys.readouterr().err)
+    assert re.search(f"not finite in update 3.*--resume .*run --lr {CONSTANTS['LR'] / 2:g} --min_lr", capsys.readouterr().err)
     assert load_checkpoint(tmp_path / "run")["update_count"] == 2
 
 
 @pytest.mark.parametrize("error, message", [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate memory; go on with: .*run --batch_size 8"),
     (MemoryError(), "out of memory; go on with: .*run --batch_size 8"),
-    (ChildProcessError("the process that evaluates has died"), "has died; go on with: .*run$"),
+    (ChildProcessError("a background process has died"), "has died; go on with: .*run$"),
     (StopTraining(), "stopped; go on with: .*run$"),  # a rank that got no signal itself
 ])  # fmt: skip
 def test_a_run_that_cannot_go_on_is_saved(tmp_path, monkeypatch, capsys, error, message):
