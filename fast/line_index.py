@@ -43,11 +43,13 @@ class LineIndex:
             changed = np.arange(len(tokens) * ROWS)
             ids = np.empty((len(tokens), ROWS), np.int64)
         rows, lines = changed % ROWS, tokens.reshape(-1, COLUMNS)[changed]  # (n,), (n, 81)
-        check_characters(lines)
-        hashes = np.column_stack([rows, lines]).astype(np.uint64) @ self.MULTIPLIERS
-        ids.reshape(-1)[changed], new = ids_of(self.lines, hashes.tolist())
-        if len(new):
+        hashes = (np.column_stack([rows, lines]).astype(np.uint64) @ self.MULTIPLIERS).tolist()
+        known = list(map(self.lines.get, hashes))  # most are
+        if unknown := [i for i, id in enumerate(known) if id is None]:
+            check_characters(lines[unknown])
+            new = add_new(self.lines, hashes, known, unknown)
             self.add(rows[new], lines[new])
+        ids.reshape(-1)[changed] = known
         self.last = tokens.copy(), ids.copy()
         return ids
 
@@ -59,9 +61,11 @@ class LineIndex:
         pairs = characters * TOKENS + positions.reshape(-1, PIECE)
         # the piece's first pair, which knows its position, and its characters as digits in base 7
         keys = pairs[:, 0] * len(CHARACTERS) ** PIECE + characters @ len(CHARACTERS) ** np.arange(PIECE)
-        pieces, new = ids_of(self.pieces, keys.tolist())
+        keys = keys.tolist()
+        pieces = list(map(self.pieces.get, keys))
+        new = add_new(self.pieces, keys, pieces, [i for i, id in enumerate(pieces) if id is None])
         self.piece_pairs.append(torch.from_numpy(pairs[new]))
-        self.line_pieces.append(torch.from_numpy(pieces).view(-1, COLUMNS // PIECE))
+        self.line_pieces.append(torch.tensor(pieces).view(-1, COLUMNS // PIECE))
 
 
 def check_characters(tokens):
@@ -72,12 +76,15 @@ def check_characters(tokens):
         raise ValueError(f"token {code} ({chr(code)!r}) is not in the character set {CHARACTERS!r}")
 
 
-def ids_of(table, keys):
-    """Keys, n of them -> their ids (n,) in `table`, which new keys are added to; and the indices at which each new one stands first."""
-    known = len(table)
-    ids = np.array([table.setdefault(key, len(table)) for key in keys], np.int64)
-    highest = np.maximum.accumulate(np.append(known - 1, ids))  # a new key stands first where the ids rise above all before
-    return ids, (ids > highest[:-1]).nonzero()[0]
+def add_new(table, keys, ids, unknown):
+    """Adds the keys at the indices `unknown` to `table`, with the next ids, and fills these in -> where each new key stands first."""
+    first = []
+    for i in unknown:
+        if keys[i] not in table:
+            table[keys[i]] = len(table)
+            first.append(i)
+        ids[i] = table[keys[i]]
+    return first
 
 
 class GrowingTable:
