@@ -1,6 +1,6 @@
 """What watches a training: evaluation, progress, metrics.csv, TensorBoard, the learning curve, checkpoints.
 
-A trainer is anything that has
+A trainer is anything that has this, most of which `Trainer` brings (trainer.py):
 
     num_steps global_step update_count seconds  counters; seconds of training so far
     stats                                       {name: float} of the last update, the same names in each; every one becomes a

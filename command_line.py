@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
 from device import RANK, RANKS, DeviceError, out_of_memory
-from ppo import StopTraining
+from trainer import StopTraining
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 TRUTH = {"true": True, "false": False, "1": True, "0": False}
@@ -44,9 +44,8 @@ class Run(NamedTuple):
 def constants_of(script):
     """globals() of a script -> the constants that it assigns at its top level: {"NUM_STEPS": 4000000, ...}"""
     statements = ast.parse(Path(script["__file__"]).read_text()).body
-    names = [
-        target.id for node in statements if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)
-    ]
+    targets = [target for node in statements if isinstance(node, ast.Assign) for target in node.targets]
+    names = [target.id for target in targets if isinstance(target, ast.Name)]
     return {name: script[name] for name in names if name.isupper() and type(script.get(name)) in KINDS}
 
 
@@ -69,10 +68,8 @@ def read_command_line(argv, prog, doc, defaults, ranges):
         names = [f"--{name.lower()}" for name in defaults] + ["--resume"]
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1, cutoff=0.4)
         raise CommandLineError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-    given = {name: getattr(args, name.lower()) for name in defaults}
-    return args.resume, {
-        name: convert(name, text, kind_of(name, defaults, ranges)) for name, text in given.items() if text is not None
-    }
+    given = {name: text for name in defaults if (text := getattr(args, name.lower())) is not None}
+    return args.resume, {name: convert(name, text, kind_of(name, defaults, ranges)) for name, text in given.items()}
 
 
 def raise_error(message):
@@ -202,13 +199,12 @@ def give_up(error, received, trainer, run_dir, prog, advice):
     """Save the run as it was before the update that failed, and say how to go on -> exit status. Raises what is a defect."""
     status, help_with = 1, ""
     if isinstance(error, StopTraining) or received:  # a signal to the whole group may have ended a child first
-        reason, status = (
-            "stopped",
-            128 + (received[0] if received else signal.SIGTERM),
-        )  # without one, another rank was told to stop
+        reason = "stopped"
+        status = 128 + (received[0] if received else signal.SIGTERM)  # without one, another rank was told to stop
     else:
         kind = MemoryError if out_of_memory(error) else type(error)
-        reason, help_with = one_line(error) or ("out of memory" if kind is MemoryError else kind.__name__), advice.get(kind, "")
+        reason = one_line(error) or ("out of memory" if kind is MemoryError else kind.__name__)
+        help_with = advice.get(kind, "")
     if RANK == 0:
         save_checkpoint(run_dir / "last.pt", trainer.snapshot)
         print(f"\n{reason}; go on with: {launcher(RANKS)} {prog} --resume {shlex.quote(str(run_dir))}{help_with}", file=sys.stderr)

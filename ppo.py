@@ -21,6 +21,7 @@ from gymnasium.vector import AutoresetMode
 
 from checkpoint import to_numpy, to_plain
 from rollout_buffer import RolloutBuffer
+from trainer import StopTraining, Trainer
 
 
 def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
@@ -127,10 +128,6 @@ class Policy(nn.Module):
         return torch.no_grad()(self.forward)
 
 
-class StopTraining(Exception):
-    """Raised inside `learn` at the next minibatch or step after `request_stop`, with several ranks at the next update."""
-
-
 @dataclass
 class PPOConfig:
     num_steps: int  # environment steps in all
@@ -155,7 +152,7 @@ class PPOConfig:
     seed: int = 0
 
 
-class PPO:
+class PPO(Trainer):
     """`learn()` trains `policy` on `env`; callbacks watch (callbacks.py); `metadata` goes into every checkpoint.
 
     The env may also have
@@ -165,8 +162,8 @@ class PPO:
     """
 
     def __init__(self, policy, env, config, callbacks=(), metadata=None):
-        self.policy, self.env, self.config = policy, env, config
-        self.callbacks, self.metadata = callbacks, metadata or {}
+        super().__init__(policy, callbacks, metadata)
+        self.env, self.config = env, config
         self.env_on_device = getattr(env, "on_device", False)
         if not self.env_on_device and env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
             raise ValueError("PPO needs a vector env that resets in the step that ends an episode: AutoresetMode.SAME_STEP")
@@ -183,19 +180,9 @@ class PPO:
         self.reset(config.seed + 100_003 * self.rank)  # every rank plays its own games
         self.noise = torch.zeros(config.rollout_steps, env.num_envs, env.single_action_space.n, device=device)
         self.in_sync = torch.zeros(env.num_envs // 2, dtype=torch.bool, device=device)
-        self.step_stats, self.stat_names = (
-            None,
-            [],
-        )  # (gradient steps of an epoch, statistics), a tensor that stays, for CUDA graphs
-        self.update_count = self.global_step = 0
-        self.seconds, self.clock = 0.0, time.perf_counter()  # of training so far; when that was last counted
+        self.step_stats = None  # (gradient steps of an epoch, statistics), a tensor that keeps its address, for CUDA graphs
+        self.stat_names = []
         self.episode_returns = deque(maxlen=100)  # of the episodes that ended last
-        self.stats = {}  # of the last update
-        self.snapshot = None  # state_dict() before the current update
-        self.stop_requested = False
-        self.pending = []  # copies of policy_state() that a callback is evaluating
-        self.evaluated = None  # the last of them, with its "evaluation"
-        self.best_score, self.is_best = -math.inf, False  # of all evaluations; is it that of the last?
 
     def reset(self, seed):
         """New episodes and new random numbers."""
@@ -216,7 +203,7 @@ class PPO:
     def learn(self):
         """Train to the end. Raises StopTraining after `request_stop`, FloatingPointError if the numbers are no longer finite."""
         self.clock = time.perf_counter()
-        self.snapshot = self.state_dict()  # what an interrupted update goes back to
+        self.snapshot = self.state_dict()
         self.emit("on_training_start")
         while self.global_step < self.num_steps:
             self.stop_together()
@@ -243,10 +230,11 @@ class PPO:
         self.global_step += self.samples_per_update
 
     def start_rollout(self):
-        """Draw the random numbers of the rollout ahead, truncate what an env on the device leaves to us, and pair environments."""
+        """Draw the noise of the rollout ahead, let an env on the device do the like, and pair environments."""
         self.act = self.policy.inference_cache()  # encoded observations -> logits, values
         self.buffer.clear()
         S, N, A = self.noise.shape
+        # drawn step by step, so that a seed gives the actions that torch.multinomial would
         self.noise.copy_(torch.stack([torch.empty(N, A).exponential_(generator=self.generator) for _ in range(S)]))
         if hasattr(self.env, "start_rollout"):
             obs, truncated = self.env.start_rollout(self.config.rollout_steps)
@@ -268,7 +256,7 @@ class PPO:
         encoded = self.policy.encode(self.obs)
         logits, values = self.act(encoded)
         all_logprobs = F.log_softmax(logits, dim=-1)  # (N, A)
-        # With noise E ~ Exp(1) the argmax of p / E is a draw from p; so does torch.multinomial, but a CUDA graph cannot draw
+        # With noise E ~ Exp(1) the argmax of p / E is a draw from p. torch.multinomial does the same, but a graph cannot draw.
         actions = (all_logprobs.exp() / self.noise.index_select(0, self.buffer.position)[0]).argmax(-1)
         next_obs, rewards, terminated, truncated, infos = self.env.step(actions if self.env_on_device else actions.cpu().numpy())
         final_values = torch.zeros_like(values)
@@ -391,40 +379,16 @@ class PPO:
         return tensor
 
     def stop_together(self):
-        """Between two updates: a stop requested of any rank stops all, so that none waits for another's gradient."""
+        """Between two updates: a stop requested of any rank stops all, so that none waits for another's gradient. With one rank a stop
+        takes effect sooner, at the next step or minibatch."""
         if self.average(torch.tensor(float(self.stop_requested), device=self.device)) > 0:
             raise StopTraining
 
-    # What callbacks see and do, stopping, going on (the trainer protocol)
-
-    def emit(self, event):
-        for callback in self.callbacks:
-            getattr(callback, event)(self)
-
-    def tick(self):
-        """Update the clock: everything since `learn` started counts, callbacks and waiting too."""
-        now = time.perf_counter()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
-
-    def evaluation_end(self, state, evaluation):
-        """A callback has evaluated `state`, an earlier policy_state()."""
-        self.evaluated = state | {"evaluation": evaluation}
-        self.is_best = evaluation["score"] > self.best_score
-        self.best_score = max(self.best_score, evaluation["score"])
-        self.tick()
-        self.emit("on_evaluation_end")
-
-    def request_stop(self):
-        self.stop_requested = True
-
     def check_stop(self):
-        if self.stop_requested and self.ranks == 1:
-            raise StopTraining
+        if self.ranks == 1:
+            super().check_stop()
 
-    def policy_state(self):
-        """What playing needs: weights and metadata; a copy, on the CPU."""
-        counters = {"update_count": self.update_count, "global_step": self.global_step, "seconds": self.seconds}
-        return to_plain({**self.metadata, **counters, "model": self.policy.state_dict()})
+    # The state that a resume needs
 
     def state_dict(self):
         """A copy of everything that `learn` goes on from, plain types and tensors on the CPU."""

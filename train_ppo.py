@@ -19,16 +19,8 @@ import torch
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
 from command_line import (
-    CommandLineError,
-    constants_of,
-    launcher,
-    load_state,
-    memory_advice,
-    new_run_dir,
-    read_run,
-    run_script,
-    train,
-)
+    CommandLineError, constants_of, launcher, load_state, memory_advice, new_run_dir, read_run, run_script, train,
+)  # fmt: skip
 from device import RANK, RANKS, available_cores, choose_device, joined_ranks, set_threads
 from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
 from load_model import evaluate_state, fast, make_gpt
@@ -117,16 +109,16 @@ def build(c, device):
     config, num_envs = gpt_config(c), c.NUM_ENVS // RANKS
     policy = make_gpt(config, device)
     on_cuda = fast is not None and device.type == "cuda"
-    on_gpu = on_cuda and c.N_LAYER == 1  # the games too, and both steps that repeat
-    if on_cuda and not on_gpu:
-        policy.speed_up()
-    if on_gpu:
+    all_on_gpu = on_cuda and c.N_LAYER == 1  # the games too, and both steps that repeat
+    if all_on_gpu:
         env = fast.DeviceBreakout(num_envs, device, varied_starts=c.VARIED_STARTS)
     else:
         env = BreakoutAsciiVec(num_envs, varied_starts=c.VARIED_STARTS)
+    if on_cuda and not all_on_gpu:
+        policy.speed_up()
     ppo_config = PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__})
     ppo = PPO(policy, env, ppo_config, metadata={"gpt_config": asdict(config), "constants": dict(vars(c))})
-    if on_gpu:
+    if all_on_gpu:
         fast.run_as_cuda_graphs(ppo)
     return ppo
 
@@ -143,10 +135,8 @@ def plan(c, ppo, run_dir):
 
 def watch(ppo, c, run_dir, evaluation):
     """The callbacks of rank 0, in the order in which they are called."""
-    csv, levels = (
-        run_dir / "metrics.csv",
-        {"the whole wall, as a simple tracker plays it": CLEARED_SCORE, "random play": RANDOM_SCORE},
-    )
+    csv = run_dir / "metrics.csv"
+    levels = {"the whole wall, as a simple tracker plays it": CLEARED_SCORE, "random play": RANDOM_SCORE}
     return [
         *([evaluation] if evaluation else []),
         ProgressBar(plan(c, ppo, run_dir)),

@@ -37,7 +37,7 @@ from evaluation import sampling  # noqa: E402
 from fast.line_index import LineIndex  # noqa: E402
 from load_model import SHIPPED, load_policy, make_gpt  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from ppo import StopTraining  # noqa: E402
+from trainer import StopTraining  # noqa: E402
 from rollout_buffer import random_order, select  # noqa: E402
 from test_breakout_ascii import SlowGame  # noqa: E402
 from train_ppo import CONSTANTS, RANGES, build, evaluation_of, watch  # noqa: E402

@@ -8,8 +8,10 @@ on many pages of a minibatch, and each distinct one is summed once: a minibatch 
 
 Maxima are rounded up to whole numbers and scores are in bits, so that rescaling to another maximum multiplies by a power of
 two, which is exact. One maximum for the whole minibatch is fastest, and good while the largest scores of its pages lie within
-HEADROOM - LEAST = 176 bits of each other. Heads whose scores spread further rescale every part. What this saves is in
-docs/performance.md.
+HEADROOM - LEAST = 176 bits of each other. Heads whose scores spread further rescale every part.
+
+What each of this is worth (docs/performance.md): always rescaling makes a gradient step 1.7 times as long; sharing lines without
+pieces makes attention 2.7 times as long.
 """
 
 import math

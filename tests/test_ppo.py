@@ -14,10 +14,11 @@ from helpers import largest_score, tolerance
 from load_model import SHIPPED, load_policy
 from model import GPTConfig
 from ppo import (
-    PPO, Policy, PPOConfig, StopTraining, entropy_loss, explained_variance, learning_rate, lost_lives, move_loss, policy_loss,
+    PPO, Policy, PPOConfig, entropy_loss, explained_variance, learning_rate, lost_lives, move_loss, policy_loss,
     prediction_loss, value_loss,
 )  # fmt: skip
 from rollout_buffer import Minibatch, paired_baseline, select
+from trainer import StopTraining
 
 
 class Probe(VectorEnv):

@@ -22,8 +22,9 @@ from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from command_line import CommandLineError
 from device import DeviceError
 from fast import DeviceBreakout
-from ppo import PPO, StopTraining
+from ppo import PPO
 from train_ppo import CONSTANTS, check, main
+from trainer import StopTraining
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--num_envs 4 --rollout_steps 8 --batch_size 16 --epochs 2 --n_head 4 --n_embd 16 --device cpu"

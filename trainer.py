@@ -1,0 +1,55 @@
+"""What every training has: counters and a clock, callbacks, evaluations, and a way to stop. callbacks.py says who reads what."""
+
+import math
+import time
+
+from checkpoint import to_plain
+
+
+class StopTraining(Exception):
+    """Raised inside `learn` soon after `request_stop`."""
+
+
+class Trainer:
+    """A subclass has `num_steps`, `learn()`, `state_dict()` and `load_state_dict()`; it counts, and keeps `stats` and `snapshot`."""
+
+    def __init__(self, policy, callbacks=(), metadata=None):
+        """metadata: plain values that go into every checkpoint."""
+        self.policy, self.callbacks, self.metadata = policy, callbacks, metadata or {}
+        self.update_count = self.global_step = 0
+        self.seconds, self.clock = 0.0, time.perf_counter()  # of training so far; when that was last counted
+        self.stats = {}  # of the last update
+        self.snapshot = None  # state_dict() before the current update, which an interruption goes back to
+        self.stop_requested = False
+        self.pending = []  # copies of policy_state() that a callback is evaluating
+        self.evaluated = None  # the last of them, with its "evaluation"
+        self.best_score, self.is_best = -math.inf, False  # of all evaluations; is it that of the last?
+
+    def emit(self, event):
+        for callback in self.callbacks:
+            getattr(callback, event)(self)
+
+    def tick(self):
+        """Update the clock: everything since `learn` started counts, callbacks and waiting too."""
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    def evaluation_end(self, state, evaluation):
+        """A callback has evaluated `state`, an earlier policy_state(); evaluation has at least a "score"."""
+        self.evaluated = state | {"evaluation": evaluation}
+        self.is_best = evaluation["score"] > self.best_score
+        self.best_score = max(self.best_score, evaluation["score"])
+        self.tick()
+        self.emit("on_evaluation_end")
+
+    def request_stop(self):
+        self.stop_requested = True
+
+    def check_stop(self):
+        if self.stop_requested:
+            raise StopTraining
+
+    def policy_state(self):
+        """What playing needs: weights, counters and metadata; a copy, on the CPU."""
+        counters = {"update_count": self.update_count, "global_step": self.global_step, "seconds": self.seconds}
+        return to_plain({**self.metadata, **counters, "model": self.policy.state_dict()})
