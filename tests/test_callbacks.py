@@ -57,6 +57,8 @@ class FakeTrainer:
                 return self
         self.finish_evaluation()
         self.emit("on_training_end")
+        for callback in self.callbacks:
+            callback.close()
         return self
 
     def begin_evaluation(self, score):
