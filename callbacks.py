@@ -11,10 +11,11 @@ A trainer is anything that has this, most of which `Trainer` brings (trainer.py)
     evaluation_end(state, evaluation)           tells the trainer, and by it all callbacks, what came of an evaluation
     check_stop()                                raises StopTraining if somebody asked for it
 
-The trainer calls every method of every callback, in the order of its list; no callback changes what is learned. Put `Evaluation`
-first, so that the others hear of a result before they hear of the update that waited for it. Put `MetricsCSV` before
-`LearningCurve`, which draws its file, and before `Checkpoints`, so that a resume point never knows of an update that
-metrics.csv does not. A full disk costs files, not the training.
+The trainer calls the on_... methods of every callback, in the order of its list; whoever called `learn` calls `close` afterwards,
+as `train` in command_line.py does. No callback changes what is learned. Put `Evaluation` first, so that the others hear of a
+result before they hear of the update that waited for it. Put `MetricsCSV` before `LearningCurve`, which draws its file, and
+before `Checkpoints`, so that a resume point never knows of an update that metrics.csv does not. A full disk costs files, not the
+training.
 """
 
 import contextlib
@@ -49,10 +50,11 @@ class Callback:
 
 
 class Evaluation(Callback):
-    """Every so many updates, and after the last, the policy is evaluated in a process of its own while training goes on.
+    """Every so many updates, and after the last, the policy is evaluated in another process while training goes on.
 
-    A result is waited for when the next evaluation is due. An evaluation that a stop interrupts is started again when the run is
-    resumed: its policy state stays in `trainer.pending`, which has one for each of our futures.
+    At most `processes` evaluations run at once: when one more is due, training waits for the oldest. An evaluation that a stop
+    interrupts is started again when the run is resumed: its policy state stays in `trainer.pending`, which has one for each of
+    our futures.
     """
 
     def __init__(self, evaluate, interval, processes=1):

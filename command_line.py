@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,7 +197,10 @@ def train(trainer, run_dir, prog, advice):
 
 
 def give_up(error, received, trainer, run_dir, prog, advice):
-    """Save the run as it was before the update that failed, and say how to go on -> exit status. Raises what is a defect."""
+    """Save the run as it was before the update that failed, and say how to go on -> exit status.
+
+    An error that is a defect of the program is raised again; with several ranks its traceback is printed.
+    """
     status, help_with = 1, ""
     if isinstance(error, StopTraining) or received:  # a signal to the whole group may have ended a child first
         reason = "stopped"
@@ -210,8 +214,10 @@ def give_up(error, received, trainer, run_dir, prog, advice):
         print(f"\n{reason}; go on with: {launcher(RANKS)} {prog} --resume {shlex.quote(str(run_dir))}{help_with}", file=sys.stderr)
     elif reason != "stopped":
         print(f"rank {RANK}: {reason}", file=sys.stderr)
-    if RANKS == 1 and reason != "stopped" and not isinstance(error, ChildProcessError) and kind not in advice:
-        raise error
+    if reason != "stopped" and not isinstance(error, ChildProcessError) and kind not in advice:
+        if RANKS == 1:
+            raise error
+        traceback.print_exception(error)  # not raised: it may be but the end of another rank
     return status
 
 

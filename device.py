@@ -21,7 +21,8 @@ class DeviceError(ValueError):
 def choose_device(name):
     """One of "auto", "cpu", "cuda", "cuda:1" -> torch.device. Raises DeviceError if a device that was named does not work.
 
-    "auto" takes CUDA if a small product runs on it, and otherwise the CPU; if there seems to be a GPU, it prints why.
+    "auto" takes CUDA if a small product runs on it, and otherwise the CPU; if there seems to be a GPU, it prints why. Several
+    ranks on a machine take CUDA only if there is a GPU for each.
     """
     try:
         return working_device(name)

@@ -45,7 +45,7 @@ def exact(policy, max_episode_steps=MAX_EPISODE_STEPS):
 
 
 def sampled(policy, num_games, seed):
-    """So many standard games, actions sampled from the policy, GAMES_AT_ONCE at a time -> what `summary` says of them."""
+    """num_games standard games, actions sampled from the policy, GAMES_AT_ONCE at a time -> what `summary` says of them."""
     player, rng, parts = sampling(policy, seed), np.random.default_rng(seed), []
     for first in range(0, num_games, GAMES_AT_ONCE):
         numbers = draw_numbers(rng, min(GAMES_AT_ONCE, num_games - first))
@@ -54,7 +54,7 @@ def sampled(policy, num_games, seed):
 
 
 def summary(results):
-    """`Results` -> mean, lowest and highest score; how many games are cleared, of how many; and their mean length in steps."""
+    """`Results` -> mean, lowest and highest score, how many of how many games are cleared, and the mean length of all in steps."""
     return {
         "score": float(results.scores.mean()), "min": int(results.scores.min()), "max": int(results.scores.max()),
         "cleared": int((results.bricks == 0).sum()), "games": len(results.scores), "length": float(results.lengths.mean()),

@@ -70,7 +70,7 @@ def evaluate_state(state, device="cpu"):
 
 
 def play(policy, steps=1000, episodes=None, seed=0, sample=False):
-    """Plays so many steps, or so many whole games, with a new game after each end.
+    """Plays this many steps, or this many whole games (episodes), and starts a new game after each end.
 
     Yields for each step the page that it led to, (1944,) uint8, and, if a game or the playing ends there, its info, else None.
     """

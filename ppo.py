@@ -63,7 +63,7 @@ def move_loss(all_logprobs):
 
 
 def prediction_loss(logits, changes, has_next):
-    """Cross-entropy of "this part of the observation changes", logits and changes (M, ...), summed over the parts, averaged over M.
+    """Cross-entropy of "this part of the observation changes", logits and changes (M, P), summed over the parts, averaged over M.
 
     Where has_next (M,) is False the next observation belongs to another episode, and the error counts as 0.
     """
@@ -92,7 +92,7 @@ def flatten_parameters(policy):
     """Moves the parameters of `policy`, and their gradients, into one vector -> that vector, a parameter with its gradient.
 
     Norm, clipping and optimizer then take one kernel each instead of one per parameter. Clear gradients by `weights.grad.zero_()`:
-    `policy.zero_grad()` would detach the parameters' own.
+    after `policy.zero_grad()` backward would write gradients that `weights.grad` does not see.
     """
     parameters = list(policy.parameters())
     sizes = [p.numel() for p in parameters]
@@ -130,10 +130,10 @@ class Policy(nn.Module):
 
 @dataclass
 class PPOConfig:
-    num_steps: int  # environment steps in all
+    num_steps: int  # environment steps in all, of all ranks together
     rollout_steps: int  # steps per environment between updates
     epochs: int  # passes over each rollout
-    batch_size: int  # must divide the samples of a rollout
+    batch_size: int  # samples of a gradient step, of all ranks together; must divide those of a rollout
     gamma: float  # discount
     lambd: float  # of GAE, at the start of the training
     lambd_end: float  # from environment step lambd_steps on
@@ -230,7 +230,7 @@ class PPO(Trainer):
         self.global_step += self.samples_per_update
 
     def start_rollout(self):
-        """Draw the noise of the rollout ahead, let an env on the device do the like, and pair environments."""
+        """Draw the noise of the rollout ahead, let an env on the device draw its random numbers, and pair environments."""
         self.act = self.policy.inference_cache()  # encoded observations -> logits, values
         self.buffer.clear()
         S, N, A = self.noise.shape
@@ -256,11 +256,11 @@ class PPO(Trainer):
         encoded = self.policy.encode(self.obs)
         logits, values = self.act(encoded)
         all_logprobs = F.log_softmax(logits, dim=-1)  # (N, A)
-        # With noise E ~ Exp(1) the argmax of p / E is a draw from p. torch.multinomial does the same, but a graph cannot draw.
+        # With noise E ~ Exp(1) the argmax of p / E is a sample from p, as in torch.multinomial. Here E was drawn ahead.
         actions = (all_logprobs.exp() / self.noise.index_select(0, self.buffer.position)[0]).argmax(-1)
         next_obs, rewards, terminated, truncated, infos = self.env.step(actions if self.env_on_device else actions.cpu().numpy())
         final_values = torch.zeros_like(values)
-        if "final_obs" in infos and truncated.any():  # never on the device, which need not wait for this answer
+        if "final_obs" in infos and truncated.any():  # an env on the device has none, so any() never makes the host wait
             final_obs = np.stack(infos["final_obs"][truncated])
             final_values[self.tensor(truncated)] = self.act(self.policy.encode(final_obs))[1]
         next_obs, terminated, truncated = self.tensor(next_obs), self.tensor(terminated), self.tensor(truncated)
@@ -294,7 +294,8 @@ class PPO(Trainer):
     def update(self):
         """Epochs of minibatches over the rollout -> the statistics of the update, floats. Raises FloatingPointError.
 
-        They are means over the gradient steps and the ranks; those of a rollout and its episodes are of this rank's alone.
+        Those of the gradient steps are means over steps and ranks, but for the largest KL; those of the rollout and its
+        episodes are this rank's.
         """
         config = self.config
         self.lr.fill_(learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr))
@@ -379,8 +380,10 @@ class PPO(Trainer):
         return tensor
 
     def stop_together(self):
-        """Between two updates: a stop requested of any rank stops all, so that none waits for another's gradient. With one rank a stop
-        takes effect sooner, at the next step or minibatch."""
+        """Between two updates: a stop requested of any rank stops all, so that none waits for another's gradient.
+
+        With one rank a stop takes effect sooner, at the next step or minibatch.
+        """
         if self.average(torch.tensor(float(self.stop_requested), device=self.device)) > 0:
             raise StopTraining
 

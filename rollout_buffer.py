@@ -36,9 +36,10 @@ def paired_baseline(advantages, in_sync):
     advantages (S, N): environments i and N / 2 + i started the rollout in the same state and went on independently.
     in_sync (S, N / 2) bool: true while the two are still in much the same state; where it is false nothing is subtracted.
 
-    A control variate (Glynn & Szechtman 2002): the partner's advantage does not depend on this environment's action, so the
-    expected policy gradient is unchanged, but both contain the same error of the critic. The share that leaves the least
-    variance is the correlation of the pairs, estimated on this rollout and held at 0 or more.
+    A control variate (Glynn & Szechtman 2002): the partner's advantage does not depend on this environment's action, so with a
+    fixed share the expected policy gradient is unchanged, but both contain the same error of the critic. The share that leaves
+    the least mean square is the (uncentred) correlation of the pairs. It is estimated on this rollout, which adds a small bias,
+    and held at 0 or more.
     """
     a, b = advantages.chunk(2, dim=1)
     a, b = a * in_sync, b * in_sync
@@ -62,7 +63,7 @@ def random_order(obs, group_size, generator):
 
 
 class Minibatch(NamedTuple):
-    """M samples, or all samples of a rollout, or, with a first axis more, K minibatches."""
+    """M samples; or all samples of a rollout; or K minibatches, with a leading axis K."""
 
     obs: torch.Tensor  # (M, ...) as the policy encoded them, or what it made of a minibatch of these
     actions: torch.Tensor  # (M,) int64
@@ -70,7 +71,7 @@ class Minibatch(NamedTuple):
     old_values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
-    changes: torch.Tensor  # (M, ...) bool, what is to be predicted of the next observation; (M, 0) if nothing is
+    changes: torch.Tensor  # (M, P) bool, which of P parts of the next observation change; (M, 0) if that is not predicted
     has_next: torch.Tensor  # (M,) bool: the next observation belongs to the same episode
 
 
@@ -126,7 +127,8 @@ class RolloutBuffer:
     def shuffle(self, batch_size, generator, group_size=1, share=None):
         """Cut the S * N samples, in `random_order`, into minibatches of batch_size.
 
-        share: the policy may make something better of the encoded observations (K, batch_size, ...) of all minibatches at once.
+        share: a function of the policy, or None: encoded observations (K, batch_size, ...) of all minibatches -> what
+            `features` takes of each, with a leading axis K.
         Raises RuntimeError before `finish`, ValueError if batch_size does not divide the samples.
         """
         if self.samples is None:

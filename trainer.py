@@ -11,7 +11,8 @@ class StopTraining(Exception):
 
 
 class Trainer:
-    """A subclass has `num_steps`, `learn()`, `state_dict()` and `load_state_dict()`; it counts, and keeps `stats` and `snapshot`."""
+    """A subclass has `num_steps`, `learn()`, `state_dict()` and `load_state_dict()`. Its `learn` advances `update_count` and
+    `global_step`, and sets `stats` and `snapshot` after each update."""
 
     def __init__(self, policy, callbacks=(), metadata=None):
         """metadata: plain values that go into every checkpoint."""
@@ -23,7 +24,7 @@ class Trainer:
         self.stop_requested = False
         self.pending = []  # copies of policy_state() that a callback is evaluating
         self.evaluated = None  # the last of them, with its "evaluation"
-        self.best_score, self.is_best = -math.inf, False  # of all evaluations; is it that of the last?
+        self.best_score, self.is_best = -math.inf, False  # the highest so far; did the last evaluation reach it?
 
     def emit(self, event):
         for callback in self.callbacks:

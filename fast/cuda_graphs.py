@@ -16,7 +16,7 @@ import torch
 def run_as_cuda_graphs(ppo):
     """Compile `ppo.rollout_step` and `ppo.loss`, and record `ppo.rollout_step` and `ppo.train_step`.
 
-    With several ranks, which meet in every step, nothing is recorded.
+    With several ranks, which average their gradients in every train_step, nothing is recorded.
     """
     stream = torch.cuda.Stream(ppo.device) if ppo.device.type == "cuda" and ppo.ranks == 1 else None
     ppo.loss = Compiled(ppo.loss)

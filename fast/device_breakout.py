@@ -63,10 +63,10 @@ class TensorGames(Games):
 class DeviceBreakout:
     """N training games, each started anew in the step that ends it.
 
-    Like `BreakoutAsciiVec`, but: `step` takes and gives tensors, and never waits for the host. So the random numbers of new games
-    are drawn ahead, by `start_rollout(S)` for S steps, and a game that has become too long is truncated there, between two
-    rollouts, where the values of what follows bootstrap it anyway. Rewards are integers, infos have `life_lost` alone, also for games that
-    ended, and observations are overwritten by the next step. The same seed gives other games than there.
+    Like `BreakoutAsciiVec`, but: `step` takes and gives tensors, and never makes the host wait. So the random numbers of new
+    games are drawn ahead, by `start_rollout(S)` for S steps, and a game that has become too long is truncated there, between two
+    rollouts, where the values of what follows bootstrap it anyway. Rewards are integers, infos have `life_lost` alone, also for
+    games that ended, and observations are overwritten by the next step. The same seed gives other games than there.
     """
 
     on_device = True  # actions, rewards and observations are tensors
@@ -75,7 +75,7 @@ class DeviceBreakout:
         self.num_envs, self.device, self.varied_starts, self.max_episode_steps = num_envs, device, varied_starts, max_episode_steps
         self.single_action_space = Discrete(len(PADDLE_MOVES))
         self.games = TensorGames(num_envs, device)
-        self.numbers = None  # `RandomNumbers` with a first axis more: of each step of a rollout
+        self.numbers = None  # `RandomNumbers` with a leading axis: those of each step of a rollout
         self.played = torch.zeros(1, dtype=torch.int64, device=device)  # how many of these steps have been played
 
     def reset(self, *, seed):
@@ -85,7 +85,7 @@ class DeviceBreakout:
         return self.observation(), {}
 
     def start_rollout(self, steps):
-        """Truncate the games that have become too long, and draw the random numbers of so many steps.
+        """Truncate the games that have become too long, and draw the random numbers of the next `steps` steps.
 
         -> observations (N, 1944), and which games were truncated (N,)
         """

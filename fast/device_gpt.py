@@ -1,4 +1,4 @@
-"""One layer on a GPU: pages share their lines, and no step has to wait for the host.
+"""One layer on a GPU: pages share their lines, and in no step does the host wait for the GPU.
 
 Which lines a minibatch holds is found before an epoch, for all its minibatches at once: there the host waits a few times. Every
 line has a maximum of its own, so scores of any size do no harm (see pieces.py).
@@ -16,11 +16,11 @@ from model import GPT
 
 
 class Lines(NamedTuple):
-    """A batch of B pages as L lines. Of K batches: each with lines of its own, and a first axis K."""
+    """A batch of B pages as L lines; or K batches, each with lines of its own, with a leading axis K."""
 
     characters: torch.Tensor  # (L, 81) uint8
     rows: torch.Tensor  # (L,) where on a page each line stands
-    pages: torch.Tensor  # (B, 24) ids of lines
+    pages: torch.Tensor  # (B, 24) positions among the L lines
 
 
 def every_line(characters):
@@ -30,10 +30,10 @@ def every_line(characters):
 
 
 def distinct_lines(characters, capacity=0):
-    """(K, B, 1944) characters of K batches -> the distinct `Lines` of each, told apart by the hash of `LineIndex`.
+    """(K, B, 1944) characters of K batches -> the distinct `Lines` of each, told apart by a hash as in `LineIndex`.
 
-    All batches get the same capacity: that of the one with most lines, rounded up to a power of two, and at least `capacity`. What a
-    batch does not need is filled with zeros, and computed in vain.
+    All batches get the same capacity: that of the one with most lines, rounded up to a power of two, and at least `capacity`.
+    What a batch does not need is filled with zeros, and computed in vain.
     """
     K, B, _ = characters.shape
     lines = characters.view(-1, COLUMNS)  # (K * B * 24, 81)
@@ -62,7 +62,7 @@ def line_attention(table, rstd, lines):
     """`pair_table`'s factors, `Lines` -> attention outputs of the last position (B, D, H)."""
     n_character, device = len(CHARACTERS), rstd.device
     of_character, of_rows, of_column = table.split([n_character, ROWS, COLUMNS])
-    # One-hot products instead of lookups: their gradients are products again, not atomic additions.
+    # One-hot products instead of lookups in the table: their gradients are products too, not atomic additions.
     chosen = (lines.characters.unsqueeze(2) == torch.arange(n_character, device=device)).to(rstd.dtype)  # (L, 81, 7)
     row = (lines.rows.unsqueeze(1) == torch.arange(ROWS, device=device)).to(rstd.dtype)  # (L, 24)
     of_row = (row @ of_rows.flatten(1)).view(-1, *table.shape[1:])  # (L, 1 + D, H)
@@ -95,7 +95,7 @@ class DeviceGPT(GPT):
         self.capacity = 2048  # lines in a minibatch, 1,000 to 1,400 by default. It only grows: each change costs a CUDA graph
 
     def encode(self, tokens):
-        """(B, 1944) uint8 tokens, a tensor or an array -> their characters, 0..6. Does not wait for the host to check them."""
+        """(B, 1944) uint8 tokens, a tensor or an array -> their characters, 0..6. Does not check them: the host would wait."""
         return self.character_of[torch.as_tensor(tokens, device=self.device).int()]
 
     def features(self, pages):

@@ -22,8 +22,9 @@ PAIRS = np.stack([x.ravel() for x in np.indices((len(CHARACTERS), ROWS, COLUMNS)
 def pair_table(gpt):
     """Scores and values of all pairs, in factors, for H heads of size D: T (112, 1 + D, H) and rstd (7 * 1944,).
 
-    With x = wte[c] + wre[r] + wce[k], all without their means, LayerNorm gives x * rstd * weight. Keys and values are linear in that, so
-    the score (row 0, in bits, for exp2 is cheaper than exp) and the values (rows 1..D) of a pair are (T[c] + T[r] + T[k]) * rstd.
+    With x = wte[c] + wre[r] + wce[k], all without their means, LayerNorm gives x * rstd * weight. Keys and values are linear in
+    that, so the score (row 0, in bits, for exp2 is cheaper than exp) and the values (rows 1..D) of a pair are (T[c] + T[r] +
+    T[k]) * rstd.
     """
     block, C, H = gpt.blocks[0], gpt.config.n_embd, gpt.config.n_head
     x = torch.cat([gpt.wte.weight, gpt.wre.weight, gpt.wce.weight])

@@ -6,8 +6,8 @@ same maximum combine by adding their sums. A page is 24 lines of 9 pieces of 9 c
 on many pages of a minibatch, and each distinct one is summed once: a minibatch of 512 pages has about 3,000 distinct pairs,
 1,000 pieces and 1,250 lines.
 
-Maxima are rounded up to whole numbers and scores are in bits, so that rescaling to another maximum multiplies by a power of
-two, which is exact. One maximum for the whole minibatch is fastest, and good while the largest scores of its pages lie within
+Maxima are rounded up to whole numbers and scores are in bits, so that rescaling to another maximum multiplies by a power of two,
+which is exact. One maximum per head for the whole minibatch is fastest, and good while the largest scores of its pages lie within
 HEADROOM - LEAST = 176 bits of each other. Heads whose scores spread further rescale every part.
 
 What each of this is worth (docs/performance.md): always rescaling makes a gradient step 1.7 times as long; sharing lines without
@@ -31,10 +31,10 @@ LEAST = -90  # float32 may flush terms below 2^-126 to zero: 1944 of them are 2^
 class Level(NamedTuple):
     """One level of a `Tree`: n parts, each made of J parts of the level below."""
 
-    children: torch.Tensor  # (n, J) numbers of parts below
-    order: torch.Tensor  # (n * J,) positions in children.flatten(), sorted by child: the way of the gradient
+    children: torch.Tensor  # (n, J) indices of parts of the level below
+    order: torch.Tensor  # (n * J,) positions in children.flatten(), sorted by child, for the gradient
     parents: torch.Tensor  # (n * J,) order // J
-    offsets: torch.Tensor  # (parts below,) where each child's run in `order` starts
+    offsets: torch.Tensor  # (parts of the level below,) where each child's run in `order` starts
 
 
 class Tree(NamedTuple):
@@ -59,14 +59,14 @@ def tree_of(index, lines):
 
 
 def distinct(children, n):
-    """(..., J) numbers below n -> the distinct ones, and children renumbered into them."""
+    """Indices (..., J), each < n -> the distinct ones in ascending order, and children as positions among them."""
     used = np.zeros(n, bool)
     used[children] = True
     return used.nonzero()[0], (np.cumsum(used) - 1)[children]
 
 
 def make_level(children, num_below, device="cpu"):
-    """(n, J) numbers below num_below -> their `Level`."""
+    """Children (n, J), indices < num_below -> their `Level`."""
     dtype = np.uint8 if num_below < 2**8 else np.uint16 if num_below < 2**16 else np.int32
     flat = children.ravel().astype(dtype)  # up to 16 bits NumPy sorts by radix
     counts, order = np.bincount(flat, minlength=num_below), np.argsort(flat, kind="stable")
@@ -75,7 +75,10 @@ def make_level(children, num_below, device="cpu"):
 
 
 def bag_sums(rows, index, offsets=None):
-    """Sums rows (K, 1 + D, H) over bags -> (n, 1 + D, H). Bag i is index[i] of index (n, J), or index[offsets[i] : offsets[i + 1]]."""
+    """Sums rows (K, 1 + D, H) over bags of them -> (n, 1 + D, H).
+
+    Bag i is index[i] of an index (n, J), or index[offsets[i] : offsets[i + 1]].
+    """
     return F.embedding_bag(index, rows.flatten(1), offsets, mode="sum").view(-1, *rows.shape[1:])
 
 
@@ -85,7 +88,7 @@ def pair_sums(table, rstd, embeddings, rescale):
     rows     (P, 1 + D, H)  their sums of the table, not yet times rstd
     weights  (P, H)         2^(s - m)
     sums     (P, 1 + D, H)  denominator first, then the numerator
-    m        (H,), or (P, H) with rescale: the maximum of all, or of each
+    m        (H,) the rounded-up maximum of all pairs less HEADROOM; with rescale (P, H), that of each pair
     """
     rows, rstd = bag_sums(table, embeddings), rstd.unsqueeze(1)
     scores = rows[:, 0] * rstd
@@ -167,8 +170,8 @@ def shared_attention(table, rstd, tree):
 class LineCache:
     """Sums every distinct line of a `LineIndex` once, for as long as the weights stand still.
 
-    Lines are kept twice: with a maximum each, and with one for all, which saves 4 % of a training's time. Pages whose scores lie too
-    far below that one are summed with a maximum for each line.
+    Lines are kept twice: with a maximum each, and with one for all, which saves 4 % of a training's time. Pages whose scores lie
+    too far below that one are summed with a maximum for each line.
     """
 
     @torch.no_grad()

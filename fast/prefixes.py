@@ -55,7 +55,7 @@ def prefix_tree(index, lines, device="cpu"):
 
 
 class Paths(torch.autograd.Function):
-    """rows (K, W) -> for each level, the rows of its children, (n * J, W). The gradient is a segment sum, which needs no atomics."""
+    """rows (K, W) -> for each level, the rows of its children, (n * J, W). The gradient is a segment sum, without atomics."""
 
     @staticmethod
     def forward(ctx, rows, levels):
@@ -104,12 +104,15 @@ def rest_of_block(block, x, y):
 
 @functools.cache
 def compiled(f):
-    """One for all blocks, and for any number of chunks: no two minibatches have the same."""
+    """One compilation for all blocks and for any number of chunks, which differs from minibatch to minibatch."""
     return torch.compile(f, dynamic=True)
 
 
 def prefix_features(gpt, tree, bf16=False, compile_blocks=False):
-    """`GPT.features` of a `PrefixTree` -> (B, C). bf16: in the blocks; compile_blocks: both halves of one, for all."""
+    """`GPT.features` of a `PrefixTree` -> (B, C).
+
+    bf16: in the blocks. compile_blocks: once for all blocks, but for the end of the last.
+    """
     before, after = (compiled(f) if compile_blocks else f for f in (before_attention, rest_of_block))
     positions = tree.starts + torch.arange(CHUNK, device=gpt.device)
     x = gpt.wte(tree.chunks) + gpt.wre(positions // COLUMNS) + gpt.wce(positions % COLUMNS)  # (n, CHUNK, C)
