@@ -43,7 +43,7 @@ class LineIndex:
             changed = np.arange(len(tokens) * ROWS)
             ids = np.empty((len(tokens), ROWS), np.int64)
         rows, lines = changed % ROWS, tokens.reshape(-1, COLUMNS)[changed]  # (n,), (n, 81)
-        hashes = (np.column_stack([rows, lines]).astype(np.uint64) @ self.MULTIPLIERS).tolist()
+        hashes = (np.column_stack([rows, lines]).view(np.uint64) @ self.MULTIPLIERS).tolist()
         if first := first_unknown(self.lines, hashes):
             new = list(first.values())
             check_characters(lines[new])
