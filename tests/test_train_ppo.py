@@ -304,7 +304,7 @@ def test_a_model_too_large_for_the_memory(tmp_path, monkeypatch):
     ("--gamma 1.1", "GAMMA (--gamma) must be a number from 0.0 to 1.0, not 1.1"),
     ("--num_envs 0", "NUM_ENVS"),
     ("--batch_size 99999", "BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the "),
-    ("--num_envs 33 --rollout_steps 2 --batch_size 66", "PAIRED_ENVS needs an even number of games; change NUM_ENVS"),
+    ("--num_envs 33 --rollout_steps 2 --batch_size 66 --paired_envs true --num_steps 1", "PAIRED_ENVS needs an even number of games; change NUM_ENVS"),
     ("--min_lr 0.5 --lr 0.1", "MIN_LR 0.5 must not exceed"),
     ("--n_head 7 --n_embd 64", "multiple of n_head"),
     ("--device tpu9", "--device tpu9 does not work here"),
