@@ -68,7 +68,7 @@ class Games:
     def reset(self, mask, serves, bricks):
         """Start new games where mask (N,) is true: serves (N, 5, 3), bricks (N, 7, 13) bool.
 
-        Raises ValueError if `which` is no mask: numbers of games would start other games than they name.
+        Raises ValueError for another kind of mask: game indices would be misread as one.
         """
         if mask.dtype != self.xp.bool or mask.shape != self.index.shape:
             raise ValueError(f"mask must be bool of shape {tuple(self.index.shape)}; got {mask.dtype} of shape {tuple(mask.shape)}")
@@ -180,7 +180,7 @@ class Games:
     # The pages. A step changes few cells, so only these are written; the ball comes last, over whatever is there.
 
     def draw(self, mask):
-        """Draw the pages of games `which` (N,) bool from nothing."""
+        """Draw the pages from nothing where mask (N,) is true."""
         wall = np.where(self.bricks[mask, :, :, None], list(BRICK.encode()), ord(" "))  # (n, 7, 13, 6)
         self.pages[mask] = EMPTY_PAGE
         self.pages[mask, BRICK_TOP:BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall.reshape(-1, BRICK_ROWS, BRICK_COLUMNS * BRICK_WIDTH)

@@ -105,9 +105,9 @@ class DeviceBreakout:
             torch.rand(*games, BRICK_ROWS * BRICK_COLUMNS, **options),
         )  # fmt: skip
 
-    def new_games(self, which, numbers):
-        """Start new games where which (N,) bool, made of the `RandomNumbers` of N games."""
-        self.games.reset(which, *new_games(numbers, self.varied_starts, torch))
+    def new_games(self, mask, numbers):
+        """Start new games where mask (N,) is true, made of the `RandomNumbers` of N games."""
+        self.games.reset(mask, *new_games(numbers, self.varied_starts, torch))
         self.games.copy_back()
 
     def step(self, actions):

@@ -162,7 +162,7 @@ CURVES = {  # seed: (steps, seconds, score, games cleared) of each evaluation
 MARKS = [f"{mark}: {unit}" for mark in (300, 600, 900, 960) for unit in ("M steps", "min")]
 
 
-def leave_run(run_dir, seed, curve=(), global_step=4_000_000, evaluations=()):
+def leave_run(run_dir, seed, curve=(), global_step=CONSTANTS["NUM_STEPS"], evaluations=()):
     """What a run of the default constants leaves, as far as learning.py reads it."""
     run_dir.mkdir(parents=True)
     constants = CONSTANTS | {"SEED": seed, "RUN_DIR": str(run_dir)}
@@ -202,8 +202,8 @@ def test_the_interquartile_mean():
 
 
 def test_when_a_run_has_ended(tmp_path):
-    pending = [{"global_step": 4_000_000}]
-    for name, leave in (("half", {"global_step": 2_000_000}), ("unevaluated", {"evaluations": pending}), ("whole", {})):
+    pending, half = [{"global_step": CONSTANTS["NUM_STEPS"]}], CONSTANTS["NUM_STEPS"] // 2
+    for name, leave in (("half", {"global_step": half}), ("unevaluated", {"evaluations": pending}), ("whole", {})):
         leave_run(tmp_path / name, 0, **leave)
     assert [learning.finished(tmp_path / name) for name in ("nothing", "half", "unevaluated", "whole")] == [
         False,
@@ -216,7 +216,7 @@ def test_when_a_run_has_ended(tmp_path):
 def test_a_run_is_started_resumed_or_left_alone(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(learning.subprocess, "run", lambda command, **kwargs: commands.append(command[1:]))
-    leave_run(tmp_path / "half", 3, global_step=2_000_000)
+    leave_run(tmp_path / "half", 3, global_step=CONSTANTS["NUM_STEPS"] // 2)
     leave_run(tmp_path / "whole", 3)
     (tmp_path / "killed").mkdir()  # before there was anything to resume
     for name, variant in (("half", "gamma_0.99"), ("whole", "recipe"), ("killed", "recipe"), ("new", "small_weights")):
@@ -279,8 +279,8 @@ def test_small_trainings_end_to_end(tmp_path, monkeypatch):
     runs = [load_checkpoint(tmp_path / variant / "seed5" / "best_model.pt") for variant in variants]
     assert [(row["variant"], row["seed"], float(row["best"])) for row in rows] == [
         (variant, "5", round(run["evaluation"]["score"], 1)) for variant, run in zip(variants, runs)]  # fmt: skip
-    assert [run["constants"]["PAIRED_ENVS"] for run in runs] == [False, True, True]
-    assert [run["constants"]["PREDICTION_COEF"] for run in runs] == [0.1, 0.0, 0.1]
+    assert [run["constants"]["PAIRED_ENVS"] for run in runs] == [False] + 2 * [CONSTANTS["PAIRED_ENVS"]]
+    assert [run["constants"]["PREDICTION_COEF"] for run in runs] == [CONSTANTS["PREDICTION_COEF"], 0.0, CONSTANTS["PREDICTION_COEF"]]
     for name, p in make_gpt().named_parameters():  # GPT.init_weights is what the last run left
         std = 0.02 / math.sqrt(2) if "c_proj" in name else 0.02
         if p.dim() > 1:
@@ -350,8 +350,9 @@ def test_the_games_as_stable_baselines3_sees_them(baseline):
 def small(monkeypatch):
     """Small constants -> a GPT of that size."""
     for name, value in dict(
-        NUM_ENVS=4, ROLLOUT_STEPS=16, BATCH_SIZE=8, EVAL_INTERVAL=1, N_HEAD=2, N_EMBD=8, MLP_EXPANSION=1
-    ).items():
+        NUM_ENVS=4, ROLLOUT_STEPS=16, BATCH_SIZE=8, EVAL_INTERVAL=1, N_HEAD=2, N_EMBD=8, MLP_EXPANSION=1,
+        PAIRED_ENVS=True, PREDICTION_COEF=0.1, VARIED_STARTS=0.7,
+    ).items():  # fmt: skip
         monkeypatch.setattr(throughput.C, name, value)
     monkeypatch.setattr(throughput, "SPREAD_STEPS", 30)
     monkeypatch.setattr(throughput, "GAMES", (2, 4))
