@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import train_ppo
+from command_line import kind_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -14,7 +15,7 @@ def test_table_of_constants():
     """Names, and the original's values. Somebody who edits a default need not edit the page."""
     rows = re.findall(r"^\| `([A-Z_]+)` \| `(.*?)` \| (?:`(.*?)`)? *\|", (ROOT / "docs" / "constants.md").read_text(), re.M)
     assert [name for name, _, _ in rows] == list(train_ppo.CONSTANTS)
-    assert all(ast.literal_eval(value) is not None for _, value, _ in rows)
+    assert all(type(ast.literal_eval(value)) is kind_of(name, train_ppo.CONSTANTS, train_ppo.RANGES) for name, value, _ in rows)
     assert {name: ast.literal_eval(original) for name, _, original in rows if original} == ORIGINAL
 
 

@@ -19,11 +19,11 @@ import callbacks
 import train_ppo
 from breakout_ascii import BreakoutAsciiVec
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from command_line import CommandLineError
+from command_line import CommandLineError, kind_of
 from device import DeviceError
 from fast import DeviceBreakout
 from ppo import PPO
-from train_ppo import CONSTANTS, check, main
+from train_ppo import CONSTANTS, RANGES, check, main
 from trainer import StopTraining
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +137,8 @@ def another(name, value):
     """A value that no constant has, but these: they must fit together."""
     fitting = {"NUM_STEPS": 11, "NUM_ENVS": 3, "ROLLOUT_STEPS": 5, "BATCH_SIZE": 15, "N_LAYER": 2, "N_HEAD": 2, "N_EMBD": 8, "MLP_EXPANSION": 3,
                "EPOCHS": 5, "SEED": 4, "DEVICE": "cpu", "RUN_DIR": "run", "PAIRED_ENVS": False, "LR": 0.019, "MIN_LR": 0.0019}  # fmt: skip
-    return fitting.get(name, value + 1 if type(value) is int else 0.001 * len(name) + 0.0001 * sum(map(ord, name)))
+    fraction = 0.001 * len(name) + 0.0001 * sum(map(ord, name))
+    return fitting.get(name, value + 1 if kind_of(name, CONSTANTS, RANGES) is int else fraction)
 
 
 def test_every_constant_reaches_what_it_is_for(tmp_path):
