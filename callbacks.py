@@ -25,6 +25,7 @@ import math
 import sys
 import time
 from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from background import Background
 from checkpoint import CheckpointError, atomic_write, save_checkpoint
+from device import first_line, unavailable
 
 CHARTS = ("lr", "steps_per_second", "episode_return")  # the other statistics are losses
 PLAIN_INTERVAL = 10  # seconds between progress lines where no bar can be drawn
@@ -52,25 +54,26 @@ class Callback:
 class Evaluation(Callback):
     """Every so many updates, and after the last, the policy is evaluated in another process while training goes on.
 
-    At most `processes` evaluations run at once: when one more is due, training waits for the oldest. An evaluation that a stop
-    interrupts is started again when the run is resumed: its policy state stays in `trainer.pending`, which has one for each of
-    our futures.
+    At most `processes` evaluations run at once: when one more is due, training waits for the oldest. Where the other process lacks
+    memory, or may not share the GPU, training and evaluation take turns in this one. An evaluation that a stop interrupts is started
+    again when the run is resumed: its policy state stays in `trainer.pending`, which has one for each of our futures.
     """
 
     def __init__(self, evaluate, interval, processes=1):
         """evaluate(policy state) -> a dict of numbers with a "score"; it must be importable. interval: updates, at least 1."""
-        self.background, self.interval, self.futures = Background(evaluate, processes), interval, deque()
+        self.background, self.evaluate, self.interval, self.futures = Background(evaluate, processes), evaluate, interval, deque()
+        self.take_turns = False
 
     def on_training_start(self, trainer):
         for state in trainer.pending[len(self.futures) :]:  # of a run that was stopped
-            self.futures.append(self.background.submit(state))
+            self.start(state)
 
     def on_update_end(self, trainer):
         self.report_finished(trainer)
         if trainer.update_count % self.interval == 0 or trainer.global_step >= trainer.num_steps:
             self.wait_until_under_way(self.background.processes - 1, trainer)
             trainer.pending.append(trainer.policy_state())
-            self.futures.append(self.background.submit(trainer.pending[-1]))
+            self.start(trainer.pending[-1])
 
     def on_training_end(self, trainer):
         self.wait_until_under_way(0, trainer)
@@ -86,9 +89,24 @@ class Evaluation(Callback):
     def report_finished(self, trainer):
         """Tell the trainer what is finished, in the order in which it was started."""
         while self.futures and self.futures[0].done():
-            evaluation = self.background.result(self.futures[0])
+            try:
+                evaluation = self.background.result(self.futures[0])
+            except Exception as error:
+                if self.take_turns or not unavailable(error):
+                    raise
+                self.take_turns = True
+                say(f"warning: no evaluation beside the training ({first_line(error)}); from now on they take turns")
+                evaluation = self.evaluate(trainer.pending[0])
             self.futures.popleft()
             trainer.evaluation_end(trainer.pending.pop(0), evaluation)
+
+    def start(self, state):
+        if self.take_turns:
+            future = Future()
+            future.set_result(self.evaluate(state))
+        else:
+            future = self.background.submit(state)
+        self.futures.append(future)
 
     def close(self):
         self.background.close()
@@ -128,8 +146,8 @@ class ProgressBar(Callback):
     def on_training_start(self, trainer):
         if self.plan:
             say(self.plan)
-        self.first_step, self.first_seconds, self.estimated = trainer.global_step, trainer.seconds, False
-        self.said_at = trainer.seconds
+        self.first_step, self.first_seconds, self.said_at = trainer.global_step, trainer.seconds, trainer.seconds
+        self.estimates = []  # steps per second of the first two updates
         if sys.stderr.isatty():
             self.bar = tqdm(total=trainer.num_steps, initial=min(trainer.global_step, trainer.num_steps), unit=" steps",
                             unit_scale=True, dynamic_ncols=True)  # fmt: skip
@@ -142,9 +160,11 @@ class ProgressBar(Callback):
     def on_update_end(self, trainer):
         rate = (trainer.global_step - self.first_step) / (trainer.seconds - self.first_seconds)  # callbacks and waiting included
         left = duration(max(trainer.num_steps - trainer.global_step, 0) / rate)
-        if not self.estimated:
-            say(f"the first update ran at {rate:,.0f} steps/s: about {left} to go")
-            self.estimated = True
+        if len(self.estimates) < 2:
+            if rate > 4 * sum(self.estimates):  # the first update, or one that has nothing to compile any more
+                say(f"the {'second' if self.estimates else 'first'} update ran at {rate:,.0f} steps/s: about {left} to go")
+            self.estimates.append(rate)
+            self.first_step, self.first_seconds = trainer.global_step, trainer.seconds  # later rates are of what follows
         self.show(trainer)
         if self.bar is None and trainer.seconds - self.said_at >= PLAIN_INTERVAL:
             say(

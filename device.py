@@ -18,16 +18,22 @@ class DeviceError(ValueError):
     """A device that does not work, in one line."""
 
 
+class GPUError(RuntimeError):
+    """A GPU that has failed, or that computes something wrong, in one line. The CPU can go on with the run."""
+
+
 def choose_device(name):
     """One of "auto", "cpu", "cuda", "cuda:1" -> torch.device. Raises DeviceError if a device that was named does not work.
 
     "auto" takes CUDA if a small product runs on it, and otherwise the CPU; if there seems to be a GPU, it prints why. Several
-    ranks on a machine take CUDA only if there is a GPU for each.
+    ranks on a machine take CUDA only if there is a GPU for each. From here on products of float32 are rounded to float32 there.
     """
+    # Not to TF32's 10 bits, which the environment can ask for (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE): probabilities would be off by 4 %
+    torch.set_float32_matmul_precision("highest")
     try:
         return working_device(name)
     except Exception as error:  # whatever torch, a driver or a missing build raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
     if name != "auto":
         raise DeviceError(f"--device {name} does not work here ({reason}); try --device cpu")
     if gpu_is_there():
@@ -41,10 +47,31 @@ def working_device(name):
     if name == "auto" and RANKS > 1 and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
         own = "cpu"  # all ranks of a machine alike
     device = torch.device(own if name in ("auto", "cuda") else name)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError("fast/ has shortcuts for cpu and cuda alone; without them training is a thousand times slower")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and collectives ask for the current one
-    (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item()
+    try_out(device)
     return device
+
+
+def try_out(device):
+    """Raises whatever torch raises where the device does not work."""
+    (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item()
+
+
+def works(device):
+    try:
+        try_out(device)
+        return True
+    except RuntimeError:
+        return False
+
+
+def gpu_name(device):
+    """-> what a report of an error should name."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return f"{name}, torch {torch.__version__}"
 
 
 def gpu_is_there():
@@ -65,6 +92,15 @@ def available_cores():
 def out_of_memory(error):
     """torch and Python have errors of their own; that of torch's CPU allocator is a RuntimeError that its text tells apart."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def unavailable(error):
+    """Lack of memory, or a GPU that another process has to itself, or that has failed."""
+    return out_of_memory(error) or isinstance(error, torch.AcceleratorError)
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

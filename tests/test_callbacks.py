@@ -225,6 +225,21 @@ def test_an_evaluation_that_fails_stays_under_way(waits):
     assert evaluation.background.exits == 1
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: device busy\nmore")])
+def test_where_another_process_cannot_evaluate_they_take_turns(waits, capsys, error):
+    evaluation = Evaluation(lambda state: {"score": 10 * state["update_count"]}, 2)
+    trainer = Trainer(evaluation, 6)
+    trainer.update()
+    trainer.update()
+    evaluation.background.asked[0][1].set_exception(error)
+    for _ in range(4):
+        trainer.update()
+    evaluation.on_training_end(trainer)
+    assert trainer.ends == [(3, 2, 20), (5, 4, 40), (6, 6, 60)] and len(evaluation.background.asked) == 1 and not waits
+    first_line = str(error).splitlines()[0]
+    assert capsys.readouterr().out == f"warning: no evaluation beside the training ({first_line}); from now on they take turns\n"
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +307,15 @@ def test_plain_lines_between_evaluations(monkeypatch, capsys):
         "        500 steps     15s  in training 50.0  25 steps/s  4s left",
         "trained 600 steps in 19s",
     ]
+
+
+def test_a_first_update_that_compiles_is_not_what_the_rest_takes(capsys):
+    trainer = FakeTrainer([ProgressBar()], seconds_per_update=2, updates=5)
+    trainer.seconds = -38  # the first takes 40 seconds more
+    trainer.callbacks[0].on_training_start = lambda trainer: (ProgressBar.on_training_start(trainer.callbacks[0], trainer), setattr(trainer, "seconds", 2))
+    trainer.learn()
+    assert [line for line in capsys.readouterr().out.splitlines() if "update ran" in line] == [
+        "the first update ran at 2 steps/s: about 2m48s to go", "the second update ran at 50 steps/s: about 6s to go"]  # fmt: skip
 
 
 def test_episode_return_not_known_yet(capsys):

@@ -28,11 +28,20 @@ def test_a_gpu_that_cannot_be_used_is_named(monkeypatch, capsys):
         choose_device("cuda")
 
 
-@pytest.mark.parametrize("name", ["tpu9", "cuda:99", "meta:x", ""])
+@pytest.mark.parametrize("name", ["tpu9", "cuda:99", "meta:x", "", "mps", "xpu:0"])
 def test_devices_that_do_not_work(name):
     with pytest.raises(DeviceError, match="does not work here") as error:
         choose_device(name)
     assert "\n" not in str(error.value)
+
+
+def test_products_are_not_rounded_to_tf32():
+    """Whatever the environment asks for."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    choose_device("cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+    torch.set_float32_matmul_precision(before)
 
 
 def test_what_is_lack_of_memory():
