@@ -13,6 +13,7 @@ import json
 import math
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
-from device import RANK, RANKS, DeviceError, out_of_memory
+from device import RANK, RANKS, DeviceError, GPUError, out_of_memory
 from trainer import StopTraining
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
@@ -169,6 +170,7 @@ def load_state(trainer, run):
 def train(trainer, run_dir, prog, advice):
     """trainer.learn() to its end; Ctrl-C and SIGTERM end it soon, saved and resumable. Returns the exit status.
 
+    After a GPUError the run goes on with the CPU in a fresh process: in this one nothing that is on the GPU may work any more.
     advice: {exception: options that may help a run that ended with it}; MemoryError stands for all kinds of lack of memory.
     """
     if RANK == 0:
@@ -188,12 +190,24 @@ def train(trainer, run_dir, prog, advice):
     except Exception as error:
         for signum in before:  # the end is near, and the run is not saved yet
             signal.signal(signum, signal.SIG_IGN)
-        return give_up(error, received, trainer, run_dir, prog, advice)
+        status = give_up(error, received, trainer, run_dir, prog, {**advice, GPUError: " --device cpu"})
+        if received or not isinstance(error, GPUError) or RANKS > 1:  # ranks would have to agree
+            return status
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
         for callback in trainer.callbacks:
             callback.close()
+    return go_on_with_cpu(run_dir)
+
+
+def go_on_with_cpu(run_dir):
+    """Resume a run in a fresh process -> its exit status. Ctrl-C reaches both processes, SIGTERM is passed on."""
+    script = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]  # its name, or -m and its module, without its options
+    process = subprocess.Popen([sys.executable, *script, "--resume", str(run_dir), "--device", "cpu"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: process.terminate())
+    return process.wait()
 
 
 def give_up(error, received, trainer, run_dir, prog, advice):

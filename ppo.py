@@ -174,7 +174,7 @@ class PPO(Trainer):
             dist.broadcast(self.weights.detach(), 0)
         # a tensor, so that a CUDA graph sees it change; CUDA's kernel wants float32
         self.lr = torch.tensor(config.lr, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
-        self.optimizer = torch.optim.Adam([self.weights], lr=self.lr, eps=1e-5, fused=True, capturable=device.type == "cuda")
+        self.optimizer = torch.optim.Adam([self.weights], lr=self.lr, eps=1e-5, fused=True)
         self.generator = torch.Generator()  # of actions and minibatches
         self.buffer = RolloutBuffer(config.rollout_steps, env.num_envs, device)
         self.reset(config.seed + 100_003 * self.rank)  # every rank plays its own games
@@ -208,13 +208,17 @@ class PPO(Trainer):
         while self.global_step < self.num_steps:
             self.stop_together()
             start = time.perf_counter()
-            self.collect()
-            self.stats = self.update()
+            self.stats = self.collect_and_update()
             self.stats["steps_per_second"] = self.samples_per_update / (time.perf_counter() - start)
             self.tick()
             self.emit("on_update_end")
             self.snapshot = self.state_dict()
         self.emit("on_training_end")
+
+    def collect_and_update(self):
+        """-> the statistics of the update. On a GPU fast/ puts another in its place, which does the same and checks itself."""
+        self.collect()
+        return self.update()
 
     def collect(self):
         """A rollout: S steps of every environment into the buffer, then advantages and returns. Raises FloatingPointError."""

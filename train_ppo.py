@@ -5,10 +5,14 @@ Go on with a run that was stopped:                 python train_ppo.py --resume 
 Several cores or GPUs, each with its own games:    torchrun --standalone --nproc_per_node=2 train_ppo.py
 """
 
+import os
 import signal
+import sys
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+    if sys.platform == "linux":  # read when torch is imported. On CUDA no two minibatches of a deeper model need equal memory
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import functools
 from dataclasses import asdict
@@ -108,29 +112,26 @@ def build(c, device):
     torch.manual_seed(c.SEED)
     config, num_envs = gpt_config(c), c.NUM_ENVS // RANKS
     policy = make_gpt(config, device)
-    on_cuda = fast is not None and device.type == "cuda"
-    all_on_gpu = on_cuda and c.N_LAYER == 1  # the games too, and both steps that repeat
-    if all_on_gpu:
+    on_gpu = fast is not None and device.type == "cuda"
+    if on_gpu and c.N_LAYER == 1:  # the games are played there too
         env = fast.DeviceBreakout(num_envs, device, varied_starts=c.VARIED_STARTS)
     else:
         env = BreakoutAsciiVec(num_envs, varied_starts=c.VARIED_STARTS)
-    if on_cuda and not all_on_gpu:
-        policy.speed_up()
     ppo_config = PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__})
     ppo = PPO(policy, env, ppo_config, metadata={"gpt_config": asdict(config), "constants": dict(vars(c))})
-    if all_on_gpu:
-        fast.run_as_cuda_graphs(ppo)
+    if on_gpu:
+        fast.run_on_gpu(ppo)
     return ppo
 
 
 def plan(c, ppo, run_dir):
-    """What is about to happen, in two lines."""
+    """What is about to happen, in a few lines."""
     parameters = sum(p.numel() for p in ppo.policy.parameters())
     layers = "one layer" if c.N_LAYER == 1 else f"{c.N_LAYER} layers"
     return (
         f"A GPT of {layers} and {parameters:,} parameters learns Breakout on {ppo.device}: {c.NUM_STEPS:,} steps in all, "
         f"in {c.NUM_ENVS} games at once.\nCurve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops."
-    )
+    ) + ("\nThe first update compiles, and checks itself against the CPU." if ppo.device.type == "cuda" else "")
 
 
 def watch(ppo, c, run_dir, evaluation):

@@ -117,7 +117,7 @@ def as_trained(policy):
     if policy.device.type == "cuda" and policy.config.n_layer == 1:
         policy.features = torch.compile(policy.features, fullgraph=True)
     elif policy.device.type == "cuda":
-        policy.speed_up()
+        policy.compile_blocks, policy.bf16 = True, torch.cuda.is_bf16_supported(including_emulation=False)
     return policy
 
 

@@ -4,12 +4,13 @@ one layer, CPU            FastGPT shares lines and pieces of lines      line_ind
 one layer, CUDA           DeviceGPT shares lines, DeviceBreakout plays  one_layer.py device_gpt.py device_breakout.py
                           there, the steps are CUDA graphs              cuda_graphs.py
 more layers, CPU or CUDA  FastGPT shares prefixes of pages              line_index.py prefixes.py fast_gpt.py
+every training on CUDA    checks itself against the CPU                 gpu_training.py self_test.py
 """
 
-from fast.cuda_graphs import run_as_cuda_graphs as run_as_cuda_graphs
 from fast.device_breakout import DeviceBreakout as DeviceBreakout
 from fast.device_gpt import DeviceGPT
 from fast.fast_gpt import FastGPT
+from fast.gpu_training import run_on_gpu as run_on_gpu
 from model import GPT
 
 

@@ -1,74 +1,65 @@
-"""PPO's two repeated steps as CUDA graphs: recorded once, then replayed without Python.
+"""Two shortcuts of a GPU, for functions that are called again and again: torch.compile, and CUDA graphs.
 
-A one-layer training launches some hundred small kernels a step, and launching them takes longer than running them. This file has
-not been run on a GPU yet.
+Both raise `ShortcutFailed` where they do not work; gpu_training.py then goes on without. This file has not been run on a GPU yet.
 
-What a graph reads and writes must keep its address: the games and their random numbers, the noise, the policy's table, the rollout
-buffer and its minibatches, weights, gradient, optimizer state and learning rate. Python numbers are baked in: coefficients of the
-loss and `varied_starts` must not change after the recording.
+A training of one layer launches some hundred small kernels a step, and launching them takes longer than running them. A CUDA graph
+is recorded once and replayed without Python. What it reads and writes must keep its address: the games and their random numbers, the
+noise, the policy's table, the rollout buffer and its minibatches, weights, gradient, optimizer state and learning rate. Python
+numbers are baked in: coefficients of the loss and `varied_starts` must not change after the recording.
 """
-
-import warnings
 
 import torch
 
+from device import first_line, out_of_memory
 
-def run_as_cuda_graphs(ppo):
-    """Compile `ppo.rollout_step` and `ppo.loss`, and record `ppo.rollout_step` and `ppo.train_step`.
 
-    With several ranks, which average their gradients in every train_step, nothing is recorded.
-    """
-    stream = torch.cuda.Stream(ppo.device) if ppo.device.type == "cuda" and ppo.ranks == 1 else None
-    ppo.loss = Compiled(ppo.loss)
-    ppo.rollout_step = GraphRunner(Compiled(ppo.rollout_step), stream, recorded_with=lambda: ())
-    ppo.train_step = GraphRunner(ppo.train_step, stream, recorded_with=lambda: (ppo.buffer.minibatches, ppo.optimizer.state))
+class ShortcutFailed(RuntimeError):
+    """What failed, and why, in one line. shortcut: COMPILE, GRAPHS or BF16, or None if it is not known which is to blame."""
+
+    def __init__(self, message, shortcut=None):
+        super().__init__(message)
+        self.shortcut = shortcut
+
+
+COMPILE, GRAPHS, BF16 = "torch.compile", "CUDA graphs", "bfloat16"
 
 
 class Compiled:
-    """function(*args), compiled from its second call on, for the first allocates the tensors that stay. If the second call fails,
-    which is when it is compiled and before it has run, it warns and goes on uncompiled."""
+    """function(*args), compiled, after the first `plain_calls` as it stands. Raises ShortcutFailed instead of what it raises, but for
+    lack of memory, which the function itself may not have either."""
 
-    def __init__(self, function):
-        self.plain, self.compiled, self.calls = function, torch.compile(function, fullgraph=True), 0
+    def __init__(self, function, plain_calls=0, **options):
+        self.function, self.plain_calls, self.compiled = function, plain_calls, torch.compile(function, **options)
 
     def __call__(self, *args):
-        self.calls += 1
-        if self.calls == 1 or self.compiled is None:
-            return self.plain(*args)
+        if self.plain_calls > 0:
+            self.plain_calls -= 1
+            return self.function(*args)
         try:
             return self.compiled(*args)
         except Exception as error:  # no compiler, no Triton: whatever it is, the function itself may work
-            if self.calls > 2:
+            if out_of_memory(error):
                 raise
-            warn("torch.compile does not work", error)
-            self.compiled = None
-            return self.plain(*args)
+            raise ShortcutFailed(first_line(error), COMPILE) from error
 
 
 class GraphRunner:
-    """function(), which reads and writes tensors that keep their addresses. On a side stream of CUDA its first calls warm up, as a
-    recording requires; then it is recorded as a CUDA graph and replayed. Without a stream, or where recording fails, it is called.
+    """function(), which reads and writes tensors that keep their addresses. On a side stream its first calls warm up, as a recording
+    requires; then it is recorded as a CUDA graph and replayed. Raises ShortcutFailed where it cannot be recorded.
 
     recorded_with() -> objects; when one is no longer the same, its tensors have moved, and the function is recorded again.
     """
 
     WARM_UP = 3  # calls: as it is, compiling, compiled
 
-    def __init__(self, function, stream, recorded_with):
-        self.function, self.stream, self.recorded_with = function, stream, recorded_with
-        self.invalidate()
-
-    def invalidate(self):
+    def __init__(self, function, stream, recorded_with=lambda: ()):
+        self.function, self.stream, self.recorded_with, self.recordings = function, stream, recorded_with, 0
         self.graph, self.calls, self.objects = None, 0, ()
 
     def __call__(self):
-        if self.stream is None:
-            self.function()
-            return
         objects = self.recorded_with()
         if len(objects) != len(self.objects) or any(x is not y for x, y in zip(objects, self.objects)):
-            self.invalidate()
-            self.objects = objects
+            self.graph, self.calls, self.objects = None, 0, objects
         if self.graph is not None:
             self.graph.replay()
             return
@@ -82,16 +73,18 @@ class GraphRunner:
             self.record(before)
 
     def record(self, before):
-        graph = torch.cuda.CUDAGraph()
+        graph, cause = torch.cuda.CUDAGraph(), None
         try:
             with torch.cuda.graph(graph, stream=self.stream):  # records, computes nothing
-                self.function()
-            self.graph = graph
-        except RuntimeError as error:
-            torch.cuda.set_stream(before)  # a recording that fails may leave its own
-            warn("CUDA graphs do not work", error)
-
-
-def warn(what, error):
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    warnings.warn(f"{what} here, going on without: {reason[0]}", stacklevel=3)
+                try:
+                    self.function()
+                except Exception as error:
+                    cause = error  # kept, because to end a recording that has failed raises another
+                    raise
+        except Exception as error:
+            torch.cuda.set_stream(before)  # a recording that fails leaves its own
+            if out_of_memory(cause or error):
+                raise
+            raise ShortcutFailed(first_line(cause or error), GRAPHS) from error
+        self.graph = graph
+        self.recordings += 1

@@ -48,7 +48,7 @@ class TensorGames(Games):
     redraw = draw
 
     def from_buffers(self):
-        """The games are in the buffers already, unless a recording of a CUDA graph failed half-way and left tensors of its own."""
+        """The games are in the buffers already, unless the recording of a CUDA graph failed half-way and left tensors of its own."""
         for name, buffer in self.buffers.items():
             setattr(self, name, buffer)
 
@@ -75,7 +75,7 @@ class DeviceBreakout:
         self.num_envs, self.device, self.varied_starts, self.max_episode_steps = num_envs, device, varied_starts, max_episode_steps
         self.single_action_space = Discrete(len(PADDLE_MOVES))
         self.games = TensorGames(num_envs, device)
-        self.numbers = None  # `RandomNumbers` with a leading axis: those of each step of a rollout
+        self.numbers = None  # `RandomNumbers` with a leading axis: those of each step of a rollout, and those of its start
         self.played = torch.zeros(1, dtype=torch.int64, device=device)  # how many of these steps have been played
 
     def reset(self, *, seed):
@@ -85,14 +85,14 @@ class DeviceBreakout:
         return self.observation(), {}
 
     def start_rollout(self, steps):
-        """Truncate the games that have become too long, and draw the random numbers of the next `steps` steps.
+        """Draw the random numbers of the next `steps` steps, and truncate the games that have become too long.
 
         -> observations (N, 1944), and which games were truncated (N,)
         """
+        self.numbers = copy_into(self.numbers, self.random_numbers(steps + 1))
         truncated = self.games.elapsed >= self.max_episode_steps
+        self.new_games(truncated, select(self.numbers, self.played.fill_(steps)))
         self.played.zero_()
-        self.new_games(truncated, select(self.random_numbers(1), self.played))
-        self.numbers = copy_into(self.numbers, self.random_numbers(steps))
         return self.observation(), truncated
 
     def random_numbers(self, steps):
@@ -112,7 +112,6 @@ class DeviceBreakout:
 
     def step(self, actions):
         """One step of every game -> observations (N, 1944), rewards, terminated, truncated, each (N,), and infos."""
-        self.games.from_buffers()
         rewards, terminated, life_lost = self.games.step(actions)
         self.new_games(terminated, select(self.numbers, self.played))
         self.played += 1
@@ -136,6 +135,7 @@ class DeviceBreakout:
         return self.games.state_dict() | {"np_random": self.np_random.bit_generator.state}
 
     def load_state_dict(self, state):
+        self.games.from_buffers()
         self.games.load_state_dict(state)
         self.games.copy_back()
         self.np_random.bit_generator.state = state["np_random"]

@@ -7,7 +7,7 @@ from breakout_ascii import COLUMNS, ROWS, TOKENS
 from fast.line_index import LineIndex
 from fast.one_layer import after_attention, pair_table
 from fast.pieces import LineCache, shared_attention, tree_of
-from fast.prefixes import compiles, prefix_features, prefix_tree
+from fast.prefixes import prefix_features, prefix_tree
 from model import GPT
 
 
@@ -62,10 +62,3 @@ class FastGPT(GPT):
         changes = np.zeros((len(tokens), ROWS + COLUMNS), bool)
         changes[page, position // COLUMNS] = changes[page, ROWS + position % COLUMNS] = True
         return torch.from_numpy(changes)
-
-    def speed_up(self):
-        """For deeper models on CUDA: bf16 and compiled blocks, where they work -> self."""
-        self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        self.compile_blocks = True
-        self.compile_blocks = compiles(self, self.encode(np.full((2, TOKENS), ord("\n"), np.uint8)))
-        return self

@@ -8,7 +8,6 @@ all else takes less. On two CPU cores six layers learn 1.8 to 3.5 times as fast 
 """
 
 import functools
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from breakout_ascii import COLUMNS, TOKENS
+from fast.cuda_graphs import Compiled
 from fast.pieces import make_level
 
 LINES = 3  # in a chunk, the unit that is shared: 243 characters nearly fill two of FlashAttention's blocks of 128
@@ -65,10 +65,11 @@ class Paths(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        total = gradients[0].new_zeros(ctx.rows, gradients[0].size(1))
+        dtype = torch.promote_types(gradients[0].dtype, torch.float32)  # each level would round a sum in bf16 again
+        total = gradients[0].new_zeros(ctx.rows, gradients[0].size(1), dtype=dtype)
         for of_length, d in zip(ctx.levels, gradients):
             total[: len(of_length.offsets)] += F.embedding_bag(of_length.order, d, of_length.offsets, mode="sum")
-        return total, None
+        return total.to(gradients[0].dtype), None
 
 
 def lower_right_attention(q, kv, n_head):
@@ -105,7 +106,12 @@ def rest_of_block(block, x, y):
 @functools.cache
 def compiled(f):
     """One compilation for all blocks and for any number of chunks, which differs from minibatch to minibatch."""
-    return torch.compile(f, dynamic=True)
+    return Compiled(f, dynamic=True)
+
+
+def halves(compile_blocks):
+    """-> the two halves of a block, compiled or as they stand."""
+    return [compiled(f) if compile_blocks else f for f in (before_attention, rest_of_block)]
 
 
 def prefix_features(gpt, tree, bf16=False, compile_blocks=False):
@@ -113,27 +119,28 @@ def prefix_features(gpt, tree, bf16=False, compile_blocks=False):
 
     bf16: in the blocks. compile_blocks: once for all blocks, but for the end of the last.
     """
-    before, after = (compiled(f) if compile_blocks else f for f in (before_attention, rest_of_block))
-    positions = tree.starts + torch.arange(CHUNK, device=gpt.device)
-    x = gpt.wte(tree.chunks) + gpt.wre(positions // COLUMNS) + gpt.wce(positions % COLUMNS)  # (n, CHUNK, C)
     *blocks, last_block = gpt.blocks
     with torch.autocast(gpt.device.type, torch.bfloat16, enabled=bf16):
-        for block in blocks:
-            x = after(block, x, prefix_attention(*before(block, x), gpt.config.n_head, tree.levels))
+        x = through_blocks(gpt, tree, blocks, compile_blocks)
         ends = lambda z: z[-len(tree.levels[-1].children) :, -1:]  # the last positions of whole pages: all that is read
+        before, _ = halves(compile_blocks)
         q, kv = before(last_block, x)
         x = rest_of_block(last_block, ends(x), prefix_attention(ends(q), kv, gpt.config.n_head, tree.levels[-1:]))
     return gpt.ln_f(x.squeeze(1)).index_select(0, tree.pages)
 
 
-def compiles(gpt, pages):
-    """Try the compiled blocks on two pages, with and without gradients -> whether it worked; warns if not."""
-    try:
-        torch.autograd.grad(gpt.features(pages).sum(), gpt.blocks[0].mlp.c_fc.weight)
-        with torch.no_grad():
-            gpt.features(pages)
-        return True
-    except Exception as error:  # no compiler, no Triton: whatever it is, the plain blocks work
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"torch.compile does not work here, going on without: {reason}", stacklevel=2)
-        return False
+def features_of_every_token(gpt, tree, bf16=False, compile_blocks=False):
+    """All positions, where `prefix_features` has the last alone -> (B, 1944, C)."""
+    with torch.autocast(gpt.device.type, torch.bfloat16, enabled=bf16):
+        x = gpt.ln_f(through_blocks(gpt, tree, gpt.blocks, compile_blocks))
+    return x[tree.levels[-1].children[tree.pages]].flatten(1, 2)
+
+
+def through_blocks(gpt, tree, blocks, compile_blocks):
+    """-> (n, CHUNK, C), what the blocks make of every chunk behind its prefix."""
+    before, after = halves(compile_blocks)
+    positions = tree.starts + torch.arange(CHUNK, device=gpt.device)
+    x = gpt.wte(tree.chunks) + gpt.wre(positions // COLUMNS) + gpt.wce(positions % COLUMNS)  # (n, CHUNK, C)
+    for block in blocks:
+        x = after(block, x, prefix_attention(*before(block, x), gpt.config.n_head, tree.levels))
+    return x

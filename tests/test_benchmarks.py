@@ -24,6 +24,7 @@ from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from command_line import CommandLineError
 from device import DeviceError
 from evaluation import SERVES, exact
+from fast.device_breakout import TensorGames
 from helpers import make_gpt
 from load_model import load_policy, policy_of
 from model import GPT
@@ -41,7 +42,7 @@ def load(name):
     return module
 
 
-robustness, learning, throughput = map(load, ("robustness", "learning", "throughput"))
+robustness, learning, throughput, self_test = map(load, ("robustness", "learning", "throughput", "self_test"))
 
 
 def table(text):
@@ -473,3 +474,19 @@ def test_throughput_from_the_command_line(small, monkeypatch, capsys):
     throughput.main("--tables 3 --repetitions 1 --device cpu".split())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("torch ") and lines[2] == "Table 3: rollouts as games grow: learned play" and len(lines) == 7
+
+
+@pytest.mark.parametrize("constants, kinds", [("--n_layer 1 --n_head 2", "ABCD"), ("--n_layer 2 --n_head 2", "DE")])
+def test_the_self_test_prints_every_check(capsys, constants, kinds):
+    small = "--device cpu --n_embd 8 --num_envs 4 --rollout_steps 4 --batch_size 8 --epochs 1"
+    assert self_test.main((small + " " + constants).split()) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match("  [A-E] ", line)]
+    assert {row[0] for row in rows} == set(kinds) and {row[-1] for row in rows} == {"ok"}
+    assert all(0 <= float(row[-3]) <= float(row[-2]) for row in rows)
+
+
+def test_the_self_test_says_what_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(TensorGames, "bounce_off_walls", lambda self: None)
+    assert self_test.main("--device cpu --n_embd 8 --n_head 2 --num_envs 16 --rollout_steps 4 --batch_size 8".split()) == 1
+    *_, row, line = capsys.readouterr().out.splitlines()
+    assert row.endswith("WRONG") and line.startswith("  wrong results on cpu, torch 2.")

@@ -1,32 +1,16 @@
 """The loop that stays on one device, here on the CPU: the same games, rollouts and updates as with NumPy. CUDA graphs need CUDA."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
 
 from breakout_ascii import BreakoutAsciiVec, Games, RandomNumbers
-from fast import DeviceBreakout, DeviceGPT, FastGPT
-from fast.cuda_graphs import Compiled, GraphRunner, run_as_cuda_graphs
+from fast import DeviceBreakout, FastGPT
+from helpers import device_trainer as trainer
 from helpers import largest_score, make_gpt, tolerance
-from ppo import PPO, PPOConfig
+from ppo import PPO
 
 CPU = torch.device("cpu")
-
-
-def config(**changes):
-    constants = dict(
-        num_steps=96, rollout_steps=6, epochs=1, batch_size=12, gamma=0.9, lambd=0.5, lambd_end=0.5, lambd_steps=1, eps_clip=0.2, lr=1e-3,
-        min_lr=1e-4, value_loss_coef=0.5, entropy_coef=0.01, max_grad_norm=0.5, prediction_coef=0.1, move_coef=0.04, paired_envs=True,
-        reward_scale=0.1,
-    )  # fmt: skip
-    return PPOConfig(**constants | changes)
-
-
-def trainer(max_episode_steps=5000, seed=0, num_envs=4, **changes):
-    env = DeviceBreakout(num_envs, CPU, varied_starts=0.7, max_episode_steps=max_episode_steps)
-    return PPO(make_gpt(seed, DeviceGPT, n_head=4, n_embd=16), env, config(**changes))
 
 
 def test_the_games_equal_those_of_numpy_step_by_step():
@@ -156,7 +140,7 @@ def test_what_a_graph_reads_and_writes_keeps_its_address():
         return [
             x.data_ptr()
             for x in (*tensors, ppo.buffer.position, ppo.buffer.minibatch_position, ppo.weights, ppo.weights.grad, ppo.lr)
-        ]
+        ] + [p.data_ptr() for p in ppo.policy.parameters()]
 
     ppo = trainer(num_steps=24)
     ppo.learn()
@@ -180,89 +164,3 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_either_kind_of_loop_goes_on():
     np.testing.assert_array_equal(other.return_so_far, stopped.return_so_far)
     other.learn()
     assert other.global_step == 96
-
-
-def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
-    def broken(function, fullgraph):
-        def compiled(*args):
-            raise RuntimeError("no compiler\nat all")
-
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", broken)
-    ppo, plain = trainer(), trainer()
-    run_as_cuda_graphs(ppo)
-    with pytest.warns(UserWarning, match="torch.compile does not work here, going on without: no compiler$"):
-        ppo.learn()
-    plain.learn()
-    assert torch.equal(ppo.weights, plain.weights)
-
-
-def test_what_worked_once_compiled_is_not_tried_another_way(monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: lambda: calls.append(0) or 1 / (2 - len(calls)))
-    function = Compiled(lambda: -1)
-    assert [function(), function()] == [-1, 1]
-    with pytest.raises(ZeroDivisionError):
-        function()
-
-
-def test_a_graph_is_recorded_again_when_its_tensors_have_moved(monkeypatch):
-    """With stand-ins for CUDA's streams and graphs: three calls as they are, one recording, then replays."""
-
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    class Graph:
-        def replay(self):
-            log.append("replay")
-
-    class Recording:
-        def __init__(self, graph, stream):
-            pass
-
-        def __enter__(self):
-            log.append("record")
-
-        def __exit__(self, *exception):
-            log.append("recorded")
-
-    for name, stand_in in (
-        ("current_stream", Stream),
-        ("CUDAGraph", Graph),
-        ("graph", Recording),
-        ("stream", lambda s: contextlib.nullcontext()),
-    ):
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    log, objects = [], [object()]
-    run = GraphRunner(lambda: log.append("run"), Stream(), lambda: tuple(objects))
-    for _ in range(5):
-        run()
-    assert log == ["run"] * 3 + ["record", "run", "recorded"] + ["replay"] * 2
-    objects[0] = object()
-    log.clear()
-    run()
-    assert log == ["run"]
-
-
-@pytest.mark.slow
-def test_both_steps_can_be_traced_whole():
-    """What torch.compile needs before it generates code: no break in the graph, and the same results."""
-    ppo, plain = trainer(), trainer()
-    for p in (ppo, plain):
-        p.start_rollout()
-        p.rollout_step()  # makes the tensors that stay
-    compiled = torch.compile(ppo.rollout_step, fullgraph=True, backend="aot_eager")
-    for _ in range(5):
-        compiled()
-        plain.rollout_step()
-    for name, x in plain.buffer.fields.items():
-        torch.testing.assert_close(ppo.buffer.fields[name], x, msg=name)
-    assert torch.equal(ppo.obs, plain.obs) and torch.equal(ppo.env.games.pages, plain.env.games.pages)
-    for p in (ppo, plain):
-        p.buffer.finish(torch.zeros(4), 0.9, 0.5)
-        p.generator.manual_seed(0)
-    ppo.loss = torch.compile(ppo.loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(ppo.epoch(), plain.epoch())
-    torch.testing.assert_close(ppo.weights, plain.weights)

@@ -17,7 +17,6 @@ import torch
 
 import callbacks
 import train_ppo
-from breakout_ascii import BreakoutAsciiVec
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from command_line import CommandLineError, kind_of
 from device import DeviceError
@@ -193,17 +192,16 @@ def test_the_loop_for_a_gpu_leaves_the_same_files_and_either_loop_goes_on(tmp_pa
 
 
 @pytest.mark.parametrize("changes, expected", [
-    ({}, (DeviceBreakout, True)), ({"N_LAYER": 2}, (BreakoutAsciiVec, False)), ({"DEVICE": "cpu"}, (BreakoutAsciiVec, False))])  # fmt: skip
+    ({}, ["DeviceBreakout", "checked"]), ({"N_LAYER": 2}, ["BreakoutAsciiVec", "checked"]), ({"DEVICE": "cpu"}, ["BreakoutAsciiVec"])])  # fmt: skip
 def test_where_games_and_steps_run(monkeypatch, changes, expected):
     """One layer on CUDA: everything on the GPU. What is built is looked at, not run."""
     c, built = SimpleNamespace(**CONSTANTS | {"DEVICE": "cuda"} | changes), []
-    monkeypatch.setattr(train_ppo, "make_gpt", lambda config, device: SimpleNamespace(speed_up=lambda: built.append("speed_up")))
-    monkeypatch.setattr(train_ppo, "PPO", lambda policy, env, config, metadata: built.append(type(env)))
+    monkeypatch.setattr(train_ppo, "make_gpt", lambda config, device: None)
+    monkeypatch.setattr(train_ppo, "PPO", lambda policy, env, config, metadata: built.append(type(env).__name__))
     monkeypatch.setattr(train_ppo.fast, "DeviceBreakout", type("DeviceBreakout", (), {"__init__": lambda self, *args, **kwargs: None}))
-    monkeypatch.setattr(train_ppo.fast, "run_as_cuda_graphs", lambda ppo: built.append("graphs"))
+    monkeypatch.setattr(train_ppo.fast, "run_on_gpu", lambda ppo: built.append("checked"))
     train_ppo.build(c, torch.device(c.DEVICE))
-    speed_up = ["speed_up"] if c.N_LAYER > 1 else []  # before PPO moves the parameters
-    assert [getattr(x, "__name__", x) for x in built] == speed_up + [expected[0].__name__] + ["graphs"] * expected[1]
+    assert built == expected
 
 
 def test_a_stop_while_the_last_evaluation_is_waited_for_does_not_lose_it(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,75 @@
+"""Is what this GPU computes right?  python benchmarks/self_test.py
+
+The checks of fast/self_test.py, which the first update of every training on a GPU makes, as a table: with every combination of the
+shortcuts that suit, each in a training of its own. Takes the constants of train_ppo.py, as --n_layer 6, and --resume RUN for the
+weights of a run. With --device cpu the CPU does what a GPU would do, slowly: add --num_envs 16 --rollout_steps 16 --batch_size 64.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from breakout_ascii import BreakoutAsciiVec
+from command_line import read_run, run_script
+from device import choose_device, gpu_name, set_threads
+from fast import DeviceBreakout, DeviceGPT, FastGPT
+from fast.cuda_graphs import ShortcutFailed
+from fast.gpu_training import CheckedUpdates, shortcuts_for
+from ppo import PPO, PPOConfig
+from train_ppo import CONSTANTS, KEPT, RANGES, check, gpt_config
+
+
+def gpu_training(c, device):
+    """Constants -> the PPO that a GPU would run, on any device."""
+    torch.manual_seed(c.SEED)
+    kind = DeviceGPT if c.N_LAYER == 1 else FastGPT
+    policy = kind(gpt_config(c)).to(device)
+    if c.N_LAYER == 1:
+        env = DeviceBreakout(c.NUM_ENVS, device, varied_starts=c.VARIED_STARTS)
+    else:
+        env = BreakoutAsciiVec(c.NUM_ENVS, varied_starts=c.VARIED_STARTS)
+    return PPO(policy, env, PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__}))
+
+
+def self_test(c, device, state, shortcuts):
+    """Prints the table of one update that takes these shortcuts -> did it pass?"""
+    ppo = gpu_training(c, device)
+    if state:
+        ppo.load_state_dict(state)
+    ppo.snapshot = ppo.state_dict()
+    updates, failure = CheckedUpdates(ppo, shortcuts), None
+    print(f"\n{' and '.join(shortcuts) or 'no shortcut'}")
+    try:
+        updates.collect_update_check()
+    except ShortcutFailed as error:
+        failure = error
+    for name, error, tolerance in updates.checks:
+        print(f"  {name:<44} {error:>9.2g} {tolerance:>9.2g}  {'ok' if error <= tolerance else 'WRONG'}")
+    if failure is not None:
+        print(f"  {failure}")
+    return failure is None
+
+
+def main(argv=None):
+    run = read_run(argv, "benchmarks/self_test.py", __doc__, CONSTANTS, RANGES, KEPT, check)
+    c = SimpleNamespace(**run.constants)
+    device = choose_device(c.DEVICE)
+    set_threads(c.N_LAYER)
+    print(f"{gpu_name(device)}, products of float32 at precision {torch.get_float32_matmul_precision()!r}")
+    print(f"\n  {'check':<44} {'error':>9} {'tolerance':>9}")
+    suitable = shortcuts_for(gpu_training(c, device)) if device.type == "cuda" else []
+    passed = [
+        self_test(c, device, run.state, combination)
+        for n in range(len(suitable) + 1)
+        for combination in itertools.combinations(suitable, n)
+    ]
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    run_script(main, "benchmarks/self_test.py")

@@ -1,0 +1,80 @@
+"""A stand-in for CUDA graphs that runs on the CPU: a tape of aten calls, replayed on the storages that they were recorded with."""
+
+import contextlib
+from types import SimpleNamespace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Tape(TorchDispatchMode):
+    """Records the aten calls made within, forward and backward. `replay()` makes them again, with the arguments of then: tensors by
+    their storages, numbers as they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.made, self.found = [], set(), {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for argument, x in zip(function._schema.arguments, args):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.keep(x)
+        results = function(*args, **kwargs)
+        used = {address(x) for x in tensors((args, kwargs))}
+        self.made |= {address(x) for x in tensors(results)} - used
+        self.calls.append((function, args, kwargs, results))
+        return results
+
+    def keep(self, x):
+        """What stood there before the recording."""
+        for x in tensors(x):
+            if address(x) not in self.made:
+                self.found.setdefault(address(x), (x.untyped_storage(), x.untyped_storage().clone()))
+
+    def undo(self):
+        for storage, before in self.found.values():
+            storage.copy_(before)
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, results in self.calls:
+            for kept, x in zip(tensors(results), tensors(function(*args, **kwargs))):
+                if kept.data_ptr() != x.data_ptr():  # neither a view nor in place
+                    kept.copy_(x)
+
+    def names(self):
+        return {str(function) for function, *_ in self.calls}
+
+
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def address(x):
+    return x.untyped_storage().data_ptr()
+
+
+def use_software_graphs(monkeypatch):
+    """Let torch.cuda's streams and graphs be stand-ins. -> the list of tapes that will be recorded."""
+    tapes = []
+
+    class Graph:
+        def replay(self):
+            self.tape.replay()
+
+    @contextlib.contextmanager
+    def recording(graph, stream):
+        graph.tape = Tape()
+        with graph.tape:
+            yield
+        graph.tape.undo()  # CUDA records and computes nothing
+        tapes.append(graph.tape)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = {"CUDAGraph": Graph, "graph": recording, "Stream": lambda device: stream, "current_stream": lambda: stream,
+                 "stream": lambda stream: contextlib.nullcontext(), "set_stream": lambda stream: None}  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return tapes
