@@ -130,9 +130,9 @@ def read_resumed(name, given, defaults, kept):
     return Run(constants | given | {"RUN_DIR": str(path.parent)}, path.parent, state)
 
 
-def new_run_dir(name):
-    """Makes the directory of a new run, runs/<date-time> for ""; two that start in the same second get two."""
-    stem = name or time.strftime("runs/%Y-%m-%d_%H-%M-%S")
+def new_run_dir(name, parent="runs"):
+    """Makes the directory of a new run, <parent>/<date-time> for ""; two that start in the same second get two."""
+    stem = name or time.strftime(f"{parent}/%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 100):
         run_dir = Path(stem if attempt == 1 else f"{stem}-{attempt}")
         try:
@@ -259,7 +259,7 @@ def run_script(main, prog):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
-    except (CommandLineError, DeviceError, CheckpointError, OSError) as error:
+    except (CommandLineError, DeviceError, GPUError, CheckpointError, OSError) as error:
         rank = f"rank {RANK}: " if RANKS > 1 else ""
         with contextlib.suppress(OSError):
             print(f"{prog}: {rank}{error}", file=sys.stderr)

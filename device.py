@@ -26,7 +26,7 @@ def choose_device(name):
     """One of "auto", "cpu", "cuda", "cuda:1" -> torch.device. Raises DeviceError if a device that was named does not work.
 
     "auto" takes CUDA if a small product runs on it, and otherwise the CPU; if there seems to be a GPU, it prints why. Several
-    ranks on a machine take CUDA only if there is a GPU for each. From here on products of float32 are rounded to float32 there.
+    ranks on a machine take CUDA only if there is a GPU for each. From here on products of float32 there keep float32's precision.
     """
     # Not to TF32's 10 bits, which the environment can ask for (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE): probabilities would be off by 4 %
     torch.set_float32_matmul_precision("highest")
@@ -61,6 +61,7 @@ def try_out(device):
 
 
 def works(device):
+    """Whether a small product runs on the device."""
     try:
         try_out(device)
         return True
@@ -69,7 +70,7 @@ def works(device):
 
 
 def gpu_name(device):
-    """-> what a report of an error should name."""
+    """-> the device and torch's version, for reports of errors."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return f"{name}, torch {torch.__version__}"
 
@@ -90,12 +91,12 @@ def available_cores():
 
 
 def out_of_memory(error):
-    """torch and Python have errors of their own; that of torch's CPU allocator is a RuntimeError that its text tells apart."""
+    """Whether memory ran out: torch and Python have errors of their own; that of torch's CPU allocator is a RuntimeError that its text tells apart."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def unavailable(error):
-    """Lack of memory, or a GPU that another process has to itself, or that has failed."""
+    """Whether memory ran out, or another process has the GPU to itself, or it has failed."""
     return out_of_memory(error) or isinstance(error, torch.AcceleratorError)
 
 
@@ -105,7 +106,7 @@ def first_line(error):
 
 @contextlib.contextmanager
 def joined_ranks(device):
-    """Under torchrun the ranks find each other; without it nothing happens."""
+    """Joins the process group under torchrun; otherwise does nothing."""
     if RANKS == 1:
         yield
         return

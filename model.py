@@ -135,11 +135,15 @@ class GPT(nn.Module):
 
     def features(self, characters):
         """(B, 1944) characters -> (B, C), the last position after the final LayerNorm."""
+        return self.ln_f(self.hidden(characters)[:, -1])
+
+    def hidden(self, characters):
+        """(B, 1944) characters -> (B, T, C), every position after the last block."""
         position = torch.arange(TOKENS, device=self.device)
-        x = self.wte(characters.int()) + self.wre(position // COLUMNS) + self.wce(position % COLUMNS)  # (B, T, C)
+        x = self.wte(characters.int()) + self.wre(position // COLUMNS) + self.wce(position % COLUMNS)
         for block in self.blocks:
             x = block(x)
-        return self.ln_f(x[:, -1])
+        return x
 
     def heads(self, features):
         """(B, C) -> action logits (B, A) and values (B,)."""

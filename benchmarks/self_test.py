@@ -1,7 +1,7 @@
 """Is what this GPU computes right?  python benchmarks/self_test.py
 
 The checks of fast/self_test.py, which the first update of every training on a GPU makes, as a table: with every combination of the
-shortcuts that suit, each in a training of its own. Takes the constants of train_ppo.py, as --n_layer 6, and --resume RUN for the
+shortcuts that suit, each in a training of its own. Takes the constants of train_ppo.py, such as --n_layer 6, and --resume RUN for the
 weights of a run. With --device cpu the CPU does what a GPU would do, slowly: add --num_envs 16 --rollout_steps 16 --batch_size 64.
 """
 
@@ -16,9 +16,9 @@ import torch
 
 from breakout_ascii import BreakoutAsciiVec
 from command_line import read_run, run_script
-from device import choose_device, gpu_name, set_threads
+from device import GPUError, choose_device, first_line, gpu_name, set_threads
 from fast import DeviceBreakout, DeviceGPT, FastGPT
-from fast.cuda_graphs import ShortcutFailed
+from fast.shortcuts import ShortcutFailed
 from fast.gpu_training import CheckedUpdates, shortcuts_for
 from ppo import PPO, PPOConfig
 from train_ppo import CONSTANTS, KEPT, RANGES, check, gpt_config
@@ -45,11 +45,13 @@ def self_test(c, device, state, shortcuts):
     updates, failure = CheckedUpdates(ppo, shortcuts), None
     print(f"\n{' and '.join(shortcuts) or 'no shortcut'}")
     try:
-        updates.collect_update_check()
+        updates.checked_update()
     except ShortcutFailed as error:
         failure = error
-    for name, error, tolerance in updates.checks:
-        print(f"  {name:<44} {error:>9.2g} {tolerance:>9.2g}  {'ok' if error <= tolerance else 'WRONG'}")
+    except RuntimeError as error:
+        raise GPUError(f"{first_line(error)}; nothing more can be tried in this process") from error
+    for c in updates.checks:
+        print(f"  {c.name:<44} {c.error:>9.2g} {c.tolerance:>9.2g}  {'ok' if c.passed else 'WRONG'}")
     if failure is not None:
         print(f"  {failure}")
     return failure is None
@@ -60,7 +62,7 @@ def main(argv=None):
     c = SimpleNamespace(**run.constants)
     device = choose_device(c.DEVICE)
     set_threads(c.N_LAYER)
-    print(f"{gpu_name(device)}, products of float32 at precision {torch.get_float32_matmul_precision()!r}")
+    print(gpu_name(device))
     print(f"\n  {'check':<44} {'error':>9} {'tolerance':>9}")
     suitable = shortcuts_for(gpu_training(c, device)) if device.type == "cuda" else []
     passed = [

@@ -1,10 +1,11 @@
 """The same GPT and the same games, faster. Delete this folder and everything still trains, slowly.
 
 one layer, CPU            FastGPT shares lines and pieces of lines      line_index.py one_layer.py pieces.py fast_gpt.py
-one layer, CUDA           DeviceGPT shares lines, DeviceBreakout plays  one_layer.py device_gpt.py device_breakout.py
-                          there, the steps are CUDA graphs              cuda_graphs.py
+one layer, CUDA           DeviceGPT shares lines, and the games run on  one_layer.py device_gpt.py device_breakout.py
+                          the GPU: DeviceBreakout
 more layers, CPU or CUDA  FastGPT shares prefixes of pages              line_index.py prefixes.py fast_gpt.py
-every training on CUDA    checks itself against the CPU                 gpu_training.py self_test.py
+every training on CUDA    is compiled and recorded as CUDA graphs, or   shortcuts.py gpu_training.py self_test.py
+                          in bf16, and checks itself against the CPU
 """
 
 from fast.device_breakout import DeviceBreakout as DeviceBreakout

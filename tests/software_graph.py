@@ -9,32 +9,32 @@ from torch.utils._pytree import tree_leaves
 
 
 class Tape(TorchDispatchMode):
-    """Records the aten calls made within, forward and backward. `replay()` makes them again, with the arguments of then: tensors by
-    their storages, numbers as they were."""
+    """Records the aten calls made within, forward and backward. `replay()` makes them again with the recorded arguments: tensors at
+    their present values, Python's numbers as they were."""
 
     def __init__(self):
         super().__init__()
-        self.calls, self.made, self.found = [], set(), {}
+        self.calls, self.created, self.saved = [], set(), {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for argument, x in zip(function._schema.arguments, args):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self.keep(x)
+                self.save(x)
         results = function(*args, **kwargs)
         used = {address(x) for x in tensors((args, kwargs))}
-        self.made |= {address(x) for x in tensors(results)} - used
+        self.created |= {address(x) for x in tensors(results)} - used
         self.calls.append((function, args, kwargs, results))
         return results
 
-    def keep(self, x):
-        """What stood there before the recording."""
+    def save(self, x):
+        """A storage, before its first write."""
         for x in tensors(x):
-            if address(x) not in self.made:
-                self.found.setdefault(address(x), (x.untyped_storage(), x.untyped_storage().clone()))
+            if address(x) not in self.created:
+                self.saved.setdefault(address(x), (x.untyped_storage(), x.untyped_storage().clone()))
 
     def undo(self):
-        for storage, before in self.found.values():
+        for storage, before in self.saved.values():
             storage.copy_(before)
 
     @torch.no_grad()
@@ -43,9 +43,6 @@ class Tape(TorchDispatchMode):
             for kept, x in zip(tensors(results), tensors(function(*args, **kwargs))):
                 if kept.data_ptr() != x.data_ptr():  # neither a view nor in place
                     kept.copy_(x)
-
-    def names(self):
-        return {str(function) for function, *_ in self.calls}
 
 
 def tensors(tree):

@@ -9,7 +9,7 @@ import torch
 
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS, BreakoutAsciiVec
 from fast import DeviceGPT, FastGPT, gpt_for, prefixes
-from fast.cuda_graphs import Compiled
+from fast.shortcuts import Compiled
 from fast.device_gpt import distinct_lines, every_line
 from fast.line_index import LineIndex
 from fast.pieces import SharedAttention, Tree, make_level, shared_attention

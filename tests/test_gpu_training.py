@@ -16,12 +16,12 @@ from breakout_ascii import BreakoutAsciiVec, Games
 from checkpoint import load_checkpoint
 from device import GPUError
 from fast import FastGPT, gpu_training, one_layer, prefixes, run_on_gpu
-from fast.cuda_graphs import BF16, COMPILE, GRAPHS, Compiled, GraphRunner, ShortcutFailed
+from fast.shortcuts import BF16, COMPILE, GRAPHS, Compiled, GraphRunner, ShortcutFailed
 from fast.device_breakout import TensorGames
 from fast.device_gpt import DeviceGPT
 from fast.self_test import check_games, check_prefixes, check_update, set_rare_cases
 from helpers import device_trainer, make_gpt
-from ppo import PPO, PPOConfig
+from ppo import PPO
 from software_graph import Tape, tensors, use_software_graphs
 
 CONFIG = dict(num_envs=8, rollout_steps=6, batch_size=8, epochs=1, num_steps=2 * 48)
@@ -39,11 +39,15 @@ def failing(checks):
     return {check.name[0] for check in checks if not check.passed}
 
 
-def an_update(ppo):
-    """-> the checks of one update, none of which has been judged."""
+def checks_of_one_update(ppo):
+    return check_update(ppo, update(ppo))
+
+
+def update(ppo):
+    """-> the state before it"""
     before = ppo.state_dict()
     PPO.collect_and_update(ppo)
-    return check_update(ppo, before)
+    return before
 
 
 # The self-test
@@ -70,7 +74,7 @@ def test_the_rare_cases_happen():
     assert {-1, 1} == set(games.dx[4::8].tolist()) == set(games.dx[5::8].tolist())  # either half of the paddle, as it moved
 
 
-def broken_rule(self):
+def always_bounce_left(self):
     """Paddles send every ball to the left."""
     hit = (self.ball_y == 22) & (self.ball_x >= self.paddle_x) & (self.ball_x < self.paddle_x + 7) & (self.lives > 0)
     self.ball_y, self.dy, self.dx = (torch.where(hit, x, y) for x, y in ((21, self.ball_y), (-1, self.dy), (-1, self.dx)))
@@ -82,7 +86,7 @@ def no_points_for_the_last_brick(self):
 
 
 @pytest.mark.parametrize("rule, wrong", [
-    ("bounce_off_paddles", broken_rule), ("break_bricks", no_points_for_the_last_brick), ("bounce_off_walls", lambda self: None)])  # fmt: skip
+    ("bounce_off_paddles", always_bounce_left), ("break_bricks", no_points_for_the_last_brick), ("bounce_off_walls", lambda self: None)])  # fmt: skip
 def test_a_wrong_rule_is_caught(monkeypatch, rule, wrong):
     monkeypatch.setattr(TensorGames, rule, wrong)
     ppo = device_trainer(**CONFIG | {"num_envs": 64})
@@ -109,7 +113,7 @@ def test_a_stale_page_is_caught(monkeypatch):
     skipped = 9, 10  # both of one step
     for name in ("draw", "redraw"):
         monkeypatch.setattr(TensorGames, name, lambda self, *args: calls.append(0) or (None if len(calls) in skipped else draw(self)))
-    assert "A" in failing(an_update(device_trainer(**CONFIG)))
+    assert "A" in failing(checks_of_one_update(device_trainer(**CONFIG)))
 
 
 def test_a_step_that_ran_twice_is_caught():
@@ -124,9 +128,8 @@ def test_a_step_that_ran_twice_is_caught():
             rollout_step()
 
     ppo.rollout_step = third_twice
-    assert failing(an_update(ppo)) == {"A"}
-    before = ppo.state_dict()
-    PPO.collect_and_update(ppo)
+    assert failing(checks_of_one_update(ppo)) == {"A"}
+    before = update(ppo)
     ppo.train_step = lambda: (train_step(), ppo.buffer.minibatch_position.sub_(1), train_step())
     assert "D" in failing(check_update(ppo, before))
 
@@ -139,7 +142,7 @@ def round_to_tf32(x):
 def test_rounding_to_tf32_is_caught(monkeypatch):
     table = one_layer.pair_table
     monkeypatch.setattr("fast.device_gpt.pair_table", lambda gpt: tuple(map(round_to_tf32, table(gpt))))
-    assert {"B", "C"} <= failing(an_update(device_trainer(**CONFIG)))
+    assert {"B", "C"} <= failing(checks_of_one_update(device_trainer(**CONFIG)))
 
 
 def test_a_learning_rate_that_was_baked_in_is_caught(monkeypatch):
@@ -161,23 +164,22 @@ def test_a_learning_rate_that_was_baked_in_is_caught(monkeypatch):
 
 
 def test_a_wrong_mask_of_what_follows_is_caught():
-    """Of the games, of the advantages."""
     ppo = device_trainer(**CONFIG)
-    before = ppo.state_dict()
-    PPO.collect_and_update(ppo)
+    before = update(ppo)
     ppo.buffer.fields["has_next"].logical_not_()
     assert "A" in failing(check_update(ppo, before))
+
+
+def test_a_wrong_advantage_is_caught():
     ppo = device_trainer(**CONFIG)
-    before = ppo.state_dict()
-    PPO.collect_and_update(ppo)
+    before = update(ppo)
     ppo.buffer.samples.advantages[5] += 1e-3
     assert failing(check_update(ppo, before)) == {"B"}
 
 
 def test_pages_of_other_samples_are_caught():
     ppo = device_trainer(**CONFIG)
-    before = ppo.state_dict()
-    PPO.collect_and_update(ppo)
+    before = update(ppo)
     pages = ppo.buffer.minibatches.obs.pages
     pages[0, 0], pages[0, 1] = pages[0, 1].clone(), pages[0, 0].clone()
     assert failing(check_update(ppo, before)) == {"C"}
@@ -185,10 +187,13 @@ def test_pages_of_other_samples_are_caught():
 
 def test_nan_does_not_pass():
     ppo = device_trainer(**CONFIG)
-    before = ppo.state_dict()
-    PPO.collect_and_update(ppo)
+    before = update(ppo)
     ppo.buffer.fields["values"][0] = torch.nan
     assert "B" in failing(check_update(ppo, before))
+    gpt = deep_gpt()
+    with torch.no_grad():
+        gpt.blocks[1].mlp.c_fc.weight[0] = torch.nan
+    assert not any(check.passed for check in check_prefixes(gpt))
 
 
 def deep_gpt():
@@ -268,7 +273,7 @@ def test_a_recording_that_fails_is_named_and_never_tried_again(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", recording)
     # half-way through a step, when the games have moved already
-    monkeypatch.setattr(TensorGames, "redraw", lambda self, *args: no_host() if recording_now else draw(self))
+    monkeypatch.setattr(TensorGames, "redraw", lambda self, *args: fail_as_if_the_host_waited() if recording_now else draw(self))
     ours, plain = checked([GRAPHS]), device_trainer(**CONFIG)
     with pytest.warns(UserWarning, match="^the host must not wait; going on without CUDA graphs$"):
         ours.learn()
@@ -276,7 +281,7 @@ def test_a_recording_that_fails_is_named_and_never_tried_again(monkeypatch):
     assert len(recorded) == 1 and torch.equal(ours.weights, plain.weights) and torch.equal(ours.env.games.pages, plain.env.games.pages)
 
 
-def no_host(*_):
+def fail_as_if_the_host_waited(*_):
     raise RuntimeError("the host must not wait\nand more")
 
 
@@ -310,22 +315,20 @@ def test_what_torch_compiles_is_right():
 
 def test_a_deeper_model_goes_on_without_a_compiler(monkeypatch):
     def compiler(function, dynamic):
-        return lambda *args: no_host()
+        return lambda *args: fail_as_if_the_host_waited()
 
     monkeypatch.setattr(torch, "compile", compiler)
-    prefixes.compiled.cache_clear()
-    config = PPOConfig(num_steps=8, rollout_steps=2, epochs=1, batch_size=4, gamma=0.9, lambd=0.5, lambd_end=0.5, lambd_steps=1, eps_clip=0.2,
-                       lr=1e-3, min_lr=1e-4, value_loss_coef=0.5, entropy_coef=0.01, max_grad_norm=0.5)  # fmt: skip
+    monkeypatch.setattr(prefixes, "compiled", prefixes.compiled.__wrapped__)  # what other tests have compiled
+    config = device_trainer(num_steps=8, rollout_steps=2, batch_size=4, paired_envs=False, prediction_coef=0.0).config
     ppo = PPO(make_gpt(kind=FastGPT, n_layer=2, n_head=2, n_embd=8), BreakoutAsciiVec(2), config)
     run_on_gpu(ppo, [COMPILE, BF16])
     with pytest.warns(UserWarning, match="^the host must not wait; going on without torch.compile$"):
         ppo.learn()
-    prefixes.compiled.cache_clear()
     assert (ppo.policy.compile_blocks, ppo.policy.bf16) == (False, True) and ppo.update_count == 2
     assert failing(ppo.collect_and_update.checks) == set() and {check.name[0] for check in ppo.collect_and_update.checks} == {"D", "E"}
 
 
-def test_lack_of_memory_is_nobodys_fault(monkeypatch):
+def test_lack_of_memory_is_not_blamed_on_a_shortcut(monkeypatch):
     def compiler(function, fullgraph):
         def compiled(*args):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -337,7 +340,7 @@ def test_lack_of_memory_is_nobodys_fault(monkeypatch):
         checked([COMPILE]).learn()
 
 
-def test_steps_down_to_the_cpu_where_nothing_is_right(monkeypatch):
+def test_gives_up_where_nothing_is_right(monkeypatch):
     use_software_graphs(monkeypatch)
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph: function)
     monkeypatch.setattr(TensorGames, "bounce_off_walls", lambda self: None)
@@ -349,12 +352,15 @@ def test_steps_down_to_the_cpu_where_nothing_is_right(monkeypatch):
 
 def test_a_gpu_that_has_failed_is_told_from_a_defect(monkeypatch):
     ppo = checked()
-    monkeypatch.setattr(ppo.collect_and_update, "plain", no_host)
+    monkeypatch.setattr(ppo.collect_and_update, "unchecked_update", fail_as_if_the_host_waited)
     with pytest.raises(RuntimeError, match="the host must not wait") as error:
         ppo.learn()
     assert not isinstance(error.value, GPUError)
     monkeypatch.setattr(gpu_training, "works", lambda device: False)
     with pytest.raises(GPUError, match=r"the GPU has stopped working \(the host must not wait\)$"):
+        ppo.learn()
+    monkeypatch.setattr(ppo.collect_and_update, "unchecked_update", Compiled(fail_as_if_the_host_waited, backend="eager"))
+    with pytest.raises(GPUError, match="the GPU has stopped working"):  # although a shortcut seems to be to blame
         ppo.learn()
 
 
@@ -366,11 +372,13 @@ def test_numbers_that_are_not_finite_blame_a_gpu_that_nothing_is_known_of(monkey
         ppo.learn()
 
 
-def test_amd_records_no_graphs(monkeypatch):
+def test_amd_records_no_graphs_and_several_ranks_take_no_shortcut(monkeypatch):
     ppo = device_trainer()
     assert gpu_training.shortcuts_for(ppo) == [GRAPHS, COMPILE]
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert gpu_training.shortcuts_for(ppo) == [COMPILE]
+    ppo.ranks = 2
+    assert gpu_training.shortcuts_for(ppo) == []
 
 
 def test_a_run_goes_on_with_the_cpu_in_a_fresh_process(monkeypatch, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Two shortcuts of a GPU, for functions that are called again and again: torch.compile, and CUDA graphs.
+"""torch.compile and CUDA graphs, for functions that are called again and again.
 
 Both raise `ShortcutFailed` where they do not work; gpu_training.py then goes on without. This file has not been run on a GPU yet.
 
@@ -14,7 +14,7 @@ from device import first_line, out_of_memory
 
 
 class ShortcutFailed(RuntimeError):
-    """What failed, and why, in one line. shortcut: COMPILE, GRAPHS or BF16, or None if it is not known which is to blame."""
+    """What failed, and why, in one line. shortcut: COMPILE or GRAPHS, or None if it is not known which is to blame."""
 
     def __init__(self, message, shortcut=None):
         super().__init__(message)
@@ -25,8 +25,8 @@ COMPILE, GRAPHS, BF16 = "torch.compile", "CUDA graphs", "bfloat16"
 
 
 class Compiled:
-    """function(*args), compiled, after the first `plain_calls` as it stands. Raises ShortcutFailed instead of what it raises, but for
-    lack of memory, which the function itself may not have either."""
+    """function(*args): as it stands for the first `plain_calls` calls, then compiled. Lack of memory passes through; any other error
+    becomes ShortcutFailed."""
 
     def __init__(self, function, plain_calls=0, **options):
         self.function, self.plain_calls, self.compiled = function, plain_calls, torch.compile(function, **options)
@@ -47,10 +47,10 @@ class GraphRunner:
     """function(), which reads and writes tensors that keep their addresses. On a side stream its first calls warm up, as a recording
     requires; then it is recorded as a CUDA graph and replayed. Raises ShortcutFailed where it cannot be recorded.
 
-    recorded_with() -> objects; when one is no longer the same, its tensors have moved, and the function is recorded again.
+    recorded_with() -> the objects whose tensors the graph uses; when one is replaced, the function is recorded again.
     """
 
-    WARM_UP = 3  # calls: as it is, compiling, compiled
+    WARM_UP = 3  # calls: one as it stands, one that compiles, one compiled
 
     def __init__(self, function, stream, recorded_with=lambda: ()):
         self.function, self.stream, self.recorded_with, self.recordings = function, stream, recorded_with, 0
@@ -79,10 +79,10 @@ class GraphRunner:
                 try:
                     self.function()
                 except Exception as error:
-                    cause = error  # kept, because to end a recording that has failed raises another
+                    cause = error  # ending a failed recording raises another, which says less
                     raise
         except Exception as error:
-            torch.cuda.set_stream(before)  # a recording that fails leaves its own
+            torch.cuda.set_stream(before)  # a failed recording leaves its own stream current
             if out_of_memory(cause or error):
                 raise
             raise ShortcutFailed(first_line(cause or error), GRAPHS) from error
