@@ -12,7 +12,7 @@ import torch
 from device import GPUError, first_line, gpu_name, works
 from fast.fast_gpt import FastGPT
 from fast.self_test import check_games, check_prefixes, check_update, set_rare_cases
-from fast.shortcuts import BF16, COMPILE, GRAPHS, Compiled, GraphRunner, ShortcutFailed
+from fast.shortcuts import BF16, COMPILE, GRAPHS, Blamed, Compiled, GraphRunner, ShortcutFailed
 
 
 def run_on_gpu(ppo, shortcuts=None):
@@ -47,6 +47,8 @@ class CheckedUpdates:
         self.recordings_checked = None  # how many there had been at the last check; None: not checked yet
         for name in ("loss", "rollout_step", "train_step"):
             vars(ppo).pop(name, None)  # back to PPO's own
+        if COMPILE in self.shortcuts:
+            ppo.train_step = Blamed(ppo.train_step, COMPILE)  # the backward pass is compiled when it first runs
         if self.more_layers:
             ppo.policy.compile_blocks, ppo.policy.bf16 = COMPILE in self.shortcuts, BF16 in self.shortcuts
             return
@@ -74,9 +76,9 @@ class CheckedUpdates:
                 self.restore()
 
     def checked_update(self):
-        if self.recordings_checked is None:
-            self.check_before()
         try:
+            if self.recordings_checked is None:
+                self.check_before()
             stats = self.unchecked_update()
         except FloatingPointError as error:
             if self.recordings_checked is not None or self.ppo.ranks > 1:
@@ -92,7 +94,7 @@ class CheckedUpdates:
         """What the first update might not show: every token of deeper models; rare moments of the games."""
         ppo, self.checks = self.ppo, []
         if self.more_layers:
-            self.judge(check_prefixes(ppo.policy))
+            self.judge(Blamed(check_prefixes, COMPILE)(ppo.policy) if COMPILE in self.shortcuts else check_prefixes(ppo.policy))
             return
         for _ in range(2):  # the second time from a recorded graph
             state = set_rare_cases(ppo)

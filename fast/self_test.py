@@ -27,7 +27,9 @@ from rollout_buffer import Minibatch, RolloutBuffer, select
 
 SAMPLES = 256  # of a rollout, read again in float64
 ROUNDING = 1e-6  # some roundings of float32, relative to numbers of order 1
-VALUES_MARGIN, GRADIENT_MARGIN, BF16_MARGIN = 20, 10, 4  # times the CPU's own error
+# Times the CPU's own error. Of a trained policy's checks a few in a thousand could be false alarms: rounding may carry a sample across the
+# point where PPO clips, and the gradient jumps there.
+VALUES_MARGIN, GRADIENT_MARGIN, BF16_MARGIN = 20, 30, 4
 
 
 class Check(NamedTuple):

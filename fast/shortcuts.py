@@ -24,23 +24,35 @@ class ShortcutFailed(RuntimeError):
 COMPILE, GRAPHS, BF16 = "torch.compile", "CUDA graphs", "bfloat16"
 
 
+class Blamed:
+    """function(*args), whose errors become ShortcutFailed and blame a shortcut; but lack of memory passes through."""
+
+    def __init__(self, function, shortcut):
+        self.function, self.shortcut = function, shortcut
+
+    def __call__(self, *args):
+        try:
+            return self.function(*args)
+        except ShortcutFailed:
+            raise
+        except Exception as error:  # no compiler, no Triton: whatever it is, without the shortcut it may work
+            if out_of_memory(error):
+                raise
+            raise ShortcutFailed(first_line(error), self.shortcut) from error
+
+
 class Compiled:
-    """function(*args): as it stands for the first `plain_calls` calls, then compiled. Lack of memory passes through; any other error
-    becomes ShortcutFailed."""
+    """function(*args): as it stands for the first `plain_calls` calls, then compiled, and `Blamed`."""
 
     def __init__(self, function, plain_calls=0, **options):
-        self.function, self.plain_calls, self.compiled = function, plain_calls, torch.compile(function, **options)
+        self.function, self.plain_calls = function, plain_calls
+        self.compiled = Blamed(torch.compile(function, **options), COMPILE)
 
     def __call__(self, *args):
         if self.plain_calls > 0:
             self.plain_calls -= 1
             return self.function(*args)
-        try:
-            return self.compiled(*args)
-        except Exception as error:  # no compiler, no Triton: whatever it is, the function itself may work
-            if out_of_memory(error):
-                raise
-            raise ShortcutFailed(first_line(error), COMPILE) from error
+        return self.compiled(*args)
 
 
 class GraphRunner:
@@ -65,9 +77,11 @@ class GraphRunner:
             return
         before = torch.cuda.current_stream()
         self.stream.wait_stream(before)
-        with torch.cuda.stream(self.stream):
-            self.function()
-        before.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                self.function()
+        finally:
+            before.wait_stream(self.stream)
         self.calls += 1
         if self.calls == self.WARM_UP:
             self.record(before)

@@ -302,6 +302,44 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
     assert torch.equal(ours.weights, plain.weights) and not isinstance(ours.loss, Compiled)
 
 
+def test_a_backward_pass_that_cannot_be_compiled_is_blamed_on_the_compiler(monkeypatch):
+    """It is compiled when it first runs, and not with the loss."""
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise ValueError("no Triton")
+
+    def compiler(function, fullgraph):
+        return lambda *args: (Broken.apply(function(*args)[0]), function(*args)[1]) if args else function()
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    ours, plain = checked([COMPILE]), device_trainer(**CONFIG)
+    with pytest.warns(UserWarning, match="^no Triton; going on without torch.compile$"):
+        ours.learn()
+    plain.learn()
+    assert torch.equal(ours.weights, plain.weights)
+
+
+def test_a_rollout_that_is_not_finite_is_blamed_on_the_compiler(monkeypatch):
+    def compiler(function, fullgraph):
+        def compiled(*args):
+            result = function(*args)
+            ours.buffer.fields["logprobs"].fill_(torch.nan)
+            return result
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    ours = checked([COMPILE])
+    with pytest.warns(UserWarning, match="^the logits are not finite.*going on without torch.compile$"):
+        ours.learn()
+    assert ours.update_count == 2
+
+
 @pytest.mark.slow
 def test_what_torch_compiles_is_right():
     """With its compiler for CPUs."""
