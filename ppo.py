@@ -8,7 +8,6 @@ addresses. So they run as they stand here on any device, and fast/shortcuts.py c
 """
 
 import math
-import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -200,23 +199,8 @@ class PPO(Trainer):
         """Of all ranks."""
         return self.config.rollout_steps * self.env.num_envs * self.ranks
 
-    def learn(self):
-        """Train to the end. Raises StopTraining after `request_stop`, FloatingPointError if the numbers are no longer finite."""
-        self.clock = time.perf_counter()
-        self.snapshot = self.state_dict()
-        self.emit("on_training_start")
-        while self.global_step < self.num_steps:
-            self.stop_together()
-            start = time.perf_counter()
-            self.stats = self.collect_and_update()
-            self.stats["steps_per_second"] = self.samples_per_update / (time.perf_counter() - start)
-            self.tick()
-            self.emit("on_update_end")
-            self.snapshot = self.state_dict()
-        self.emit("on_training_end")
-
     def collect_and_update(self):
-        """-> the statistics of the update. On a GPU fast/ puts another in its place, which does the same and checks itself."""
+        """What `learn` repeats -> the statistics of the update. On a GPU fast/ puts another in its place, which also checks itself."""
         self.collect()
         return self.update()
 

@@ -11,8 +11,8 @@ class StopTraining(Exception):
 
 
 class Trainer:
-    """A subclass has `num_steps`, `learn()`, `state_dict()` and `load_state_dict()`. Its `learn` advances `update_count` and
-    `global_step`, and sets `stats` and `snapshot` after each update."""
+    """A subclass has `num_steps`, `state_dict()`, `load_state_dict()` and `collect_and_update() -> stats`, which advances `global_step`
+    and `update_count`."""
 
     def __init__(self, policy, callbacks=(), metadata=None):
         """metadata: plain values that go into every checkpoint."""
@@ -25,6 +25,21 @@ class Trainer:
         self.pending = []  # copies of policy_state() that a callback is evaluating
         self.evaluated = None  # the last of them, with its "evaluation"
         self.best_score, self.is_best = -math.inf, False  # the highest so far; did the last evaluation reach it?
+
+    def learn(self):
+        """Train to the end. Raises StopTraining after `request_stop`, FloatingPointError if the numbers are no longer finite."""
+        self.clock = time.perf_counter()
+        self.snapshot = self.state_dict()
+        self.emit("on_training_start")
+        while self.global_step < self.num_steps:
+            self.stop_together()
+            start, before = time.perf_counter(), self.global_step
+            self.stats = self.collect_and_update()
+            self.stats["steps_per_second"] = (self.global_step - before) / (time.perf_counter() - start)
+            self.tick()
+            self.emit("on_update_end")
+            self.snapshot = self.state_dict()
+        self.emit("on_training_end")
 
     def emit(self, event):
         for callback in self.callbacks:
@@ -49,6 +64,10 @@ class Trainer:
     def check_stop(self):
         if self.stop_requested:
             raise StopTraining
+
+    def stop_together(self):
+        """Between two updates; a training of several processes stops all of them here."""
+        self.check_stop()
 
     def policy_state(self):
         """What playing needs: weights, counters and metadata; a copy, on the CPU."""
