@@ -22,16 +22,17 @@ class GPUError(RuntimeError):
     """A GPU that has failed, or that computes something wrong, in one line. The CPU can go on with the run."""
 
 
-def choose_device(name):
+def choose_device(name, kinds=("cuda", "cpu")):
     """One of "auto", "cpu", "cuda", "cuda:1" -> torch.device. Raises DeviceError if a device that was named does not work.
 
-    "auto" takes CUDA if a small product runs on it, and otherwise the CPU; if there seems to be a GPU, it prints why. Several
+    kinds: of devices to choose from; "mps", Apple's GPUs, may be one.
+    "auto" takes CUDA if a small product runs on it, then MPS, and otherwise the CPU; if there seems to be a GPU, it prints why. Several
     ranks on a machine take CUDA only if there is a GPU for each. From here on products of float32 there keep float32's precision.
     """
     # Not to TF32's 10 bits, which the environment can ask for (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE): probabilities would be off by 4 %
     torch.set_float32_matmul_precision("highest")
     try:
-        return working_device(name)
+        return working_device(name, kinds)
     except Exception as error:  # whatever torch, a driver or a missing build raises
         reason = first_line(error)
     if name != "auto":
@@ -42,13 +43,15 @@ def choose_device(name):
     return torch.device("cpu")
 
 
-def working_device(name):
+def working_device(name, kinds):
+    if name == "auto" and "mps" in kinds and not torch.cuda.is_available() and torch.backends.mps.is_available():
+        name = "mps"
     own = f"cuda:{os.environ['LOCAL_RANK']}" if RANKS > 1 else "cuda"
     if name == "auto" and RANKS > 1 and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
         own = "cpu"  # all ranks of a machine alike
     device = torch.device(own if name in ("auto", "cuda") else name)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError("fast/ has shortcuts for cpu and cuda alone; without them training is a thousand times slower")
+    if device.type not in kinds:
+        raise ValueError(f"this program runs on {' and '.join(kinds)}, for which it has been made fast")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and collectives ask for the current one
     try_out(device)

@@ -490,3 +490,17 @@ def test_the_self_test_says_what_is_wrong(capsys, monkeypatch):
     assert self_test.main("--device cpu --n_embd 8 --n_head 2 --num_envs 16 --rollout_steps 4 --batch_size 8".split()) == 1
     *_, row, line = capsys.readouterr().out.splitlines()
     assert row.endswith("WRONG") and line.startswith("  wrong results on cpu, torch 2.")
+
+
+def test_peers_small(monkeypatch, capsys):
+    """Both learn from the same games; what they reach in so few steps says nothing."""
+    pytest.importorskip("stable_baselines3")
+    peers = load("peers")
+    monkeypatch.setattr(peers, "EVERY", 4096)
+    monkeypatch.setattr(peers, "SOLVED", -1e9)
+    peers.main(["lunarlander", "--num_steps", "4096"])
+    out = capsys.readouterr().out
+    assert re.search(r"ours: -1e\+09 points after 4,096 steps", out) and re.search(r"SB3: -1e\+09 points after 16,384 steps", out)
+    monkeypatch.setattr(peers, "STEPS", 24)
+    peers.main(["space_invaders", "--turns", "1"])
+    assert re.search(r"ours \d+, SB3 \d+ steps/s, ratio \d", capsys.readouterr().out)

@@ -18,6 +18,15 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch, capsys):
     assert choose_device("auto") == torch.device("cpu") and capsys.readouterr().err == ""
 
 
+def test_apples_gpu_is_taken_where_a_program_can_use_it(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "try_out", lambda device: None)
+    assert choose_device("auto", ("cuda", "mps", "cpu")) == choose_device("mps", ("mps",)) == torch.device("mps")
+    with pytest.raises(DeviceError, match="--device mps does not work here .this program runs on cuda and cpu"):
+        choose_device("mps")
+
+
 def test_a_gpu_that_cannot_be_used_is_named(monkeypatch, capsys):
     monkeypatch.setattr(torch, "ones", broken)
     monkeypatch.setattr(device, "gpu_is_there", lambda: True)

@@ -3,10 +3,11 @@ import re
 from pathlib import Path
 
 import train_ppo
+from algorithms.grid_search import TRAININGS, training
 from command_line import kind_of
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "algorithms" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = {"logdir", "index", "standalone", "nproc_per_node", "index-url"}  # options of other programs
 ORIGINAL = {"NUM_STEPS": 4_000_000, "ROLLOUT_STEPS": 1024, "EPOCHS": 10, "GAMMA": 0.99, "LAMBD": 0.95, "EPS_CLIP": 0.2, "LR": 0.001}
 
@@ -22,15 +23,17 @@ def test_table_of_constants():
 def test_what_the_pages_name_exists():
     """Links, files, and the options of our programs."""
     scripts = [ROOT / "load_model.py", ROOT / "play_in_terminal.py", ROOT / "tests" / "conftest.py", *(ROOT / "benchmarks").glob("*.py")]
+    scripts += (ROOT / "algorithms").glob("*.py")
+    constants = {name for program in TRAININGS for name in training(program).constants}
     sources = "".join(script.read_text() for script in scripts)
     for page in PAGES:
         text = page.read_text()
         for name in re.findall(r"\]\((?!http)([^)#]+)", text):
             assert (page.parent / name).exists(), f"{page.name}: {name}"
         for name in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", text):
-            assert (ROOT / name).exists() or (ROOT / "fast" / name).exists(), f"{page.name}: {name}"
-        for option in set(re.findall(r"--([a-z_]+(?:-[a-z]+)*)", text)) - {"resume", *OTHERS}:
-            assert option.upper() in train_ppo.CONSTANTS or f'"--{option}"' in sources, f"{page.name}: --{option}"
+            assert any((ROOT / folder / name).exists() for folder in (".", "fast", "algorithms")), f"{page.name}: {name}"
+        for option in set(re.findall(r"--([a-z][a-z_0-9]*(?:-[a-z]+)*)", text)) - {"resume", *OTHERS}:
+            assert option.upper() in constants or f'"--{option}"' in sources, f"{page.name}: --{option}"
 
 
 def test_ci_runs_the_command_of_the_readme():

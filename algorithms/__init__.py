@@ -1,0 +1,1 @@
+"""Other trainings from scratch, one file each, on the parts of the project's root: see README.md in this folder."""

@@ -1,0 +1,270 @@
+"""Actor-critic on random states, configured by a JSON file:  python -m algorithms.actor_critic [CONFIG]
+
+The smallest setting in which an actor and a critic learn: every state is drawn at random, one action is taken, a reward model says what
+it is worth, and nothing follows. The critic learns what a state is worth on average, the actor to do better than that; one optimizer
+serves both networks. The reward model has a known best action, so that learning is measured against what theory says is possible.
+
+CONFIG (default config.json) is written with the defaults if there is none:
+
+    input_dim 10       numbers in a state, independent and standard normal
+    output_dim 2       actions, at most input_dim
+    hidden_dim 256     units of the one hidden layer of each network
+    learning_rate 1e-4 of Adam
+    batch_size 32      states in a gradient step
+    num_epochs 100     of 200 gradient steps
+    seed 42            of states, weights, rewards and actions
+
+A run leaves checkpoints_YYYYMMDD_HHMMSS/ with training.log, epoch_<n>.pt every tenth epoch, and final.pt.
+--evaluate [CHECKPOINT] prints how good it is (default: the shipped model), --resume CHECKPOINT goes on, bit for bit.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+
+import argparse
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from algorithms.common import HERE, check_algorithm
+from checkpoint import CheckpointError, atomic_write, load_checkpoint, save_checkpoint, to_plain
+from command_line import CommandLineError, raise_error, run_script
+from ppo import policy_loss, value_loss
+
+STEPS_PER_EPOCH = 200
+SAVE_FREQ = 10  # epochs
+TEST_STATES = 100_000
+NAME = "actor_critic"
+RANGES = {"input_dim": (1, 4096), "output_dim": (2, 4096), "hidden_dim": (1, 65536), "learning_rate": (1e-9, 1.0),
+          "batch_size": (2, 10**6), "num_epochs": (1, 10**6), "seed": (0, 2**31 - 1)}  # fmt: skip
+
+
+class Config(NamedTuple):
+    input_dim: int = 10
+    output_dim: int = 2
+    hidden_dim: int = 256
+    learning_rate: float = 1e-4
+    batch_size: int = 32
+    num_epochs: int = 100
+    seed: int = 42
+
+
+def read_config(path):
+    """A JSON file -> `Config`; written with the defaults if there is none. Raises CommandLineError for what is wrong in it."""
+    path = Path(path)
+    if not path.exists():
+        atomic_write(path, (json.dumps(Config()._asdict(), indent=2) + "\n").encode())
+        print(f"wrote {path} with the defaults")
+    try:
+        given = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise CommandLineError(f"{path}: cannot be read as JSON ({error}); delete it for the defaults") from None
+    if not isinstance(given, dict):
+        raise CommandLineError(f"{path}: must hold an object, as {{\"seed\": 1}}; delete it for the defaults")
+    if unknown := set(given) - set(Config._fields):
+        raise CommandLineError(f"{path}: unknown key {min(unknown)!r}; the keys are {', '.join(Config._fields)}")
+    for name, value in given.items():
+        low, high = RANGES[name]
+        kinds = (int, float) if name == "learning_rate" else (int,)
+        if type(value) not in kinds or not low <= value <= high:
+            kind = "a number" if float in kinds else "an integer"
+            raise CommandLineError(f"{path}: {name} must be {kind} from {low:g} to {high:g}, not {json.dumps(value)}")
+    config = Config(**given)
+    if config.output_dim > config.input_dim:
+        raise CommandLineError(f"{path}: output_dim {config.output_dim} must not exceed input_dim {config.input_dim}")
+    return config
+
+
+class PolicyNetwork(nn.Module):
+    """States (B, input_dim) -> log-probabilities of the actions (B, output_dim)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = mlp(config.input_dim, config.hidden_dim, config.output_dim)
+
+    def forward(self, states):
+        return F.log_softmax(self.layers(states), dim=-1)
+
+
+class ValueNetwork(nn.Module):
+    """States (B, input_dim) -> the expected reward (B,)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = mlp(config.input_dim, config.hidden_dim, 1)
+
+    def forward(self, states):
+        return self.layers(states).squeeze(-1)
+
+
+def mlp(inputs, hidden, outputs):
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+class RewardModel:
+    """Each action has a direction, and its reward is how far the state points that way: states (B, input_dim) -> rewards (B, output_dim).
+
+    The directions are orthonormal, so the rewards of the actions are independent and standard normal, and the best of k of them is worth
+    the expected maximum of k standard normal numbers. A random action is worth 0.
+    """
+
+    def __init__(self, config, generator):
+        self.directions, _ = torch.linalg.qr(torch.randn(config.input_dim, config.output_dim, generator=generator))
+
+    def __call__(self, states):
+        return states @ self.directions
+
+
+def expected_maximum(k):
+    """Of k independent standard normal numbers: the integral of x k phi(x) Phi(x)^(k - 1); 1 / sqrt(pi) for two."""
+    x = np.linspace(-12, 12, 100_001)
+    density = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+    below = torch.special.ndtr(torch.from_numpy(x)).numpy()
+    return float(np.trapezoid(x * k * density * below ** (k - 1), x))
+
+
+class ActorCriticAgent:
+    """Both networks, their one optimizer, and the random numbers of the training."""
+
+    def __init__(self, config):
+        torch.manual_seed(config.seed)
+        self.config, self.epoch = config, 0
+        self.policy, self.value = PolicyNetwork(config), ValueNetwork(config)
+        self.optimizer = torch.optim.Adam([*self.policy.parameters(), *self.value.parameters()], lr=config.learning_rate)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.reward_model = RewardModel(config, self.generator)
+
+    def update(self):
+        """One gradient step on a batch of random states -> the mean reward and the terms of the loss, floats."""
+        states = torch.randn(self.config.batch_size, self.config.input_dim, generator=self.generator)
+        all_logprobs, values = self.policy(states), self.value(states)
+        actions = torch.multinomial(all_logprobs.detach().exp(), 1, generator=self.generator)
+        rewards = self.reward_model(states).gather(1, actions).squeeze(1)
+        logprobs = all_logprobs.gather(1, actions).squeeze(1)
+        # at a ratio of 1, PPO's loss has the gradient of the plain actor-critic
+        actor_loss, _ = policy_loss(logprobs, logprobs.detach(), rewards - values.detach(), eps_clip=1.0)
+        critic_loss, _ = value_loss(values, values.detach(), rewards)
+        self.optimizer.zero_grad()
+        (actor_loss + critic_loss).backward()
+        self.optimizer.step()
+        return rewards.mean().item(), actor_loss.item(), critic_loss.item()
+
+    @torch.no_grad()
+    def regret(self, seed=10**6):
+        """What the policy loses on average to the best action of each state, in states that no training draws."""
+        states = torch.randn(TEST_STATES, self.config.input_dim, generator=torch.Generator().manual_seed(seed))
+        rewards = self.reward_model(states)
+        return (rewards.amax(1) - (self.policy(states).exp() * rewards).sum(1)).mean().item()
+
+    def evaluate(self):
+        """-> the expected reward, the most that there is, and the one as a share of the other."""
+        optimum = expected_maximum(self.config.output_dim)
+        score = optimum - self.regret()
+        return {"score": score, "optimum": optimum, "share": score / optimum}
+
+    def state_dict(self):
+        return to_plain({
+            "algorithm": NAME, "config": self.config._asdict(), "epoch": self.epoch, "policy": self.policy.state_dict(),
+            "value": self.value.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
+        })  # fmt: skip
+
+    def load_state_dict(self, state):
+        self.policy.load_state_dict(state["policy"])
+        self.value.load_state_dict(state["value"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.epoch = state["epoch"]
+
+
+def load_agent(path):
+    """A checkpoint -> the agent that it holds. Raises CheckpointError."""
+    state = load_checkpoint(path)
+    check_algorithm(NAME, state, path)
+    try:
+        agent = ActorCriticAgent(Config(**state["config"]))
+        agent.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: does not fit this program ({' '.join(str(error).split())[:200]}); train anew") from None
+    return agent
+
+
+def new_directory(parent):
+    """Makes checkpoints_YYYYMMDD_HHMMSS, with a number behind it if another run has just begun."""
+    stem = time.strftime("checkpoints_%Y%m%d_%H%M%S")
+    for attempt in range(1, 100):
+        try:
+            directory = Path(parent, stem if attempt == 1 else f"{stem}-{attempt}")
+            directory.mkdir()
+            return directory
+        except FileExistsError:
+            pass
+    raise CommandLineError(f"{stem} exists already")
+
+
+def logger_to(path):
+    """-> a logger that writes to a file and to the console."""
+    logger = logging.getLogger(NAME)
+    logger.setLevel(logging.INFO)
+    logger.handlers = [logging.FileHandler(path), logging.StreamHandler()]
+    logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    return logger
+
+
+def train(agent, directory):
+    """To the end of its epochs. Ctrl-C saves the last whole epoch, from which a resume goes on."""
+    log, config = logger_to(directory / "training.log"), agent.config
+    log.info("training %s in %s", json.dumps(config._asdict()), directory)
+    whole = agent.state_dict()
+    try:
+        while agent.epoch < config.num_epochs:
+            reward, actor_loss, critic_loss = np.mean([agent.update() for _ in range(STEPS_PER_EPOCH)], axis=0)
+            if not math.isfinite(actor_loss + critic_loss):
+                raise CommandLineError(f"the loss is not finite in epoch {agent.epoch + 1}; try a lower learning_rate")
+            agent.epoch += 1
+            whole = agent.state_dict()
+            log.info("epoch %d: reward %.4f, actor loss %.4f, critic loss %.4f", agent.epoch, reward, actor_loss, critic_loss)
+            if agent.epoch % SAVE_FREQ == 0:
+                save_checkpoint(directory / f"epoch_{agent.epoch}.pt", whole)
+    finally:
+        save_checkpoint(directory / "final.pt", whole)
+        if agent.epoch < config.num_epochs:
+            log.info("stopped; go on with: python -m algorithms.%s --resume %s", NAME, directory / "final.pt")
+        for handler in log.handlers[:1]:
+            handler.close()
+    result = agent.evaluate()
+    log.info("expected reward %.4f of %.4f, %.2f %%", result["score"], result["optimum"], 100 * result["share"])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog=f"-m algorithms.{NAME}", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("config", nargs="?", default="config.json")
+    parser.add_argument("--resume", metavar="CHECKPOINT")
+    parser.add_argument("--directory", default=".", help="where the run's directory is made (default: here)")
+    parser.add_argument("--evaluate", nargs="?", const=HERE / "pretrained" / f"{NAME}.pt", metavar="CHECKPOINT")
+    parser.error = raise_error
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # small networks
+    if args.evaluate:
+        print(json.dumps(load_agent(args.evaluate).evaluate()))
+    elif args.resume:
+        agent = load_agent(args.resume)
+        if agent.epoch >= agent.config.num_epochs:
+            raise CommandLineError(f"{args.resume} has done all of its {agent.epoch} epochs already")
+        train(agent, Path(args.resume).parent)
+    else:
+        train(ActorCriticAgent(read_config(args.config)), new_directory(args.directory))
+
+
+if __name__ == "__main__":
+    run_script(main, f"-m algorithms.{NAME}")

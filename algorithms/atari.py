@@ -1,0 +1,90 @@
+"""Games of the Arcade Learning Environment: wrappers, and stacks of their frames."""
+
+from collections import deque
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from PIL import Image
+
+from algorithms.common import need
+from command_line import CommandLineError
+
+SIZE = 84  # pixels, of a frame's height and width
+
+
+class SkipFrame(gym.Wrapper):
+    """An action lasts `skip` frames: rewards are summed, and of the last two frames the brighter pixels stay, for the game draws
+    some sprites in every other frame."""
+
+    def __init__(self, env, skip):
+        super().__init__(env)
+        self.skip = skip
+
+    def step(self, action):
+        total, frames = 0.0, deque(maxlen=2)
+        for _ in range(self.skip):
+            frame, reward, terminated, truncated, info = self.env.step(action)
+            frames.append(frame)
+            total += reward
+            if terminated or truncated:
+                break
+        return np.maximum(frames[0], frames[-1]), total, terminated, truncated, info
+
+
+class ActionSpaceWrapper(gym.ActionWrapper):
+    """Action i is the i-th of those allowed, names of the game's own: "NOOP", "FIRE", "RIGHT", ... Raises ValueError for another."""
+
+    def __init__(self, env, allowed):
+        super().__init__(env)
+        known = env.unwrapped.get_action_meanings()
+        if unknown := [name for name in allowed if name not in known]:
+            raise ValueError(f"{unknown[0]!r} is no action of this game, which has {', '.join(known)}")
+        self.actions = [known.index(name) for name in allowed]
+        self.action_space = gym.spaces.Discrete(len(self.actions))
+
+    def action(self, action):
+        return self.actions[action]
+
+
+class SmallFrame(gym.ObservationWrapper):
+    """Grey frames (210, 160) -> (84, 84) uint8, each pixel the mean of what it covers."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE), np.uint8)
+
+    def observation(self, frame):
+        return np.asarray(Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BOX))
+
+
+def make_env(c, render_mode=None):
+    """One game with its wrappers, c: ENV_ID, STICKY, SKIP, ACTIONS. Raises CommandLineError for a game or an action that there is not."""
+    ale_py = need("ale_py")
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # it greets at every start
+    gym.register_envs(ale_py)
+    try:
+        env = gym.make(c.ENV_ID, frameskip=1, repeat_action_probability=c.STICKY, obs_type="grayscale", render_mode=render_mode)
+        env = SkipFrame(env, c.SKIP)
+        if c.ACTIONS:
+            env = ActionSpaceWrapper(env, [name.strip() for name in c.ACTIONS.split(",")])
+    except (gym.error.Error, TypeError, ValueError) as error:
+        raise CommandLineError(f"{c.ENV_ID}: {' '.join(str(error).split())[:200]}") from None
+    return SmallFrame(env)
+
+
+def make_envs(c, n):
+    return SyncVectorEnv([lambda: make_env(c)] * n, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+class Stacks:
+    """The last frames of N games, (N, STACK, 84, 84) uint8. A game that starts has its first frame in every place."""
+
+    def __init__(self, frames, depth):
+        self.frames = np.repeat(frames[:, None], depth, axis=1)
+
+    def push(self, frames, first):
+        """frames (N, 84, 84), first (N,) bool: those that start a game."""
+        self.frames[:, :-1] = self.frames[:, 1:]
+        self.frames[:, -1] = frames
+        self.frames[first] = frames[first, None]

@@ -1,0 +1,173 @@
+"""What the trainings in this folder share: their command line, and what plays their models.
+
+    python -m algorithms.NAME [--constant value] [--resume RUN]                 trains
+    python -m algorithms.NAME --play [MODEL] [--episodes 1] [--out NAME.gif]    shows games; --human opens a window instead
+    python -m algorithms.NAME --evaluate [MODEL] [--episodes 100]               prints the score of fresh games as JSON
+
+MODEL is a run or a checkpoint; without one it is the model that algorithms/pretrained/ ships, or else the newest run.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable, NamedTuple
+
+import imageio
+import numpy as np
+from gymnasium.error import DependencyNotInstalled
+
+from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
+from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run
+from command_line import CommandLineError, load_state, new_run_dir, raise_error, read_run, train
+from device import RANKS
+
+HERE = Path(__file__).parent
+
+
+class Algorithm(NamedTuple):
+    """What a file of this folder tells `main` of itself."""
+
+    name: str  # of its module, without the package
+    doc: str
+    constants: dict
+    ranges: dict  # as command_line.py wants them
+    kept: tuple  # constants that a resumed run must not change
+    build: Callable[[SimpleNamespace], Any]  # constants -> a Trainer without callbacks, its metadata {"algorithm", "constants"}
+    evaluate: Callable[..., dict]  # policy state, episodes, seed -> a dict with a "score"
+    frames: Callable  # policy state, episodes, seed, human -> yields RGB arrays, or None where a window shows the game
+    episodes: int = 100  # of an evaluation
+    fps: int = 30
+    levels: dict = {}  # {label: score} for the learning curve
+    check: Callable = lambda constants: None  # raises CommandLineError for constants that do not fit together
+    human: Callable | None = None  # policy state: plays with a person in the terminal; None: `frames` opens a window
+    advice: dict = {}  # as `train` in command_line.py wants it
+
+
+def need(module, requirements="algorithms/requirements.txt"):
+    """-> an imported module. Raises CommandLineError, which names the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CommandLineError(f"needs {error.name or module}: pip install -r {requirements}") from None
+
+
+def main(algorithm, argv=None):
+    """Train, play or evaluate, as the command line asks -> exit status."""
+    if RANKS > 1:
+        raise CommandLineError("runs in one process, without torchrun")
+    argv = sys.argv[1:] if argv is None else argv
+    if any(argument.split("=")[0] in ("--play", "--evaluate") for argument in argv):
+        return play_or_evaluate(algorithm, argv)
+    program = f"-m algorithms.{algorithm.name}"
+    run = read_run(argv, program, algorithm.doc, algorithm.constants, algorithm.ranges, algorithm.kept, algorithm.check)
+    c = SimpleNamespace(**run.constants)
+    if run.state:
+        check_algorithm(algorithm.name, run.state, run.directory)
+    trainer = algorithm.build(c)
+    if run.state:
+        load_state(trainer, run)
+    run_dir = run.directory or new_run_dir(c.RUN_DIR, f"runs/{algorithm.name}")
+    trainer.metadata["constants"]["RUN_DIR"] = str(run_dir)
+    trainer.callbacks = watch(algorithm, c, run_dir)
+    return train(trainer, run_dir, program, algorithm.advice)
+
+
+def watch(algorithm, c, run_dir):
+    csv = run_dir / "metrics.csv"
+    plan = f"{algorithm.name}: {c.NUM_STEPS:,} steps in all. Curve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops."
+    return [
+        *([Evaluation(algorithm.evaluate, c.EVAL_INTERVAL)] if c.EVAL_INTERVAL else []),
+        ProgressBar(plan),
+        MetricsCSV(csv),
+        TensorBoard(run_dir),
+        LearningCurve(run_dir / "learning_curve.png", csv, algorithm.levels),
+        Checkpoints(run_dir, c.SAVE_FREQ),
+    ]
+
+
+def check_algorithm(name, state, path):
+    """Raises CheckpointError for the model of another training."""
+    if state.get("algorithm") != name:
+        raise CheckpointError(f"{path}: is no model of {name}; it was trained by {state.get('algorithm', 'another program')}")
+
+
+def load_model(algorithm, name=""):
+    """A checkpoint, a run, or "" for the shipped model, or else the newest run -> its policy state, its path. Raises CheckpointError."""
+    shipped = HERE / "pretrained" / f"{algorithm.name}.pt"
+    name = name or (shipped if shipped.exists() else newest_run(f"runs/{algorithm.name}"))
+    if not name:
+        raise CheckpointError(f"no model of {algorithm.name} is shipped, and there is no run; train one, or name one")
+    path = find_checkpoint(name, ("best_model.pt", "last.pt"))
+    state = load_checkpoint(path)
+    check_algorithm(algorithm.name, state, path)
+    return state, path
+
+
+def play_or_evaluate(algorithm, argv):
+    parser = argparse.ArgumentParser(prog=f"-m algorithms.{algorithm.name}", description=algorithm.doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--play", nargs="?", const="", metavar="MODEL", help="draw games (default: of the shipped model)")
+    what.add_argument("--evaluate", nargs="?", const="", metavar="MODEL", help="score fresh games")
+    parser.add_argument("--episodes", type=int, help=f"default 1 to play, {algorithm.episodes} to evaluate")
+    parser.add_argument("--seed", type=int, default=1_000_000, help="of the games (default 1000000, which no training takes)")
+    parser.add_argument("--out", default=f"{algorithm.name}.gif", help=f"default {algorithm.name}.gif")
+    parser.add_argument("--human", action="store_true", help="play in a window")
+    parser.error = raise_error
+    args = parser.parse_args(argv)
+    playing = args.play is not None
+    episodes = (1 if playing else algorithm.episodes) if args.episodes is None else args.episodes
+    for name, value, high in (("episodes", episodes, 100 if playing else 10**6), ("seed", args.seed, 2**31 - 1)):
+        if not (name == "episodes") <= value <= high:
+            raise CommandLineError(f"--{name} must be from {int(name == 'episodes')} to {high:,}, not {value}")
+    state, path = load_model(algorithm, args.play if playing else args.evaluate)
+    print(f"{os.path.relpath(path)}: trained for {state['global_step']:,} steps", file=sys.stderr)
+    if not playing:
+        print(json.dumps(algorithm.evaluate(state, episodes, args.seed)))
+    elif args.human and algorithm.human:
+        algorithm.human(state)
+    else:
+        try:
+            show(algorithm, state, episodes, args)
+        except DependencyNotInstalled as error:
+            raise CommandLineError(f"{error}; pip install -r algorithms/requirements.txt") from None
+    return 0
+
+
+def summary(scores):
+    """Scores of games -> mean, standard deviation, lowest and highest."""
+    scores = np.asarray(scores, float)
+    return {"score": float(scores.mean()), "std": float(scores.std()), "min": float(scores.min()), "max": float(scores.max()),
+            "games": len(scores)}  # fmt: skip
+
+
+def show(algorithm, state, episodes, args):
+    """In a window or as a gif."""
+    frames = algorithm.frames(state, episodes, args.seed, args.human)
+    if not args.human:
+        write_gif(args.out, frames, algorithm.fps)
+        print(f"wrote {args.out} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
+        return
+    if sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
+        raise CommandLineError("--human needs a screen, and there is none; leave it out for a gif")
+    for _ in frames:
+        pass  # the window shows them
+
+
+def write_gif(path, frames, fps):
+    """frames: RGB arrays (H, W, 3). Written beside the old file, which stays whole until the new one is."""
+    if not path.lower().endswith(".gif"):
+        raise CommandLineError(f"--out must end in .gif, not {path!r}")
+    if not Path(path).parent.is_dir() or Path(path).is_dir():
+        raise CommandLineError(f"--out: {path} is a directory, or lies in none")
+    unfinished = Path(path + ".part")
+    try:
+        with open(unfinished, "wb") as file:
+            imageio.mimsave(file, [np.asarray(frame) for frame in frames], format="gif", duration=1000 / fps, loop=0)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,346 @@
+"""Double DQN learns Space Invaders from pixels:  python -m algorithms.dqn_space_invaders
+
+A network estimates the discounted return of each action, Q(s, a), and learns from transitions that a replay memory keeps. Its target is
+r + gamma Q'(s', argmax Q(s', a)): a frozen copy Q' says what the action is worth that the network itself would take (van Hasselt et al.
+2016), so that an overestimated action is not also chosen for it. Any other game of the Arcade Learning Environment: --env_id.
+
+Left out: prioritised replay, duelling heads, n-step returns, distributions. A step is an agent's step: SKIP frames of the game.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+
+import math
+from collections import deque
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from algorithms.atari import SIZE, Stacks, make_env, make_envs
+from algorithms.common import Algorithm, main, need, summary
+from checkpoint import to_numpy, to_plain
+from command_line import CommandLineError, constants_of, run_script
+from device import choose_device
+from trainer import Trainer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# game
+ENV_ID = "ALE/SpaceInvaders-v5"
+ACTIONS = ""  # those that the agent may take, as "NOOP,RIGHT,LEFT"; "" for all that the game knows
+STICKY = 0.25  # probability that the game repeats the action before instead (Machado et al. 2018)
+SKIP = 4  # frames that an action lasts
+STACK = 4  # of these frames the network sees at once
+LIFE_LOSS_ENDS = True  # a lost life ends the return, though not the game
+# length
+NUM_STEPS = 1_000_000
+NUM_ENVS = 6  # games side by side
+UPDATE_STEPS = 3_000  # between two rows of metrics.csv
+# memory
+REPLAY_SIZE = 100_000  # transitions, 7 KB each
+MEMORY_FACTOR = 1.0  # of that size
+BURN_IN = 10_000  # steps before learning starts; after a resume too, unless KEEP_REPLAY
+KEEP_REPLAY = False  # in checkpoints, 700 MB each: a resumed run is then the same bit for bit. Otherwise the memory is filled anew
+# learning
+LR = 2.5e-4  # Adam
+GAMMA = 0.99  # discount per step
+BATCH_SIZE = 32
+LEARN_EVERY = 3  # steps
+SYNC_EVERY = 1_000  # learning steps until the frozen copy is renewed
+EPSILON = 1.0  # share of random actions at the start
+EPSILON_END = 0.1
+EPSILON_DECAY = 0.99998  # per step: at its end after 115,000. The original, 0.99999975, takes 9.2 million
+BF16 = True  # convolutions in bfloat16 where the processor has it, 1.5 times as fast
+# run
+SEED = 0
+DEVICE = "auto"  # "cuda" or "mps" if it works, else "cpu"
+RUN_DIR = ""  # "" for runs/dqn_space_invaders/<date-time>
+EVAL_INTERVAL = 33  # updates between two evaluations; never if 0
+SAVE_FREQ = 67  # updates between two checkpoints: 200,000 steps
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONSTANTS = constants_of(globals())
+RANGES = {
+    "STICKY": (0.0, 1.0), "SKIP": (1, 100), "STACK": (1, 32), "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 1024), "UPDATE_STEPS": (1, 10**9),
+    "REPLAY_SIZE": (1, 10**9), "MEMORY_FACTOR": (1e-9, 1e3), "BURN_IN": (1, 10**9), "LR": (1e-9, 1.0), "GAMMA": (0.0, 1.0),
+    "BATCH_SIZE": (1, 65536), "LEARN_EVERY": (1, 10**6), "SYNC_EVERY": (1, 10**9), "EPSILON": (0.0, 1.0), "EPSILON_END": (0.0, 1.0),
+    "EPSILON_DECAY": (0.0, 1.0), "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+}  # fmt: skip
+KEPT = "ENV_ID ACTIONS STICKY SKIP STACK NUM_ENVS REPLAY_SIZE MEMORY_FACTOR KEEP_REPLAY SEED RUN_DIR".split()
+EVAL_EPSILON = 0.01  # share of random actions in an evaluation
+
+# --- what learns ------------------------------------------------------------------------------------------------------
+
+
+class QNetwork(nn.Module):
+    """The network of Mnih et al. 2015: stacks of frames (B, STACK, 84, 84) uint8 -> action values (B, A) float32."""
+
+    def __init__(self, stack, num_actions, bf16=False):
+        super().__init__()
+        self.bf16 = bf16
+        self.layers = nn.Sequential(
+            nn.Conv2d(stack, 32, 8, 4), nn.ReLU(),  # (B, 32, 20, 20)
+            nn.Conv2d(32, 64, 4, 2), nn.ReLU(),  # (B, 64, 9, 9)
+            nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(),  # (B, 64 * 7 * 7)
+            nn.Linear(64 * 7 * 7, 512), nn.ReLU(), nn.Linear(512, num_actions),
+        )  # fmt: skip
+
+    def forward(self, frames):
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.layers(frames.float() / 255).float()
+
+    @torch.no_grad()
+    def greedy(self, frames):
+        """An array of stacks -> the actions of the highest values, an array (B,)."""
+        return self(torch.as_tensor(frames, device=self.layers[0].weight.device)).argmax(1).cpu().numpy()
+
+
+def has_bf16(device):
+    """Does the device multiply bfloat16 faster than float32?"""
+    if device.type == "cpu":
+        return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class Replay:
+    """The last transitions of N games side by side. Each frame is kept once, as uint8; stacks are put together when drawn."""
+
+    def __init__(self, size, num_envs, stack):
+        """size: transitions of all games. Raises ValueError for a memory too small for one stack of each game."""
+        rows = size // num_envs
+        if rows < stack + 2:
+            raise ValueError(f"a memory of {size} transitions is too small for {num_envs} games; {num_envs * (stack + 2)} are the least")
+        self.frames = np.zeros((rows, num_envs, SIZE, SIZE), np.uint8)
+        self.actions, self.rewards = np.zeros((rows, num_envs), np.uint8), np.zeros((rows, num_envs), np.float32)
+        self.ends = np.zeros((rows, num_envs), bool)  # nothing follows: the return ends here
+        self.unfinished = np.zeros((rows, num_envs), bool)  # what follows is not in the memory: the game was cut off
+        self.age = np.zeros((rows, num_envs), np.uint8)  # frames of the same game before this one, at most stack - 1
+        self.back = np.arange(stack)[::-1]  # [3, 2, 1, 0]: a stack, as frames back from its last
+        self.added = 0  # rows, ever
+
+    def add(self, frames, first, actions, rewards, ends, unfinished):
+        """One step of each game, (N, ...): the frame that the action answered, and what came of it."""
+        row, before = self.added % len(self.age), (self.added - 1) % len(self.age)
+        self.frames[row], self.actions[row], self.rewards[row] = frames, actions, rewards
+        self.ends[row], self.unfinished[row] = ends, unfinished
+        self.age[row] = np.where(first, 0, np.minimum(self.age[before] + 1, len(self.back) - 1))
+        self.added += 1
+
+    def __len__(self):
+        """Transitions that can be drawn: the last row has no next frame yet, the oldest may lack some of their stack."""
+        return max(min(self.added, len(self.age)) - len(self.back) - 1, 0) * self.age.shape[1]
+
+    def sample(self, n, rng):
+        """-> stacks (n, STACK, 84, 84) uint8, actions (n,) int64, rewards (n,), next stacks, ends (n,) float32."""
+        i = rng.integers(len(self), size=n)
+        while (cut := self.unfinished[self.place(i)]).any():
+            i[cut] = rng.integers(len(self), size=cut.sum())
+        row, env = self.place(i)
+        return (self.stacks(row, env), self.actions[row, env].astype(np.int64), self.rewards[row, env],
+                self.stacks((row + 1) % len(self.age), env), self.ends[row, env].astype(np.float32))  # fmt: skip
+
+    def place(self, i):
+        """The i-th transitions that can be drawn, newest first -> their rows and games."""
+        back, env = np.divmod(i, self.age.shape[1])
+        return (self.added - 2 - back) % len(self.age), env
+
+    def stacks(self, row, env):
+        """The first frame of a game stands for those before it."""
+        rows = row[:, None] - np.minimum(self.back, self.age[row, env][:, None])
+        return self.frames[rows % len(self.age), env[:, None]]
+
+    def state_dict(self):
+        return {**vars(self), "back": None}
+
+    def load_state_dict(self, state):
+        vars(self).update({name: x for name, x in state.items() if name != "back"})
+
+
+def double_dqn_targets(rewards, next_values, frozen_next_values, ends, gamma):
+    """Van Hasselt et al. 2016, equation 4: values (B, A) of the next states, rewards and ends (B,) -> (B,)."""
+    best = next_values.argmax(1, keepdim=True)
+    return rewards + gamma * (1 - ends) * frozen_next_values.gather(1, best).squeeze(1)
+
+
+class DQN(Trainer):
+    """Acts in N games, keeps what happens, learns from what it kept."""
+
+    def __init__(self, c, device, metadata):
+        torch.manual_seed(c.SEED)
+        self.envs = make_envs(c, c.NUM_ENVS)
+        bf16, num_actions = c.BF16 and has_bf16(device), int(self.envs.single_action_space.n)
+        super().__init__(QNetwork(c.STACK, num_actions, bf16).to(device), metadata=metadata | {"num_actions": num_actions})
+        self.c, self.device, self.num_steps = c, device, c.NUM_STEPS
+        self.frozen = QNetwork(c.STACK, num_actions, bf16).to(device).requires_grad_(False)
+        self.frozen.load_state_dict(self.policy.state_dict())
+        # a large epsilon, for where gradients are small their direction is noise (Hessel et al. 2018)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), c.LR, eps=1.5e-4, fused=True)
+        self.rng = np.random.default_rng(c.SEED)
+        self.replay = Replay(round(c.REPLAY_SIZE * c.MEMORY_FACTOR), c.NUM_ENVS, c.STACK)
+        frames, infos = self.envs.reset(seed=c.SEED)
+        self.stacks, self.first = Stacks(frames, c.STACK), np.ones(c.NUM_ENVS, bool)
+        self.lives = infos["lives"]
+        self.return_so_far, self.episode_returns = np.zeros(c.NUM_ENVS), deque(maxlen=100)
+        self.learned = 0  # learning steps so far
+        self.due = 0  # environment steps that no learning step has answered yet
+
+    @property
+    def epsilon(self):
+        return max(self.c.EPSILON * self.c.EPSILON_DECAY**self.global_step, self.c.EPSILON_END)
+
+    def collect_and_update(self):
+        """UPDATE_STEPS steps, and the learning steps that they call for -> statistics."""
+        while self.replay.added * self.c.NUM_ENVS < self.c.BURN_IN or not len(self.replay):
+            self.check_stop()
+            self.act()
+        losses, values, last = [], [], self.global_step + self.c.UPDATE_STEPS
+        while self.global_step < min(last, self.num_steps):
+            self.check_stop()
+            self.act()
+            self.global_step += self.c.NUM_ENVS
+            self.due += self.c.NUM_ENVS
+            while self.due >= self.c.LEARN_EVERY:
+                self.due -= self.c.LEARN_EVERY
+                loss, value = self.learning_step()
+                losses.append(loss)
+                values.append(value)
+        self.update_count += 1
+        loss, value = (torch.stack(x).mean().item() if x else math.nan for x in (losses, values))
+        if not math.isfinite(loss) and losses:
+            raise FloatingPointError(f"the loss is not finite in update {self.update_count}; try a lower learning rate")
+        return {"loss": loss, "value": value, "epsilon": self.epsilon, "lr": self.c.LR, "replay": float(len(self.replay)),
+                "episode_return": float(np.mean(self.episode_returns)) if self.episode_returns else math.nan}  # fmt: skip
+
+    def act(self):
+        """One step of every game, into the memory."""
+        n = self.c.NUM_ENVS
+        actions, at_random = self.rng.integers(self.envs.single_action_space.n, size=n), self.rng.random(n) < self.epsilon
+        if not at_random.all():
+            actions = np.where(at_random, actions, self.policy.greedy(self.stacks.frames))
+        seen = self.stacks.frames[:, -1].copy()
+        frames, rewards, terminated, truncated, infos = self.envs.step(actions)
+        over = terminated | truncated
+        ends = terminated | (self.c.LIFE_LOSS_ENDS & (infos["lives"] < self.lives))
+        # rewards are clipped to their sign, so that one learning rate suits all games (Mnih et al. 2015)
+        self.replay.add(seen, self.first, actions, np.sign(rewards), ends, truncated & ~terminated)
+        self.stacks.push(frames, over)
+        self.first, self.lives = over, infos["lives"]
+        self.return_so_far += rewards
+        self.episode_returns.extend(self.return_so_far[over].tolist())
+        self.return_so_far[over] = 0
+
+    def learning_step(self):
+        """-> the loss and the mean value of the actions taken, tensors."""
+        batch = self.replay.sample(self.c.BATCH_SIZE, self.rng)
+        stacks, actions, rewards, next_stacks, ends = (torch.from_numpy(x).to(self.device) for x in batch)
+        with torch.no_grad():
+            targets = double_dqn_targets(rewards, self.policy(next_stacks), self.frozen(next_stacks), ends, self.c.GAMMA)
+        values = self.policy(stacks).gather(1, actions.unsqueeze(1)).squeeze(1)
+        loss = F.smooth_l1_loss(values, targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.learned += 1
+        if self.learned % self.c.SYNC_EVERY == 0:
+            self.frozen.load_state_dict(self.policy.state_dict())
+        return loss.detach(), values.detach().mean()
+
+    def state_dict(self):
+        """A copy of all that `learn` goes on from. Without KEEP_REPLAY games and memory start anew."""
+        state = {
+            "frozen": self.frozen.state_dict(), "optimizer": self.optimizer.state_dict(), "learned": self.learned, "due": self.due,
+            "rng": self.rng.bit_generator.state, "episode_returns": list(self.episode_returns), "evaluations": self.pending,
+            "best_score": self.best_score,
+        }  # fmt: skip
+        if self.c.KEEP_REPLAY:
+            states = [env.unwrapped.ale.cloneState(include_rng=True).serialize() for env in self.envs.envs]
+            state |= {
+                "replay": self.replay.state_dict(), "stacks": self.stacks.frames, "first": self.first, "lives": self.lives,
+                "return_so_far": self.return_so_far, "games": [np.frombuffer(x, np.uint8) for x in states],
+            }  # fmt: skip
+        return self.policy_state() | to_plain(state)
+
+    def load_state_dict(self, state):
+        """Go on where `state_dict` was taken: bit for bit on the CPU if it has the memory."""
+        self.policy.load_state_dict(state["model"])
+        self.frozen.load_state_dict(state["frozen"])
+        groups = self.optimizer.state_dict()["param_groups"]  # this run's own
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self.rng.bit_generator.state = state["rng"]
+        self.episode_returns, self.pending = deque(state["episode_returns"], maxlen=100), list(state["evaluations"])
+        for name in ("learned", "due", "update_count", "global_step", "seconds", "best_score"):
+            setattr(self, name, state[name])
+        if "replay" in state:
+            self.replay.load_state_dict(to_numpy(state["replay"]))
+            self.stacks.frames, self.first, self.lives, self.return_so_far = (
+                to_numpy(state[name]) for name in ("stacks", "first", "lives", "return_so_far")
+            )
+            for env, game in zip(self.envs.envs, state["games"]):
+                env.unwrapped.ale.restoreState(need("ale_py").ALEState(to_numpy(game).tobytes()))
+
+
+# --- playing ----------------------------------------------------------------------------------------------------------
+
+
+def policy_of(state):
+    """A policy state -> its network, on the CPU, and the constants that it was trained with."""
+    c = SimpleNamespace(**state["constants"])
+    policy = QNetwork(c.STACK, state["num_actions"])
+    policy.load_state_dict({name: x.float() for name, x in state["model"].items()})  # the shipped model has half precision
+    return policy, c
+
+
+def evaluate(state, episodes=30, seed=0):
+    """Whole games, to their last life, side by side -> the `summary` of their scores, in the game's own points."""
+    policy, c = policy_of(state)
+    envs, rng = make_envs(c, min(episodes, 30)), np.random.default_rng(seed)
+    frames, _ = envs.reset(seed=seed)
+    stacks, scores, score = Stacks(frames, c.STACK), [], np.zeros(envs.num_envs)
+    games = np.arange(envs.num_envs)  # which game each env plays: fixed beforehand, or quick deaths would count more often
+    started = envs.num_envs
+    while (games < episodes).any():
+        actions, at_random = rng.integers(envs.single_action_space.n, size=envs.num_envs), rng.random(envs.num_envs) < EVAL_EPSILON
+        actions = np.where(at_random, actions, policy.greedy(stacks.frames))
+        frames, rewards, terminated, truncated, _ = envs.step(actions)
+        score += rewards
+        over = terminated | truncated
+        stacks.push(frames, over)
+        for i in np.flatnonzero(over):
+            if games[i] < episodes:
+                scores.append(score[i])
+            games[i], started, score[i] = started, started + 1, 0
+    envs.close()
+    return summary(scores)
+
+
+def frames(state, episodes, seed, human):
+    """Yields each frame that the game shows."""
+    policy, c = policy_of(state)
+    env, rng = make_env(c, "human" if human else "rgb_array"), np.random.default_rng(seed)
+    for episode in range(episodes):
+        frame, _ = env.reset(seed=seed + episode)
+        stacks, over = Stacks(frame[None], c.STACK), False
+        while not over:
+            action = rng.integers(state["num_actions"]) if rng.random() < EVAL_EPSILON else policy.greedy(stacks.frames)[0]
+            frame, _, terminated, truncated, _ = env.step(int(action))
+            stacks.push(frame[None], np.zeros(1, bool))
+            over = terminated or truncated
+            yield env.render()
+    env.close()
+
+
+def build(c):
+    try:
+        return DQN(c, choose_device(c.DEVICE, ("cuda", "mps", "cpu")), {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
+    except ValueError as error:
+        raise CommandLineError(error) from None
+
+
+ALGORITHM = Algorithm("dqn_space_invaders", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30)
+
+if __name__ == "__main__":
+    run_script(lambda: main(ALGORITHM), "-m algorithms.dqn_space_invaders")

@@ -1,0 +1,215 @@
+"""A training with every combination of some constants:  python -m algorithms.grid_search reinforce_cartpole --lr 1e-3 1e-2 --seed 0 1 2
+
+TRAINING is a file of this folder, or train_ppo for the GPT. As many runs as there are cores go on side by side, each with a
+directory below --out; stopped and started again, the search goes on where it was. At the end it prints the runs, the best first, writes
+them to grid.csv, and with --map draws the mean of the best scores over two of the constants: --map lr gamma.
+"""
+
+import argparse
+import csv
+import importlib
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from algorithms import actor_critic
+from callbacks import read_metrics
+from checkpoint import CheckpointError, load_checkpoint
+from command_line import CommandLineError, check_constants, convert, kind_of, raise_error, run_script
+from device import available_cores
+
+HERE = Path(__file__).parent
+TRAININGS = (
+    "train_ppo", "reinforce_cartpole", "ppo_lunarlander", "actor_critic_tictactoe", "dqn_space_invaders", "actor_critic",
+)  # fmt: skip
+FIXED = ("RUN_DIR",)
+
+
+class Training(NamedTuple):
+    """What a search must know of a training whose runs leave last.pt and metrics.csv."""
+
+    program: list  # of the command line
+    constants: dict
+    ranges: dict
+    check: Callable  # raises CommandLineError for constants that do not fit together
+
+    def begun_with(self, run_dir):
+        """-> the constants of a run that has begun, or None."""
+        config = run_dir / "config.json"
+        return json.loads(config.read_text()) if config.exists() else None
+
+    def command(self, run_dir, values):
+        """-> what starts a run, or goes on with it."""
+        if (run_dir / "last.pt").exists():
+            return [*self.program, "--resume", run_dir]
+        shutil.rmtree(run_dir, ignore_errors=True)  # killed before there was anything to resume
+        return [*self.program, "--run_dir", run_dir, *(word for name, value in values.items() for word in (f"--{name.lower()}", value))]
+
+    def finished(self, run_dir):
+        """Whether the run has done all its steps, and its last evaluation has ended."""
+        try:
+            state = load_checkpoint(run_dir)
+        except CheckpointError:
+            return False
+        return state["global_step"] >= state["constants"]["NUM_STEPS"] and not state["evaluations"]
+
+    def result(self, run_dir):
+        """-> the best and the last score of a run, its steps and minutes."""
+        columns, rows = read_metrics(run_dir / "metrics.csv")
+        rows = [dict(zip(columns, row)) for row in rows]
+        scores = [float(row["eval_score"]) for row in rows if row["eval_score"]]
+        best, last = (max(scores), scores[-1]) if scores else (math.nan, math.nan)
+        return {"best": best, "last": last, "steps": int(rows[-1]["global_step"]), "minutes": round(float(rows[-1]["seconds"]) / 60, 2)}
+
+
+class JSONTraining(Training):
+    """actor_critic.py, which reads its constants from a file and leaves another kind of directory."""
+
+    def begun_with(self, run_dir):
+        found = super().begun_with(run_dir)
+        return found and {name.upper(): value for name, value in found.items()}
+
+    def command(self, run_dir, values):
+        started = sorted(run_dir.glob("checkpoints_*/final.pt"))
+        if started:
+            return [*self.program, "--resume", started[-1]]
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config = {name.lower(): value for name, value in (self.constants | values).items()}
+        (run_dir / "config.json").write_text(json.dumps(config))
+        return [*self.program, run_dir / "config.json", "--directory", run_dir]
+
+    def finished(self, run_dir):
+        return any(state["epoch"] >= state["config"]["num_epochs"] for state in map(load_checkpoint, run_dir.glob("checkpoints_*/final.pt")))
+
+    def result(self, run_dir):
+        (final,) = run_dir.glob("checkpoints_*/final.pt")
+        agent = actor_critic.load_agent(final)
+        score = agent.evaluate()["share"]
+        return {"best": score, "last": score, "steps": agent.epoch * actor_critic.STEPS_PER_EPOCH}
+
+
+def training(name):
+    """The name of a training -> its `Training`."""
+    program = ["train_ppo.py"] if name == "train_ppo" else ["-m", f"algorithms.{name}"]
+    if name == "train_ppo":
+        import train_ppo
+
+        return Training(program, train_ppo.CONSTANTS, train_ppo.RANGES, train_ppo.check)
+    if name == "actor_critic":
+        upper = lambda x: {key.upper(): value for key, value in x.items()}
+        return JSONTraining(program, upper(actor_critic.Config()._asdict()), upper(actor_critic.RANGES), lambda constants: None)
+    algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
+    return Training(program, algorithm.constants, algorithm.ranges, algorithm.check)
+
+
+def read_grid(words, what):
+    """["--lr", "1e-3", "1e-2", "--seed", "0"] -> {"LR": [0.001, 0.01], "SEED": [0]}, checked."""
+    grid, name = {}, None
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].upper()
+            if name not in what.constants or name in FIXED:
+                raise CommandLineError(f"{word}: is no constant to search; those are {', '.join(map(str.lower, what.constants))}")
+            grid[name] = []
+        elif name is None:
+            raise CommandLineError(f"{word!r} stands before any constant; name one first, as --seed {word}")
+        else:
+            grid[name].append(convert(name, word, kind_of(name, what.constants, what.ranges)))
+    for name, values in grid.items():
+        if not values:
+            raise CommandLineError(f"--{name.lower()} needs at least one value")
+        for value in values:
+            check_constants({name: value}, what.constants, what.ranges)
+    if not grid:
+        raise CommandLineError("name at least one constant and its values, as --seed 0 1 2")
+    return grid
+
+
+def combinations(grid):
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+
+def directory_of(out, values):
+    """One directory per combination, named by it: out/lr=0.001,seed=0"""
+    return out / ",".join(f"{name.lower()}={value}" for name, value in values.items()).replace("/", "_")
+
+
+def train(what, run_dir, values):
+    """One run to its end; its output goes to a log beside its directory."""
+    if what.finished(run_dir):
+        return
+    command = [sys.executable, *map(str, what.command(run_dir, values))]
+    with open(run_dir.with_name(run_dir.name + ".log"), "a") as log:
+        subprocess.run(command, cwd=HERE.parent, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def heat_map(rows, x, y):
+    """The mean of the best scores over two constants -> a Figure."""
+    xs, ys = ([*dict.fromkeys(row[name] for row in rows)] for name in (x, y))
+    means = np.array([[np.mean([row["best"] for row in rows if (row[x], row[y]) == (a, b)]) for a in xs] for b in ys])
+    figure = Figure(figsize=(2.5 + len(xs), 2 + 0.7 * len(ys)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(means, cmap="viridis", aspect="auto")
+    middle = (np.nanmin(means) + np.nanmax(means)) / 2
+    for (i, j), mean in np.ndenumerate(means):
+        axes.text(j, i, f"{mean:.4g}", ha="center", va="center", color="white" if mean < middle else "black")
+    axes.set(xlabel=x, ylabel=y, xticks=range(len(xs)), xticklabels=xs, yticks=range(len(ys)), yticklabels=ys)
+    figure.colorbar(image, label="best score, mean of the runs")
+    return figure
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="-m algorithms.grid_search", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("training", choices=TRAININGS, metavar="TRAINING", help=", ".join(TRAININGS))
+    parser.add_argument("--out", type=Path, help="default runs/grid/TRAINING")
+    parser.add_argument("--map", nargs=2, metavar="CONSTANT", help="two constants for a heat map, grid.png")
+    parser.error = raise_error
+    args, words = parser.parse_known_args(argv)
+    what, out = training(args.training), (args.out or Path("runs/grid") / args.training).resolve()
+    grid = read_grid(words, what)
+    axes = [name.upper() for name in args.map or ()]
+    if missing := [name for name in axes if name not in grid]:
+        raise CommandLineError(f"--map {missing[0].lower()}: is not searched; the grid has {', '.join(map(str.lower, grid))}")
+    runs = {directory_of(out, values): values for values in combinations(grid)}
+    for run_dir, values in runs.items():
+        what.check(what.constants | values)
+        begun = what.begun_with(run_dir)
+        if begun is not None and begun | {"RUN_DIR": ""} != what.constants | values | {"RUN_DIR": ""}:
+            raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(runs)} runs, {available_cores()} at a time, in {os.path.relpath(out)}", flush=True)
+    with ThreadPoolExecutor(available_cores()) as pool:
+        try:
+            list(pool.map(lambda run_dir: train(what, run_dir, runs[run_dir]), runs))
+        except KeyboardInterrupt:  # the running trainings have got it too, and save
+            pool.shutdown(cancel_futures=True)
+            raise CommandLineError("stopped; start again to go on") from None
+    if failed := [run_dir for run_dir in runs if not what.finished(run_dir)]:
+        raise CommandLineError(f"{len(failed)} runs did not finish, see {failed[0]}.log; start again to go on")
+    rows = sorted((values | what.result(run_dir) for run_dir, values in runs.items()), key=lambda row: -row["best"])
+    with open(out / "grid.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
+    if axes:
+        heat_map(rows, *axes).savefig(out / "grid.png", dpi=120)
+        print(f"wrote {os.path.relpath(out / 'grid.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main, "-m algorithms.grid_search")

@@ -1,0 +1,192 @@
+"""PPO lands on the moon:  python -m algorithms.ppo_lunarlander
+
+The root's PPO, loop, losses and rollout buffer, as they are, with a policy of its own: two small networks, one that acts and one that
+expects the return.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+
+import math
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from algorithms.common import Algorithm, main, need, summary
+from command_line import CommandLineError, constants_of, run_script
+from device import choose_device, set_threads
+from ppo import PPO, Policy, PPOConfig
+
+# ---------------------------------------------------------------------------------------------------------------------
+# length
+NUM_STEPS = 1_000_000  # environment steps in all; the learning rate falls over this length
+NUM_ENVS = 16  # landers side by side
+ROLLOUT_STEPS = 256  # steps of every lander between two updates
+# PPO
+EPOCHS = 4
+BATCH_SIZE = 256  # samples in a minibatch; must divide NUM_ENVS * ROLLOUT_STEPS
+GAMMA = 0.999  # discount per step: a landing takes 200 to 400
+LAMBD = 0.98  # GAE
+EPS_CLIP = 0.2
+VALUE_LOSS_COEF = 0.5
+ENTROPY_COEF = 0.01
+REWARD_SCALE = 0.02  # a landing is worth some 250 points, and 5 in training
+# optimizer (Adam)
+LR = 1e-3
+MIN_LR = 1e-5  # at the end of half a cosine
+MAX_GRAD_NORM = 0.5
+# policy
+HIDDEN = 64  # units of each of two hidden layers
+# run
+SEED = 0
+DEVICE = "cpu"  # a GPU is slower with networks this small
+RUN_DIR = ""  # "" for runs/ppo_lunarlander/<date-time>
+EVAL_INTERVAL = 20  # updates between two evaluations; never if 0
+SAVE_FREQ = 20  # updates between two checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONSTANTS = constants_of(globals())
+RANGES = {
+    "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 4096), "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (1, 10**7),
+    "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "EPS_CLIP": (1e-9, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9),
+    "REWARD_SCALE": (1e-9, 1e9), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "MAX_GRAD_NORM": (1e-9, 1e9), "HIDDEN": (1, 8192),
+    "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+}  # fmt: skip
+KEPT = "NUM_ENVS HIDDEN SEED RUN_DIR".split()
+ENV_ID = "LunarLander-v3"
+OBSERVATIONS, NUM_ACTIONS = 8, 4
+
+
+def check(constants):
+    """Raises CommandLineError for constants that do not fit together."""
+    c = SimpleNamespace(**constants)
+    if c.NUM_ENVS * c.ROLLOUT_STEPS % c.BATCH_SIZE:
+        raise CommandLineError(f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {c.NUM_ENVS * c.ROLLOUT_STEPS:,} samples of a rollout")
+    if c.MIN_LR > c.LR:
+        raise CommandLineError(f"MIN_LR {c.MIN_LR} must not exceed LR {c.LR}")
+
+
+class ActorCritic(Policy):
+    """Observations (B, 8) -> action logits (B, 4), values (B,)."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.actor, self.critic = mlp(hidden, NUM_ACTIONS, 0.01), mlp(hidden, 1, 1.0)
+
+    def forward(self, obs):
+        return self.actor(obs), self.critic(obs).squeeze(-1)
+
+
+def mlp(hidden, outputs, gain):
+    """Two hidden layers of tanh, orthogonal weights; gain: of the last layer."""
+    layers = [nn.Linear(OBSERVATIONS, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, outputs)]
+    for layer, layer_gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), gain)):
+        nn.init.orthogonal_(layer.weight, layer_gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+# --- environments that can be saved -----------------------------------------------------------------------------------
+
+
+class Recorded(gym.Wrapper):
+    """Remembers how its episode came about: the random numbers it started with, and the actions since. Physics has no state that
+    could be saved, but takes the same course again."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.unwrapped.np_random, _ = gym.utils.seeding.np_random(seed)
+        self.start, self.actions = self.unwrapped.np_random.bit_generator.state, []
+        return self.env.reset(options=options)
+
+    def step(self, action):
+        self.actions.append(int(action))
+        return self.env.step(action)
+
+    def state_dict(self):
+        return {"start": self.start, "actions": np.array(self.actions, np.uint8)}
+
+    def load_state_dict(self, state):
+        self.unwrapped.np_random.bit_generator.state = state["start"]
+        self.reset()
+        for action in state["actions"]:
+            self.step(int(action))
+
+
+class SavedEnvs(SyncVectorEnv):
+    """`Recorded` landers side by side, with the state that PPO saves."""
+
+    def state_dict(self):
+        return {"envs": [env.state_dict() for env in self.envs]}
+
+    def load_state_dict(self, state):
+        for env, saved in zip(self.envs, state["envs"]):
+            env.load_state_dict(saved)
+
+
+def make_env(render_mode=None):
+    need("Box2D")
+    return gym.make(ENV_ID, render_mode=render_mode)
+
+
+def build(c):
+    device = choose_device(c.DEVICE)
+    set_threads(n_layer=1)  # small networks
+    torch.manual_seed(c.SEED)
+    envs = SavedEnvs([lambda: Recorded(make_env())] * c.NUM_ENVS, autoreset_mode=AutoresetMode.SAME_STEP)
+    names = [name for name in PPOConfig.__dataclass_fields__ if name.upper() in CONSTANTS]
+    config = PPOConfig(**{name: getattr(c, name.upper()) for name in names}, lambd_end=c.LAMBD, lambd_steps=1)
+    metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c))}
+    return PPO(ActorCritic(c.HIDDEN).to(device), envs, config, metadata=metadata)
+
+
+# --- playing ----------------------------------------------------------------------------------------------------------
+
+
+def policy_of(state):
+    policy = ActorCritic(state["constants"]["HIDDEN"])
+    policy.load_state_dict(state["model"])
+    return policy
+
+
+@torch.no_grad()
+def evaluate(state, episodes=30, seed=0):
+    """Whole episodes of the most probable actions, side by side -> the `summary` of their returns."""
+    policy, envs = policy_of(state), SyncVectorEnv([make_env] * episodes)
+    obs, _ = envs.reset(seed=seed)
+    playing, scores = np.ones(episodes, bool), np.zeros(episodes)
+    while playing.any():
+        logits, _ = policy(torch.from_numpy(obs))
+        obs, rewards, terminated, truncated, _ = envs.step(logits.argmax(-1).numpy())
+        scores += rewards * playing
+        playing &= ~(terminated | truncated)
+    envs.close()
+    return summary(scores)
+
+
+@torch.no_grad()
+def frames(state, episodes, seed, human):
+    """Yields each frame of episodes that take the most probable actions."""
+    policy, env = policy_of(state), make_env("human" if human else "rgb_array")
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed + episode)
+        over = False
+        while not over:
+            logits, _ = policy(torch.from_numpy(obs[None]))
+            obs, _, terminated, truncated, _ = env.step(int(logits.argmax()))
+            over = terminated or truncated
+            yield env.render()
+    env.close()
+
+
+LEVELS = {"solved": 200}
+ALGORITHM = Algorithm("ppo_lunarlander", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, fps=50, check=check)
+
+if __name__ == "__main__":
+    run_script(lambda: main(ALGORITHM), "-m algorithms.ppo_lunarlander")

@@ -1,0 +1,201 @@
+"""REINFORCE balances a pole:  python -m algorithms.reinforce_cartpole
+
+The simplest policy gradient (Williams 1992): play whole episodes, then make each action more probable in proportion to the discounted
+return that followed it. There is no value function; a return is only compared with the other returns of the update.
+
+Those are normalised to mean 0 and standard deviation 1. Subtracting the mean is a baseline: it leaves the direction of the expected
+gradient as it is, but for the share that each return has in the mean itself, and takes away much of its variance. Dividing by the
+deviation makes the step independent of the scale of the returns, so the learning rate need not know whether they are 20 or 500.
+
+Left out: entropy bonus, a baseline that depends on the state. An episode that reaches 500 steps is cut off and counts as finished.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from algorithms.common import Algorithm, main, summary
+from checkpoint import to_plain
+from command_line import constants_of, run_script
+from device import choose_device, set_threads
+from ppo import learning_rate
+from rollout_buffer import compute_gae
+from trainer import Trainer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# length
+NUM_STEPS = 150_000  # environment steps in all
+EPISODES = 8  # whole episodes between two updates, played side by side
+# REINFORCE
+GAMMA = 0.99  # discount per step
+# optimizer (Adam)
+LR = 1e-2
+MIN_LR = 1e-3  # at the end of half a cosine
+# policy
+HIDDEN = 64  # units of its one hidden layer
+# run
+SEED = 0
+DEVICE = "cpu"  # a GPU is slower with networks this small
+RUN_DIR = ""  # "" for runs/reinforce_cartpole/<date-time>
+EVAL_INTERVAL = 5  # updates between two evaluations; never if 0
+SAVE_FREQ = 20  # updates between two checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONSTANTS = constants_of(globals())
+RANGES = {
+    "NUM_STEPS": (1, 10**12), "EPISODES": (2, 4096), "GAMMA": (0.0, 1.0), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "HIDDEN": (1, 8192),
+    "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+}  # fmt: skip
+KEPT = "HIDDEN SEED RUN_DIR".split()
+ENV_ID = "CartPole-v1"  # +1 for every step, 500 at most; an episode is lost when the pole leans by 12 degrees
+
+
+def returns(rewards, ends, gamma):
+    """Discounted returns (S, N) of rewards (S, N), each episode to its end (S, N) bool.
+
+    The root's GAE says the same with lambda = 1 and a critic that expects nothing.
+    """
+    nothing = torch.zeros_like(rewards)
+    return compute_gae(rewards, nothing, nothing, ends, torch.zeros_like(ends), gamma, 1.0)[0]
+
+
+def normalize(x):
+    """To mean 0 and standard deviation 1."""
+    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
+
+
+def reinforce_loss(logprobs, returns):
+    """Its gradient is minus the policy gradient (Williams 1992, equation 6); both (M,)."""
+    return -(logprobs * returns).mean()
+
+
+class PolicyNetwork(nn.Module):
+    """Observations (B, 4) -> action logits (B, 2)."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 2))
+
+    def forward(self, obs):
+        return self.layers(obs)
+
+
+class Reinforce(Trainer):
+    def __init__(self, c, device, metadata):
+        torch.manual_seed(c.SEED)
+        super().__init__(PolicyNetwork(c.HIDDEN).to(device), metadata=metadata)
+        self.c, self.device, self.num_steps = c, device, c.NUM_STEPS
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), c.LR)
+        self.envs = gym.make_vec(ENV_ID, c.EPISODES, vectorization_mode="sync")
+        self.generator = torch.Generator().manual_seed(c.SEED)  # of episodes and actions
+        self.episodes = 0
+
+    def collect_and_update(self):
+        return self.update(*self.play())
+
+    def play(self):
+        """EPISODES whole episodes -> obs (S, N, 4), actions, rewards, ends and which steps were played, each (S, N)."""
+        obs, _ = self.envs.reset(seed=int(torch.randint(2**31 - 1000, (), generator=self.generator)))
+        playing, steps = np.ones(self.envs.num_envs, bool), []
+        while playing.any():
+            self.check_stop()
+            obs = torch.from_numpy(obs)
+            with torch.no_grad():
+                probabilities = self.policy(obs.to(self.device)).softmax(-1).cpu()
+            actions = torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+            next_obs, rewards, terminated, truncated, _ = self.envs.step(actions.numpy())
+            ends = playing & (terminated | truncated)
+            steps.append((obs, actions, *map(torch.from_numpy, (rewards * playing, ends, playing.copy()))))
+            playing &= ~ends  # whatever an env plays after its end is not looked at
+            obs = next_obs
+        return [torch.stack(x).to(self.device) for x in zip(*steps)]
+
+    def update(self, obs, actions, rewards, ends, played):
+        """One gradient step -> statistics."""
+        lr = learning_rate(self.global_step / self.num_steps, self.c.LR, self.c.MIN_LR)
+        self.optimizer.param_groups[0]["lr"] = lr
+        logprobs = F.log_softmax(self.policy(obs[played]), dim=-1)
+        loss = reinforce_loss(logprobs.gather(1, actions[played].unsqueeze(1)).squeeze(1),
+                              normalize(returns(rewards.float(), ends, self.c.GAMMA)[played]))  # fmt: skip
+        self.optimizer.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self.policy.parameters()]).item()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"the gradient is not finite in update {self.update_count + 1}; try a lower learning rate")
+        self.optimizer.step()
+        self.update_count += 1
+        self.global_step += int(played.sum())
+        self.episodes += self.envs.num_envs
+        entropy = -(logprobs.exp() * logprobs).sum(-1).mean().item()
+        return {"loss": loss.item(), "entropy": entropy, "grad_norm": grad_norm, "lr": lr, "episodes": float(self.episodes),
+                "episode_return": rewards.sum(0).mean().item()}  # fmt: skip
+
+    def state_dict(self):
+        state = {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(), "episodes": self.episodes,
+                 "evaluations": self.pending, "best_score": self.best_score}  # fmt: skip
+        return self.policy_state() | to_plain(state)
+
+    def load_state_dict(self, state):
+        """Go on where `state_dict` was taken, bit for bit: between two updates no episode is under way."""
+        self.policy.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.pending = list(state["evaluations"])
+        for name in ("update_count", "global_step", "seconds", "best_score", "episodes"):
+            setattr(self, name, state[name])
+
+
+def policy_of(state):
+    policy = PolicyNetwork(state["constants"]["HIDDEN"])
+    policy.load_state_dict(state["model"])
+    return policy
+
+
+@torch.no_grad()
+def evaluate(state, episodes=20, seed=0):
+    """Whole episodes of the most probable actions, side by side -> the `summary` of their returns."""
+    policy, envs = policy_of(state), gym.make_vec(ENV_ID, episodes, vectorization_mode="sync")
+    obs, _ = envs.reset(seed=seed)
+    playing, scores = np.ones(episodes, bool), np.zeros(episodes)
+    while playing.any():
+        obs, rewards, terminated, truncated, _ = envs.step(policy(torch.from_numpy(obs)).argmax(-1).numpy())
+        scores += rewards * playing
+        playing &= ~(terminated | truncated)
+    envs.close()
+    return summary(scores)
+
+
+@torch.no_grad()
+def frames(state, episodes, seed, human):
+    """Yields each frame of episodes that take the most probable actions."""
+    policy, env = policy_of(state), gym.make(ENV_ID, render_mode="human" if human else "rgb_array")
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed + episode)
+        over = False
+        while not over:
+            obs, _, terminated, truncated, _ = env.step(int(policy(torch.from_numpy(obs)).argmax()))
+            over = terminated or truncated
+            yield env.render()
+    env.close()
+
+
+def build(c):
+    device = choose_device(c.DEVICE)
+    set_threads(n_layer=1)  # small networks
+    return Reinforce(c, device, {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
+
+
+LEVELS = {"the most there is": 500, "solved": 475, "random play": 22}
+ALGORITHM = Algorithm("reinforce_cartpole", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, fps=50)
+
+if __name__ == "__main__":
+    run_script(lambda: main(ALGORITHM), "-m algorithms.reinforce_cartpole")

@@ -1,0 +1,77 @@
+"""What the tests of algorithms/ share: small trainings, stopped and resumed."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import callbacks
+from algorithms.common import main
+from checkpoint import load_checkpoint
+
+
+class NoProcess:
+    """Stands in for Background: evaluates here and at once."""
+
+    def __init__(self, evaluate, processes):
+        self.evaluate, self.processes = evaluate, processes
+
+    def submit(self, state):
+        return Done(self.evaluate(state))
+
+    def result(self, future):
+        return future.evaluation
+
+    def close(self):
+        pass
+
+
+class Done:
+    def __init__(self, evaluation):
+        self.evaluation = evaluation
+
+    def done(self):
+        return True
+
+
+@pytest.fixture
+def without_processes(monkeypatch):
+    monkeypatch.setattr(callbacks, "Background", NoProcess)
+
+
+def run(algorithm, *words):
+    return main(algorithm, list(map(str, words)))
+
+
+def states_of_a_straight_and_a_resumed_run(algorithm, small, tmp_path, steps, stop_at):
+    """-> the last states of a run to `steps`, and of one that was ended at `stop_at`, evaluated there, and resumed; and their logs.
+    Without timings and evaluations."""
+    assert run(algorithm, *small.split(), "--num_steps", steps, "--run_dir", tmp_path / "straight") == 0
+    assert run(algorithm, *small.split(), "--num_steps", stop_at, "--run_dir", tmp_path / "stopped") == 0
+    assert run(algorithm, "--resume", tmp_path / "stopped", "--num_steps", steps) == 0
+    return [(plain(load_checkpoint(tmp_path / name)), logged(tmp_path / name)) for name in ("straight", "stopped")]
+
+
+def plain(state):
+    return {name: x for name, x in state.items() if name not in ("seconds", "constants", "best_score")}
+
+
+def logged(run_dir):
+    with open(run_dir / "metrics.csv") as file:
+        return [{name: x for name, x in row.items() if name not in ("seconds", "steps_per_second", "eval_score")} for row in csv.DictReader(file)]
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or a != a and b != b
+
+
+def evaluated(algorithm, model, capsys, *words):
+    """-> what --evaluate prints."""
+    capsys.readouterr()
+    assert run(algorithm, "--evaluate", *([model] if model else []), *words) == 0
+    return json.loads(capsys.readouterr().out)

@@ -1,0 +1,125 @@
+import json
+import math
+
+import pytest
+import torch
+
+from algorithms import actor_critic
+from algorithms.actor_critic import ActorCriticAgent, Config, expected_maximum, main, read_config
+from algorithms_helpers import same
+from checkpoint import CheckpointError, load_checkpoint
+from command_line import CommandLineError
+
+
+def test_the_optimum_is_known():
+    """Of two and of three standard normal numbers in closed form (David & Nagaraja 2003), of ten by drawing."""
+    assert expected_maximum(2) == pytest.approx(1 / math.sqrt(math.pi), rel=1e-6)
+    assert expected_maximum(3) == pytest.approx(3 / (2 * math.sqrt(math.pi)), rel=1e-6)
+    drawn = torch.randn(200_000, 10, generator=torch.Generator().manual_seed(0)).amax(1)
+    assert expected_maximum(10) == pytest.approx(drawn.mean().item(), abs=5 * drawn.std().item() / math.sqrt(len(drawn)))
+
+
+def test_rewards_of_actions_are_independent_and_standard_normal():
+    model = actor_critic.RewardModel(Config(input_dim=6, output_dim=3), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.directions.T @ model.directions, torch.eye(3))
+
+
+def test_the_best_policy_has_no_regret_and_a_random_one_loses_everything():
+    agent = ActorCriticAgent(Config(hidden_dim=4))
+    agent.policy = lambda states: (agent.reward_model(states) * 1e6).log_softmax(1)
+    assert agent.regret() < 1e-4 and agent.evaluate()["share"] == pytest.approx(1, abs=1e-3)
+    agent.policy = lambda states: torch.full((len(states), 2), math.log(0.5))
+    assert agent.evaluate()["score"] == pytest.approx(0, abs=0.02)
+
+
+def test_a_step_by_hand():
+    """One state, all probability on one action that is worth more than expected: the critic moves up, the actor has nothing to learn."""
+    agent = ActorCriticAgent(Config(hidden_dim=4, batch_size=2, learning_rate=0.01))
+    reward, actor_loss, critic_loss = agent.update()
+    assert all(map(math.isfinite, (reward, actor_loss, critic_loss))) and critic_loss > 0
+
+
+def test_it_learns():
+    agent = ActorCriticAgent(Config(hidden_dim=64, learning_rate=3e-3, batch_size=64))
+    before = agent.evaluate()["share"]
+    for _ in range(600):
+        agent.update()
+    assert before < 0.6 and agent.evaluate()["share"] > 0.95
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """In a directory of its own, with three short epochs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(actor_critic, "STEPS_PER_EPOCH", 5)
+    monkeypatch.setattr(actor_critic, "SAVE_FREQ", 1)
+    (tmp_path / "small.json").write_text('{"hidden_dim": 8, "num_epochs": 3}')
+    return tmp_path
+
+
+def test_what_a_run_leaves(small):
+    main(["small.json"])
+    (directory,) = small.glob("checkpoints_*")
+    assert len(directory.name) == len("checkpoints_YYYYMMDD_HHMMSS")
+    assert {file.name for file in directory.iterdir()} == {"training.log", "epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "final.pt"}
+    log = (directory / "training.log").read_text()
+    assert log.count("epoch ") == 3 and '"seed": 42' in log and "expected reward" in log
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit_and_so_is_a_second(small):
+    main(["small.json"])
+    (directory,) = small.glob("checkpoints_*")
+    straight = load_checkpoint(directory / "final.pt")
+    main(["--resume", str(directory / "epoch_1.pt")])
+    assert same(load_checkpoint(directory / "final.pt"), straight)
+    main(["small.json"])
+    (second,) = set(small.glob("checkpoints_*")) - {directory}
+    assert same(load_checkpoint(second / "final.pt"), straight)
+
+
+def test_ctrl_c_saves_whole_epochs(small, monkeypatch):
+    calls, update = [], ActorCriticAgent.update
+
+    def interrupted(agent):
+        calls.append(0)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return update(agent)
+
+    with monkeypatch.context() as m:
+        m.setattr(ActorCriticAgent, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(["small.json"])
+    (directory,) = small.glob("checkpoints_*")
+    assert load_checkpoint(directory / "final.pt")["epoch"] == 1 and "--resume" in (directory / "training.log").read_text()
+    main(["--resume", str(directory / "final.pt")])
+    assert load_checkpoint(directory / "final.pt")["epoch"] == 3
+    with pytest.raises(CommandLineError, match="has done all of its 3 epochs already"):
+        main(["--resume", str(directory / "final.pt")])
+
+
+def test_the_config_is_written_if_there_is_none(tmp_path, capsys):
+    assert read_config(tmp_path / "config.json") == Config() and "wrote" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "input_dim": 10, "output_dim": 2, "hidden_dim": 256, "learning_rate": 1e-4, "batch_size": 32, "num_epochs": 100, "seed": 42}  # fmt: skip
+    assert read_config(tmp_path / "config.json") == Config()
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "cannot be read as JSON"), ("[1]", "must hold an object"), ('{"sed": 1}', "unknown key 'sed'; the keys are input_dim"),
+    ('{"seed": 1.5}', "seed must be an integer from 0 to 2.14748e.09, not 1.5"), ('{"seed": true}', "seed must be an integer"),
+    ('{"learning_rate": "fast"}', 'learning_rate must be a number from 1e-09 to 1, not "fast"'), ('{"batch_size": 0}', "batch_size must be an integer from 2"),
+    ('{"output_dim": 11}', "output_dim 11 must not exceed input_dim 10"), ('{"learning_rate": NaN}', "learning_rate must be a number"),
+])  # fmt: skip
+def test_bad_configs(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CommandLineError, match=message) as error:
+        read_config(tmp_path / "config.json")
+    assert "\n" not in str(error.value)
+
+
+def test_the_shipped_model_is_near_the_optimum(capsys):
+    main(["--evaluate"])
+    assert json.loads(capsys.readouterr().out)["share"] >= 0.99
+    with pytest.raises(CheckpointError, match="is no model of actor_critic"):
+        main(["--evaluate", str(actor_critic.HERE / "pretrained" / "reinforce_cartpole.pt")])

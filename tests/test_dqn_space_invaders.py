@@ -1,0 +1,207 @@
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from algorithms.atari import SIZE, ActionSpaceWrapper, SkipFrame, SmallFrame, Stacks, make_env
+from algorithms.dqn_space_invaders import ALGORITHM, QNetwork, Replay, double_dqn_targets, evaluate
+from algorithms_helpers import run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
+from command_line import CommandLineError
+
+SMALL = ("--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4 --learn_every 3 --sync_every 3 --epsilon_end 0.5 "
+         "--epsilon_decay 0.99 --eval_interval 0 --save_freq 1 --device cpu")  # fmt: skip
+
+
+def constants(**changes):
+    return SimpleNamespace(**{**ALGORITHM.constants, "ENV_ID": "ALE/SpaceInvaders-v5", "ACTIONS": "", "STACK": 4, **changes})
+
+
+class Counting(gym.Env):
+    """Frame t shows t; its reward is t. Action names as an Atari game has them."""
+
+    observation_space, action_space = gym.spaces.Box(0, 255, (210, 160), np.uint8), gym.spaces.Discrete(3)
+
+    def get_action_meanings(self):
+        return ["NOOP", "RIGHT", "LEFT"]
+
+    def reset(self, *, seed=None, options=None):
+        self.t, self.actions = 0, []
+        return self.frame(), {}
+
+    def step(self, action):
+        self.t += 1
+        self.actions.append(action)
+        return self.frame(), float(self.t), self.t == 10, False, {}
+
+    def frame(self):
+        frame = np.full((210, 160), self.t, np.uint8)
+        if self.t % 2:  # a sprite that is drawn in every other frame
+            frame[0, 0] = 200
+        return frame
+
+
+def test_skipped_frames():
+    env = SkipFrame(Counting(), 4)
+    env.reset()
+    frame, reward, terminated, *_ = env.step(2)
+    assert (frame[5, 5], frame[0, 0], reward, terminated) == (4, 200, 10.0, False) and env.unwrapped.actions == [2] * 4
+    env.step(0)
+    frame, reward, terminated, *_ = env.step(0)  # the game ends in the second of four
+    assert (frame[5, 5], reward, terminated) == (10, 19.0, True)
+
+
+def test_allowed_actions():
+    env = ActionSpaceWrapper(Counting(), ["LEFT", "NOOP"])
+    env.reset()
+    assert env.action_space.n == 2
+    env.step(0), env.step(1)
+    assert env.unwrapped.actions == [2, 0]
+    with pytest.raises(ValueError, match="'JUMP' is no action of this game, which has NOOP, RIGHT, LEFT"):
+        ActionSpaceWrapper(Counting(), ["JUMP"])
+
+
+def test_small_frames_are_means():
+    frame = np.arange(210 * 160, dtype=np.uint32).reshape(210, 160) % 251
+    small = SmallFrame(Counting()).observation(frame.astype(np.uint8))
+    expected = torch.nn.functional.interpolate(torch.tensor(frame[None, None], dtype=torch.float64), (SIZE, SIZE), mode="area")[0, 0]
+    assert small.shape == (SIZE, SIZE) and small.dtype == np.uint8 and abs(small.mean() - expected.mean()) < 1
+
+
+def test_a_real_game():
+    env = make_env(constants(ACTIONS="NOOP, FIRE"))
+    frame, _ = env.reset(seed=0)
+    assert frame.shape == (84, 84) and frame.max() > 50 and env.action_space.n == 2
+    for env_id, actions in (("ALE/Nowhere-v5", ""), ("ALE/Pong-v5", "JUMP"), ("CartPole-v1", "")):
+        with pytest.raises(CommandLineError, match=env_id) as error:
+            make_env(constants(ENV_ID=env_id, ACTIONS=actions))
+        assert "\n" not in str(error.value)
+
+
+def test_stacks_start_with_the_first_frame():
+    frame = lambda *numbers: np.stack([np.full((SIZE, SIZE), n, np.uint8) for n in numbers])
+    stacks = Stacks(frame(1, 11), 3)
+    stacks.push(frame(2, 12), np.array([False, False]))
+    stacks.push(frame(3, 13), np.array([False, True]))
+    assert stacks.frames[:, :, 0, 0].tolist() == [[1, 2, 3], [13, 13, 13]]
+
+
+def filled(steps, size=40, num_envs=2, stack=3, seed=0):
+    """A memory, and all transitions as stacks of whole frames: {(the stack's numbers): (action, reward, the next stack's, end)}."""
+    rng, replay, expected = np.random.default_rng(seed), Replay(size, num_envs, stack), {}
+    number, first = 0, np.ones(num_envs, bool)
+    frames = np.zeros((num_envs, SIZE, SIZE), np.uint8)
+    for env in range(num_envs):
+        number += 1
+        frames[env] = number
+    stacks = Stacks(frames, stack)
+    for _ in range(steps):
+        actions, rewards = rng.integers(6, size=num_envs), rng.random(num_envs).astype(np.float32)
+        over, cut, lost = rng.random(num_envs) < 0.15, rng.random(num_envs) < 0.05, rng.random(num_envs) < 0.1
+        ends, unfinished = over | lost, cut & ~over
+        before = stacks.frames[:, :, 0, 0].copy()
+        replay.add(stacks.frames[:, -1].copy(), first, actions, rewards, ends, unfinished)
+        for env in range(num_envs):
+            number = number % 250 + 1
+            frames[env] = number
+        first = over | cut
+        stacks.push(frames, first)
+        for env in range(num_envs):
+            if not unfinished[env]:
+                expected[(*before[env],)] = (actions[env], rewards[env], (*stacks.frames[env, :, 0, 0],), ends[env])
+    return replay, expected
+
+
+@pytest.mark.parametrize("steps", [6, 15, 57])  # nearly empty, not yet full, around the end three times
+def test_what_is_drawn_has_happened(steps):
+    replay, expected = filled(steps)
+    stacks, actions, rewards, next_stacks, ends = replay.sample(500, np.random.default_rng(1))
+    assert stacks.shape == (500, 3, SIZE, SIZE) and stacks.dtype == np.uint8 and actions.dtype == np.int64
+    drawn = set()
+    for stack, action, reward, next_stack, end in zip(stacks[..., 0, 0], actions, rewards, next_stacks[..., 0, 0], ends):
+        expected_action, expected_reward, expected_next, expected_end = expected[(*stack,)]
+        assert (action, reward, end) == (expected_action, expected_reward, expected_end)
+        assert end or (*next_stack,) == expected_next
+        drawn.add((*stack,))
+    assert len(drawn) <= len(replay) and len(drawn) > 0.7 * len(replay)
+
+
+def test_each_frame_is_kept_once():
+    replay = Replay(1200, 6, 4)
+    bytes_per_transition = sum(x.nbytes for x in vars(replay).values() if isinstance(x, np.ndarray) and len(x) == 200) / 1200
+    assert SIZE**2 <= bytes_per_transition < SIZE**2 + 16
+    with pytest.raises(ValueError, match="too small for 6 games; 36 are the least"):
+        Replay(30, 6, 4)
+
+
+def test_targets_by_hand():
+    """The network itself prefers the second action, of which the frozen copy thinks less."""
+    targets = double_dqn_targets(torch.tensor([1.0, 1.0]), torch.tensor([[1.0, 2.0], [0.0, 5.0]]),
+                                 torch.tensor([[10.0, 3.0], [7.0, 9.0]]), torch.tensor([0.0, 1.0]), 0.5)  # fmt: skip
+    assert targets.tolist() == [1 + 0.5 * 3, 1]
+
+
+def test_values_of_a_problem_with_two_states():
+    """From state 0 action 1 leads to state 1 and pays 0, action 0 stays and pays 1; in state 1 action 0 pays 5 and ends, action 1 goes
+    back to state 0. With a discount of 0.5 the values are known."""
+    expected = torch.tensor([[1 + 0.5 * 2.5, 0.5 * 5], [5, 0.5 * 2.5]])
+    q, frozen = torch.zeros(2, 2), torch.zeros(2, 2)
+    state, action = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    rewards, following, ends = torch.tensor([1.0, 0, 5, 0]), torch.tensor([0, 1, 0, 0]), torch.tensor([0.0, 0, 1, 0])
+    for step in range(200):
+        if step % 5 == 0:
+            frozen = q.clone()
+        q[state, action] += 0.5 * (double_dqn_targets(rewards, q[following], frozen[following], ends, 0.5) - q[state, action])
+    torch.testing.assert_close(q, expected, atol=1e-3, rtol=0)
+
+
+def test_the_network_is_that_of_the_paper():
+    network = QNetwork(4, 6)
+    assert sum(p.numel() for p in network.parameters()) == 1_687_206  # with the six actions of Space Invaders
+    frames = torch.randint(256, (2, 4, SIZE, SIZE), dtype=torch.uint8)
+    assert network(frames).shape == (2, 6) and network(frames).dtype == torch.float32
+    assert network.greedy(frames.numpy()).tolist() == network(frames).argmax(1).tolist()
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit_if_it_keeps_its_memory(tmp_path, without_processes):  # noqa: F811
+    straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL + " --keep_replay true", tmp_path, 48, 24)
+    assert same(straight, resumed) and straight[0]["learned"] == 16
+
+
+def test_without_its_memory_a_resumed_run_fills_it_anew(tmp_path, without_processes):  # noqa: F811
+    straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL, tmp_path, 48, 24)
+    assert resumed[0]["global_step"] == straight[0]["global_step"] == 48 and resumed[0]["learned"] == straight[0]["learned"]
+    assert len(resumed[1]) == 4 and not same(straight[0]["model"], resumed[0]["model"]) and "replay" not in resumed[0]
+
+
+def test_the_frozen_copy_is_renewed(monkeypatch):
+    dqn = ALGORITHM.build(constants(NUM_ENVS=2, REPLAY_SIZE=100, BURN_IN=40, SYNC_EVERY=3, BATCH_SIZE=4, DEVICE="cpu"))
+    while not len(dqn.replay):
+        dqn.act()
+    same_weights = []
+    for _ in range(6):
+        dqn.learning_step()
+        same_weights.append(all(torch.equal(a, b) for a, b in zip(dqn.policy.parameters(), dqn.frozen.parameters())))
+    assert same_weights == [False, False, True] * 2
+
+
+def test_epsilon_falls_to_its_end():
+    dqn = ALGORITHM.build(constants(NUM_ENVS=1, REPLAY_SIZE=100, EPSILON=1.0, EPSILON_END=0.1, EPSILON_DECAY=0.9, DEVICE="cpu"))
+    epsilons = []
+    for dqn.global_step in (0, 1, 2, 100):
+        epsilons.append(dqn.epsilon)
+    assert epsilons == pytest.approx([1, 0.9, 0.81, 0.1])
+
+
+def test_an_evaluation_counts_the_games_that_were_begun_first(tmp_path):
+    state = {"constants": {**ALGORITHM.constants, "ENV_ID": "ALE/SpaceInvaders-v5", "STACK": 4, "ACTIONS": ""}, "num_actions": 6, "model": QNetwork(4, 6).state_dict()}
+    result = evaluate(state, episodes=3, seed=0)
+    assert result["games"] == 3 and 0 <= result["min"] <= result["score"] <= result["max"] and result["min"] % 5 == 0
+
+
+def test_bad_input(tmp_path):
+    for words, message in (("--num_envs 6 --replay_size 10", "too small for 6 games"), ("--env_id ALE/Nope-v5", "ALE/Nope-v5"),
+                           ("--epsilon 2", "EPSILON .* must be a number from 0.0 to 1.0"), ("--device tpu", "does not work here")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run(ALGORITHM, *words.split(), "--run_dir", str(tmp_path / "run"))

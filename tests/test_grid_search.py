@@ -1,0 +1,114 @@
+import csv
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from algorithms import actor_critic, grid_search
+from algorithms.grid_search import TRAININGS, combinations, main, training
+from algorithms_helpers import without_processes  # noqa: F401
+from command_line import CommandLineError
+
+SMALL = "--num_steps 60 --episodes 2 --hidden 4 8 --eval_interval 1"
+
+
+class InTurn:
+    """A pool of no threads: only the main one may handle signals."""
+
+    map = staticmethod(map)
+
+    def __init__(self, workers):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+
+@pytest.fixture
+def in_this_process(monkeypatch, without_processes):  # noqa: F811
+    """-> the command lines of the runs."""
+    commands = []
+
+    def run(command, cwd, stdout, stderr, env):
+        commands.append(command[3:])
+        algorithm = importlib.import_module(command[2]).ALGORITHM
+        return SimpleNamespace(returncode=importlib.import_module("algorithms.common").main(algorithm, command[3:]))
+
+    monkeypatch.setattr(grid_search.subprocess, "run", run)
+    monkeypatch.setattr(grid_search, "ThreadPoolExecutor", InTurn)
+    return commands
+
+
+def test_every_combination():
+    assert combinations({"A": [1, 2], "B": ["x"]}) == [{"A": 1, "B": "x"}, {"A": 2, "B": "x"}]
+
+
+def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_process, capsys):
+    words = ["reinforce_cartpole", *SMALL.split(), "--lr", "0.01", "0.02", "--out", str(tmp_path), "--map", "lr", "hidden"]
+    assert main(words) == 0 and len(in_this_process) == 4
+    with open(tmp_path / "grid.csv") as file:
+        rows = list(csv.DictReader(file))
+    best = [float(row["best"]) for row in rows]
+    assert best == sorted(best, reverse=True) and {(row["LR"], row["HIDDEN"]) for row in rows} == {
+        (lr, hidden) for lr in ("0.01", "0.02") for hidden in "48"}  # fmt: skip
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.width > 200
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 4 and table[0].endswith("| LR | best | last | steps | minutes |")
+    lost = next(path for path in tmp_path.iterdir() if path.is_dir())
+    assert training("reinforce_cartpole").finished(lost)
+    in_this_process.clear()
+    (lost / "last.pt").unlink()
+    assert main(words) == 0 and len(in_this_process) == 1 and "--resume" not in in_this_process[0]
+
+
+@pytest.mark.parametrize("words, message", [
+    ("reinforce_cartpole", "name at least one constant"), ("reinforce_cartpole --lrr 1", "--lrr: is no constant to search"),
+    ("reinforce_cartpole 3", "'3' stands before any constant"), ("reinforce_cartpole --lr", "--lr needs at least one value"),
+    ("reinforce_cartpole --lr fast", "--lr needs a number, not 'fast'"), ("reinforce_cartpole --lr 7", "LR .* must be a number from 1e-09 to 1"),
+    ("reinforce_cartpole --run_dir a b", "--run_dir: is no constant to search"), ("nothing --lr 1", "invalid choice: 'nothing'"),
+    ("reinforce_cartpole --lr 0.1 --map lr seed", "--map seed: is not searched; the grid has lr"),
+    ("train_ppo --batch_size 7", "BATCH_SIZE must divide"),
+])  # fmt: skip
+def test_bad_input(tmp_path, words, message):
+    with pytest.raises(CommandLineError, match=message) as error:
+        main([*words.split(), "--out", str(tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_every_training_can_be_searched(name):
+    what = training(name)
+    assert "SEED" in what.constants and set(what.ranges) <= set(what.constants) and what.program[-1].endswith((f"{name}.py", f"algorithms.{name}"))
+
+
+def test_a_search_begun_with_other_constants_is_not_mixed(tmp_path, in_this_process):
+    assert main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0".split(), "--out", str(tmp_path)]) == 0
+    (run_dir,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    config = (run_dir / "config.json").read_text()
+    (run_dir / "config.json").write_text(config.replace('"GAMMA": 0.99', '"GAMMA": 0.5'))
+    with pytest.raises(CommandLineError, match="was begun with other constants"):
+        main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0".split(), "--out", str(tmp_path)])
+
+
+def test_the_training_with_a_config_file(tmp_path, monkeypatch, in_this_process):
+    monkeypatch.setattr(actor_critic, "STEPS_PER_EPOCH", 2)
+    monkeypatch.setattr(grid_search.subprocess, "run", lambda command, **kwargs: actor_critic.main(command[3:]))
+    words = "actor_critic --num_epochs 1 --hidden_dim 4 --seed 1 2 --out".split() + [str(tmp_path)]
+    assert main(words) == main(words) == 0
+    with open(tmp_path / "grid.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["SEED"] for row in rows} == {"1", "2"} and all(-1 < float(row["best"]) < 1 for row in rows)
+
+
+def test_on_the_command_line():
+    command = [sys.executable, "-m", "algorithms.grid_search", "reinforce_cartpole", "--lr"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "-m algorithms.grid_search: --lr needs at least one value\n")

@@ -1,0 +1,121 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from algorithms import common
+from algorithms.reinforce_cartpole import ALGORITHM, PolicyNetwork, evaluate, normalize, reinforce_loss, returns
+from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
+from checkpoint import CheckpointError, save_checkpoint
+from command_line import CommandLineError
+
+SMALL = "--episodes 2 --hidden 4 --eval_interval 2 --min_lr 0.01 --save_freq 1"
+
+
+def test_returns_by_hand():
+    rewards = torch.tensor([[1.0, 2.0], [1.0, 0.0], [4.0, 0.0]])  # the second episode ends after its first step
+    ends = torch.tensor([[False, True], [False, False], [True, False]])
+    assert returns(rewards, ends, 0.5).tolist() == [[2.5, 2], [3, 0], [4, 0]]
+
+
+def test_normalized_returns():
+    torch.testing.assert_close(normalize(torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]))
+    assert normalize(torch.tensor([2.0, 2.0])).tolist() == [0, 0]
+
+
+def test_the_gradient_is_that_of_the_formula():
+    """For a softmax of logits z, the gradient of log p(a) is onehot(a) - p."""
+    logits = torch.tensor([[0.5, -0.5], [1.0, 2.0]], requires_grad=True)
+    actions, weights = torch.tensor([0, 1]), torch.tensor([2.0, -3.0])
+    reinforce_loss(logits.log_softmax(-1).gather(1, actions.unsqueeze(1)).squeeze(1), weights).backward()
+    expected = -(torch.eye(2)[actions] - logits.detach().softmax(-1)) * weights.unsqueeze(1) / 2
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_a_bandit_is_learned():
+    """Two actions that are worth 0 and 1: the better one becomes almost certain."""
+    generator, logits = torch.Generator().manual_seed(0), torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(300):
+        actions = torch.multinomial(logits.detach().softmax(-1), 16, replacement=True, generator=generator)
+        loss = reinforce_loss(logits.log_softmax(-1)[actions], normalize(actions.float()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert logits.softmax(-1)[1] > 0.95
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):  # noqa: F811
+    straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL, tmp_path, 400, 200)
+    assert same(straight, resumed) and straight[0]["update_count"] > 3
+
+
+def test_the_shipped_model_balances_the_pole(capsys):
+    assert evaluated(ALGORITHM, None, capsys, "--episodes", 20)["score"] >= 475
+
+
+def test_play(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("model.pt", {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0})
+    assert run(ALGORITHM, "--play", "model.pt") == 0
+    with Image.open("reinforce_cartpole.gif") as gif:
+        assert gif.n_frames > 5 and gif.size == (600, 400)
+
+
+def test_a_window_needs_a_screen(monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(CommandLineError, match="--human needs a screen"):
+        run(ALGORITHM, "--play", "--human")
+
+
+def test_without_a_shipped_model_the_newest_run_plays(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    with pytest.raises(CheckpointError, match="no model of reinforce_cartpole is shipped, and there is no run"):
+        run(ALGORITHM, "--evaluate")
+    Path("runs/reinforce_cartpole/now").mkdir(parents=True)
+    save_checkpoint("runs/reinforce_cartpole/now/best_model.pt", {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0})
+    assert evaluated(ALGORITHM, None, capsys, "--episodes", 2)["games"] == 2
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    with pytest.raises(CommandLineError, match="^needs no_such_module: pip install -r algorithms/requirements.txt$"):
+        common.need("no_such_module")
+
+
+def untrained():
+    torch.manual_seed(0)
+    return {"constants": {"HIDDEN": 4}, "model": PolicyNetwork(4).state_dict()}
+
+
+def test_an_evaluation_does_not_depend_on_how_many_play_side_by_side():
+    both, first = evaluate(untrained(), 2, seed=5), evaluate(untrained(), 1, seed=5)
+    assert first["score"] in (both["min"], both["max"]) and both["games"] == 2
+
+
+@pytest.mark.parametrize("words, error, message", [
+    ("--episodes 1", CommandLineError, "EPISODES .* must be an integer from 2"),
+    ("--lr fast", CommandLineError, "--lr needs a number"),
+    ("--resume nowhere", CheckpointError, "no such file"),
+    ("--play nowhere", CheckpointError, "no such file"),
+    ("--play --out game.mp4", CommandLineError, "--out must end in .gif"),
+    ("--play --out nowhere/game.gif", CommandLineError, "is a directory, or lies in none"),
+    ("--evaluate --episodes 0", CommandLineError, "--episodes must be from 1"),
+    ("--evaluate --play", CommandLineError, "not allowed with"),
+    ("--evaluate ../pretrained/breakout.pt", CheckpointError, "is no model of reinforce_cartpole"),
+])  # fmt: skip
+def test_bad_input(monkeypatch, words, error, message):
+    monkeypatch.chdir(common.HERE)
+    with pytest.raises(error, match=message) as caught:
+        run(ALGORITHM, *words.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_pole_is_balanced(tmp_path, capsys):
+    assert run(ALGORITHM, "--seed", 5, "--run_dir", tmp_path / "run") == 0
+    assert evaluated(ALGORITHM, tmp_path / "run", capsys)["score"] >= 475
