@@ -492,6 +492,7 @@ def test_the_self_test_says_what_is_wrong(capsys, monkeypatch):
     assert row.endswith("WRONG") and line.startswith("  wrong results on cpu, torch 2.")
 
 
+@pytest.mark.slow
 def test_peers_small(monkeypatch, capsys):
     """Both learn from the same games; what they reach in so few steps says nothing."""
     pytest.importorskip("stable_baselines3")
