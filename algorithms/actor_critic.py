@@ -15,7 +15,8 @@ CONFIG (default config.json) is written with the defaults if there is none:
     seed 42            of states, weights, rewards and actions
 
 A run leaves checkpoints_YYYYMMDD_HHMMSS/ with training.log, epoch_<n>.pt every tenth epoch, and final.pt.
---evaluate [CHECKPOINT] prints how good it is (default: the shipped model), --resume CHECKPOINT goes on, bit for bit.
+--evaluate [RUN] prints how good it is (default: the shipped model), --resume RUN goes on, bit for bit. RUN is such a directory, or a
+checkpoint in it.
 """
 
 import signal
@@ -37,13 +38,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.common import HERE, check_algorithm
-from checkpoint import CheckpointError, atomic_write, load_checkpoint, save_checkpoint, to_plain
+from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint, to_plain
 from command_line import CommandLineError, raise_error, run_script
 from ppo import policy_loss, value_loss
 
 STEPS_PER_EPOCH = 200
 SAVE_FREQ = 10  # epochs
 TEST_STATES = 100_000
+REPORTED = ("score", 1), ("optimum", 1), ("share", 100)
 NAME = "actor_critic"
 RANGES = {"input_dim": (1, 4096), "output_dim": (2, 4096), "hidden_dim": (1, 65536), "learning_rate": (1e-9, 1.0),
           "batch_size": (2, 10**6), "num_epochs": (1, 10**6), "seed": (0, 2**31 - 1)}  # fmt: skip
@@ -62,6 +64,8 @@ class Config(NamedTuple):
 def read_config(path):
     """A JSON file -> `Config`; written with the defaults if there is none. Raises CommandLineError for what is wrong in it."""
     path = Path(path)
+    if path.is_dir():
+        raise CommandLineError(f"{path} is a directory; name a JSON file")
     if not path.exists():
         atomic_write(path, (json.dumps(Config()._asdict(), indent=2) + "\n").encode())
         print(f"wrote {path} with the defaults")
@@ -161,7 +165,7 @@ class ActorCriticAgent:
 
     @torch.no_grad()
     def regret(self, seed=10**6):
-        """What the policy loses on average to the best action of each state, in states that no training draws."""
+        """The mean shortfall from the best action of each state, in states that no training draws."""
         states = torch.randn(TEST_STATES, self.config.input_dim, generator=torch.Generator().manual_seed(seed))
         rewards = self.reward_model(states)
         return (rewards.amax(1) - (self.policy(states).exp() * rewards).sum(1)).mean().item()
@@ -176,6 +180,7 @@ class ActorCriticAgent:
         return to_plain({
             "algorithm": NAME, "config": self.config._asdict(), "epoch": self.epoch, "policy": self.policy.state_dict(),
             "value": self.value.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
+            "directions": self.reward_model.directions,  # another version of LAPACK could find others
         })  # fmt: skip
 
     def load_state_dict(self, state):
@@ -183,11 +188,13 @@ class ActorCriticAgent:
         self.value.load_state_dict(state["value"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+        self.reward_model.directions = state["directions"]
         self.epoch = state["epoch"]
 
 
 def load_agent(path):
-    """A checkpoint -> the agent that it holds. Raises CheckpointError."""
+    """A checkpoint, or a run's directory -> the agent that it holds. Raises CheckpointError."""
+    path = find_checkpoint(path, ("final.pt",))
     state = load_checkpoint(path)
     check_algorithm(NAME, state, path)
     try:
@@ -221,7 +228,8 @@ def logger_to(path):
 
 
 def train(agent, directory):
-    """To the end of its epochs. Ctrl-C saves the last whole epoch, from which a resume goes on."""
+    """To the end of its epochs. Ctrl-C and SIGTERM save the last whole epoch, from which a resume goes on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     log, config = logger_to(directory / "training.log"), agent.config
     log.info("training %s in %s", json.dumps(config._asdict()), directory)
     whole = agent.state_dict()
@@ -238,18 +246,17 @@ def train(agent, directory):
     finally:
         save_checkpoint(directory / "final.pt", whole)
         if agent.epoch < config.num_epochs:
-            log.info("stopped; go on with: python -m algorithms.%s --resume %s", NAME, directory / "final.pt")
-        for handler in log.handlers[:1]:
-            handler.close()
-    result = agent.evaluate()
-    log.info("expected reward %.4f of %.4f, %.2f %%", result["score"], result["optimum"], 100 * result["share"])
+            log.info("stopped; go on with: python -m algorithms.%s --resume %s", NAME, directory)
+        else:
+            log.info("expected reward %.4f of %.4f, %.2f %%", *(agent.evaluate()[name] * factor for name, factor in REPORTED))
+        log.handlers[0].close()
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog=f"-m algorithms.{NAME}", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("config", nargs="?", default="config.json")
-    parser.add_argument("--resume", metavar="CHECKPOINT")
+    parser.add_argument("--resume", metavar="RUN", help="a run's directory, or a checkpoint in it")
     parser.add_argument("--directory", default=".", help="where the run's directory is made (default: here)")
     parser.add_argument("--evaluate", nargs="?", const=HERE / "pretrained" / f"{NAME}.pt", metavar="CHECKPOINT")
     parser.error = raise_error
@@ -261,7 +268,7 @@ def main(argv=None):
         agent = load_agent(args.resume)
         if agent.epoch >= agent.config.num_epochs:
             raise CommandLineError(f"{args.resume} has done all of its {agent.epoch} epochs already")
-        train(agent, Path(args.resume).parent)
+        train(agent, find_checkpoint(args.resume, ("final.pt",)).parent)
     else:
         train(ActorCriticAgent(read_config(args.config)), new_directory(args.directory))
 

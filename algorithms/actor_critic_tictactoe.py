@@ -1,6 +1,6 @@
 """Actor-critic learns tic-tac-toe by playing itself:  python -m algorithms.actor_critic_tictactoe
 
-An actor chooses moves, a critic expects the result, and what a game brought more than was expected makes its moves more probable. The
+An actor chooses moves, a critic estimates the result, and moves that did better than it expected become more probable. The
 opponents are frozen copies of older selves, who now and then move at random, so that the learner meets every position. Who starts is
 random. --play --human plays against you in the terminal, and shows what it thinks of each cell.
 
@@ -19,7 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.common import Algorithm, main
+from algorithms.common import Algorithm, check_lr, main
+from algorithms.reinforce_cartpole import normalize
 from algorithms.tictactoe import O, TicTacToe, X, ask, observations, over, picture, print_board, wins
 from checkpoint import to_plain
 from command_line import constants_of, run_script
@@ -34,7 +35,7 @@ NUM_STEPS = 4_000_000  # moves of the learner
 GAMES = 256  # between two updates, against one opponent
 # opponents
 POOL = 16  # older selves, one of which is drawn for each update
-POOL_INTERVAL = 50  # updates until the oldest makes room for the present self
+POOL_INTERVAL = 50  # updates between two additions to the pool, each of which drops the oldest
 RANDOM_MOVES = 0.3  # share of their moves that are random
 OPENINGS = 0.5  # share of games that start with up to six random moves of both sides; evaluation never does
 # actor-critic
@@ -106,7 +107,7 @@ class SelfPlay(Trainer):
         self.c, self.device, self.num_steps = c, device, c.NUM_STEPS
         self.optimizer = torch.optim.Adam(self.policy.parameters(), c.LR)
         self.rng = np.random.default_rng(c.SEED)
-        self.pool = [to_plain(self.policy.actor.state_dict()) for _ in range(c.POOL)]  # the next to make room comes first
+        self.pool = [to_plain(self.policy.actor.state_dict()) for _ in range(c.POOL)]  # the oldest first
         self.opponent = Actor(c.HIDDEN).to(device)
 
     def collect_and_update(self):
@@ -138,6 +139,8 @@ class SelfPlay(Trainer):
             games = np.flatnonzero((moves > move) & ~over(boards))
             cells = (self.rng.random((len(games), 9)) * (boards[games] == 0)).argmax(1)
             boards[games, cells] = X if move % 2 == 0 else O
+        ended = over(boards)  # those start at the beginning instead
+        boards[ended], moves[ended] = 0, 0
         return boards, np.where(moves % 2 == 0, X, O)
 
     def move_opponents(self, boards, mask, players):
@@ -162,7 +165,7 @@ class SelfPlay(Trainer):
         next_values = torch.cat([values[1:], torch.zeros_like(values[:1])])
         advantages, returns = compute_gae(rewards.float(), values, next_values, ends, torch.zeros_like(ends), c.GAMMA, c.LAMBD)
         obs, actions, values, advantages, returns = (x[played] for x in (obs, actions, values, advantages, returns))
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        advantages = normalize(advantages)
         all_logprobs = self.policy.actor(obs)
         logprobs = all_logprobs.gather(1, actions.unsqueeze(1)).squeeze(1)
         # at a ratio of 1, PPO's loss has the gradient of the plain actor-critic
@@ -249,7 +252,7 @@ def evaluate(state, episodes=None, seed=None):
     score                    wins less losses against random play, the mean of both sides, less 1 for every line that is lost
     as_X as_O                wins less losses against random play
     optimum_as_X optimum_as_O  the most that anybody can expect
-    lines lost               lines of play, and how many of them are lost
+    lost lines               how many lines of play are lost, of how many
     """
     moves, result, lost, lines = greedy(policy_of(state)), {}, 0, 0
     for player, name in ((X, "X"), (O, "O")):
@@ -312,7 +315,7 @@ def build(c):
     return SelfPlay(c, device, {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
 
 
-ALGORITHM = Algorithm("actor_critic_tictactoe", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, fps=1, human=play_in_terminal)
+ALGORITHM = Algorithm("actor_critic_tictactoe", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, fps=1, human=play_in_terminal, check=check_lr)
 
 if __name__ == "__main__":
     run_script(lambda: main(ALGORITHM), "-m algorithms.actor_critic_tictactoe")

@@ -19,17 +19,23 @@ class SkipFrame(gym.Wrapper):
 
     def __init__(self, env, skip):
         super().__init__(env)
-        self.skip = skip
+        self.skip, self.pictures = skip, deque(maxlen=2)
 
     def step(self, action):
         total, frames = 0.0, deque(maxlen=2)
         for _ in range(self.skip):
             frame, reward, terminated, truncated, info = self.env.step(action)
             frames.append(frame)
+            if self.render_mode == "rgb_array":
+                self.pictures.append(self.env.render())
             total += reward
             if terminated or truncated:
                 break
         return np.maximum(frames[0], frames[-1]), total, terminated, truncated, info
+
+    def render(self):
+        """What the agent sees, in colour: the same two frames."""
+        return np.maximum(self.pictures[0], self.pictures[-1]) if self.pictures else self.env.render()
 
 
 class ActionSpaceWrapper(gym.ActionWrapper):
@@ -68,7 +74,7 @@ def make_env(c, render_mode=None):
         env = SkipFrame(env, c.SKIP)
         if c.ACTIONS:
             env = ActionSpaceWrapper(env, [name.strip() for name in c.ACTIONS.split(",")])
-    except (gym.error.Error, TypeError, ValueError) as error:
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         raise CommandLineError(f"{c.ENV_ID}: {' '.join(str(error).split())[:200]}") from None
     return SmallFrame(env)
 

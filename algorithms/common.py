@@ -19,10 +19,11 @@ from typing import Any, Callable, NamedTuple
 import imageio
 import numpy as np
 from gymnasium.error import DependencyNotInstalled
+from gymnasium.vector import SyncVectorEnv
 
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
 from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run
-from command_line import CommandLineError, load_state, new_run_dir, raise_error, read_run, train
+from command_line import CommandLineError, load_state, memory_advice, new_run_dir, raise_error, read_run, train
 from device import RANKS
 
 HERE = Path(__file__).parent
@@ -44,15 +45,14 @@ class Algorithm(NamedTuple):
     levels: dict = {}  # {label: score} for the learning curve
     check: Callable = lambda constants: None  # raises CommandLineError for constants that do not fit together
     human: Callable | None = None  # policy state: plays with a person in the terminal; None: `frames` opens a window
-    advice: dict = {}  # as `train` in command_line.py wants it
 
 
-def need(module, requirements="algorithms/requirements.txt"):
+def need(module):
     """-> an imported module. Raises CommandLineError, which names the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise CommandLineError(f"needs {error.name or module}: pip install -r {requirements}") from None
+        raise CommandLineError(f"needs {error.name or module}: pip install -r algorithms/requirements.txt") from None
 
 
 def main(algorithm, argv=None):
@@ -63,17 +63,26 @@ def main(algorithm, argv=None):
     if any(argument.split("=")[0] in ("--play", "--evaluate") for argument in argv):
         return play_or_evaluate(algorithm, argv)
     program = f"-m algorithms.{algorithm.name}"
-    run = read_run(argv, program, algorithm.doc, algorithm.constants, algorithm.ranges, algorithm.kept, algorithm.check)
+    doc = algorithm.doc + f"\nTo watch or to score: python {program} --play --help"
+    run = read_run(argv, program, doc, algorithm.constants, algorithm.ranges, algorithm.kept, algorithm.check)
     c = SimpleNamespace(**run.constants)
     if run.state:
         check_algorithm(algorithm.name, run.state, run.directory)
-    trainer = algorithm.build(c)
+    with memory_advice("does not fit into memory; try a smaller network, memory or number of games"):
+        trainer = algorithm.build(c)
     if run.state:
         load_state(trainer, run)
     run_dir = run.directory or new_run_dir(c.RUN_DIR, f"runs/{algorithm.name}")
     trainer.metadata["constants"]["RUN_DIR"] = str(run_dir)
     trainer.callbacks = watch(algorithm, c, run_dir)
-    return train(trainer, run_dir, program, algorithm.advice)
+    lower = f" --lr {c.LR / 2:g}" + (f" --min_lr {min(c.MIN_LR, c.LR / 2):g}" if hasattr(c, "MIN_LR") else "")
+    return train(trainer, run_dir, program, {FloatingPointError: lower, MemoryError: ""})
+
+
+def check_lr(constants):
+    """Raises CommandLineError for a learning rate that would rise."""
+    if constants["MIN_LR"] > constants["LR"]:
+        raise CommandLineError(f"MIN_LR {constants['MIN_LR']} must not exceed LR {constants['LR']}")
 
 
 def watch(algorithm, c, run_dir):
@@ -114,28 +123,58 @@ def play_or_evaluate(algorithm, argv):
     what.add_argument("--play", nargs="?", const="", metavar="MODEL", help="draw games (default: of the shipped model)")
     what.add_argument("--evaluate", nargs="?", const="", metavar="MODEL", help="score fresh games")
     parser.add_argument("--episodes", type=int, help=f"default 1 to play, {algorithm.episodes} to evaluate")
-    parser.add_argument("--seed", type=int, default=1_000_000, help="of the games (default 1000000, which no training takes)")
+    parser.add_argument("--seed", type=int, default=1_000_000, help="of the games (default 1000000, far from those of trainings)")
     parser.add_argument("--out", default=f"{algorithm.name}.gif", help=f"default {algorithm.name}.gif")
     parser.add_argument("--human", action="store_true", help="play in a window")
     parser.error = raise_error
     args = parser.parse_args(argv)
     playing = args.play is not None
     episodes = (1 if playing else algorithm.episodes) if args.episodes is None else args.episodes
-    for name, value, high in (("episodes", episodes, 100 if playing else 10**6), ("seed", args.seed, 2**31 - 1)):
+    for name, value, high in (("episodes", episodes, 10 if playing else 10**6), ("seed", args.seed, 2**31 - 1)):
         if not (name == "episodes") <= value <= high:
             raise CommandLineError(f"--{name} must be from {int(name == 'episodes')} to {high:,}, not {value}")
     state, path = load_model(algorithm, args.play if playing else args.evaluate)
     print(f"{os.path.relpath(path)}: trained for {state['global_step']:,} steps", file=sys.stderr)
-    if not playing:
-        print(json.dumps(algorithm.evaluate(state, episodes, args.seed)))
-    elif args.human and algorithm.human:
-        algorithm.human(state)
-    else:
-        try:
+    try:
+        if not playing:
+            print(json.dumps(algorithm.evaluate(state, episodes, args.seed)))
+        elif args.human and algorithm.human:
+            algorithm.human(state)
+        else:
             show(algorithm, state, episodes, args)
-        except DependencyNotInstalled as error:
-            raise CommandLineError(f"{error}; pip install -r algorithms/requirements.txt") from None
+    except DependencyNotInstalled as error:
+        raise CommandLineError(f"{error}; pip install -r algorithms/requirements.txt") from None
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: does not fit this program ({' '.join(str(error).split())[:200]}); train one anew") from None
     return 0
+
+
+def greedy_returns(make_env, choose, episodes, seed):
+    """Whole episodes, up to 100 side by side -> their returns. choose: observations, an array (N, ...) -> actions (N,)."""
+    returns = []
+    for first in range(0, episodes, 100):
+        envs = SyncVectorEnv([make_env] * min(100, episodes - first))
+        obs, _ = envs.reset(seed=seed + first)
+        playing, scores = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs)
+        while playing.any():
+            obs, rewards, terminated, truncated, _ = envs.step(choose(obs))
+            scores += rewards * playing
+            playing &= ~(terminated | truncated)
+        envs.close()
+        returns += scores.tolist()
+    return returns
+
+
+def greedy_frames(env, choose, episodes, seed):
+    """Yields each frame of whole episodes."""
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed + episode)
+        over = False
+        while not over:
+            obs, _, terminated, truncated, _ = env.step(int(choose(obs[None])[0]))
+            over = terminated or truncated
+            yield env.render()
+    env.close()
 
 
 def summary(scores):

@@ -43,8 +43,8 @@ UPDATE_STEPS = 3_000  # between two rows of metrics.csv
 # memory
 REPLAY_SIZE = 100_000  # transitions, 7 KB each
 MEMORY_FACTOR = 1.0  # of that size
-BURN_IN = 10_000  # steps before learning starts; after a resume too, unless KEEP_REPLAY
-KEEP_REPLAY = False  # in checkpoints, 700 MB each: a resumed run is then the same bit for bit. Otherwise the memory is filled anew
+BURN_IN = 10_000  # steps before learning starts, not counted; after a resume too, unless KEEP_REPLAY
+KEEP_REPLAY = False  # in checkpoints: a resumed run is then the same bit for bit, at 700 MB each and three times that in RAM
 # learning
 LR = 2.5e-4  # Adam
 GAMMA = 0.99  # discount per step
@@ -82,21 +82,22 @@ class QNetwork(nn.Module):
     def __init__(self, stack, num_actions, bf16=False):
         super().__init__()
         self.bf16 = bf16
-        self.layers = nn.Sequential(
+        self.convolutions = nn.Sequential(
             nn.Conv2d(stack, 32, 8, 4), nn.ReLU(),  # (B, 32, 20, 20)
             nn.Conv2d(32, 64, 4, 2), nn.ReLU(),  # (B, 64, 9, 9)
             nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(),  # (B, 64 * 7 * 7)
-            nn.Linear(64 * 7 * 7, 512), nn.ReLU(), nn.Linear(512, num_actions),
         )  # fmt: skip
+        self.head = nn.Sequential(nn.Linear(64 * 7 * 7, 512), nn.ReLU(), nn.Linear(512, num_actions))
 
     def forward(self, frames):
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.layers(frames.float() / 255).float()
+            features = self.convolutions(frames.float() / 255)
+        return self.head(features.float())  # not in bfloat16: values near 5 would differ by 1/32 at least
 
     @torch.no_grad()
     def greedy(self, frames):
         """An array of stacks -> the actions of the highest values, an array (B,)."""
-        return self(torch.as_tensor(frames, device=self.layers[0].weight.device)).argmax(1).cpu().numpy()
+        return self(torch.as_tensor(frames, device=self.head[0].weight.device)).argmax(1).cpu().numpy()
 
 
 def has_bf16(device):
@@ -177,7 +178,7 @@ class DQN(Trainer):
         self.c, self.device, self.num_steps = c, device, c.NUM_STEPS
         self.frozen = QNetwork(c.STACK, num_actions, bf16).to(device).requires_grad_(False)
         self.frozen.load_state_dict(self.policy.state_dict())
-        # a large epsilon, for where gradients are small their direction is noise (Hessel et al. 2018)
+        # a large eps: where gradients are tiny, Adam would amplify noise (Hessel et al. 2018)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), c.LR, eps=1.5e-4, fused=True)
         self.rng = np.random.default_rng(c.SEED)
         self.replay = Replay(round(c.REPLAY_SIZE * c.MEMORY_FACTOR), c.NUM_ENVS, c.STACK)
@@ -274,7 +275,10 @@ class DQN(Trainer):
         self.episode_returns, self.pending = deque(state["episode_returns"], maxlen=100), list(state["evaluations"])
         for name in ("learned", "due", "update_count", "global_step", "seconds", "best_score"):
             setattr(self, name, state[name])
-        if "replay" in state:
+        if "replay" not in state:  # other games than at the start
+            frames, infos = self.envs.reset(seed=self.c.SEED + state["global_step"])
+            self.stacks, self.lives = Stacks(frames, self.c.STACK), infos["lives"]
+        else:
             self.replay.load_state_dict(to_numpy(state["replay"]))
             self.stacks.frames, self.first, self.lives, self.return_so_far = (
                 to_numpy(state[name]) for name in ("stacks", "first", "lives", "return_so_far")
@@ -290,7 +294,7 @@ def policy_of(state):
     """A policy state -> its network, on the CPU, and the constants that it was trained with."""
     c = SimpleNamespace(**state["constants"])
     policy = QNetwork(c.STACK, state["num_actions"])
-    policy.load_state_dict({name: x.float() for name, x in state["model"].items()})  # the shipped model has half precision
+    policy.load_state_dict(state["model"])
     return policy, c
 
 
@@ -300,7 +304,7 @@ def evaluate(state, episodes=30, seed=0):
     envs, rng = make_envs(c, min(episodes, 30)), np.random.default_rng(seed)
     frames, _ = envs.reset(seed=seed)
     stacks, scores, score = Stacks(frames, c.STACK), [], np.zeros(envs.num_envs)
-    games = np.arange(envs.num_envs)  # which game each env plays: fixed beforehand, or quick deaths would count more often
+    games = np.arange(envs.num_envs)  # the first to start count, and not the first to end: those would be short ones
     started = envs.num_envs
     while (games < episodes).any():
         actions, at_random = rng.integers(envs.single_action_space.n, size=envs.num_envs), rng.random(envs.num_envs) < EVAL_EPSILON
@@ -340,7 +344,7 @@ def build(c):
         raise CommandLineError(error) from None
 
 
-ALGORITHM = Algorithm("dqn_space_invaders", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30)
+ALGORITHM = Algorithm("dqn_space_invaders", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, fps=15)
 
 if __name__ == "__main__":
     run_script(lambda: main(ALGORITHM), "-m algorithms.dqn_space_invaders")

@@ -5,6 +5,11 @@ directory below --out; stopped and started again, the search goes on where it wa
 them to grid.csv, and with --map draws the mean of the best scores over two of the constants: --map lr gamma.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+
 import argparse
 import csv
 import importlib
@@ -29,10 +34,10 @@ from command_line import CommandLineError, check_constants, convert, kind_of, ra
 from device import available_cores
 
 HERE = Path(__file__).parent
+FRESH_SEED = 1_000_000  # as --evaluate takes
 TRAININGS = (
     "train_ppo", "reinforce_cartpole", "ppo_lunarlander", "actor_critic_tictactoe", "dqn_space_invaders", "actor_critic",
 )  # fmt: skip
-FIXED = ("RUN_DIR",)
 
 
 class Training(NamedTuple):
@@ -42,11 +47,15 @@ class Training(NamedTuple):
     constants: dict
     ranges: dict
     check: Callable  # raises CommandLineError for constants that do not fit together
+    evaluate: Callable | None = None  # policy state, episodes, seed -> a dict with a "score"
 
-    def begun_with(self, run_dir):
-        """-> the constants of a run that has begun, or None."""
+    def recorded_constants(self, run_dir):
+        """-> those of a run that has begun, or None."""
         config = run_dir / "config.json"
-        return json.loads(config.read_text()) if config.exists() else None
+        try:
+            return json.loads(config.read_text()) if config.exists() else None
+        except ValueError:
+            raise CommandLineError(f"{config}: is damaged; delete its directory, or name another --out") from None
 
     def command(self, run_dir, values):
         """-> what starts a run, or goes on with it."""
@@ -72,11 +81,19 @@ class Training(NamedTuple):
         return {"best": best, "last": last, "steps": int(rows[-1]["global_step"]), "minutes": round(float(rows[-1]["seconds"]) / 60, 2)}
 
 
+    def fresh(self, run_dir, episodes):
+        """-> the score of the best model in fresh games, and the lowest of them, if asked for."""
+        if not episodes or self.evaluate is None:
+            return {}
+        result = self.evaluate(load_checkpoint(run_dir / "best_model.pt"), episodes, FRESH_SEED)
+        return {name: result[key] for name, key in (("fresh", "score"), ("fresh min", "min")) if key in result}
+
+
 class JSONTraining(Training):
     """actor_critic.py, which reads its constants from a file and leaves another kind of directory."""
 
-    def begun_with(self, run_dir):
-        found = super().begun_with(run_dir)
+    def recorded_constants(self, run_dir):
+        found = super().recorded_constants(run_dir)
         return found and {name.upper(): value for name, value in found.items()}
 
     def command(self, run_dir, values):
@@ -107,9 +124,14 @@ def training(name):
         return Training(program, train_ppo.CONSTANTS, train_ppo.RANGES, train_ppo.check)
     if name == "actor_critic":
         upper = lambda x: {key.upper(): value for key, value in x.items()}
-        return JSONTraining(program, upper(actor_critic.Config()._asdict()), upper(actor_critic.RANGES), lambda constants: None)
+        return JSONTraining(program, upper(actor_critic.Config()._asdict()), upper(actor_critic.RANGES), check_dimensions)
     algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
-    return Training(program, algorithm.constants, algorithm.ranges, algorithm.check)
+    return Training(program, algorithm.constants, algorithm.ranges, algorithm.check, algorithm.evaluate)
+
+
+def check_dimensions(constants):
+    if constants["OUTPUT_DIM"] > constants["INPUT_DIM"]:
+        raise CommandLineError("OUTPUT_DIM must not exceed INPUT_DIM")
 
 
 def read_grid(words, what):
@@ -118,7 +140,7 @@ def read_grid(words, what):
     for word in words:
         if word.startswith("--"):
             name = word[2:].upper()
-            if name not in what.constants or name in FIXED:
+            if name not in what.constants or name == "RUN_DIR":
                 raise CommandLineError(f"{word}: is no constant to search; those are {', '.join(map(str.lower, what.constants))}")
             grid[name] = []
         elif name is None:
@@ -174,6 +196,7 @@ def main(argv=None):
     parser.add_argument("training", choices=TRAININGS, metavar="TRAINING", help=", ".join(TRAININGS))
     parser.add_argument("--out", type=Path, help="default runs/grid/TRAINING")
     parser.add_argument("--map", nargs=2, metavar="CONSTANT", help="two constants for a heat map, grid.png")
+    parser.add_argument("--fresh", type=int, metavar="EPISODES", help="also score each best model in so many fresh games")
     parser.error = raise_error
     args, words = parser.parse_known_args(argv)
     what, out = training(args.training), (args.out or Path("runs/grid") / args.training).resolve()
@@ -184,7 +207,9 @@ def main(argv=None):
     runs = {directory_of(out, values): values for values in combinations(grid)}
     for run_dir, values in runs.items():
         what.check(what.constants | values)
-        begun = what.begun_with(run_dir)
+        begun = what.recorded_constants(run_dir)
+        if values.get("EVAL_INTERVAL") == 0:
+            raise CommandLineError("without evaluations there is nothing to compare; leave --eval_interval 0 out")
         if begun is not None and begun | {"RUN_DIR": ""} != what.constants | values | {"RUN_DIR": ""}:
             raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -197,7 +222,8 @@ def main(argv=None):
             raise CommandLineError("stopped; start again to go on") from None
     if failed := [run_dir for run_dir in runs if not what.finished(run_dir)]:
         raise CommandLineError(f"{len(failed)} runs did not finish, see {failed[0]}.log; start again to go on")
-    rows = sorted((values | what.result(run_dir) for run_dir, values in runs.items()), key=lambda row: -row["best"])
+    rows = [values | what.result(run_dir) | what.fresh(run_dir, args.fresh) for run_dir, values in runs.items()]
+    rows.sort(key=lambda row: -row["best"])
     with open(out / "grid.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

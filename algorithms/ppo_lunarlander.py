@@ -1,7 +1,7 @@
 """PPO lands on the moon:  python -m algorithms.ppo_lunarlander
 
 The root's PPO, loop, losses and rollout buffer, as they are, with a policy of its own: two small networks, one that acts and one that
-expects the return.
+estimates the return.
 """
 
 import signal
@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from algorithms.common import Algorithm, main, need, summary
+from algorithms.common import Algorithm, check_lr, greedy_frames, greedy_returns, main, need, summary
 from command_line import CommandLineError, constants_of, run_script
 from device import choose_device, set_threads
 from ppo import PPO, Policy, PPOConfig
@@ -68,8 +68,7 @@ def check(constants):
     c = SimpleNamespace(**constants)
     if c.NUM_ENVS * c.ROLLOUT_STEPS % c.BATCH_SIZE:
         raise CommandLineError(f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {c.NUM_ENVS * c.ROLLOUT_STEPS:,} samples of a rollout")
-    if c.MIN_LR > c.LR:
-        raise CommandLineError(f"MIN_LR {c.MIN_LR} must not exceed LR {c.LR}")
+    check_lr(constants)
 
 
 class ActorCritic(Policy):
@@ -97,7 +96,7 @@ def mlp(hidden, outputs, gain):
 
 class Recorded(gym.Wrapper):
     """Remembers how its episode came about: the random numbers it started with, and the actions since. Physics has no state that
-    could be saved, but takes the same course again."""
+    could be saved, but is deterministic."""
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
@@ -119,7 +118,7 @@ class Recorded(gym.Wrapper):
             self.step(int(action))
 
 
-class SavedEnvs(SyncVectorEnv):
+class ReplayableEnvs(SyncVectorEnv):
     """`Recorded` landers side by side, with the state that PPO saves."""
 
     def state_dict(self):
@@ -139,7 +138,7 @@ def build(c):
     device = choose_device(c.DEVICE)
     set_threads(n_layer=1)  # small networks
     torch.manual_seed(c.SEED)
-    envs = SavedEnvs([lambda: Recorded(make_env())] * c.NUM_ENVS, autoreset_mode=AutoresetMode.SAME_STEP)
+    envs = ReplayableEnvs([lambda: Recorded(make_env())] * c.NUM_ENVS, autoreset_mode=AutoresetMode.SAME_STEP)
     names = [name for name in PPOConfig.__dataclass_fields__ if name.upper() in CONSTANTS]
     config = PPOConfig(**{name: getattr(c, name.upper()) for name in names}, lambd_end=c.LAMBD, lambd_steps=1)
     metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c))}
@@ -149,40 +148,20 @@ def build(c):
 # --- playing ----------------------------------------------------------------------------------------------------------
 
 
-def policy_of(state):
+def greedy(state):
+    """A policy state -> the player that takes the most probable action: observations (N, 8) -> actions (N,)."""
     policy = ActorCritic(state["constants"]["HIDDEN"])
     policy.load_state_dict(state["model"])
-    return policy
+    return lambda obs: policy(torch.from_numpy(obs))[0].argmax(-1).numpy()
 
 
-@torch.no_grad()
 def evaluate(state, episodes=30, seed=0):
-    """Whole episodes of the most probable actions, side by side -> the `summary` of their returns."""
-    policy, envs = policy_of(state), SyncVectorEnv([make_env] * episodes)
-    obs, _ = envs.reset(seed=seed)
-    playing, scores = np.ones(episodes, bool), np.zeros(episodes)
-    while playing.any():
-        logits, _ = policy(torch.from_numpy(obs))
-        obs, rewards, terminated, truncated, _ = envs.step(logits.argmax(-1).numpy())
-        scores += rewards * playing
-        playing &= ~(terminated | truncated)
-    envs.close()
-    return summary(scores)
+    """Episodes of the most probable actions -> the `summary` of their returns."""
+    return summary(greedy_returns(make_env, greedy(state), episodes, seed))
 
 
-@torch.no_grad()
 def frames(state, episodes, seed, human):
-    """Yields each frame of episodes that take the most probable actions."""
-    policy, env = policy_of(state), make_env("human" if human else "rgb_array")
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=seed + episode)
-        over = False
-        while not over:
-            logits, _ = policy(torch.from_numpy(obs[None]))
-            obs, _, terminated, truncated, _ = env.step(int(logits.argmax()))
-            over = terminated or truncated
-            yield env.render()
-    env.close()
+    return greedy_frames(make_env("human" if human else "rgb_array"), greedy(state), episodes, seed)
 
 
 LEVELS = {"solved": 200}

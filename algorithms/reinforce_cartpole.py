@@ -4,7 +4,7 @@ The simplest policy gradient (Williams 1992): play whole episodes, then make eac
 return that followed it. There is no value function; a return is only compared with the other returns of the update.
 
 Those are normalised to mean 0 and standard deviation 1. Subtracting the mean is a baseline: it leaves the direction of the expected
-gradient as it is, but for the share that each return has in the mean itself, and takes away much of its variance. Dividing by the
+gradient unchanged (up to a factor, since each return is part of the mean) and removes much of its variance. Dividing by the
 deviation makes the step independent of the scale of the returns, so the learning rate need not know whether they are 20 or 500.
 
 Left out: entropy bonus, a baseline that depends on the state. An episode that reaches 500 steps is cut off and counts as finished.
@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.common import Algorithm, main, summary
+from algorithms.common import Algorithm, check_lr, greedy_frames, greedy_returns, main, summary
 from checkpoint import to_plain
 from command_line import constants_of, run_script
 from device import choose_device, set_threads
@@ -74,7 +74,7 @@ def normalize(x):
 
 
 def reinforce_loss(logprobs, returns):
-    """Its gradient is minus the policy gradient (Williams 1992, equation 6); both (M,)."""
+    """Its gradient is minus the policy gradient (Williams 1992, equation 6), both (M,); the factor gamma^t is left out, as usual."""
     return -(logprobs * returns).mean()
 
 
@@ -154,38 +154,20 @@ class Reinforce(Trainer):
             setattr(self, name, state[name])
 
 
-def policy_of(state):
+def greedy(state):
+    """A policy state -> the player that takes the most probable action: observations (N, 4) -> actions (N,)."""
     policy = PolicyNetwork(state["constants"]["HIDDEN"])
     policy.load_state_dict(state["model"])
-    return policy
+    return lambda obs: policy(torch.from_numpy(obs)).argmax(-1).numpy()
 
 
-@torch.no_grad()
 def evaluate(state, episodes=20, seed=0):
-    """Whole episodes of the most probable actions, side by side -> the `summary` of their returns."""
-    policy, envs = policy_of(state), gym.make_vec(ENV_ID, episodes, vectorization_mode="sync")
-    obs, _ = envs.reset(seed=seed)
-    playing, scores = np.ones(episodes, bool), np.zeros(episodes)
-    while playing.any():
-        obs, rewards, terminated, truncated, _ = envs.step(policy(torch.from_numpy(obs)).argmax(-1).numpy())
-        scores += rewards * playing
-        playing &= ~(terminated | truncated)
-    envs.close()
-    return summary(scores)
+    """Episodes of the most probable actions -> the `summary` of their returns."""
+    return summary(greedy_returns(lambda: gym.make(ENV_ID), greedy(state), episodes, seed))
 
 
-@torch.no_grad()
 def frames(state, episodes, seed, human):
-    """Yields each frame of episodes that take the most probable actions."""
-    policy, env = policy_of(state), gym.make(ENV_ID, render_mode="human" if human else "rgb_array")
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=seed + episode)
-        over = False
-        while not over:
-            obs, _, terminated, truncated, _ = env.step(int(policy(torch.from_numpy(obs)).argmax()))
-            over = terminated or truncated
-            yield env.render()
-    env.close()
+    return greedy_frames(gym.make(ENV_ID, render_mode="human" if human else "rgb_array"), greedy(state), episodes, seed)
 
 
 def build(c):
@@ -194,8 +176,8 @@ def build(c):
     return Reinforce(c, device, {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
 
 
-LEVELS = {"the most there is": 500, "solved": 475, "random play": 22}
-ALGORITHM = Algorithm("reinforce_cartpole", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, fps=50)
+LEVELS = {"maximum": 500, "solved": 475, "random play": 22}
+ALGORITHM = Algorithm("reinforce_cartpole", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, fps=50, check=check_lr)
 
 if __name__ == "__main__":
     run_script(lambda: main(ALGORITHM), "-m algorithms.reinforce_cartpole")

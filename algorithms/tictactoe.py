@@ -31,9 +31,8 @@ class TicTacToe(gym.Env):
     a move into a cell that is taken.
     """
 
-    observation_space, action_space = gym.spaces.Box(0, 1, (18,), np.float32), gym.spaces.Discrete(9)
-
     def __init__(self, opponent=None):
+        self.observation_space, self.action_space = gym.spaces.Box(0, 1, (18,), np.float32), gym.spaces.Discrete(9)
         self.opponent = opponent or self.random_move
 
     def random_move(self, board, player):
@@ -51,6 +50,8 @@ class TicTacToe(gym.Env):
     def step(self, action):
         if over(self.board[None])[0]:
             raise ValueError("the game is over; call reset()")
+        if not self.action_space.contains(action):
+            raise ValueError(f"a move is a cell, 0 to 8, not {action!r}")
         if self.board[action] != 0:
             raise ValueError(f"cell {action} is taken; the empty ones are {', '.join(map(str, np.flatnonzero(self.board == 0)))}")
         self.board[action] = self.player

@@ -2,8 +2,8 @@
 
 lunarlander     minutes and steps until the mean of 30 greedy episodes reaches 200, ours and SB3's PPO with the settings of RL Baselines3
                 Zoo; evaluations are not counted in either's time
-space_invaders  environment steps per second while learning, ours and SB3's DQN, with the same network, batch, games and learning steps per
-                step; by turns, medians
+space_invaders  environment steps per second while learning, ours and SB3's DQN, with the same network, batch, game and learning steps per
+                step; alternating, medians; --float32 for ours without bfloat16
 
 Needs pip install stable-baselines3, and algorithms/requirements.txt.
 """
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from algorithms import dqn_space_invaders as dqn  # noqa: E402
 from algorithms import ppo_lunarlander as lander  # noqa: E402
-from algorithms.common import summary  # noqa: E402
+from algorithms.common import greedy_returns  # noqa: E402
 from callbacks import Callback  # noqa: E402
 from command_line import raise_error, run_script  # noqa: E402
 
@@ -42,16 +42,9 @@ quiet = Logger(folder=None, output_formats=[])
 # LunarLander
 
 
-def score(greedy, seed=1_000_000, episodes=30):
-    """greedy: observations (N, 8) -> actions (N,). -> the mean return of fresh episodes."""
-    envs = gym.vector.SyncVectorEnv([lander.make_env] * episodes)
-    obs, _ = envs.reset(seed=seed)
-    playing, scores = np.ones(episodes, bool), np.zeros(episodes)
-    while playing.any():
-        obs, rewards, terminated, truncated, _ = envs.step(greedy(obs))
-        scores += rewards * playing
-        playing &= ~(terminated | truncated)
-    return summary(scores)["score"]
+def score(greedy):
+    """greedy: observations (N, 8) -> actions (N,). -> the mean return of 30 fresh episodes."""
+    return float(np.mean(greedy_returns(lander.make_env, greedy, 30, 1_000_000)))
 
 
 def ours_on_the_moon(seed, num_steps):
@@ -108,9 +101,9 @@ def lunarlander(seed, num_steps):
 
 
 
-def space_invaders(seed, turns):
+def space_invaders(seed, turns, bf16):
     """One turn of each, again and again: the games go on where they were."""
-    constants = {**dqn.CONSTANTS, "SEED": seed, "REPLAY_SIZE": 10_000, "EPSILON": 0.1, "DEVICE": "cpu"}
+    constants = {**dqn.CONSTANTS, "SEED": seed, "REPLAY_SIZE": 10_000, "EPSILON": 0.1, "DEVICE": "cpu", "BF16": bf16}
     c = SimpleNamespace(**constants)
     ours = dqn.build(c)
     while not len(ours.replay) or ours.replay.added * c.NUM_ENVS < 600:
@@ -141,12 +134,13 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_steps", type=int, default=1_000_000, help="of LunarLander (default 1000000)")
     parser.add_argument("--turns", type=int, default=5, help="of Space Invaders (default 5)")
+    parser.add_argument("--float32", action="store_true")
     parser.error = raise_error
     args = parser.parse_args(argv)
     if args.what == "lunarlander":
         lunarlander(args.seed, args.num_steps)
     else:
-        space_invaders(args.seed, args.turns)
+        space_invaders(args.seed, args.turns, not args.float32)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,19 @@ def test_the_best_policy_has_no_regret_and_a_random_one_loses_everything():
 
 
 def test_a_step_by_hand():
-    """One state, all probability on one action that is worth more than expected: the critic moves up, the actor has nothing to learn."""
-    agent = ActorCriticAgent(Config(hidden_dim=4, batch_size=2, learning_rate=0.01))
-    reward, actor_loss, critic_loss = agent.update()
-    assert all(map(math.isfinite, (reward, actor_loss, critic_loss))) and critic_loss > 0
+    """The gradients of one step are those of the textbook: for each sample onehot(a) - p times what was better than expected, for the
+    critic the error."""
+    config = Config(hidden_dim=4, batch_size=5)
+    agent, twin = ActorCriticAgent(config), ActorCriticAgent(config)
+    states = torch.randn(5, 10, generator=twin.generator)
+    probabilities, values = twin.policy(states).exp(), twin.value(states)
+    actions = torch.multinomial(probabilities.detach(), 1, generator=twin.generator).squeeze(1)
+    errors = (twin.reward_model(states)[range(5), actions] - values).detach()
+    bias = ((probabilities - torch.eye(2)[actions]) * errors.unsqueeze(1)).mean(0)  # of minus the mean of log p(a) * error
+    agent.optimizer.step = lambda: None
+    agent.update()
+    torch.testing.assert_close(agent.policy.layers[2].bias.grad, bias)
+    torch.testing.assert_close(agent.value.layers[2].bias.grad, -errors.mean().view(1))
 
 
 def test_it_learns():
@@ -92,7 +101,7 @@ def test_ctrl_c_saves_whole_epochs(small, monkeypatch):
             main(["small.json"])
     (directory,) = small.glob("checkpoints_*")
     assert load_checkpoint(directory / "final.pt")["epoch"] == 1 and "--resume" in (directory / "training.log").read_text()
-    main(["--resume", str(directory / "final.pt")])
+    main(["--resume", str(directory)])
     assert load_checkpoint(directory / "final.pt")["epoch"] == 3
     with pytest.raises(CommandLineError, match="has done all of its 3 epochs already"):
         main(["--resume", str(directory / "final.pt")])
@@ -116,6 +125,11 @@ def test_bad_configs(tmp_path, text, message):
     with pytest.raises(CommandLineError, match=message) as error:
         read_config(tmp_path / "config.json")
     assert "\n" not in str(error.value)
+
+
+def test_a_directory_is_no_config(tmp_path):
+    with pytest.raises(CommandLineError, match="is a directory; name a JSON file"):
+        read_config(tmp_path)
 
 
 def test_the_shipped_model_is_near_the_optimum(capsys):

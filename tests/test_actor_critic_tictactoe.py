@@ -13,7 +13,7 @@ from algorithms.common import load_model
 from algorithms.tictactoe import LINES, O, TicTacToe, X, over, wins
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 
-SMALL = "--games 8 --hidden 8 --pool 2 --pool_interval 2 --eval_interval 2 --min_lr 0.003 --save_freq 1"
+SMALL = "--games 8 --hidden 8 --pool 2 --pool_interval 2 --eval_interval 2 --lr 0.003 --min_lr 0.003 --save_freq 1"
 EMPTY = (0,) * 9
 
 
@@ -45,6 +45,9 @@ def test_the_environment_keeps_gymnasiums_contract():
     assert obs.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0] + [0] * 8 + [1]
     with pytest.raises(ValueError, match="cell 4 is taken; the empty ones are 0, 1"):
         env.step(4)
+    for nowhere in (-1, 9):
+        with pytest.raises(ValueError, match="a move is a cell, 0 to 8"):
+            env.step(nowhere)
     check_env(MaskedForCheck(), skip_render_check=True)
 
 
@@ -152,8 +155,8 @@ def test_openings_are_positions_of_the_game():
     selfplay = trainer(GAMES=400, OPENINGS=1.0)
     boards, turn = selfplay.openings()
     marks = (boards != 0).sum(1)
-    assert set(marks) == set(range(7)) and (boards.sum(1) == marks % 2).all()
-    assert (turn[~over(boards)] == np.where(marks % 2 == 0, X, O)[~over(boards)]).all()
+    assert set(marks) == set(range(7)) and (boards.sum(1) == marks % 2).all() and not over(boards).any()
+    assert (turn == np.where(marks % 2 == 0, X, O)).all()
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):  # noqa: F811

@@ -170,7 +170,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit_if_it_keeps_its_memory(tmp_path, 
 
 
 def test_without_its_memory_a_resumed_run_fills_it_anew(tmp_path, without_processes):  # noqa: F811
-    straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL, tmp_path, 48, 24)
+    straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL + " --keep_replay false", tmp_path, 48, 24)
     assert resumed[0]["global_step"] == straight[0]["global_step"] == 48 and resumed[0]["learned"] == straight[0]["learned"]
     assert len(resumed[1]) == 4 and not same(straight[0]["model"], resumed[0]["model"]) and "replay" not in resumed[0]
 

@@ -51,7 +51,7 @@ def test_every_combination():
 
 
 def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_process, capsys):
-    words = ["reinforce_cartpole", *SMALL.split(), "--lr", "0.01", "0.02", "--out", str(tmp_path), "--map", "lr", "hidden"]
+    words = ["reinforce_cartpole", *SMALL.split(), "--lr", "0.01", "0.02", "--out", str(tmp_path), "--map", "lr", "hidden", "--fresh", "2"]
     assert main(words) == 0 and len(in_this_process) == 4
     with open(tmp_path / "grid.csv") as file:
         rows = list(csv.DictReader(file))
@@ -61,7 +61,7 @@ def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_proc
     with Image.open(tmp_path / "grid.png") as image:
         assert image.width > 200
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 4 and table[0].endswith("| LR | best | last | steps | minutes |")
+    assert len(table) == 2 + 4 and table[0].endswith("| LR | best | last | steps | minutes | fresh | fresh min |")
     lost = next(path for path in tmp_path.iterdir() if path.is_dir())
     assert training("reinforce_cartpole").finished(lost)
     in_this_process.clear()
@@ -75,7 +75,8 @@ def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_proc
     ("reinforce_cartpole --lr fast", "--lr needs a number, not 'fast'"), ("reinforce_cartpole --lr 7", "LR .* must be a number from 1e-09 to 1"),
     ("reinforce_cartpole --run_dir a b", "--run_dir: is no constant to search"), ("nothing --lr 1", "invalid choice: 'nothing'"),
     ("reinforce_cartpole --lr 0.1 --map lr seed", "--map seed: is not searched; the grid has lr"),
-    ("train_ppo --batch_size 7", "BATCH_SIZE must divide"),
+    ("train_ppo --batch_size 7", "BATCH_SIZE must divide"), ("reinforce_cartpole --eval_interval 0", "without evaluations there is nothing to compare"),
+    ("actor_critic --output_dim 11", "OUTPUT_DIM must not exceed INPUT_DIM"),
 ])  # fmt: skip
 def test_bad_input(tmp_path, words, message):
     with pytest.raises(CommandLineError, match=message) as error:
@@ -90,12 +91,12 @@ def test_every_training_can_be_searched(name):
 
 
 def test_a_search_begun_with_other_constants_is_not_mixed(tmp_path, in_this_process):
-    assert main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0".split(), "--out", str(tmp_path)]) == 0
+    assert main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0 --gamma 0.9".split(), "--out", str(tmp_path)]) == 0
     (run_dir,) = (path for path in tmp_path.iterdir() if path.is_dir())
     config = (run_dir / "config.json").read_text()
-    (run_dir / "config.json").write_text(config.replace('"GAMMA": 0.99', '"GAMMA": 0.5'))
+    (run_dir / "config.json").write_text(config.replace('"GAMMA": 0.9', '"GAMMA": 0.5'))
     with pytest.raises(CommandLineError, match="was begun with other constants"):
-        main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0".split(), "--out", str(tmp_path)])
+        main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0 --gamma 0.9".split(), "--out", str(tmp_path)])
 
 
 def test_the_training_with_a_config_file(tmp_path, monkeypatch, in_this_process):

@@ -11,7 +11,7 @@ from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_
 from checkpoint import CheckpointError, save_checkpoint
 from command_line import CommandLineError
 
-SMALL = "--episodes 2 --hidden 4 --eval_interval 2 --min_lr 0.01 --save_freq 1"
+SMALL = "--episodes 2 --hidden 4 --eval_interval 2 --lr 0.01 --min_lr 0.01 --save_freq 1"
 
 
 def test_returns_by_hand():
@@ -99,6 +99,7 @@ def test_an_evaluation_does_not_depend_on_how_many_play_side_by_side():
 
 @pytest.mark.parametrize("words, error, message", [
     ("--episodes 1", CommandLineError, "EPISODES .* must be an integer from 2"),
+    ("--lr 0.1 --min_lr 0.2", CommandLineError, "MIN_LR 0.2 must not exceed LR 0.1"),
     ("--lr fast", CommandLineError, "--lr needs a number"),
     ("--resume nowhere", CheckpointError, "no such file"),
     ("--play nowhere", CheckpointError, "no such file"),
