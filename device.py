@@ -94,7 +94,8 @@ def available_cores():
 
 
 def out_of_memory(error):
-    """Whether memory ran out: torch and Python have errors of their own; that of torch's CPU allocator is a RuntimeError that its text tells apart."""
+    """Whether memory ran out: torch and Python have errors of their own; that of torch's CPU allocator is a RuntimeError that its text
+    tells apart."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 

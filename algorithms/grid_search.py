@@ -80,7 +80,6 @@ class Training(NamedTuple):
         best, last = (max(scores), scores[-1]) if scores else (math.nan, math.nan)
         return {"best": best, "last": last, "steps": int(rows[-1]["global_step"]), "minutes": round(float(rows[-1]["seconds"]) / 60, 2)}
 
-
     def fresh(self, run_dir, episodes):
         """-> the score of the best model in fresh games, and the lowest of them, if asked for."""
         if not episodes or self.evaluate is None:

@@ -27,7 +27,7 @@ from algorithms.common import Algorithm, check_lr, greedy_frames, greedy_returns
 from checkpoint import to_plain
 from command_line import constants_of, run_script
 from device import choose_device, set_threads
-from ppo import learning_rate
+from ppo import entropy_loss, learning_rate
 from rollout_buffer import compute_gae
 from trainer import Trainer
 
@@ -135,8 +135,8 @@ class Reinforce(Trainer):
         self.update_count += 1
         self.global_step += int(played.sum())
         self.episodes += self.envs.num_envs
-        entropy = -(logprobs.exp() * logprobs).sum(-1).mean().item()
-        return {"loss": loss.item(), "entropy": entropy, "grad_norm": grad_norm, "lr": lr, "episodes": float(self.episodes),
+        _, stats = entropy_loss(logprobs)
+        return {"loss": loss.item(), "entropy": stats["entropy"].item(), "grad_norm": grad_norm, "lr": lr, "episodes": float(self.episodes),
                 "episode_return": rewards.sum(0).mean().item()}  # fmt: skip
 
     def state_dict(self):
