@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode
 
-from checkpoint import to_numpy, to_plain
+from checkpoint import to_numpy
 from rollout_buffer import RolloutBuffer
 from trainer import StopTraining, Trainer
 
@@ -383,24 +383,21 @@ class PPO(Trainer):
 
     def state_dict(self):
         """A copy of everything that `learn` goes on from, plain types and tensors on the CPU."""
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "env": self.env.state_dict() if hasattr(self.env, "state_dict") else None,
-            "obs": self.obs,
-            "return_so_far": self.return_so_far,
-            "episode_returns": list(self.episode_returns),
-            "evaluations": self.pending,
-            "best_score": self.best_score,
-        }
-        return self.policy_state() | to_plain(state)
+        return self.training_state(
+            optimizer=self.optimizer.state_dict(),
+            generator=self.generator.get_state(),
+            env=self.env.state_dict() if hasattr(self.env, "state_dict") else None,
+            obs=self.obs,
+            return_so_far=self.return_so_far,
+            episode_returns=list(self.episode_returns),
+        )
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, bit for bit on the CPU if the env has a state_dict of its own.
 
         The state is that of rank 0; other ranks start new games.
         """
-        self.policy.load_state_dict(state["model"])
+        self.load_training_state(state)
         groups = self.optimizer.state_dict()["param_groups"]  # this run's own: they differ from device to device
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.optimizer.param_groups[0]["lr"] = self.lr  # and not a copy
@@ -412,6 +409,3 @@ class PPO(Trainer):
             self.obs.copy_(state["obs"])
             self.return_so_far = to_numpy(state["return_so_far"])
         self.episode_returns = deque(state["episode_returns"], maxlen=100)
-        self.pending = list(state["evaluations"])
-        for name in ("update_count", "global_step", "seconds", "best_score"):
-            setattr(self, name, state[name])

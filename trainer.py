@@ -73,3 +73,14 @@ class Trainer:
         """What playing needs: weights, counters and metadata; a copy, on the CPU."""
         counters = {"update_count": self.update_count, "global_step": self.global_step, "seconds": self.seconds}
         return to_plain({**self.metadata, **counters, "model": self.policy.state_dict()})
+
+    def training_state(self, **more):
+        """What any resume needs, and `more`; a copy, on the CPU."""
+        return self.policy_state() | to_plain({"evaluations": self.pending, "best_score": self.best_score, **more})
+
+    def load_training_state(self, state):
+        """The way back, but for `more`."""
+        self.policy.load_state_dict(state["model"])
+        self.pending = list(state["evaluations"])
+        for name in ("update_count", "global_step", "seconds", "best_score"):
+            setattr(self, name, state[name])

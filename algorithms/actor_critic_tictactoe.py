@@ -185,18 +185,14 @@ class SelfPlay(Trainer):
         return {name: x.item() for name, x in (stats | more).items()} | {"lr": lr, "episode_return": rewards.sum().item() / c.GAMES}
 
     def state_dict(self):
-        state = {"optimizer": self.optimizer.state_dict(), "rng": self.rng.bit_generator.state, "pool": self.pool,
-                 "evaluations": self.pending, "best_score": self.best_score}  # fmt: skip
-        return self.policy_state() | to_plain(state)
+        return self.training_state(optimizer=self.optimizer.state_dict(), rng=self.rng.bit_generator.state, pool=self.pool)
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, bit for bit: between two updates no game is under way."""
-        self.policy.load_state_dict(state["model"])
+        self.load_training_state(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
-        self.pool, self.pending = list(state["pool"]), list(state["evaluations"])
-        for name in ("update_count", "global_step", "seconds", "best_score"):
-            setattr(self, name, state[name])
+        self.pool = list(state["pool"])
 
 
 # --- playing ----------------------------------------------------------------------------------------------------------

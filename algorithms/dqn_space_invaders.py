@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from algorithms.atari import SIZE, Stacks, make_env, make_envs
 from algorithms.common import Algorithm, main, need, summary
-from checkpoint import to_numpy, to_plain
+from checkpoint import to_numpy
 from command_line import CommandLineError, constants_of, run_script
 from device import choose_device
 from trainer import Trainer
@@ -255,8 +255,7 @@ class DQN(Trainer):
         """A copy of all that `learn` goes on from. Without KEEP_REPLAY games and memory start anew."""
         state = {
             "frozen": self.frozen.state_dict(), "optimizer": self.optimizer.state_dict(), "learned": self.learned, "due": self.due,
-            "rng": self.rng.bit_generator.state, "episode_returns": list(self.episode_returns), "evaluations": self.pending,
-            "best_score": self.best_score,
+            "rng": self.rng.bit_generator.state, "episode_returns": list(self.episode_returns),
         }  # fmt: skip
         if self.c.KEEP_REPLAY:
             states = [env.unwrapped.ale.cloneState(include_rng=True).serialize() for env in self.envs.envs]
@@ -264,18 +263,17 @@ class DQN(Trainer):
                 "replay": self.replay.state_dict(), "stacks": self.stacks.frames, "first": self.first, "lives": self.lives,
                 "return_so_far": self.return_so_far, "games": [np.frombuffer(x, np.uint8) for x in states],
             }  # fmt: skip
-        return self.policy_state() | to_plain(state)
+        return self.training_state(**state)
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken: bit for bit on the CPU if it has the memory."""
-        self.policy.load_state_dict(state["model"])
+        self.load_training_state(state)
         self.frozen.load_state_dict(state["frozen"])
         groups = self.optimizer.state_dict()["param_groups"]  # this run's own
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.rng.bit_generator.state = state["rng"]
-        self.episode_returns, self.pending = deque(state["episode_returns"], maxlen=100), list(state["evaluations"])
-        for name in ("learned", "due", "update_count", "global_step", "seconds", "best_score"):
-            setattr(self, name, state[name])
+        self.episode_returns = deque(state["episode_returns"], maxlen=100)
+        self.learned, self.due = state["learned"], state["due"]
         if "replay" not in state:  # other games than at the start
             frames, infos = self.envs.reset(seed=self.c.SEED + state["global_step"])
             self.stacks, self.lives = Stacks(frames, self.c.STACK), infos["lives"]

@@ -24,7 +24,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.common import Algorithm, check_lr, greedy_frames, greedy_returns, main, summary
-from checkpoint import to_plain
 from command_line import constants_of, run_script
 from device import choose_device, set_threads
 from ppo import entropy_loss, learning_rate
@@ -140,18 +139,16 @@ class Reinforce(Trainer):
                 "episode_return": rewards.sum(0).mean().item()}  # fmt: skip
 
     def state_dict(self):
-        state = {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(), "episodes": self.episodes,
-                 "evaluations": self.pending, "best_score": self.best_score}  # fmt: skip
-        return self.policy_state() | to_plain(state)
+        return self.training_state(
+            optimizer=self.optimizer.state_dict(), generator=self.generator.get_state(), episodes=self.episodes
+        )
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, bit for bit: between two updates no episode is under way."""
-        self.policy.load_state_dict(state["model"])
+        self.load_training_state(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-        self.pending = list(state["evaluations"])
-        for name in ("update_count", "global_step", "seconds", "best_score", "episodes"):
-            setattr(self, name, state[name])
+        self.episodes = state["episodes"]
 
 
 def greedy(state):
