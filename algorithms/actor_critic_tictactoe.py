@@ -12,8 +12,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
-import functools
-
 import numpy as np
 import torch
 import torch.nn as nn
@@ -21,7 +19,7 @@ import torch.nn.functional as F
 
 from algorithms.common import Algorithm, check_lr, main
 from algorithms.reinforce_cartpole import normalize
-from algorithms.tictactoe import O, TicTacToe, X, ask, observations, over, picture, print_board, wins
+from algorithms.tictactoe import O, TicTacToe, X, ask, best_score, every_line, observations, over, picture, print_board, wins
 from checkpoint import to_plain
 from command_line import constants_of, run_script
 from device import choose_device, set_threads
@@ -212,34 +210,6 @@ def greedy(policy):
         return policy.actor(torch.from_numpy(observations(boards, player))).argmax(1).numpy()
 
     return moves
-
-
-def every_line(moves, player):
-    """All games in which this player takes `moves` and the other whatever it likes -> final boards (L, 9), and the probability of each
-    against an opponent who moves at random, (L,)."""
-    boards, chances, turn, ended = np.zeros((1, 9), np.int8), np.ones(1), X, []
-    while len(boards):
-        if turn == player:
-            boards[np.arange(len(boards)), moves(boards, player)] = player
-        else:
-            which, cells = np.nonzero(boards == 0)
-            chances = (chances / (boards == 0).sum(1))[which]
-            boards = boards[which]
-            boards[np.arange(len(boards)), cells] = turn
-        done = over(boards)
-        ended.append((boards[done], chances[done]))
-        boards, chances, turn = boards[~done], chances[~done], -turn
-    return [np.concatenate(x) for x in zip(*ended)]
-
-
-@functools.cache
-def best_score(board, player, turn):
-    """The most that `player` can expect of a board, a tuple, against an opponent who moves at random: wins less losses."""
-    boards = np.array([board], np.int8)
-    if over(boards)[0]:
-        return float(wins(boards, player)[0]) - float(wins(boards, -player)[0])
-    after = [best_score((*board[:i], turn, *board[i + 1 :]), player, -turn) for i in range(9) if board[i] == 0]
-    return max(after) if turn == player else sum(after) / len(after)
 
 
 def evaluate(state, episodes=None, seed=None):

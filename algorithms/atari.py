@@ -1,4 +1,4 @@
-"""Games of the Arcade Learning Environment: wrappers, and stacks of their frames."""
+"""Games of the Arcade Learning Environment: wrappers, stacks of their frames, and a memory of them."""
 
 from collections import deque
 
@@ -94,3 +94,57 @@ class Stacks:
         self.frames[:, :-1] = self.frames[:, 1:]
         self.frames[:, -1] = frames
         self.frames[first] = frames[first, None]
+
+
+class Replay:
+    """The last transitions of N games side by side. Each frame is kept once, as uint8; stacks are put together when drawn."""
+
+    def __init__(self, size, num_envs, stack):
+        """size: transitions of all games. Raises ValueError for a memory too small for one stack of each game."""
+        rows = size // num_envs
+        if rows < stack + 2:
+            raise ValueError(f"a memory of {size} transitions is too small for {num_envs} games; {num_envs * (stack + 2)} are the least")
+        self.frames = np.zeros((rows, num_envs, SIZE, SIZE), np.uint8)
+        self.actions, self.rewards = np.zeros((rows, num_envs), np.uint8), np.zeros((rows, num_envs), np.float32)
+        self.ends = np.zeros((rows, num_envs), bool)  # nothing follows: the return ends here
+        self.unfinished = np.zeros((rows, num_envs), bool)  # what follows is not in the memory: the game was cut off
+        self.age = np.zeros((rows, num_envs), np.uint8)  # frames of the same game before this one, at most stack - 1
+        self.back = np.arange(stack)[::-1]  # [3, 2, 1, 0]: a stack, as frames back from its last
+        self.added = 0  # rows, ever
+
+    def add(self, frames, first, actions, rewards, ends, unfinished):
+        """One step of each game, (N, ...): the frame that the action answered, and what came of it."""
+        row, before = self.added % len(self.age), (self.added - 1) % len(self.age)
+        self.frames[row], self.actions[row], self.rewards[row] = frames, actions, rewards
+        self.ends[row], self.unfinished[row] = ends, unfinished
+        self.age[row] = np.where(first, 0, np.minimum(self.age[before] + 1, len(self.back) - 1))
+        self.added += 1
+
+    def __len__(self):
+        """Transitions that can be drawn: the last row has no next frame yet, the oldest may lack some of their stack."""
+        return max(min(self.added, len(self.age)) - len(self.back) - 1, 0) * self.age.shape[1]
+
+    def sample(self, n, rng):
+        """-> stacks (n, STACK, 84, 84) uint8, actions (n,) int64, rewards (n,), next stacks, ends (n,) float32."""
+        i = rng.integers(len(self), size=n)
+        while (cut := self.unfinished[self.place(i)]).any():
+            i[cut] = rng.integers(len(self), size=cut.sum())
+        row, env = self.place(i)
+        return (self.stacks(row, env), self.actions[row, env].astype(np.int64), self.rewards[row, env],
+                self.stacks((row + 1) % len(self.age), env), self.ends[row, env].astype(np.float32))  # fmt: skip
+
+    def place(self, i):
+        """The i-th transitions that can be drawn, newest first -> their rows and games."""
+        back, env = np.divmod(i, self.age.shape[1])
+        return (self.added - 2 - back) % len(self.age), env
+
+    def stacks(self, row, env):
+        """The first frame of a game stands for those before it."""
+        rows = row[:, None] - np.minimum(self.back, self.age[row, env][:, None])
+        return self.frames[rows % len(self.age), env[:, None]]
+
+    def state_dict(self):
+        return {**vars(self), "back": None}
+
+    def load_state_dict(self, state):
+        vars(self).update({name: x for name, x in state.items() if name != "back"})

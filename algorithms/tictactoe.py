@@ -1,4 +1,6 @@
-"""The game of tic-tac-toe: rules for N boards at once, a Gymnasium environment, boards as pictures and in the terminal."""
+"""The game of tic-tac-toe: rules for N boards at once, its whole tree, a Gymnasium environment, boards as pictures and in the terminal."""
+
+import functools
 
 import gymnasium as gym
 import numpy as np
@@ -22,6 +24,34 @@ def observations(boards, player):
     """Boards as the player sees them, or the players (N,): its own marks, then the other's -> (N, 18) float32."""
     player = np.reshape(player, (-1, 1))
     return np.concatenate([boards == player, boards == -player], axis=1).astype(np.float32)
+
+
+def every_line(moves, player):
+    """All games in which this player takes `moves` and the other whatever it likes -> final boards (L, 9), and the probability of each
+    against an opponent who moves at random, (L,)."""
+    boards, chances, turn, ended = np.zeros((1, 9), np.int8), np.ones(1), X, []
+    while len(boards):
+        if turn == player:
+            boards[np.arange(len(boards)), moves(boards, player)] = player
+        else:
+            which, cells = np.nonzero(boards == 0)
+            chances = (chances / (boards == 0).sum(1))[which]
+            boards = boards[which]
+            boards[np.arange(len(boards)), cells] = turn
+        done = over(boards)
+        ended.append((boards[done], chances[done]))
+        boards, chances, turn = boards[~done], chances[~done], -turn
+    return [np.concatenate(x) for x in zip(*ended)]
+
+
+@functools.cache
+def best_score(board, player, turn):
+    """The most that `player` can expect of a board, a tuple, against an opponent who moves at random: wins less losses."""
+    boards = np.array([board], np.int8)
+    if over(boards)[0]:
+        return float(wins(boards, player)[0]) - float(wins(boards, -player)[0])
+    after = [best_score((*board[:i], turn, *board[i + 1 :]), player, -turn) for i in range(9) if board[i] == 0]
+    return max(after) if turn == player else sum(after) / len(after)
 
 
 class TicTacToe(gym.Env):

@@ -8,9 +8,9 @@ from gymnasium.utils.env_checker import check_env
 from PIL import Image
 
 from algorithms import actor_critic_tictactoe as ttt
-from algorithms.actor_critic_tictactoe import ALGORITHM, best_score, every_line, greedy, policy_of
+from algorithms.actor_critic_tictactoe import ALGORITHM, greedy, policy_of
 from algorithms.common import load_model
-from algorithms.tictactoe import LINES, O, TicTacToe, X, over, wins
+from algorithms.tictactoe import LINES, O, TicTacToe, X, best_score, every_line, over, wins
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 
 SMALL = "--games 8 --hidden 8 --pool 2 --pool_interval 2 --eval_interval 2 --lr 0.003 --min_lr 0.003 --save_freq 1"

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms.atari import SIZE, ActionSpaceWrapper, SkipFrame, SmallFrame, Stacks, make_env
-from algorithms.dqn_space_invaders import ALGORITHM, QNetwork, Replay, double_dqn_targets, evaluate
+from algorithms.atari import SIZE, ActionSpaceWrapper, Replay, SkipFrame, SmallFrame, Stacks, make_env
+from algorithms.dqn_space_invaders import ALGORITHM, QNetwork, double_dqn_targets, evaluate
 from algorithms_helpers import run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 from command_line import CommandLineError
 
