@@ -88,12 +88,12 @@ def lost_lives(infos):
 
 
 def flatten_parameters(policy):
-    """Moves the parameters of `policy`, and their gradients, into one vector -> that vector, a parameter with its gradient.
+    """Moves the parameters of `policy` that are trained, and their gradients, into one vector -> that vector, a parameter with its gradient.
 
     Norm, clipping and optimizer then take one kernel each instead of one per parameter. Clear gradients by `weights.grad.zero_()`:
     after `policy.zero_grad()` backward would write gradients that `weights.grad` does not see.
     """
-    parameters = list(policy.parameters())
+    parameters = [p for p in policy.parameters() if p.requires_grad]
     sizes = [p.numel() for p in parameters]
     weights = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
     weights.grad = torch.zeros_like(weights)
@@ -356,7 +356,12 @@ class PPO(Trainer):
         loss, stats = loss + config.entropy_coef * term, stats | info
         term, info = move_loss(all_logprobs)
         loss, stats = loss + config.move_coef * term, stats | info
-        return loss, stats
+        term, info = self.further_loss(mb, all_logprobs)
+        return loss + term, stats | info
+
+    def further_loss(self, mb, all_logprobs):
+        """A `Minibatch`, log-probabilities (M, A) -> what a subclass adds to the loss, and its statistics."""
+        return 0.0, {}
 
     # Several ranks: with torchrun each plays its own games, and what is learned is averaged
 

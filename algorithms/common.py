@@ -39,20 +39,21 @@ class Algorithm(NamedTuple):
     kept: tuple  # constants that a resumed run must not change
     build: Callable[[SimpleNamespace], Any]  # constants -> a Trainer without callbacks, its metadata {"algorithm", "constants"}
     evaluate: Callable[..., dict]  # policy state, episodes, seed -> a dict with a "score"
-    frames: Callable  # policy state, episodes, seed, human -> yields RGB arrays, or None where a window shows the game
+    frames: Callable  # policy state, episodes, seed, human -> yields RGB arrays, or None where a window shows the game; may return a dict
     episodes: int = 100  # of an evaluation
     fps: int = 30
     levels: dict = {}  # {label: score} for the learning curve
     check: Callable = lambda constants: None  # raises CommandLineError for constants that do not fit together
+    callbacks: Callable = lambda constants, run_dir: []  # more of them
     human: Callable | None = None  # policy state: plays with a person in the terminal; None: `frames` opens a window
 
 
-def need(module):
+def need(module, install="-r algorithms/requirements.txt"):
     """-> an imported module. Raises CommandLineError, which names the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise CommandLineError(f"needs {error.name or module}: pip install -r algorithms/requirements.txt") from None
+        raise CommandLineError(f"needs {error.name or module}: pip install {install}") from None
 
 
 def main(algorithm, argv=None):
@@ -95,6 +96,7 @@ def watch(algorithm, c, run_dir):
         TensorBoard(run_dir),
         LearningCurve(run_dir / "learning_curve.png", csv, algorithm.levels),
         Checkpoints(run_dir, c.SAVE_FREQ),
+        *algorithm.callbacks(c, run_dir),
     ]
 
 
@@ -185,16 +187,23 @@ def summary(scores):
 
 
 def show(algorithm, state, episodes, args):
-    """In a window or as a gif."""
-    frames = algorithm.frames(state, episodes, args.seed, args.human)
-    if not args.human:
-        write_gif(args.out, frames, algorithm.fps)
-        print(f"wrote {args.out} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
-        return
-    if sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
+    """In a window or as a gif, and what `frames` has to say of the games."""
+    if args.human and sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
         raise CommandLineError("--human needs a screen, and there is none; leave it out for a gif")
-    for _ in frames:
-        pass  # the window shows them
+    found = None
+
+    def frames():
+        nonlocal found
+        found = yield from algorithm.frames(state, episodes, args.seed, args.human)
+
+    if args.human:
+        for _ in frames():
+            pass  # the window shows them
+    else:
+        write_gif(args.out, frames(), algorithm.fps)
+        print(f"wrote {args.out} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
+    if found:
+        print(json.dumps(found))
 
 
 def write_gif(path, frames, fps):

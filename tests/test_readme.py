@@ -8,7 +8,7 @@ from command_line import kind_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "algorithms" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = {"logdir", "index", "standalone", "nproc_per_node", "index-url"}  # options of other programs
+OTHERS = {"no-deps", "logdir", "index", "standalone", "nproc_per_node", "index-url"}  # options of other programs
 ORIGINAL = {"NUM_STEPS": 4_000_000, "ROLLOUT_STEPS": 1024, "EPOCHS": 10, "GAMMA": 0.99, "LAMBD": 0.95, "EPS_CLIP": 0.2, "LR": 0.001}
 
 

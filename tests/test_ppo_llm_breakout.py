@@ -1,0 +1,302 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+from algorithms import ppo_llm_breakout
+from algorithms.breakout_text import WIDTH, BreakoutTexts, follow_the_ball, make_env, texts_of
+from algorithms.language_model import load_model, load_tokenizer, train_tokenizer, with_lora
+from algorithms.language_policy import LanguagePolicy, frozen_copy, without_adapter
+from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, build, invented_texts, scores_of, verify
+from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
+from checkpoint import load_checkpoint
+from command_line import CommandLineError
+
+SMALL = ("--num_envs 2 --rollout_steps 8 --batch_size 8 --epochs 1 --eval_interval 0 --video_freq 0 --lr 0.001 --min_lr 0.001 --save_freq 1 "
+         "--device cpu")  # fmt: skip
+TEXTS = ["Ball X: 99, Ball Y: 120", "Ball X: 7, Ball Y: 9, Paddle X: 72, Moving UP", "a"]
+ANSWERS = [" stop", " left", " lend"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["Ball X: 1, Ball Y: 22, Paddle X: 333, Moving UP"] * 3)  # answers remain single letters
+
+
+def small_model(kind, tokenizer):
+    """Weights that matter, far from their initialisation, where all answers would be alike."""
+    torch.manual_seed(0)
+    size = dict(vocab_size=len(tokenizer))
+    if kind == "GPT-2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **size))  # dropout 0.1, learned positions
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            tie_word_embeddings=True, **size,
+        ))  # fmt: skip
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def slow_logprobs(policy, model, text, answers):
+    """Each answer behind the whole text in a forward pass of its own -> the normalised log-probabilities (A,)."""
+    before, total = policy.prefix[0].tolist() + policy.tokens_of(text), []
+    for answer in answers:
+        tokens = policy.tokens_of(answer)
+        logprobs = model(input_ids=torch.tensor([before + tokens])).logits[0].log_softmax(-1)
+        total.append(sum(logprobs[len(before) + i - 1, token] for i, token in enumerate(tokens)))
+    return torch.stack(total).log_softmax(-1)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "GPT-2"])
+def test_answers_are_scored_as_one_by_one(kind, tokenizer):
+    """Texts of different lengths in one batch, answers of several tokens that begin alike, the prefix read once; and gradients."""
+    model = small_model(kind, tokenizer)
+    policy = LanguagePolicy(model, tokenizer, "You play. ", ANSWERS)
+    assert len({len(policy.tokens_of(text)) for text in TEXTS}) == 3 and policy.rest.shape[1] == 12
+    encoded = policy.encode_texts(TEXTS, 64)
+    logits, values = policy.heads(policy.features(encoded))
+    slow = torch.stack([slow_logprobs(policy, model, text, ANSWERS) for text in TEXTS])
+    torch.testing.assert_close(logits.log_softmax(-1), slow, rtol=0, atol=1e-4)  # sums of a dozen log-probabilities near 10
+    assert slow.std(0).min() > 0.001 and values.shape == (3,)  # the text matters
+    name, weights = next((n, p) for n, p in model.named_parameters() if "layers.0" in n or "h.0" in n)
+    fast_grad, slow_grad = (torch.autograd.grad(x[:, 1].sum(), weights)[0] for x in (logits.log_softmax(-1), slow))
+    torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-3, atol=1e-4 * slow_grad.abs().max().item())
+    cached, _ = policy.inference_cache()(encoded)
+    torch.testing.assert_close(cached, logits.detach(), rtol=0, atol=1e-5)
+    assert not cached.requires_grad
+
+
+def test_a_text_is_read_alike_alone_and_beside_longer_ones(tokenizer):
+    policy = LanguagePolicy(small_model("GPT-2", tokenizer), tokenizer, "You play. ", ANSWERS)
+    together = policy.inference_cache()(policy.encode_texts(TEXTS, 64))[0]
+    for text, logits in zip(TEXTS, together):
+        alone = policy.inference_cache()(policy.encode_texts([text], 64))[0][0]
+        torch.testing.assert_close(alone, logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_the_reference_is_the_model_as_it_was(tokenizer, adapter):
+    """No divergence at the start, some once the weights have moved; the reference itself stays."""
+    model = small_model("Qwen3", tokenizer)
+    reference = frozen_copy(model)
+    if adapter:
+        model = with_lora(model, 4)
+        reference = without_adapter(model)
+    policy = LanguagePolicy(model, tokenizer, "You play. ", ANSWERS, reference)
+
+    def both():
+        encoded = policy.encode_texts(TEXTS, 64)
+        return policy.inference_cache()(encoded)[0].log_softmax(-1), policy.split(encoded)[1]
+
+    new, first = both()
+    torch.testing.assert_close(new, first, rtol=0, atol=1e-5)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    assert len(trained) == len(policy.state_dict()) and all("lora_" in name or "value_head" in name for name in policy.state_dict()) == adapter
+    with torch.no_grad():
+        for p in trained:
+            p.add_(0.1 * torch.randn_like(p))
+    new, still = both()
+    assert torch.equal(first, still) and (new - still).abs().max() > 0.01
+    other = LanguagePolicy(with_lora(small_model("Qwen3", tokenizer), 4) if adapter else small_model("Qwen3", tokenizer), tokenizer, "You play. ", ANSWERS)
+    other.load_state_dict(policy.state_dict())
+    assert torch.equal(other.inference_cache()(other.encode_texts(TEXTS, 64))[0].log_softmax(-1), new)
+    with pytest.raises(RuntimeError, match="another model"):
+        other.load_state_dict({})
+
+
+def test_answers_must_differ(tokenizer):
+    with pytest.raises(CommandLineError, match="apart"):
+        LanguagePolicy(small_model("Qwen3", tokenizer), tokenizer, "", [" stay", " stay"])
+
+
+def small_ppo(**changes):
+    constants = {**ALGORITHM.constants, "NUM_ENVS": 4, "ROLLOUT_STEPS": 8, "BATCH_SIZE": 16, "DEVICE": "cpu", **changes}
+    return build(SimpleNamespace(**constants))
+
+
+def test_ratio_is_one_before_the_first_step():
+    ppo = small_ppo()
+    ppo.collect()
+    ppo.buffer.shuffle(16, ppo.generator)
+    mb = ppo.buffer.next_minibatch()
+    logits, values = ppo.policy.heads(ppo.policy.features(mb.obs))
+    ratio = (logits.log_softmax(-1).gather(1, mb.actions.unsqueeze(1)).squeeze(1) - mb.old_logprobs).exp()
+    torch.testing.assert_close(ratio, torch.ones(16), rtol=0, atol=1e-5)
+    torch.testing.assert_close(values, mb.old_values, rtol=0, atol=1e-5)
+    reference = ppo.policy.split(mb.obs)[1]
+    torch.testing.assert_close(logits.log_softmax(-1), reference, rtol=0, atol=1e-5)
+    first, *_ = ppo.epoch()[:, ppo.stat_names.index("kl_reference")].tolist()
+    later = ppo.epoch()[:, ppo.stat_names.index("kl_reference")].tolist()
+    assert abs(first) < 1e-6 < later[-1]
+
+
+def test_the_weight_of_the_divergence_aims_at_its_target():
+    ppo = small_ppo(KL_COEF=0.5, KL_TARGET=1e-6, NUM_STEPS=1000)
+    ppo.collect()
+    ppo.update()
+    high = ppo.kl_coef
+    ppo.kl_target = 1e6
+    ppo.collect()
+    ppo.update()
+    assert high == pytest.approx(0.5 * 1.02) and ppo.kl_coef == pytest.approx(high * 0.98)
+
+
+def test_learns_to_answer_by_the_text():
+    """Where the reward is 1 for going to the side that the text names: a bandit whose optimum is known."""
+    ppo = small_ppo(NUM_ENVS=32, ROLLOUT_STEPS=4, BATCH_SIZE=64, NUM_STEPS=10**6, GAMMA=0.0, LR=3e-3, KL_COEF=0.0, MIN_LR=1e-3)
+    texts = [f"Moving {side}" for side in ("LEFT", "RIGHT")]
+    obs = np.stack([np.frombuffer(text.encode().ljust(WIDTH, b"\0"), np.uint8) for text in texts])
+
+    class Sides:
+        num_envs, single_action_space, metadata = 32, SimpleNamespace(n=3), ppo.env.metadata
+        scores, rng = [], np.random.default_rng(0)
+
+        def step(self, actions):
+            rewards = (actions == np.where(self.side == 0, 2, 1)).astype(np.float32)
+            self.side = self.rng.integers(2, size=32)
+            return obs[self.side], rewards, np.zeros(32, bool), np.zeros(32, bool), {}
+
+    ppo.env = Sides()
+    ppo.env.side = np.zeros(32, int)
+    ppo.obs.copy_(torch.from_numpy(obs[ppo.env.side]))
+    for _ in range(6):
+        ppo.collect()
+        ppo.update()
+    logits, _ = ppo.policy.inference_cache()(ppo.policy.encode(obs))
+    probabilities = logits.softmax(-1)
+    assert probabilities[0, 2] > 0.9 and probabilities[1, 1] > 0.9
+
+
+# The game as text
+
+
+def test_texts_say_what_the_ram_says():
+    env = make_env()
+    text, info = env.reset(seed=0)
+    assert text in env.observation_space and info["score"] == 0 and not info["life_lost"] and "Moving NOWHERE, Lives: 5, Score: 0" in text
+    seen, before, rng = set(), info["ball"], np.random.default_rng(0)
+    for _ in range(400):
+        text, points, terminated, truncated, info = env.step(rng.integers(3))
+        assert text in env.observation_space and len(text) <= WIDTH
+        x, y = info["ball"]
+        assert text.startswith(f"Ball X: {x}, Ball Y: {y}, Paddle X: {info['paddle']}, Moving ") and f"Score: {info['score']}" in text
+        if not info["life_lost"]:
+            assert ("DOWN" in text) == (y > before[1]) and ("UP" in text) == (y < before[1])
+            assert ("RIGHT" in text) == (x > before[0]) and ("LEFT" in text) == (x < before[0])
+        assert y > 0 or terminated  # a ball that waits is served
+        seen |= set(text.replace(",", "").split()) | ({"lost"} if info["life_lost"] else set())
+        before = info["ball"]
+        if terminated or truncated:
+            text, info = env.reset()
+            before = info["ball"]
+    assert {"UP", "DOWN", "LEFT", "RIGHT", "lost"} <= seen
+
+
+def test_right_is_right():
+    env = make_env(sticky=0.0)
+    _, info = env.reset(seed=0)
+    places = [info["paddle"]]
+    for action in (1, 2, 0):
+        for _ in range(3):
+            *_, info = env.step(action)
+        places.append(info["paddle"])
+    assert places[1] > places[0] and places[2] < places[1]
+
+
+def test_hints_never_reach_a_score():
+    """They reward coming nearer and returning the ball; potentials cancel over a life."""
+    plain, shaped = BreakoutTexts(1), BreakoutTexts(1, shaping=2.0, gamma=1.0)
+    obs, _ = plain.reset(seed=1)
+    assert np.array_equal(obs, shaped.reset(seed=1)[0])
+    start = shaped.envs[0].env.nearness
+    points = rewards = returned = 0
+    for _ in range(300):
+        action = [follow_the_ball(texts_of(obs)[0])]
+        obs, point, terminated, _, infos = plain.step(action)
+        ball = shaped.envs[0].env.ball
+        _, reward, _, _, _ = shaped.step(action)
+        returned += ball[1] > shaped.envs[0].env.ball[1] and ball[1] > 150 and not infos["life_lost"][0]
+        points, rewards = points + point[0], rewards + reward[0]
+        if infos["life_lost"][0] or terminated[0]:
+            break
+    assert returned >= 1 and points >= 1 and rewards == pytest.approx(points + 2.0 * (returned - start), abs=1e-3)
+    assert list(plain.scores) == list(shaped.scores)
+
+
+def test_the_rule_beats_random_play():
+    c = SimpleNamespace(STICKY=0.25, SKIP=4)
+    rng = np.random.default_rng(0)
+    rule = scores_of(lambda obs: np.array([follow_the_ball(text) for text in texts_of(obs)]), c, 4, 0)
+    assert np.mean(rule) > 5 * np.mean(scores_of(lambda obs: rng.integers(3, size=len(obs)), c, 8, 0))
+
+
+def test_games_go_on_where_they_were_saved():
+    first, second = (BreakoutTexts(2, shaping=1.0, gamma=0.9) for _ in range(2))
+    first.reset(seed=4)
+    second.reset(seed=5)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        first.step(rng.integers(3, size=2))
+    second.load_state_dict(first.state_dict())
+    for _ in range(100):
+        actions = rng.integers(3, size=2)
+        for ours, theirs in zip(first.step(actions)[:4], second.step(actions)[:4]):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+# The program
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):  # noqa: F811
+    straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL, tmp_path, 64, 32)
+    assert same(straight, resumed) and straight[0]["update_count"] == 4 and straight[0]["kl_coef"] != 0.01
+
+
+def test_play_evaluate_and_video(tmp_path, monkeypatch, capsys, without_processes):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ppo_llm_breakout, "Background", lambda function: SimpleNamespace(submit=function, close=lambda: None))
+    monkeypatch.setattr(ppo_llm_breakout, "frames", lambda *args, **kwargs: iter([np.zeros((4, 4, 3), np.uint8)] * 2))
+    assert run(ALGORITHM, *SMALL.replace("--video_freq 0", "--video_freq 1").split(), "--num_steps", 16, "--run_dir", "run") == 0
+    assert (tmp_path / "run" / "videos" / "update_1.gif").stat().st_size
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    result = evaluated(ALGORITHM, "run", capsys, "--episodes", 2)
+    assert result["games"] == 2 and result["score"] == np.mean([result["min"], result["max"]])
+    assert run(ALGORITHM, "--play", "run", "--episodes", 2, "--out", "game.gif") == 0
+    printed = capsys.readouterr().out
+    assert '"games": 2' in printed and (tmp_path / "game.gif").stat().st_size > 1000
+    state = load_checkpoint("run/last.pt")
+    assert not any("reference" in name for name in state["model"]) and state["tokenizer"].startswith("{")
+
+
+def test_verify_prints_texts_actions_and_rewards(capsys):
+    assert verify(steps=5) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("Ball X: ") == printed.count("Answer: ") == printed.count("reward ") == 5
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--batch_size", 100], "must divide"), (["--kl_target", 0], "KL_TARGET"), (["--min_lr", 0.5], "must not exceed"),
+    (["--model", "no/such-model"], "cannot be loaded"), (["--model", ""], "cannot be loaded"),
+])  # fmt: skip
+def test_bad_input_is_one_line(words, message, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CommandLineError, match=message) as error:
+        run(ALGORITHM, *words, "--device", "cpu", "--run_dir", tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_a_model_and_only_its_adapter_is_saved(tmp_path, without_processes, tokenizer):  # noqa: F811
+    tokenizer = load_tokenizer("tiny", invented_texts())
+    load_model("tiny", tokenizer, torch.device("cpu")).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert run(ALGORITHM, *SMALL.split(), "--model", tmp_path / "model", "--lora_rank", 2, "--num_steps", 16, "--run_dir", tmp_path / "run") == 0
+    state = load_checkpoint(tmp_path / "run")
+    assert all("lora_" in name or "value_head" in name for name in state["model"]) and "tokenizer" not in state
+    policy, _ = ppo_llm_breakout.policy_of(state)
+    assert isinstance(policy, BreakoutReader) and ppo_llm_breakout.evaluate(state, 1)["games"] == 1
