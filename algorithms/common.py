@@ -39,12 +39,14 @@ class Algorithm(NamedTuple):
     kept: tuple  # constants that a resumed run must not change
     build: Callable[[SimpleNamespace], Any]  # constants -> a Trainer without callbacks, its metadata {"algorithm", "constants"}
     evaluate: Callable[..., dict]  # policy state, episodes, seed -> a dict with a "score"
-    frames: Callable  # policy state, episodes, seed, human -> yields RGB arrays, or None where a window shows the game; may return a dict
+    # policy state, episodes, seed, human -> yields RGB arrays, or None where a window shows the game; may return a dict. None: `human` shows
+    frames: Callable | None
     episodes: int = 100  # of an evaluation
     fps: int = 30
     levels: dict = {}  # {label: score} for the learning curve
     check: Callable = lambda constants: None  # raises CommandLineError for constants that do not fit together
     callbacks: Callable = lambda constants, run_dir: []  # more of them
+    less_memory: Callable = lambda constants: ""  # options for a run that ran out of memory
     human: Callable | None = None  # policy state: plays with a person in the terminal; None: `frames` opens a window
 
 
@@ -77,7 +79,7 @@ def main(algorithm, argv=None):
     trainer.metadata["constants"]["RUN_DIR"] = str(run_dir)
     trainer.callbacks = watch(algorithm, c, run_dir)
     lower = f" --lr {c.LR / 2:g}" + (f" --min_lr {min(c.MIN_LR, c.LR / 2):g}" if hasattr(c, "MIN_LR") else "")
-    return train(trainer, run_dir, program, {FloatingPointError: lower, MemoryError: ""})
+    return train(trainer, run_dir, program, {FloatingPointError: lower, MemoryError: algorithm.less_memory(c)})
 
 
 def check_lr(constants):
@@ -140,7 +142,7 @@ def play_or_evaluate(algorithm, argv):
     try:
         if not playing:
             print(json.dumps(algorithm.evaluate(state, episodes, args.seed)))
-        elif args.human and algorithm.human:
+        elif algorithm.human and (args.human or not algorithm.frames):
             algorithm.human(state)
         else:
             show(algorithm, state, episodes, args)

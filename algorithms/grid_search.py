@@ -37,6 +37,7 @@ HERE = Path(__file__).parent
 FRESH_SEED = 1_000_000  # as --evaluate takes
 TRAININGS = (
     "train_ppo", "reinforce_cartpole", "ppo_lunarlander", "actor_critic_tictactoe", "dqn_space_invaders", "actor_critic", "ppo_llm_breakout",
+    "grpo_text",
 )  # fmt: skip
 
 

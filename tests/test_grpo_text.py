@@ -1,0 +1,206 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+from algorithms import grpo_text
+from algorithms.grpo_text import ALGORITHM, GRPO, HELD_OUT, PROMPTS, Writer, advantages_of, brief, friendly, k3, reward_model, sentences, until_end
+from algorithms.language_model import train_tokenizer
+from algorithms.language_policy import frozen_copy
+from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
+from checkpoint import load_checkpoint
+from command_line import CommandLineError
+
+SMALL = "--num_samples 3 --max_new_tokens 6 --lr 0.01 --eval_interval 0 --save_freq 1 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["hello world"])
+
+
+def small_model(kind, tokenizer):
+    torch.manual_seed(0)
+    if kind == "GPT-2":  # dropout 0.1, learned positions
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=0, bos_token_id=0))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                             num_attention_heads=4, num_key_value_heads=2, head_dim=8, bos_token_id=None))  # fmt: skip
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """A model as a hub would give it."""
+    path = tmp_path_factory.mktemp("model")
+    small_model("Qwen3", tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "GPT-2"])
+def test_logprobs_are_those_of_each_token_alone(kind, tokenizer):
+    """Prompts of different lengths, padded on the left, answers of different lengths, padded on the right; at a temperature."""
+    writer = Writer(small_model(kind, tokenizer), tokenizer, temperature=0.7)
+    prompts, answers = ["hi", "hello world, hello"], [[5, 9, 7, 0], [8, 6, 0]]
+    tokens, mask = writer.prompt_tokens(prompts)
+    assert mask[0, 0] == 0 and mask[1].all()
+    T = 5
+    padded = torch.tensor([answer + [0] * (T - len(answer)) for answer in answers])
+    drawn = until_end(padded, 0)
+    assert drawn.sum(1).tolist() == [4, 3]
+    fast = writer.logprobs(writer.model, torch.cat([tokens, padded], 1), torch.cat([mask, drawn.long()], 1), T)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        ids = tokenizer(prompt)["input_ids"]
+        for j, token in enumerate(answer):
+            logits = writer.model(input_ids=torch.tensor([ids + answer[:j]])).logits[0, -1]
+            torch.testing.assert_close(fast[i, j], (logits / 0.7).log_softmax(-1)[token], rtol=0, atol=1e-4)
+
+
+def test_nothing_behind_the_end_is_drawn():
+    tokens = torch.tensor([[3, 0, 4, 0], [0, 0, 0, 0], [3, 4, 5, 6]])
+    assert until_end(tokens, 0).tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
+    torch.testing.assert_close(advantages_of(rewards), torch.tensor([[-1.0, 1.0], [0.0, 0.0]]), rtol=0, atol=1e-3)
+    assert advantages_of(rewards, normalize=False).tolist() == [[-1.0, 1.0], [0.0, 0.0]]
+
+
+def test_k3_estimates_the_divergence():
+    """Its expectation over draws from p is KL(p, q), and no term is negative."""
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    terms = k3(p.log(), q.log())
+    assert terms.min() >= 0 and k3(p.log(), p.log()).abs().max() == 0
+    torch.testing.assert_close((p * terms).sum(), (p * (p / q).log()).sum())
+
+
+def test_rewards_by_hand():
+    twenty = "word " * 19 + "end."
+    assert brief("", twenty) == 1 and brief("", "word " * 40) == 0.25 and brief("", "") == 0
+    assert sentences("", "One. Two three") == pytest.approx(1 / 3) and sentences("", "3.14 is no end") == 0 and sentences("", "All. Of it!") == 1
+    assert friendly("", "Good, good day!") == pytest.approx(2 / 3) and friendly("", "") == 0
+
+
+def test_a_classifier_reads_prompt_and_answer_as_a_pair(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    config = DebertaV2Config(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                             relative_attention=True, pos_att_type=["p2c", "c2p"], num_labels=1, pad_token_id=0)  # fmt: skip
+    model = DebertaV2ForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward = reward_model(str(tmp_path), torch.device("cpu"))
+    together = reward(["hi", "hi there"], ["hello world", "yes"])
+    for i, pair in enumerate((("hi", "hello world"), ("hi there", "yes"))):
+        alone = model(**tokenizer(*pair, return_tensors="pt")).logits[0, 0]
+        torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-5)
+    config.num_labels = 2
+    DebertaV2ForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(CommandLineError, match="2 outputs"):
+        reward_model(str(tmp_path), torch.device("cpu"))
+
+
+def small_grpo(tokenizer, reward, **changes):
+    c = SimpleNamespace(**{**ALGORITHM.constants, "NUM_SAMPLES": 8, "MAX_NEW_TOKENS": 4, "LR": 1e-2, "NUM_STEPS": 10**6, **changes})
+    model = small_model("Qwen3", tokenizer)
+    return GRPO(Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P), reward, c, torch.device("cpu"), {}, frozen_copy(model))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_ratio_is_one_and_divergence_zero_at_the_start(tokenizer, top_p):
+    grpo = small_grpo(tokenizer, lambda prompts, answers: torch.tensor([float(len(a)) for a in answers]), TOP_P=top_p, EPOCHS=1)
+    torch.manual_seed(1)
+    first = grpo.update(*grpo.collect())
+    assert abs(first["approx_kl"]) < 1e-9 and first["clipfrac"] == 0 and first["kl_reference"] == pytest.approx(0, abs=1e-6)
+    grpo.c.EPOCHS = 3
+    stats = grpo.update(*grpo.collect())
+    assert stats["approx_kl"] > 1e-6 and stats["kl_reference"] > 1e-6
+
+
+def test_tokens_behind_the_end_change_nothing(tokenizer):
+    grpos = [small_grpo(tokenizer, None) for _ in range(2)]
+    tokens = torch.randint(1, 200, (4, 9), generator=torch.Generator().manual_seed(0))
+    tokens[:2, 6] = 0
+    drawn = until_end(tokens[:, 5:], 0)
+    mask = torch.cat([torch.ones(4, 5, dtype=torch.long), drawn.long()], 1)
+    other = tokens.clone()
+    other[:2, 7:] = 77
+    for grpo, x in zip(grpos, (tokens, other)):
+        grpo.rewards = grpo.lengths = torch.zeros(4)
+        grpo.update(x, mask, drawn, torch.tensor([1.0, -1.0, 0.5, -0.5]))
+    assert same(grpos[0].policy.state_dict(), grpos[1].policy.state_dict())
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 100.0])
+def test_finds_the_optimum_of_a_toy_task(tokenizer, kl_coef):
+    """One token, and a reward for one of all letters: it is found, unless the divergence costs too much."""
+    wanted = tokenizer.encode("h")[0]
+    grpo = small_grpo(tokenizer, None, NUM_SAMPLES=64, MAX_NEW_TOKENS=1, KL_COEF=kl_coef, LR=1e-2)
+    grpo.reward = lambda prompts, answers: torch.tensor([float(answer == "h") for answer in answers])
+    with torch.no_grad():  # so that the letter is drawn now and then
+        grpo.policy.model.get_output_embeddings().weight[wanted] += 0.5 * grpo.policy.model.get_output_embeddings().weight.std()
+    grpo.policy.model.generation_config.eos_token_id = None
+    torch.manual_seed(0)
+    for _ in range(40):
+        stats = grpo.update(*grpo.collect())
+    if kl_coef == 0:
+        assert stats["episode_return"] > 0.9
+    else:
+        assert stats["kl_reference"] < 0.5
+
+
+def test_no_prompt_comes_twice_before_all_have_and_none_is_held_out(tokenizer):
+    assert not set(PROMPTS) & set(HELD_OUT)
+    seen = []
+    grpo = small_grpo(tokenizer, lambda prompts, answers: seen.append(prompts) or torch.zeros(len(prompts)), PROMPTS_PER_STEP=30, NUM_SAMPLES=2)
+    grpo.collect()
+    assert len(seen[0]) == 60 and seen[0][0] == seen[0][1] and set(seen[0]) == set(PROMPTS)
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, folder, without_processes, capsys):  # noqa: F811
+    small = f"{SMALL} --policy_model {folder} --lora_rank 2"
+    straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, small, tmp_path, 4, 2)
+    assert same(straight, resumed) and straight[0]["update_count"] == 4
+    assert all("lora_" in name for name in straight[0]["model"])
+    printed = capsys.readouterr().out
+    assert " best " in printed and "worst" in printed and (tmp_path / "straight" / "model" / "adapter_config.json").exists()
+
+
+def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys):  # noqa: F811
+    assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--lora_rank", 0, "--num_steps", 1, "--run_dir", tmp_path / "run") == 0
+    state = load_checkpoint(tmp_path / "run")
+    assert "model.model.embed_tokens.weight" in state["model"] and (tmp_path / "run" / "model" / "config.json").exists()
+    result = evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 16)
+    assert result["answers"] == 16 and 0 <= result["min"] <= result["score"] <= result["max"] <= 1
+    assert run(ALGORITHM, "--play", tmp_path / "run") == 0
+    assert capsys.readouterr().out.count("?") >= len(HELD_OUT)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--policy_model", "tiny"], "knows no words"), (["--policy_model", "no/such-model"], "cannot be loaded"), (["--num_samples", 1], "NUM_SAMPLES"),
+    (["--reward_model", "no/such-model"], "cannot be loaded"), (["--top_p", 0], "TOP_P"),
+])  # fmt: skip
+def test_bad_input_is_one_line(words, message, monkeypatch, tmp_path, folder):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CommandLineError, match=message) as error:
+        run(ALGORITHM, "--policy_model", folder, *words, "--device", "cpu", "--run_dir", tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_lack_of_memory_is_one_line_with_advice(monkeypatch, tmp_path, folder, capsys, without_processes):  # noqa: F811
+    def collect(self):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(grpo_text.GRPO, "collect", collect)
+    assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--run_dir", tmp_path / "run", "--num_samples", 8) == 1
+    assert "--num_samples 4" in capsys.readouterr().err
+
+
+def test_weights_and_biases_only_if_asked_and_installed(tmp_path, folder):
+    with pytest.raises(CommandLineError, match="pip install wandb"):
+        run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--run_dir", tmp_path / "run", "--wandb", "project")
