@@ -188,7 +188,7 @@ def gradient_on_cpu(ppo):
     for dtype in (torch.float32, torch.float64):
         gpt = on_cpu(ppo.policy.config, ppo.policy.state_dict(), dtype)
         others = (x.cpu().to(dtype) if x.is_floating_point() else x.cpu() for x in first[1:])
-        loss, terms = type(ppo).loss(SimpleNamespace(policy=gpt, config=ppo.config), Minibatch(gpt.encode(pages), *others))
+        loss, terms = type(ppo).loss(SimpleNamespace(policy=gpt, config=ppo.config, further_loss=ppo.further_loss), Minibatch(gpt.encode(pages), *others))
         loss.backward()
         gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in gpt.parameters()])
         gradient = ppo.average(gradient.to(ppo.device)).cpu()
