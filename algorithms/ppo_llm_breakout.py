@@ -167,8 +167,8 @@ def invented_texts():
     rng = random.Random(0)
     directions = [f"{a} {b}".strip() for a in ("UP", "DOWN", "") for b in ("LEFT", "RIGHT", "")][:-1] + ["NOWHERE"]
     texts = [f"Ball X: {rng.randrange(256)}, Ball Y: {rng.randrange(256)}, Paddle X: {rng.randrange(256)}, Moving {rng.choice(directions)}, "
-             f"Lives: {rng.randrange(6)}, Score: {rng.randrange(865)}{SUFFIX}" for _ in range(5000)]  # fmt: skip
-    return texts + [PREFIX, *ANSWERS] * 1000
+             f"Lives: {rng.randrange(6)}, Score: {rng.randrange(865)}{SUFFIX}" for _ in range(2000)]  # fmt: skip
+    return texts + [PREFIX, *ANSWERS] * 200
 
 
 # --- playing ----------------------------------------------------------------------------------------------------------
