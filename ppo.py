@@ -23,17 +23,19 @@ from rollout_buffer import RolloutBuffer
 from trainer import StopTraining, Trainer
 
 
-def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
-    """Clipped surrogate (Schulman et al. 2017, equation 7); all (M,), advantages normalised -> loss, statistics.
+def k3(log_ratio):
+    """An estimate of KL(p, q) at each sample of p, from log q - log p; never negative (http://joschu.net/blog/kl-approx.html)."""
+    return log_ratio.exp() - 1 - log_ratio
 
-    approx_kl is the estimator k3 of http://joschu.net/blog/kl-approx.html.
-    """
+
+def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
+    """Clipped surrogate (Schulman et al. 2017, equation 7); all (M,), advantages normalised -> loss, statistics."""
     log_ratio = new_logprobs - old_logprobs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - eps_clip, 1 + eps_clip)
     loss = -torch.min(ratio * advantages, clipped * advantages).mean()
     with torch.no_grad():
-        approx_kl = (ratio - 1 - log_ratio).mean()
+        approx_kl = k3(log_ratio).mean()
         clipfrac = ((ratio - 1).abs() > eps_clip).float().mean()
     return loss, {"policy_loss": loss.detach(), "approx_kl": approx_kl, "clipfrac": clipfrac}
 

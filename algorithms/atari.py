@@ -64,11 +64,16 @@ class SmallFrame(gym.ObservationWrapper):
         return np.asarray(Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
-def make_env(c, render_mode=None):
-    """One game with its wrappers, c: ENV_ID, STICKY, SKIP, ACTIONS. Raises CommandLineError for a game or an action that there is not."""
+def register_games():
+    """So that Gymnasium knows ALE/..."""
     ale_py = need("ale_py")
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # it greets at every start
     gym.register_envs(ale_py)
+
+
+def make_env(c, render_mode=None):
+    """One game with its wrappers, c: ENV_ID, STICKY, SKIP, ACTIONS. Raises CommandLineError for a game or an action that there is not."""
+    register_games()
     try:
         env = gym.make(c.ENV_ID, frameskip=1, repeat_action_probability=c.STICKY, obs_type="grayscale", render_mode=render_mode)
         env = SkipFrame(env, c.SKIP)

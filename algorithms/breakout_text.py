@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from algorithms.atari import register_games
 from algorithms.common import need
 
 ACTIONS = "STAY", "RIGHT", "LEFT"
@@ -96,7 +97,7 @@ class BreakoutText(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
 class ShapedReward(gym.Wrapper):
     """Adds hints to the points of `BreakoutText`, for training alone: 1 for a ball that the paddle returns, and how much nearer the paddle
-    has come to the ball, which over a life adds up to what it would be without, whatever the agent does (Ng et al. 1999)."""
+    has come to the ball. The latter adds up, discounted, to the same over every life that starts alike, so it favours no policy (Ng et al. 1999)."""
 
     def __init__(self, env, weight, gamma):
         """weight: of the hints, in points. gamma: the discount of the training."""
@@ -179,9 +180,7 @@ class BreakoutTexts(SyncVectorEnv):
 
 def make_env(sticky=0.25, skip=4, render_mode=None):
     """A game of single text observations. sticky: probability that a frame repeats the action before instead."""
-    ale_py = need("ale_py")
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # it greets at every start
-    gym.register_envs(ale_py)
+    register_games()
     game = gym.make("ALE/Breakout-v5", frameskip=1, repeat_action_probability=sticky, obs_type="ram", render_mode=render_mode)
     return BreakoutText(game, skip)
 

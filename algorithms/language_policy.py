@@ -1,7 +1,5 @@
 """A causal language model as a policy: it reads a text and says how probable each of some answers is behind it."""
 
-import contextlib
-import copy
 import inspect
 
 import torch
@@ -9,11 +7,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.common import need
+from algorithms.language_model import TrainedOnly, transformer
 from command_line import CommandLineError
 from ppo import Policy
 
 
-class LanguagePolicy(Policy):
+class LanguagePolicy(TrainedOnly, Policy):
     """Texts behind a prefix that never changes -> logits (N, A), the log-probability of each answer up to a constant; values (N,).
 
     A subclass defines `encode(obs)` by `encode_texts`. Encoded texts are (N, L + A) float32: token numbers, -1 behind a shorter text, and
@@ -115,27 +114,11 @@ class LanguagePolicy(Policy):
         logprobs = F.log_softmax(token_logits(head, hidden[:, 1:]), dim=-1)
         return logits.index_add(1, answer, logprobs.gather(2, following.expand(len(hidden), -1)[:, :, None])[:, :, 0])
 
-    # Checkpoints hold what is trained, and nothing else
-
-    def state_dict(self, *args, **kwargs):
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {name: x for name, x in super().state_dict(*args, **kwargs).items() if name in trained}
-
-    def load_state_dict(self, state, strict=True):
-        if state.keys() != self.state_dict().keys():
-            raise RuntimeError("the weights are those of another model")
-        return super().load_state_dict(state, strict=False)
-
-
-def transformer(model):
-    """A model of peft, or of transformers -> that of transformers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
 
 def run(model, cache, **inputs):
     """-> the hidden states behind the last layer (B, Q, C), while `cache` takes in the keys and values."""
     decoder = transformer(model).get_decoder()
-    named = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"  # before transformers 5.20
+    named = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"  # the older name
     return decoder(use_cache=True, **{named: cache}, **inputs).last_hidden_state
 
 
@@ -144,20 +127,3 @@ def token_logits(head, hidden, numbers=slice(None)):
     20."""
     bias = getattr(head, "bias", None)
     return F.linear(hidden.float(), head.weight[numbers].float(), None if bias is None else bias[numbers].float())
-
-
-def without_adapter(model):
-    """A model of peft, whose adapter started as nothing -> a `reference` of `LanguagePolicy`: the model as it was."""
-
-    @contextlib.contextmanager
-    def reference():
-        with model.disable_adapter():
-            yield model
-
-    return reference
-
-
-def frozen_copy(model):
-    """-> a `reference` of `LanguagePolicy`, for a model of which all weights are trained."""
-    copied = copy.deepcopy(model).requires_grad_(False)
-    return lambda: contextlib.nullcontext(copied)

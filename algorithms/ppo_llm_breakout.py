@@ -23,8 +23,8 @@ import torch
 
 from algorithms.breakout_text import ACTIONS, WIDTH, BreakoutTexts, ShapedReward, TextAsBytes, make_env, texts_of
 from algorithms.common import Algorithm, check_lr, main, summary, write_gif
-from algorithms.language_model import TINY, load_model, load_tokenizer, tokenizer_from, with_lora
-from algorithms.language_policy import LanguagePolicy, frozen_copy, without_adapter
+from algorithms.language_model import TINY, load_model, load_tokenizer, reference_to, tokenizer_from, with_lora
+from algorithms.language_policy import LanguagePolicy
 from background import Background
 from callbacks import Callback, say
 from command_line import CommandLineError, constants_of, run_script
@@ -46,7 +46,7 @@ ROLLOUT_STEPS = 128  # steps of every game between two updates
 # PPO
 EPOCHS = 2
 BATCH_SIZE = 256  # samples in a minibatch; must divide NUM_ENVS * ROLLOUT_STEPS
-GAMMA = 0.97  # discount per step; a ball that is returned comes back after about 50
+GAMMA = 0.97  # discount per step
 LAMBD = 0.9  # GAE
 EPS_CLIP = 0.2
 VALUE_LOSS_COEF = 0.5
@@ -154,12 +154,9 @@ def build(c):
 def make_policy(c, tokenizer, device):
     """With a reference, if the training wants one."""
     model = load_model(c.MODEL, tokenizer, device)
-    if c.MODEL == TINY:
-        reference = frozen_copy(model)
-    else:
+    if c.MODEL != TINY:
         model = with_lora(model, c.LORA_RANK)
-        reference = without_adapter(model)
-    return BreakoutReader(model, tokenizer, reference if c.KL_COEF else None).to(device)
+    return BreakoutReader(model, tokenizer, reference_to(model) if c.KL_COEF else None).to(device)
 
 
 def invented_texts():
@@ -238,6 +235,10 @@ class Video(Callback):
             self.directory.mkdir(exist_ok=True)
             state = trainer.policy_state()
             self.under_way = self.background.submit((state, str(self.directory / f"update_{trainer.update_count}.gif")))
+
+    def on_training_end(self, trainer):
+        if self.under_way is not None:
+            self.background.result(self.under_way)
 
     def close(self):
         self.background.close()

@@ -100,7 +100,6 @@ def lunarlander(seed, num_steps):
 
 
 
-
 def space_invaders(seed, turns, bf16):
     """One turn of each, again and again: the games go on where they were."""
     constants = {**dqn.CONSTANTS, "SEED": seed, "REPLAY_SIZE": 10_000, "EPSILON": 0.1, "DEVICE": "cpu", "BF16": bf16}

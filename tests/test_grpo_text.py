@@ -5,12 +5,12 @@ import torch
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from algorithms import grpo_text
-from algorithms.grpo_text import ALGORITHM, GRPO, HELD_OUT, PROMPTS, Writer, advantages_of, brief, friendly, k3, reward_model, sentences, until_end
-from algorithms.language_model import train_tokenizer
-from algorithms.language_policy import frozen_copy
+from algorithms.grpo_text import ALGORITHM, GRPO, HELD_OUT, PROMPTS, Writer, advantages_of, brief, friendly, reward_model, sentences, until_end
+from algorithms.language_model import reference_to, train_tokenizer
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 from checkpoint import load_checkpoint
 from command_line import CommandLineError
+from ppo import k3
 
 SMALL = "--num_samples 3 --max_new_tokens 6 --lr 0.01 --eval_interval 0 --save_freq 1 --device cpu"
 
@@ -75,8 +75,8 @@ def test_advantages_by_hand():
 def test_k3_estimates_the_divergence():
     """Its expectation over draws from p is KL(p, q), and no term is negative."""
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
-    terms = k3(p.log(), q.log())
-    assert terms.min() >= 0 and k3(p.log(), p.log()).abs().max() == 0
+    terms = k3((q / p).log())
+    assert terms.min() >= 0 and k3(torch.zeros(3)).abs().max() == 0
     torch.testing.assert_close((p * terms).sum(), (p * (p / q).log()).sum())
 
 
@@ -108,7 +108,7 @@ def test_a_classifier_reads_prompt_and_answer_as_a_pair(tmp_path, tokenizer):
 def small_grpo(tokenizer, reward, **changes):
     c = SimpleNamespace(**{**ALGORITHM.constants, "NUM_SAMPLES": 8, "MAX_NEW_TOKENS": 4, "LR": 1e-2, "NUM_STEPS": 10**6, **changes})
     model = small_model("Qwen3", tokenizer)
-    return GRPO(Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P), reward, c, torch.device("cpu"), {}, frozen_copy(model))
+    return GRPO(Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P), reward, reference_to(model), c, torch.device("cpu"), {})
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.5])

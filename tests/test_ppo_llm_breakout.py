@@ -8,8 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 
 from algorithms import ppo_llm_breakout
 from algorithms.breakout_text import WIDTH, BreakoutTexts, follow_the_ball, make_env, texts_of
-from algorithms.language_model import load_model, load_tokenizer, train_tokenizer, with_lora
-from algorithms.language_policy import LanguagePolicy, frozen_copy, without_adapter
+from algorithms.language_model import load_model, load_tokenizer, reference_to, train_tokenizer, with_lora
+from algorithms.language_policy import LanguagePolicy
 from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, build, invented_texts, scores_of, verify
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 from checkpoint import load_checkpoint
@@ -84,11 +84,9 @@ def test_a_text_is_read_alike_alone_and_beside_longer_ones(tokenizer):
 def test_the_reference_is_the_model_as_it_was(tokenizer, adapter):
     """No divergence at the start, some once the weights have moved; the reference itself stays."""
     model = small_model("Qwen3", tokenizer)
-    reference = frozen_copy(model)
     if adapter:
         model = with_lora(model, 4)
-        reference = without_adapter(model)
-    policy = LanguagePolicy(model, tokenizer, "You play. ", ANSWERS, reference)
+    policy = LanguagePolicy(model, tokenizer, "You play. ", ANSWERS, reference_to(model))
 
     def both():
         encoded = policy.encode_texts(TEXTS, 64)
@@ -263,7 +261,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):  # 
 
 def test_play_evaluate_and_video(tmp_path, monkeypatch, capsys, without_processes):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ppo_llm_breakout, "Background", lambda function: SimpleNamespace(submit=function, close=lambda: None))
+    monkeypatch.setattr(ppo_llm_breakout, "Background", lambda function: SimpleNamespace(submit=function, result=lambda future: future, close=lambda: None))
     monkeypatch.setattr(ppo_llm_breakout, "frames", lambda *args, **kwargs: iter([np.zeros((4, 4, 3), np.uint8)] * 2))
     assert run(ALGORITHM, *SMALL.replace("--video_freq 0", "--video_freq 1").split(), "--num_steps", 16, "--run_dir", "run") == 0
     assert (tmp_path / "run" / "videos" / "update_1.gif").stat().st_size
