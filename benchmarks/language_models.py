@@ -1,7 +1,7 @@
 """What reading a prompt's fixed beginning once saves:  python benchmarks/language_models.py [--model smollm2]
 
 Seconds of a forward pass over the texts of 16 games, as a rollout does them, with the beginning read once and with it read before every text;
-alternating, medians. Both give the same answers.
+alternating, medians.
 """
 
 import argparse

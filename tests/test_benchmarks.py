@@ -505,3 +505,10 @@ def test_peers_small(monkeypatch, capsys):
     monkeypatch.setattr(peers, "STEPS", 24)
     peers.main(["space_invaders", "--turns", "1"])
     assert re.search(r"ours \d+, SB3 \d+ steps/s, ratio \d", capsys.readouterr().out)
+
+
+def test_what_reading_the_beginning_once_saves(capsys):
+    language_models = load("language_models")
+    language_models.main(["--model", "tiny", "--turns", "1"])
+    once, every = map(float, re.search(r"read once (\S+) s, before every text (\S+) s", capsys.readouterr().out).groups())
+    assert once > 0 and every > 0
