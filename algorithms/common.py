@@ -25,6 +25,7 @@ from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, Progre
 from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run
 from command_line import CommandLineError, load_state, memory_advice, new_run_dir, raise_error, read_run, train
 from device import RANKS
+from ppo import PPOConfig
 
 HERE = Path(__file__).parent
 
@@ -86,6 +87,20 @@ def check_lr(constants):
     """Raises CommandLineError for a learning rate that would rise."""
     if constants["MIN_LR"] > constants["LR"]:
         raise CommandLineError(f"MIN_LR {constants['MIN_LR']} must not exceed LR {constants['LR']}")
+
+
+def check_ppo(constants):
+    """Raises CommandLineError for constants of PPO that do not fit together."""
+    check_lr(constants)
+    samples = constants["NUM_ENVS"] * constants["ROLLOUT_STEPS"]
+    if samples % constants["BATCH_SIZE"]:
+        raise CommandLineError(f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {samples:,} samples of a rollout")
+
+
+def ppo_config(c):
+    """The constants of a training -> `PPOConfig`; lambda does not change, and what the training has no constant for keeps its default."""
+    given = {name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__ if hasattr(c, name.upper())}
+    return PPOConfig(**given, lambd_end=c.LAMBD, lambd_steps=1)
 
 
 def watch(algorithm, c, run_dir):

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 
 from algorithms.breakout_text import ACTIONS, WIDTH, BreakoutTexts, ShapedReward, TextAsBytes, make_env, texts_of
-from algorithms.common import Algorithm, check_lr, main, summary, write_gif
+from algorithms.common import Algorithm, check_ppo, main, ppo_config, summary, write_gif
 from algorithms.language_model import TINY, load_model, load_tokenizer, reference_to, tokenizer_from, with_lora
 from algorithms.language_policy import LanguagePolicy
 from background import Background
 from callbacks import Callback, say
-from command_line import CommandLineError, constants_of, run_script
+from command_line import constants_of, run_script
 from device import choose_device
-from ppo import PPO, PPOConfig
+from ppo import PPO
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
@@ -80,14 +80,6 @@ KEPT = "MODEL LORA_RANK STICKY SKIP SHAPING NUM_ENVS KL_COEF SEED RUN_DIR".split
 PREFIX = "You play Breakout. Move the paddle under the ball: stay, right or left?\n"  # read once, then kept
 SUFFIX = "\nAnswer:"
 ANSWERS = [" " + name.lower() for name in ACTIONS]
-
-
-def check(constants):
-    """Raises CommandLineError for constants that do not fit together."""
-    check_lr(constants)
-    samples = constants["NUM_ENVS"] * constants["ROLLOUT_STEPS"]
-    if samples % constants["BATCH_SIZE"]:
-        raise CommandLineError(f"BATCH_SIZE {constants['BATCH_SIZE']} must divide NUM_ENVS * ROLLOUT_STEPS = {samples}")
 
 
 # --- what learns ------------------------------------------------------------------------------------------------------
@@ -145,10 +137,8 @@ def build(c):
     policy = make_policy(c, tokenizer, device)
     if c.MODEL == TINY:
         metadata["tokenizer"] = tokenizer.backend_tokenizer.to_str()
-    names = [name for name in PPOConfig.__dataclass_fields__ if name.upper() in CONSTANTS]
-    config = PPOConfig(**{name: getattr(c, name.upper()) for name in names}, lambd_end=c.LAMBD, lambd_steps=1)
     envs = BreakoutTexts(c.NUM_ENVS, c.STICKY, c.SKIP, c.SHAPING, c.GAMMA)
-    return LanguagePPO(policy, envs, config, c.KL_COEF, c.KL_TARGET, metadata)
+    return LanguagePPO(policy, envs, ppo_config(c), c.KL_COEF, c.KL_TARGET, metadata)
 
 
 def make_policy(c, tokenizer, device):
@@ -271,7 +261,7 @@ def callbacks_of(c, run_dir):
 
 
 LEVELS = {"following the ball": 68, "random play": 1.5}
-ALGORITHM = Algorithm("ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, fps=15, levels=LEVELS, check=check,
+ALGORITHM = Algorithm("ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, fps=15, levels=LEVELS, check=check_ppo,
                       callbacks=callbacks_of)  # fmt: skip
 
 if __name__ == "__main__":

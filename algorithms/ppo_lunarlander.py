@@ -10,7 +10,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import math
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -18,10 +17,10 @@ import torch
 import torch.nn as nn
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from algorithms.common import Algorithm, check_lr, greedy_frames, greedy_returns, main, need, summary
-from command_line import CommandLineError, constants_of, run_script
+from algorithms.common import Algorithm, check_ppo, greedy_frames, greedy_returns, main, need, ppo_config, summary
+from command_line import constants_of, run_script
 from device import choose_device, set_threads
-from ppo import PPO, Policy, PPOConfig
+from ppo import PPO, Policy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # length
@@ -61,14 +60,6 @@ RANGES = {
 KEPT = "NUM_ENVS HIDDEN SEED RUN_DIR".split()
 ENV_ID = "LunarLander-v3"
 OBSERVATIONS, NUM_ACTIONS = 8, 4
-
-
-def check(constants):
-    """Raises CommandLineError for constants that do not fit together."""
-    c = SimpleNamespace(**constants)
-    if c.NUM_ENVS * c.ROLLOUT_STEPS % c.BATCH_SIZE:
-        raise CommandLineError(f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {c.NUM_ENVS * c.ROLLOUT_STEPS:,} samples of a rollout")
-    check_lr(constants)
 
 
 class ActorCritic(Policy):
@@ -139,10 +130,8 @@ def build(c):
     set_threads(n_layer=1)  # small networks
     torch.manual_seed(c.SEED)
     envs = ReplayableEnvs([lambda: Recorded(make_env())] * c.NUM_ENVS, autoreset_mode=AutoresetMode.SAME_STEP)
-    names = [name for name in PPOConfig.__dataclass_fields__ if name.upper() in CONSTANTS]
-    config = PPOConfig(**{name: getattr(c, name.upper()) for name in names}, lambd_end=c.LAMBD, lambd_steps=1)
     metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c))}
-    return PPO(ActorCritic(c.HIDDEN).to(device), envs, config, metadata=metadata)
+    return PPO(ActorCritic(c.HIDDEN).to(device), envs, ppo_config(c), metadata=metadata)
 
 
 # --- playing ----------------------------------------------------------------------------------------------------------
@@ -165,7 +154,7 @@ def frames(state, episodes, seed, human):
 
 
 LEVELS = {"solved": 200}
-ALGORITHM = Algorithm("ppo_lunarlander", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, fps=50, check=check)
+ALGORITHM = Algorithm("ppo_lunarlander", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, fps=50, check=check_ppo)
 
 if __name__ == "__main__":
     run_script(lambda: main(ALGORITHM), "-m algorithms.ppo_lunarlander")
