@@ -19,6 +19,7 @@ ACTIONS = "STAY", "RIGHT", "LEFT"
 NOOP, FIRE, RIGHT, LEFT = range(4)  # as the game numbers them
 BUTTONS = NOOP, RIGHT, LEFT
 BALL_X, BALL_Y, PADDLE_X = 99, 101, 72  # bytes of the RAM (Anand et al. 2019)
+PADDLE_WIDTH = 16
 PADDLE_CENTRE = 9  # added to the paddle's X, it is the X of a ball over the middle of the paddle
 WIDTH = 96  # bytes, of a text in the vector form
 CHARACTERS = string.ascii_letters + string.digits + " ,:"
@@ -96,13 +97,13 @@ class BreakoutText(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
 
 class ShapedReward(gym.Wrapper):
-    """Adds hints to the points of `BreakoutText`, for training alone: 1 for a ball that the paddle returns, and how much nearer the paddle
-    has come to the ball. The latter adds up, discounted, to the same over every life that starts alike, so it favours no policy (Ng et al. 1999)."""
+    """Adds hints to the points of `BreakoutText`, for training alone: 1 for a ball that the paddle returns, and how many of its own widths
+    the paddle has come nearer to being under the ball. With a discount below 1 that amounts to a reward for every step near the ball."""
 
-    def __init__(self, env, weight, gamma):
-        """weight: of the hints, in points. gamma: the discount of the training."""
+    def __init__(self, env, weight):
+        """weight: of the hints, in points."""
         super().__init__(env)
-        self.weight, self.gamma = weight, gamma
+        self.weight = weight
 
     def reset(self, **arguments):
         obs, info = self.env.reset(**arguments)
@@ -113,7 +114,7 @@ class ShapedReward(gym.Wrapper):
         obs, points, terminated, truncated, info = self.env.step(action)
         ended = terminated or info["life_lost"]
         returned = not ended and self.ball[1] > info["ball"][1] and self.ball[1] > LOW
-        hint = returned + self.gamma * nearness(info) * (not ended) - self.nearness
+        hint = returned + (nearness(info) - self.nearness) * (not ended)
         self.ball, self.nearness = info["ball"], nearness(info)
         return obs, points + self.weight * hint, terminated, truncated, info
 
@@ -129,8 +130,8 @@ LOW = 150  # the ball's Y: bricks are above, the paddle is below
 
 
 def nearness(info):
-    """0 where the paddle is under the ball, down to about -1."""
-    return -abs(info["ball"][0] - info["paddle"] - PADDLE_CENTRE) / 160
+    """0 where the paddle is under the ball, and less by 1 for each paddle's width between them."""
+    return -abs(info["ball"][0] - info["paddle"] - PADDLE_CENTRE) / PADDLE_WIDTH
 
 
 class TextAsBytes(gym.ObservationWrapper):
@@ -152,13 +153,13 @@ def texts_of(obs):
 class BreakoutTexts(SyncVectorEnv):
     """N games side by side; observations (N, WIDTH) uint8 as `texts_of` reads them. `scores`: of the games that ended, in points."""
 
-    def __init__(self, n, sticky=0.25, skip=4, shaping=0.0, gamma=1.0):
+    def __init__(self, n, sticky=0.25, skip=4, shaping=0.0):
         """shaping: weight of the hints of `ShapedReward`; none if 0."""
         self.scores = deque(maxlen=100)
 
         def make():
             env = make_env(sticky, skip)
-            return TextAsBytes(ShapedReward(env, shaping, gamma) if shaping else env)
+            return TextAsBytes(ShapedReward(env, shaping) if shaping else env)
 
         super().__init__([make] * n, autoreset_mode=AutoresetMode.SAME_STEP)
 
@@ -185,8 +186,14 @@ def make_env(sticky=0.25, skip=4, render_mode=None):
     return BreakoutText(game, skip)
 
 
+def numbers_of(text):
+    """What the text says of ball, paddle and lives -> Ball X, Ball Y, Paddle X, right (1, -1 for left, or 0), down, lives."""
+    x, y, paddle, moving, lives, _ = (part.rpartition(": ")[2] for part in text.split(", "))
+    return int(x), int(y), int(paddle), ("RIGHT" in moving) - ("LEFT" in moving), ("DOWN" in moving) - ("UP" in moving), int(lives)
+
+
 def follow_the_ball(text):
     """What a person would write who reads the same text: the number of an action."""
-    words = text.replace(",", "").split()
-    distance = int(words[2]) - int(words[8]) - PADDLE_CENTRE
+    x, _, paddle, *_ = numbers_of(text)
+    distance = x - paddle - PADDLE_CENTRE
     return 0 if abs(distance) <= 6 else 1 if distance > 0 else 2

@@ -214,14 +214,13 @@ class GRPO(Trainer):
     def update(self, tokens, mask, drawn, advantages):
         """EPOCHS gradient steps -> statistics. Each token that was drawn counts alike, in long answers as in short ones."""
         c, T = self.c, drawn.shape[1]
-        with torch.no_grad():
-            old = self.policy.logprobs(self.policy.model, tokens, mask, T)[drawn]
-            with self.reference() as model:
-                reference = self.policy.logprobs(model, tokens, mask, T)[drawn]
-        advantages = advantages[:, None].expand(drawn.shape)[drawn]
+        with torch.no_grad(), self.reference() as model:
+            reference = self.policy.logprobs(model, tokens, mask, T)[drawn]
+        advantages, old = advantages[:, None].expand(drawn.shape)[drawn], None
         for _ in range(c.EPOCHS):
             self.check_stop()
             new = self.policy.logprobs(self.policy.model, tokens, mask, T)[drawn]
+            old = new.detach() if old is None else old  # the weights that drew the answers
             loss, stats = policy_loss(new, old, advantages, c.EPS_CLIP)
             kl = k3(reference - new).mean()
             self.optimizer.zero_grad()

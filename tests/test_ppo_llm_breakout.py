@@ -10,7 +10,7 @@ from algorithms import ppo_llm_breakout
 from algorithms.breakout_text import WIDTH, BreakoutTexts, follow_the_ball, make_env, texts_of
 from algorithms.language_model import load_model, load_tokenizer, reference_to, train_tokenizer, with_lora
 from algorithms.language_policy import LanguagePolicy
-from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, build, invented_texts, scores_of, verify
+from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, NumberReader, build, invented_texts, scores_of, verify
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 from checkpoint import load_checkpoint
 from command_line import CommandLineError
@@ -211,8 +211,8 @@ def test_right_is_right():
 
 
 def test_hints_never_reach_a_score():
-    """They reward coming nearer and returning the ball; potentials cancel over a life."""
-    plain, shaped = BreakoutTexts(1), BreakoutTexts(1, shaping=2.0, gamma=1.0)
+    """They reward coming nearer and returning the ball. The former add up, until the step that loses a life, to how near the paddle is."""
+    plain, shaped = BreakoutTexts(1), BreakoutTexts(1, shaping=2.0)
     obs, _ = plain.reset(seed=1)
     assert np.array_equal(obs, shaped.reset(seed=1)[0])
     start = shaped.envs[0].env.nearness
@@ -221,12 +221,13 @@ def test_hints_never_reach_a_score():
         action = [follow_the_ball(texts_of(obs)[0])]
         obs, point, terminated, _, infos = plain.step(action)
         ball = shaped.envs[0].env.ball
+        nearness = shaped.envs[0].env.nearness
         _, reward, _, _, _ = shaped.step(action)
         returned += ball[1] > shaped.envs[0].env.ball[1] and ball[1] > 150 and not infos["life_lost"][0]
         points, rewards = points + point[0], rewards + reward[0]
         if infos["life_lost"][0] or terminated[0]:
             break
-    assert returned >= 1 and points >= 1 and rewards == pytest.approx(points + 2.0 * (returned - start), abs=1e-3)
+    assert returned >= 1 and points >= 1 and rewards == pytest.approx(points + 2.0 * (returned + nearness - start), abs=1e-3)
     assert list(plain.scores) == list(shaped.scores)
 
 
@@ -238,7 +239,7 @@ def test_the_rule_beats_random_play():
 
 
 def test_games_go_on_where_they_were_saved():
-    first, second = (BreakoutTexts(2, shaping=1.0, gamma=0.9) for _ in range(2))
+    first, second = (BreakoutTexts(2, shaping=1.0) for _ in range(2))
     first.reset(seed=4)
     second.reset(seed=5)
     rng = np.random.default_rng(0)
@@ -274,6 +275,23 @@ def test_play_evaluate_and_video(tmp_path, monkeypatch, capsys, without_processe
     assert '"games": 2' in printed and (tmp_path / "game.gif").stat().st_size > 1000
     state = load_checkpoint("run/last.pt")
     assert not any("reference" in name for name in state["model"]) and state["tokenizer"].startswith("{")
+
+
+def test_an_mlp_reads_the_same_texts(tmp_path, monkeypatch, capsys, without_processes):  # noqa: F811
+    """Its numbers are those that the game has, its first answers are the reference that it is held near, and a run of it can be played."""
+    envs = BreakoutTexts(4)
+    obs, infos = envs.reset(seed=0)
+    for _ in range(30):
+        obs, _, _, _, infos = envs.step([0, 1, 2, 1])
+    reader = NumberReader()
+    encoded = reader.encode(obs)
+    numbers = (encoded[:, :6] * reader.scales).round().long()
+    assert numbers[:, 0].tolist() == [ball[0] for ball in infos["ball"]] and numbers[:, 2].tolist() == infos["paddle"].tolist()
+    assert all(("RIGHT" in text) - ("LEFT" in text) == right and ("DOWN" in text) - ("UP" in text) == down
+               for text, right, down in zip(texts_of(obs), numbers[:, 3], numbers[:, 4]))  # fmt: skip
+    torch.testing.assert_close(reader(encoded)[0].log_softmax(-1), encoded[:, 6:])
+    assert run(ALGORITHM, *SMALL.split(), "--model", "mlp", "--num_steps", 16, "--run_dir", tmp_path / "run") == 0
+    assert evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 1)["games"] == 1
 
 
 def test_verify_prints_texts_actions_and_rewards(capsys):
