@@ -349,13 +349,17 @@ def draw_scores(axes, rows, levels, column, unit, label):
 class Checkpoints(Callback):
     """last.pt and the newest few checkpoint_<update>.pt to resume from, best_model.pt to play."""
 
-    def __init__(self, run_dir, save_freq, keep=3):
-        """save_freq: updates between two checkpoints. keep: how many checkpoint_<update>.pt stay."""
-        self.run_dir, self.save_freq, self.keep, self.best = Path(run_dir), save_freq, keep, None
+    def __init__(self, run_dir, save_freq, keep=3, keep_stages=False):
+        """save_freq: updates between two checkpoints. keep: how many checkpoint_<update>.pt stay; with keep_stages those before the
+        first update and after a tenth of the training stay too, to look at what was learned."""
+        self.run_dir, self.save_freq, self.keep, self.keep_stages, self.best = Path(run_dir), save_freq, keep, keep_stages, None
 
     def on_training_start(self, trainer):
         if trainer.update_count == 0:
-            self.save("last.pt", trainer.state_dict())  # a kill before the first checkpoint leaves something to resume
+            state = trainer.state_dict()
+            self.save("last.pt", state)  # a kill before the first checkpoint leaves something to resume
+            if self.keep_stages:
+                self.save("checkpoint_0.pt", state)
 
     def on_evaluation_end(self, trainer):
         if trainer.is_best:
@@ -372,7 +376,8 @@ class Checkpoints(Callback):
             state = trainer.state_dict()
             self.save("last.pt", state)
             self.save(f"checkpoint_{trainer.update_count}.pt", state)
-            self.prune()
+            tenth = trainer.num_steps / trainer.global_step * trainer.update_count / 10  # in updates
+            self.prune({0, math.ceil(tenth / self.save_freq) * self.save_freq} if self.keep_stages else {})
 
     def on_training_end(self, trainer):
         """Raises CheckpointError if the result of the training cannot be saved."""
@@ -388,13 +393,16 @@ class Checkpoints(Callback):
             say(f"warning: {error}; training goes on")
             return False
 
-    def prune(self):
-        """Delete all but the newest. By time, not by number: higher numbers may be left from before a resume."""
+    def prune(self, kept):
+        """Delete all but the newest, and the updates that are kept. By time, not by number: higher numbers may be left from before a resume."""
+
+        def update(file):
+            return int(file.stem.removeprefix("checkpoint_"))
 
         def written(file):
-            return file.stat().st_mtime_ns, int(file.stem.removeprefix("checkpoint_"))
+            return file.stat().st_mtime_ns, update(file)
 
-        files = [f for f in self.run_dir.glob("checkpoint_*.pt") if f.stem.removeprefix("checkpoint_").isdecimal()]
+        files = [f for f in self.run_dir.glob("checkpoint_*.pt") if f.stem.removeprefix("checkpoint_").isdecimal() and update(f) not in kept]
         for file in sorted(files, key=written, reverse=True)[self.keep :]:
             with contextlib.suppress(OSError):  # one file too many is no reason to stop
                 file.unlink()

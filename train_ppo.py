@@ -144,7 +144,7 @@ def watch(ppo, c, run_dir, evaluation):
         MetricsCSV(csv, METRICS),
         TensorBoard(run_dir),
         LearningCurve(run_dir / "learning_curve.png", csv, levels),
-        Checkpoints(run_dir, c.SAVE_FREQ),
+        Checkpoints(run_dir, c.SAVE_FREQ, keep_stages=True),
     ]
 
 

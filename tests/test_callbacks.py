@@ -533,6 +533,13 @@ def test_checkpoints(tmp_path):
     assert load_checkpoint(tmp_path)["best_score"] == 300
 
 
+def test_stages_of_a_training_stay(tmp_path):
+    """The start, and what is saved after a tenth of 40 updates."""
+    FakeTrainer([Checkpoints(tmp_path, save_freq=3, keep=1, keep_stages=True)], updates=40).learn()
+    assert {"checkpoint_0.pt": 0, "checkpoint_6.pt": 6, "checkpoint_39.pt": 39}.items() <= updates(tmp_path).items()
+    assert len(list(tmp_path.glob("checkpoint_*.pt"))) == 3
+
+
 def test_last_is_saved_at_the_end(tmp_path):
     FakeTrainer([Checkpoints(tmp_path, save_freq=5)], updates=7).learn()
     assert updates(tmp_path) == {"last.pt": 7, "checkpoint_5.pt": 5, "best_model.pt": 4}

@@ -110,7 +110,7 @@ def test_what_a_run_leaves(tmp_path):
     run(tmp_path, "run")
     names = {file.name for file in (tmp_path / "run").iterdir() if "tfevents" not in file.name}
     assert names == {"config.json", "metrics.csv", "learning_curve.png", "best_model.pt", "last.pt",
-                     "checkpoint_2.pt", "checkpoint_4.pt", "checkpoint_6.pt"}  # fmt: skip
+                     "checkpoint_0.pt", "checkpoint_2.pt", "checkpoint_4.pt", "checkpoint_6.pt"}  # fmt: skip
     constants = json.loads((tmp_path / "run" / "config.json").read_text())
     assert constants == {**CONSTANTS, **constants} and constants["NUM_ENVS"] == 4 and constants["GAMMA"] == CONSTANTS["GAMMA"]
     best = load_checkpoint(tmp_path / "run" / "best_model.pt")
