@@ -1,7 +1,8 @@
 """Watch a trained GPT play:  python load_model.py
 
 Plays the newest run's best model, or the shipped one, and draws what it reads as a gif. Name a checkpoint or a run
-directory to play another; --evaluate plays all 32 possible games and prints the exact score as JSON.
+directory to play another; --out replay.html writes a page for the browser that replays the game with the model's attention,
+and lets one edit what it reads; --evaluate plays all 32 possible games and prints the exact score as JSON.
 """
 
 import signal
@@ -10,14 +11,17 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import imageio
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -28,6 +32,9 @@ from device import set_threads
 from drawing import to_image
 from evaluation import evaluate, exact, greedy, sampled, sampling
 from model import GPT, GPTConfig
+from replay import Stage, html, record
+from replay.attention import plain_gpt
+from replay.pictures import pictures as attention_pictures
 
 HERE = Path(__file__).parent
 fast = importlib.import_module("fast") if (HERE / "fast" / "__init__.py").exists() else None  # it is optional
@@ -69,37 +76,56 @@ def evaluate_state(state, device="cpu"):
     return evaluate(policy_of(state, device))
 
 
-def play(policy, steps=1000, episodes=None, seed=0, sample=False):
-    """Plays this many steps, or this many whole games (episodes), and starts a new game after each end.
+class Step(NamedTuple):
+    page: np.ndarray  # (1944,) uint8, what was read
+    action: int
+    next_page: np.ndarray  # what it led to
+    info: dict  # of the game, afterwards
+    last: bool  # a game, or the playing, ends here
 
-    Yields for each step the page that it led to, (1944,) uint8, and, if a game or the playing ends there, its info, else None.
-    """
+
+def play(policy, steps=1000, episodes=None, seed=0, sample=False):
+    """Plays this many steps, or this many whole games (episodes), and starts a new game after each end. Yields a `Step` for each."""
     player, env = sampling(policy, seed) if sample else greedy(policy), BreakoutAscii()
-    obs, _ = env.reset(seed=seed)
+    page, _ = env.reset(seed=seed)
     games = 0
     for step in itertools.count(1):
-        obs, _, terminated, truncated, info = env.step(int(player(obs[None])[0]))
+        action = int(player(page[None])[0])
+        next_page, _, terminated, truncated, info = env.step(action)
         over = terminated or truncated
         games += over
         done = games == episodes if episodes else step == steps
-        yield obs, info if over or done else None
+        yield Step(page, action, next_page, info, over or done)
         if done:
             return
-        if over:
-            obs, _ = env.reset()
+        page = env.reset()[0] if over else next_page
 
 
-def write_gif(file, frames):
-    """frames: an iterator of (1944,) uint8 pages. One palette for all, so that each frame stores only what moved."""
-    palette = Image.fromarray(to_image(next(frames))).quantize(64)  # the wall stands: every colour is there
-    rest = (Image.fromarray(to_image(frame)).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+def write_gif(file, pictures, colours=64):
+    """pictures: an iterator of RGB arrays (H, W, 3). One palette for all, so that each frame stores only what moved."""
+    palette = Image.fromarray(next(pictures)).quantize(colours)  # the wall stands: every colour is there
+    rest = (Image.fromarray(picture).quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
     palette.save(file, "GIF", save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
 
 
-def write_mp4(file, frames):
-    with imageio.get_writer(file, format="mp4", fps=1000 / FRAME_MS, macro_block_size=8) as writer:
-        for frame in frames:
-            writer.append_data(to_image(frame))
+def write_mp4(file, pictures):
+    with imageio.get_writer(file, format="mp4", fps=1000 / FRAME_MS, macro_block_size=2) as writer:
+        for picture in pictures:
+            writer.append_data(picture)
+
+
+def stages(path, policy, meta):
+    """The stages of training that lie beside a run's model, its start and a tenth of the way, and the model itself -> a list of `Stage`."""
+    found = []
+    for file in path.parent.glob("checkpoint_*.pt"):
+        with contextlib.suppress(CheckpointError):
+            earlier, its_meta = load_policy(file)
+            if its_meta["global_step"] < meta["global_step"] and earlier.config == policy.config:
+                found.append((its_meta["global_step"], earlier))
+    tenth = meta.get("global_step", 0) / 10
+    wanted = {step: earlier for step, earlier in found if step == 0 or step == min((s for s, _ in found if s), key=lambda s: abs(s - tenth))}
+    label = f"{meta.get('global_step', 0):,} steps"
+    return [Stage(f"{step:,} steps" if step else "start", wanted[step]) for step in sorted(wanted)] + [Stage(label, policy)]
 
 
 def find_model(name):
@@ -115,7 +141,10 @@ def read_command_line(argv):
     )
     parser.add_argument("--steps", type=int, default=1000, help="steps to play (default 1000)")
     parser.add_argument("--episodes", type=int, help="whole games to play, instead of --steps")
-    parser.add_argument("--out", default="gpt.gif", help="a .gif, or an .mp4 if imageio-ffmpeg is installed (default gpt.gif)")
+    parser.add_argument("--out", default="gpt.gif",
+                        help="a .gif, an .html to look into the model, or an .mp4 if imageio-ffmpeg is installed (default gpt.gif)")  # fmt: skip
+    parser.add_argument("--attention", action="store_true", help="draw behind the characters what each head looks at")
+    parser.add_argument("--head", type=int, help="the same for one head")
     parser.add_argument("--seed", type=int, default=0, help="of the serves and of --sample (default 0)")
     parser.add_argument("--sample", action="store_true", help="draw the actions instead of taking the most probable")
     parser.add_argument("--evaluate", action="store_true",
@@ -123,15 +152,19 @@ def read_command_line(argv):
     parser.error = lambda message: sys.exit(f"load_model.py: {message}")
     args = parser.parse_args(argv)
     suffix = Path(args.out).suffix.lower()
-    gif = suffix == ".gif" and not args.evaluate  # Pillow keeps every frame until the end, 130 KB each: 10,000 are enough
-    for name, low, high in (("steps", 1, 10_000 if gif else 10**9), ("episodes", 1, 2 if gif else 10**6), ("seed", 0, 2**32 - 1)):
+    attention = args.attention or args.head is not None
+    # Pillow keeps every frame until the end, 130 KB each, and a page of 10,000 steps has 1 MB: enough to watch
+    short = (suffix != ".mp4" or attention) and not args.evaluate
+    for name, low, high in (("steps", 1, 10_000 if short else 10**9), ("episodes", 1, 2 if short else 10**6), ("seed", 0, 2**32 - 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            parser.error(f"--{name} must be from {low} to {high}{' for a gif' if gif else ''}, not {value}")
+            parser.error(f"--{name} must be from {low} to {high}{' for this kind of file' if short else ''}, not {value}")
+    if attention and (args.evaluate or suffix == ".html"):
+        parser.error("--attention and --head are for a .gif or an .mp4; an .html shows every head in any case")
     if args.evaluate and args.episodes and not args.sample:
         parser.error("--evaluate plays all 32 games that greedy play can meet; --episodes goes with --sample")
-    if suffix not in (".gif", ".mp4"):
-        parser.error(f"--out must end in .gif or .mp4, not {args.out!r}")
+    if suffix not in (".gif", ".html", ".mp4"):
+        parser.error(f"--out must end in .gif, .html or .mp4, not {args.out!r}")
     if suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         parser.error("an .mp4 needs one more package: pip install imageio-ffmpeg; or write a .gif")
     if Path(args.out).is_dir():
@@ -139,6 +172,20 @@ def read_command_line(argv):
     if not Path(args.out).parent.is_dir():
         parser.error(f"--out: there is no directory {Path(args.out).parent}")
     return args
+
+
+def write(file, steps, args, path, policy, meta):
+    """The steps of `play`, as a page, a gif or an mp4."""
+    suffix, attention = Path(args.out).suffix.lower(), args.attention or args.head is not None
+    if suffix == ".html":
+        about = f"{path.name}, trained for {meta.get('global_step', 0):,} steps"
+        file.write(html(record(steps), stages(path, policy, meta), path.name, about).encode())
+        return
+    pictures = attention_pictures(plain_gpt(policy), record(steps), args.head) if attention else (to_image(step.next_page) for step in steps)
+    if suffix == ".gif":
+        write_gif(file, pictures, 255 if attention else 64)
+    else:
+        write_mp4(file, pictures)
 
 
 def main(argv=None):
@@ -151,20 +198,21 @@ def main(argv=None):
         result = sampled(policy, args.episodes or 1000, args.seed) if args.sample else exact(policy)
         print(json.dumps({name: result[name] for name in ("score", "min", "max", "cleared", "games")}))
         return
+    if args.head is not None and not 0 <= args.head < policy.config.n_head:
+        sys.exit(f"load_model.py: --head must be from 0 to {policy.config.n_head - 1}, not {args.head}")
     games = []
 
-    def frames():
+    def steps():
         played = play(policy, args.steps, args.episodes, args.seed, args.sample)
-        for frame, info in tqdm(played, total=None if args.episodes else args.steps, unit=" frames"):
-            if info:
-                games.append(info)
-            yield frame
+        for step in tqdm(played, total=None if args.episodes else args.steps, unit=" frames"):
+            if step.last:
+                games.append(step.info)
+            yield step
 
-    write = write_gif if Path(args.out).suffix.lower() == ".gif" else write_mp4
     unfinished = Path(args.out + ".part")
     try:
         with open(unfinished, "wb") as file:
-            write(file, frames())
+            write(file, steps(), args, path, policy, meta)
         os.replace(unfinished, args.out)  # an old picture stays whole until the new one is
     finally:
         unfinished.unlink(missing_ok=True)

@@ -139,11 +139,15 @@ class GPT(nn.Module):
 
     def hidden(self, characters):
         """(B, 1944) characters -> (B, T, C), every position after the last block."""
-        position = torch.arange(TOKENS, device=self.device)
-        x = self.wte(characters.int()) + self.wre(position // COLUMNS) + self.wce(position % COLUMNS)
+        x = self.embed(characters)
         for block in self.blocks:
             x = block(x)
         return x
+
+    def embed(self, characters):
+        """(B, 1944) characters -> (B, T, C), every position before the first block."""
+        position = torch.arange(TOKENS, device=self.device)
+        return self.wte(characters.int()) + self.wre(position // COLUMNS) + self.wce(position % COLUMNS)
 
     def heads(self, features):
         """(B, C) -> action logits (B, A) and values (B,)."""

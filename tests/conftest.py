@@ -7,14 +7,16 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the learning tests too (minutes)")
+    parser.addoption("--browser", action="store_true", help="run the tests that need Chromium and pip install playwright too")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a learning test; runs with --slow")
+    config.addinivalue_line("markers", "browser: opens a page in Chromium; runs with --browser")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="a learning test: run with --slow"))
+    for item in items:
+        for mark in ("slow", "browser"):
+            if mark in item.keywords and not config.getoption(f"--{mark}"):
+                item.add_marker(pytest.mark.skip(reason=f"run with --{mark}"))

@@ -46,17 +46,17 @@ def test_gif_shows_every_step(checkpoint, tmp_path, capsys):
     main([str(checkpoint), "--steps", "150", "--out", str(out), "--sample", "--seed", "3"])
     policy, _ = load_policy(checkpoint)
     played = list(play(policy, 150, seed=3, sample=True))
-    assert any(info for _, info in played[:-1]), "no game ended within the gif: the test shows less than it should"
+    assert any(step.last for step in played[:-1]), "no game ended within the gif: the test shows less than it should"
     with Image.open(out) as gif:
         durations = 0
         for i in range(gif.n_frames):
             gif.seek(i)
             durations += gif.info["duration"]
             if i in (0, 20):  # exactly what was read, colours too
-                np.testing.assert_array_equal(np.array(gif.convert("RGB")), to_image(played[i][0]))
+                np.testing.assert_array_equal(np.array(gif.convert("RGB")), to_image(played[i].next_page))
     assert durations == 150 * load_model.FRAME_MS
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("game")]
-    infos = [info for _, info in played if info]
+    infos = [step.info for step in played if step.last]
     assert len(lines) == len(infos) and f"game 1: {infos[0]['score']} points, {infos[0]['bricks']} of 91 bricks" in lines[0]
 
 
@@ -93,13 +93,13 @@ def test_the_shipped_model(tmp_path, capsys):
 def test_episodes_are_whole_games(checkpoint):
     policy, _ = load_policy(checkpoint)
     played = list(play(policy, episodes=2, sample=True))
-    ends = [info for _, info in played if info]
-    assert len(ends) == 2 and played[-1][1] is ends[-1] and all(info["lives"] == 0 for info in ends)
+    ends = [step for step in played if step.last]
+    assert len(ends) == 2 and played[-1] is ends[-1] and all(step.info["lives"] == 0 for step in ends)
 
 
 def test_the_seed_decides_what_is_played(checkpoint):
     policy, _ = load_policy(checkpoint)
-    frames = [np.stack([frame for frame, _ in play(policy, 200, seed=seed, sample=True)]) for seed in (0, 0, 1)]
+    frames = [np.stack([step.page for step in play(policy, 200, seed=seed, sample=True)]) for seed in (0, 0, 1)]
     assert np.array_equal(frames[0], frames[1]) and not np.array_equal(frames[0], frames[2])
 
 
@@ -138,8 +138,8 @@ def test_files_that_are_no_model(tmp_path, checkpoint):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--steps 0", "--steps must be from 1 to 10000 for a gif, not 0"), ("--steps 20000", "for a gif, not 20000"),
-    ("--seed 99999999999", "--seed must be from 0 to 4294967295"), ("--out x.png", "must end in .gif or .mp4"),
+    ("--steps 0", "--steps must be from 1 to 10000 for this kind of file, not 0"), ("--steps 20000", "for this kind of file, not 20000"),
+    ("--seed 99999999999", "--seed must be from 0 to 4294967295"), ("--out x.png", "must end in .gif, .html or .mp4"),
     ("--out nowhere/x.gif", "no directory nowhere"), ("--evaluate --episodes 5", "--episodes goes with --sample"), ("--step 3", "unrecognized arguments: --step"), ("--seed x", "invalid int"),
 ])  # fmt: skip
 def test_wrong_arguments(arguments, message):
@@ -161,8 +161,8 @@ def test_on_the_command_line(tmp_path):
     """A fresh clone in another place: the shipped model plays; a bad file is one line."""
     for name in ("load_model", "breakout_ascii", "checkpoint", "device", "drawing", "evaluation", "model", "rollout_buffer"):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
-    shutil.copytree(ROOT / "fast", tmp_path / "fast", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "pretrained", tmp_path / "pretrained")
+    for name in ("fast", "replay", "pretrained"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "bad.pt").write_bytes(b"PK\3\4 not a checkpoint")
 
     def script(*arguments):

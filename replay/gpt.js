@@ -1,0 +1,190 @@
+// The GPT of model.py in plain JavaScript: a page in; logits, value, predicted changes and attention out.
+//
+// Only the last position is read, so the last block computes one query. With one layer that query is the same on every page,
+// and keys and values depend on character and position alone: each such pair is computed once.
+"use strict";
+
+class GPT {
+  // config: n_layer, n_head, n_embd, n_action; weights: {name in model.py: Float32Array}; game: characters, rows, columns
+  constructor(config, weights, game) {
+    this.config = config;
+    this.weights = weights;
+    this.game = game;
+    this.pairs = []; // [character * 1944 + token], with one layer
+    this.query = null; // of the last position; with one layer it is always the same
+    this.block = `blocks.${config.n_layer - 1}.`; // the last one, which computes one query
+  }
+
+  // page: characters as their places in game.characters, an array of 1944
+  // -> {logits, probabilities, value, changes: of rows, then of columns, 0..1; attention: [head][token]}
+  read(page) {
+    const sums = this.sum(page), { n_head, n_embd: C } = this.config;
+    const attention = sums.weights.map((weights, h) => weights.map((weight) => weight / sums.weight[h]));
+    return { ...this.answer(sums.last, sums.value.map((sum, c) => sum / sums.weight[Math.floor((c * n_head) / C)])), attention };
+  }
+
+  // Like read, without the attention, for a page of which the sums are known (one layer) but for one token
+  readChanged(sums, t, character) {
+    const { n_head, n_embd: C } = this.config, D = C / n_head, value = new Float64Array(C);
+    const before = this.pair(sums.page[t], t), now = this.pair(character, t);
+    for (let h = 0; h < n_head; h++) {
+      const less = sums.weights[h][t], more = Math.exp(now.scores[h] - sums.max[h]);
+      if (less > 0.999 * sums.weight[h] || more > 1e300) return this.read(sums.page.with(t, character)); // all rounding, or too large
+      const weight = sums.weight[h] - less + more;
+      for (let c = h * D; c < (h + 1) * D; c++) value[c] = (sums.value[c] - less * before.value[c] + more * now.value[c]) / weight;
+    }
+    return this.answer(sums.last, value);
+  }
+
+  // The sums that a softmax divides: of each head's weights, and of the values that they weigh
+  sum(page) {
+    const { n_layer, n_head, n_embd: C } = this.config, T = page.length, D = C / n_head;
+    let x = null;
+    if (n_layer > 1) {
+      x = this.hidden(page);
+      this.query = this.queryOf(x[T - 1]);
+    }
+    const last = x ? x[T - 1] : this.embedding(page[T - 1], T - 1);
+    this.query ??= this.queryOf(last);
+    const tokens = Array.from(page, (character, t) => (x ? this.scoreAndValue(x[t]) : this.pair(character, t)));
+    const sums = { page, last, max: [], weight: [], weights: [], value: new Float64Array(C) };
+    for (let h = 0; h < n_head; h++) {
+      let max = -Infinity, sum = 0;
+      for (const { scores } of tokens) if (scores[h] > max) max = scores[h];
+      const weights = new Float64Array(T);
+      for (let t = 0; t < T; t++) {
+        const { scores, value } = tokens[t], less = max - scores[h];
+        if (less > 40) continue; // lost in rounding, and that is most of a page
+        const weight = weights[t] = Math.exp(-less);
+        sum += weight;
+        for (let c = h * D; c < (h + 1) * D; c++) sums.value[c] += weight * value[c];
+      }
+      sums.max.push(max);
+      sums.weight.push(sum);
+      sums.weights.push(weights);
+    }
+    return sums;
+  }
+
+  // What the last position makes of what its heads bring
+  answer(last, attended) {
+    const out = this.mlp(add(last, this.linear(this.block + "attn.c_proj", attended)), this.block);
+    return this.heads(layerNorm(out, this.weights["ln_f.weight"]));
+  }
+
+  heads(features) {
+    const logits = this.linear("policy_head", features);
+    const most = Math.max(...logits), powers = Array.from(logits, (logit) => Math.exp(logit - most));
+    const total = powers.reduce((a, b) => a + b);
+    return {
+      logits,
+      probabilities: powers.map((power) => power / total),
+      value: this.linear("value_head", features)[0],
+      changes: this.linear("change_head", features).map((logit) => 1 / (1 + Math.exp(-logit))),
+    };
+  }
+
+  embedding(character, t) {
+    const { n_embd: C } = this.config, { columns } = this.game, x = new Float64Array(C);
+    const places = [["wte", character], ["wre", Math.floor(t / columns)], ["wce", t % columns]];
+    for (const [name, i] of places) for (let c = 0; c < C; c++) x[c] += this.weights[name + ".weight"][i * C + c];
+    return x;
+  }
+
+  // What the last position asks each token, folded into the key's weights: (heads, C), scaled
+  queryOf(last) {
+    const { n_head, n_embd: C } = this.config, D = C / n_head, W = this.weights[this.block + "attn.c_attn.weight"];
+    const q = matrixTimes(W.subarray(0, C * C), layerNorm(last, this.weights[this.block + "ln_1.weight"]));
+    const folded = [];
+    for (let h = 0; h < n_head; h++) {
+      const row = new Float64Array(C);
+      for (let d = h * D; d < (h + 1) * D; d++) for (let c = 0; c < C; c++) row[c] += (q[d] * W[(C + d) * C + c]) / Math.sqrt(D);
+      folded.push(row);
+    }
+    return folded;
+  }
+
+  scoreAndValue(x) {
+    const { n_embd: C } = this.config, normal = layerNorm(x, this.weights[this.block + "ln_1.weight"]);
+    const scores = this.query.map((row) => dot(row, normal));
+    return { scores, value: matrixTimes(this.weights[this.block + "attn.c_attn.weight"].subarray(2 * C * C), normal) };
+  }
+
+  pair(character, t) {
+    const place = character * this.game.rows * this.game.columns + t;
+    return (this.pairs[place] ??= this.scoreAndValue(this.embedding(character, t)));
+  }
+
+  // Every position behind all blocks but the last; slow, and needed for more than one layer only
+  hidden(page) {
+    const { n_layer, n_head, n_embd: C } = this.config, D = C / n_head;
+    let x = Array.from(page, (character, t) => this.embedding(character, t));
+    for (let layer = 0; layer < n_layer - 1; layer++) {
+      const block = `blocks.${layer}.`;
+      const qkv = x.map((row) => matrixTimes(this.weights[block + "attn.c_attn.weight"], layerNorm(row, this.weights[block + "ln_1.weight"])));
+      x = x.map((row, t) => {
+        const y = new Float64Array(C);
+        for (let h = 0; h < n_head; h++) {
+          const scores = new Float64Array(t + 1);
+          let max = -Infinity, sum = 0;
+          for (let s = 0; s <= t; s++) {
+            let score = 0;
+            for (let d = h * D; d < (h + 1) * D; d++) score += qkv[t][d] * qkv[s][C + d];
+            scores[s] = score / Math.sqrt(D);
+            if (scores[s] > max) max = scores[s];
+          }
+          for (let s = 0; s <= t; s++) sum += scores[s] = Math.exp(scores[s] - max);
+          for (let s = 0; s <= t; s++) for (let d = h * D; d < (h + 1) * D; d++) y[d] += (scores[s] / sum) * qkv[s][2 * C + d];
+        }
+        return this.mlp(add(row, this.linear(block + "attn.c_proj", y)), block);
+      });
+    }
+    return x;
+  }
+
+  mlp(x, block) {
+    const inner = this.linear(block + "mlp.c_fc", layerNorm(x, this.weights[block + "ln_2.weight"]));
+    return add(x, this.linear(block + "mlp.c_proj", inner.map(gelu)));
+  }
+
+  linear(name, x) {
+    const y = matrixTimes(this.weights[name + ".weight"], x), bias = this.weights[name + ".bias"];
+    return bias ? add(y, bias) : y;
+  }
+}
+
+function dot(a, b) {
+  let sum = 0;
+  for (let i = 0; i < b.length; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+// A matrix, its rows one behind the other, times a vector
+function matrixTimes(matrix, x) {
+  const y = new Float64Array(matrix.length / x.length);
+  for (let i = 0; i < y.length; i++) {
+    let sum = 0;
+    for (let j = 0, at = i * x.length; j < x.length; j++) sum += matrix[at + j] * x[j];
+    y[i] = sum;
+  }
+  return y;
+}
+
+const add = (a, b) => Float64Array.from(a, (x, i) => x + b[i]);
+
+function layerNorm(x, weight) {
+  let mean = 0, variance = 0;
+  for (const value of x) mean += value / x.length;
+  for (const value of x) variance += (value - mean) ** 2 / x.length;
+  const scale = 1 / Math.sqrt(variance + 1e-5);
+  return Float64Array.from(x, (value, i) => (value - mean) * scale * weight[i]);
+}
+
+const gelu = (x) => 0.5 * x * (1 + erf(x / Math.SQRT2));
+
+// Within 1.5e-7 (Abramowitz and Stegun, 7.1.26)
+function erf(x) {
+  const t = 1 / (1 + 0.3275911 * Math.abs(x));
+  const tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))) * Math.exp(-x * x);
+  return x < 0 ? tail - 1 : 1 - tail;
+}

@@ -1,0 +1,539 @@
+// The page around gpt.js: shows a recorded game, what the model makes of each step, and what it makes of an edited page.
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const { game, frames, stages, config, things, actions } = data;
+const [X, Y, PADDLE, ACTION, SCORE, LIVES] = [0, 1, 2, 3, 4, 5]; // of a frame
+const T = game.rows * game.columns, WIDTH = game.columns - 1; // the newline is not drawn
+const HEAT = { light: [[1, 0, 0], [0.8, 0.06, 0.14]], dark: [[0.18, 0, 0], [0.47, 0.08, 0.09]] }; // OKLab: even steps look even
+const OUTLINED = 0.05, MEAN = "mean";
+const element = (id) => document.getElementById(id);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const percent = (share) => (share >= 0.0995 ? (100 * share).toFixed(0) : (100 * share).toFixed(1)) + " %";
+
+const models = stages.map((stage) => new GPT(config, unpack(stage.weights), game));
+const bricksOf = unpackBricks();
+const shown = { frame: 0, head: MEAN, stage: stages.length - 1 };
+let edited = null, cursor = null, playing = null, answer = null, mapTask = 0, mapped = null;
+
+// What the file holds
+
+function unpack(base64) {
+  const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)), view = new DataView(bytes.buffer), weights = {};
+  let at = 0;
+  for (const [name, size] of data.weights) {
+    weights[name] = Float32Array.from({ length: size }, (_, i) => view.getFloat32(at + 4 * i, true));
+    at += 4 * size;
+  }
+  return weights;
+}
+
+// The wall of each frame: a string of 0 and 1, row by row; frames without an own one have that of the frame before
+function unpackBricks() {
+  const walls = [];
+  for (let i = 0; i < frames.length; i++) walls.push(data.walls[i] ?? walls[i - 1]);
+  return walls;
+}
+
+function stateOf(i) {
+  const frame = frames[i];
+  return { x: frame[X], y: frame[Y], paddle: frame[PADDLE], bricks: bricksOf[i] };
+}
+
+const current = () => edited ?? stateOf(shown.frame);
+
+// -> the characters of a page, as their places in game.characters; drawn as breakout_ascii.py draws
+function pageOf({ x, y, paddle, bricks }) {
+  const lines = Array.from({ length: game.rows }, (_, row) =>
+    [...(row === 0 || row === game.rows - 1 ? "#".repeat(WIDTH) : "#" + " ".repeat(WIDTH - 2) + "#"), "\n"]);
+  for (let i = 0; i < bricks.length; i++) {
+    const row = game.brick_top + Math.floor(i / game.brick_columns), column = 1 + game.brick.length * (i % game.brick_columns);
+    if (bricks[i] === "1") lines[row].splice(column, game.brick.length, ...game.brick);
+  }
+  lines[game.paddle_row].splice(paddle, game.paddle.length, ...game.paddle);
+  if (x !== null) lines[y][x] = "O";
+  return Uint8Array.from(lines.flat(), (character) => game.characters.indexOf(character));
+}
+
+const textOf = (page) => Array.from(page, (character) => game.characters[character]).join("");
+
+// The index of the brick in a cell, or -1
+function brickAt(row, column) {
+  const i = row - game.brick_top, j = Math.floor((column - 1) / game.brick.length);
+  return i >= 0 && i < game.brick_rows && j >= 0 && j < game.brick_columns ? i * game.brick_columns + j : -1;
+}
+
+// What happened between two frames, for the jumps
+function eventAt(i, name) {
+  const [before, now] = [frames[i - 1], frames[i]];
+  if (!before || before[ACTION] < 0) return false; // a new game
+  if (name === "point") return now[SCORE] > before[SCORE];
+  if (name === "lost") return now[LIVES] < before[LIVES];
+  return now[LIVES] === before[LIVES] && now[Y] === game.serve_row && before[Y] === game.serve_row; // it would have been one row lower
+}
+
+// Drawing
+
+function update() {
+  answer = models[shown.stage].read(pageOf(current()));
+  mapped = null;
+  drawPage();
+  drawHeat();
+  drawAnswer();
+  drawChange();
+  drawChart();
+  describeCell();
+  const frame = frames[shown.frame], over = frame[ACTION] < 0 ? " · the game is over" : "";
+  const edit = edited ? " · edited: answer and attention are those of the edited page" : "";
+  element("status").textContent = `Step ${shown.frame} of ${frames.length - 1} · score ${frame[SCORE]} · lives ${frame[LIVES]}${over}${edit}`;
+  element("slider").value = shown.frame;
+  element("slider").setAttribute("aria-valuetext", element("status").textContent);
+  element("undo").disabled = !edited;
+  if (!playing) remember();
+  if (element("map").checked && !playing) startMap();
+}
+
+// Text, in spans of one colour; a line that stays as it was is left alone
+function drawPage() {
+  const lines = textOf(pageOf(current())).split("\n");
+  for (let row = 0; row < game.rows; row++) {
+    const line = element("page").children[row];
+    if (line.dataset.text === lines[row]) continue;
+    line.dataset.text = lines[row];
+    line.replaceChildren(...lines[row].match(/#+|=+|O|[|_]+| +/g).map((part) => {
+      const span = document.createElement("span");
+      span.textContent = part;
+      if ("|_".includes(part[0])) span.style.color = `var(--b${(row - game.brick_top) % 7})`;
+      else span.className = { "#": "wall", "=": "paddle", O: "ball" }[part[0]] ?? "";
+      return span;
+    }), "\n");
+  }
+}
+
+function prepare(canvas, width, height) {
+  const scale = devicePixelRatio || 1, context = canvas.getContext("2d");
+  canvas.width = Math.round(width * scale);
+  canvas.height = Math.round(height * scale);
+  canvas.style.width = width + "px";
+  canvas.style.height = height + "px";
+  context.scale(scale, scale);
+  context.clearRect(0, 0, width, height);
+  return context;
+}
+
+// A weight -> 0..1: the logarithm, from what each token would get if all were alike to everything
+const level = (weight) => (weight * T > 1 ? Math.min(1, Math.log(weight * T) / Math.log(T)) : 0);
+
+function colour(at) {
+  const [from, to] = HEAT[dark.matches ? "dark" : "light"];
+  return `oklab(${from.map((value, i) => (value + at * (to[i] - value)).toFixed(4)).join(" ")})`;
+}
+
+function weightOf(t) {
+  const { attention } = answer;
+  return shown.head === MEAN ? attention.reduce((sum, head) => sum + head[t], 0) / attention.length : attention[shown.head][t];
+}
+
+function sizes() {
+  const box = element("page").getBoundingClientRect();
+  return { width: box.width, height: box.height, w: box.width / WIDTH, h: box.height / game.rows };
+}
+
+function drawHeat() {
+  const { width, height, w, h } = sizes(), context = prepare(element("heat"), width, height), ink = style("--ink");
+  const marked = [];
+  for (let t = 0; t < T; t++) {
+    const [row, column] = [Math.floor(t / game.columns), t % game.columns], weight = weightOf(t);
+    if (column === WIDTH || weight * T <= 1) continue;
+    context.fillStyle = colour(level(weight));
+    context.fillRect(column * w, row * h, w + 0.5, h + 0.5);
+    if (weight >= OUTLINED) marked.push([row, column, weight]);
+  }
+  context.strokeStyle = ink;
+  for (const [row, column, weight] of marked) {
+    context.lineWidth = weight >= 0.25 ? 2 : 1;
+    context.strokeRect(column * w + 0.5, row * h + 0.5, w - 1, h - 1);
+  }
+  if (mapped) drawMap(context, w, h);
+  if (cursor) {
+    context.setLineDash([2, 2]);
+    context.lineWidth = 2;
+    context.strokeStyle = style("--accent");
+    context.strokeRect(cursor.column * w, cursor.row * h, w, h);
+  }
+}
+
+const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function drawAnswer() {
+  const best = answer.probabilities.indexOf(Math.max(...answer.probabilities)), taken = frames[shown.frame][ACTION];
+  const asRecorded = !edited && shown.stage === stages.length - 1;
+  actions.forEach((name, i) => {
+    const [label, bar, number] = element("actions").rows[i].cells, chosen = asRecorded && taken >= 0 ? i === taken : i === best;
+    element("actions").rows[i].className = chosen ? "chosen" : "";
+    label.textContent = (chosen ? "▶ " : "") + name;
+    bar.firstChild.value = answer.probabilities[i];
+    number.textContent = answer.probabilities[i].toFixed(3) + (chosen ? (asRecorded && taken >= 0 ? " taken" : " most probable") : "");
+  });
+  element("value").textContent = answer.value.toFixed(3);
+}
+
+// Along the page's edges: how probable it is to the model that a row or column changes next, and a dot where it did
+function drawChange() {
+  const { width, height, w, h } = sizes(), next = frames[shown.frame][ACTION] >= 0 && !edited ? pageOf(stateOf(shown.frame + 1)) : null;
+  const page = pageOf(current()), did = { row: new Set(), column: new Set() };
+  if (next) for (let t = 0; t < T; t++) {
+    if (page[t] === next[t]) continue;
+    did.row.add(Math.floor(t / game.columns));
+    did.column.add(t % game.columns);
+  }
+  const predicted = { row: answer.changes.slice(0, game.rows), column: answer.changes.slice(game.rows, game.rows + WIDTH) };
+  const strips = { row: ["rows", 1.6 * w, height], column: ["columns", width, 1.1 * h] };
+  for (const [what, [id, stripWidth, stripHeight]] of Object.entries(strips)) {
+    const context = prepare(element(id), stripWidth, stripHeight), ink = style("--ink");
+    predicted[what].forEach((probability, i) => {
+      const box = what === "row" ? [2, i * h, stripWidth - 2, h] : [i * w, 2, w, stripHeight - 2];
+      context.fillStyle = colour(probability);
+      context.fillRect(...box);
+      if (!did[what].has(i)) return;
+      context.fillStyle = ink;
+      context.beginPath();
+      context.arc(box[0] + box[2] / 2, box[1] + box[3] / 2, Math.max(1.2, w / 4), 0, 7);
+      context.fill();
+    });
+    element(id).style[what === "row" ? "left" : "top"] = (what === "row" ? width : height) + "px";
+  }
+  const list = (numbers) => (numbers.length > 14 ? `${numbers.length} of them` : numbers.join(", ")) || "none";
+  const likely = (what) => list([...predicted[what].keys()].filter((i) => predicted[what][i] >= 0.5));
+  element("prediction").textContent = `Predicts to change next (along the edges of the page): rows ${likely("row")}; columns ${likely("column")}.` +
+    (next ? ` Did change (dots): rows ${list([...did.row])}; columns ${list([...did.column].sort((a, b) => a - b))}.` : "");
+}
+
+function drawChart() {
+  const canvas = element("chart"), width = canvas.clientWidth, height = canvas.clientHeight, context = prepare(canvas, width, height);
+  canvas.style.width = "100%";
+  const values = stages[shown.stage].values, n = Math.max(frames.length - 1, 1), left = 44, right = width - 44, top = 18, bottom = height - 6;
+  const place = (i) => left + ((right - left) * i) / n;
+  context.font = "12px system-ui, sans-serif";
+  const lines = [["score", frames.map((frame) => frame[SCORE]), "--accent", [], 4], ["value", values, "--paddle", [5, 3], right + 4]];
+  for (const [name, numbers, variable, dash, labelAt] of lines) {
+    const low = Math.min(...numbers), high = Math.max(...numbers), range = high - low || 1;
+    const up = (value) => bottom - ((bottom - top) * (value - low)) / range;
+    context.strokeStyle = context.fillStyle = style(variable);
+    context.setLineDash(dash);
+    context.lineWidth = 1.5;
+    context.beginPath();
+    numbers.forEach((value, i) => context.lineTo(place(i), up(value)));
+    context.stroke();
+    context.fillText(name, labelAt, 11);
+    for (const value of new Set([low, high])) context.fillText(Number.isInteger(value) ? value : value.toFixed(1), labelAt, up(value) + (value === high ? 12 : 0));
+  }
+  context.setLineDash([]);
+  context.strokeStyle = style("--ink");
+  context.lineWidth = 1;
+  context.strokeRect(place(shown.frame), top, 0, bottom - top);
+  canvas.setAttribute("aria-label", `Score and value over ${n} steps; now score ${frames[shown.frame][SCORE]}, value ${values[shown.frame].toFixed(2)}`);
+}
+
+function drawScale() {
+  const canvas = element("scale"), width = canvas.clientWidth, height = canvas.clientHeight, context = prepare(canvas, width, height);
+  for (let i = 0; i < width; i++) {
+    context.fillStyle = colour(i / width);
+    context.fillRect(i, 0, 1, height / 2);
+  }
+  canvas.style.width = "100%";
+  context.fillStyle = style("--ink");
+  context.font = "12px system-ui, sans-serif";
+  for (const weight of [0.001, 0.01, 0.1]) {
+    context.fillRect(level(weight) * width, 0, 1, height / 2);
+    context.fillText(`${100 * weight} %`, level(weight) * width - 10, height - 4);
+  }
+}
+
+// Heads, in the order of what they look at, and stages
+
+function describeHeads() {
+  const { shares, order, names } = stages[shown.stage];
+  const mean = shares[0].map((_, i) => shares.reduce((sum, head) => sum + head[i], 0) / shares.length);
+  const ends = (head) => ["left", "right"].map((side) => Math.round(100 * shares[head][things.indexOf(`paddle, ${side} end`)])).join(" + ");
+  const nameOf = (head) => names[head][0] + (names[head][0] === "paddle" ? `, ends ${ends(head)} %` : "");
+  const entries = [[MEAN, "all heads, mean", "", mean], ...order.map((head) =>
+    [head, `head ${head}: ${nameOf(head)}`, percent(names[head][1]), shares[head]])];
+  element("heads").replaceChildren(...entries.map(([head, name, share, looks]) => {
+    const button = document.createElement("button"), label = document.createElement("span"), number = document.createElement("span");
+    label.textContent = name;
+    number.textContent = share;
+    button.append(label, number);
+    button.onclick = () => choose({ head });
+    button.dataset.head = head;
+    button.dataset.shares = things.map((thing, i) => [looks[i], thing]).filter(([part]) => part >= 0.005).sort((a, b) => b[0] - a[0])
+      .map(([part, thing]) => `${thing} ${percent(part)}`).join(", ");
+    button.setAttribute("role", "radio");
+    return button;
+  }));
+  markChosen();
+}
+
+function markChosen() {
+  for (const button of element("heads").children) {
+    const chosen = button.dataset.head === String(shown.head);
+    button.setAttribute("aria-checked", chosen);
+    button.tabIndex = chosen ? 0 : -1;
+    if (chosen) element("shares").textContent = `Over the whole replay: ${button.dataset.shares}.`;
+  }
+  for (const [i, button] of [...element("stages").lastElementChild.children].entries()) button.setAttribute("aria-pressed", i === shown.stage);
+}
+
+function choose(change) {
+  const stage = shown.stage;
+  Object.assign(shown, change);
+  if (shown.stage !== stage) describeHeads();
+  markChosen();
+  update();
+}
+
+function nextHead(step) {
+  const all = [MEAN, ...stages[shown.stage].order];
+  choose({ head: all[(all.indexOf(shown.head) + step + all.length) % all.length] });
+}
+
+// Time
+
+function seek(i) {
+  edited = null;
+  shown.frame = Math.max(0, Math.min(frames.length - 1, i));
+  update();
+}
+
+function jump(name, step) {
+  for (let i = shown.frame + step; i >= 0 && i < frames.length; i += step) if (eventAt(i, name)) return pause(), seek(i);
+}
+
+function play() {
+  if (shown.frame === frames.length - 1) seek(0);
+  let due = performance.now();
+  const tick = (now) => {
+    const period = 1000 / element("speed").value, steps = Math.floor((now - due) / period);
+    if (steps > 0) {
+      due += steps * period;
+      if (now - due > 1000) due = now; // the tab was hidden
+      seek(shown.frame + Math.min(steps, 5));
+      if (shown.frame === frames.length - 1) return pause();
+    }
+    playing = requestAnimationFrame(tick);
+  };
+  playing = requestAnimationFrame(tick);
+  element("play").textContent = "Pause";
+}
+
+function pause() {
+  cancelAnimationFrame(playing);
+  playing = null;
+  element("play").textContent = "Play";
+  update();
+}
+
+const toggle = () => (playing ? pause() : play());
+
+// The address keeps what is shown
+
+function remember() {
+  const place = `#frame=${shown.frame}&head=${shown.head}&stage=${shown.stage}`;
+  if (location.hash !== place) history.replaceState(null, "", place);
+}
+
+function recall() {
+  const wanted = new URLSearchParams(location.hash.slice(1));
+  const number = (name, high, otherwise) => {
+    const value = Number.parseInt(wanted.get(name), 10);
+    return value >= 0 && value <= high ? value : otherwise;
+  };
+  edited = null;
+  shown.frame = number("frame", frames.length - 1, shown.frame);
+  shown.head = number("head", config.n_head - 1, MEAN);
+  shown.stage = number("stage", stages.length - 1, shown.stage);
+  describeHeads();
+  update();
+}
+
+// Looking at a cell, and editing
+
+function cellAt(event) {
+  const box = element("page").getBoundingClientRect(), { w, h } = sizes();
+  const inside = (value, high) => Math.max(0, Math.min(high, Math.floor(value)));
+  return { row: inside((event.clientY - box.top) / h, game.rows - 1), column: inside((event.clientX - box.left) / w, WIDTH - 1) };
+}
+
+function describeCell() {
+  if (!cursor) return;
+  const t = cursor.row * game.columns + cursor.column, character = game.characters[pageOf(current())[t]];
+  const heads = answer.attention.map((head, i) => [head[t], i]).filter(([weight]) => weight >= 0.0005).sort((a, b) => b[0] - a[0]);
+  element("cell").textContent = `Row ${cursor.row}, column ${cursor.column}: ${character === " " ? "empty" : character}. ` +
+    (heads.length ? `Weights: ${heads.map(([weight, i]) => `head ${i} ${percent(weight)}`).join(", ")}; ` : "No head gives it 0.05 %; ") +
+    `mean ${(100 * answer.attention.reduce((sum, head) => sum + head[t], 0) / answer.attention.length).toFixed(2)} %.` +
+    (mapped?.[cursor.row]?.[cursor.column] ? ` With the ball here: ${actions[mapped[cursor.row][cursor.column].best]}.` : "");
+}
+
+function look(cell) {
+  cursor = cell;
+  describeCell();
+  drawHeat();
+}
+
+function edit({ row, column }) {
+  const tool = document.querySelector("input[name=tool]:checked").value, state = { ...current() };
+  if (tool === "look") return;
+  if (playing) pause();
+  if (tool === "ball") Object.assign(state, { x: column, y: Math.min(row, game.paddle_row) });
+  if (tool === "paddle") state.paddle = Math.max(1, Math.min(game.paddle_max, column - 3)); // its middle
+  if (tool === "brick") {
+    const i = brickAt(row, column);
+    if (i < 0) return;
+    state.bricks = state.bricks.slice(0, i) + (state.bricks[i] === "1" ? "0" : "1") + state.bricks.slice(i + 1);
+  }
+  edited = state;
+  update();
+}
+
+// What it would do: the most probable action for the ball in every cell, a little at a time, so that the page stays alive
+
+function startMap() {
+  const task = ++mapTask, model = models[shown.stage], ball = game.characters.indexOf("O"), cells = [];
+  const sums = model.sum(pageOf({ ...current(), x: null }));
+  mapped = Array.from({ length: game.rows }, () => []);
+  for (let row = 1; row <= game.paddle_row; row++) for (let column = 1; column < WIDTH - 1; column++) cells.push([row, column]);
+  const some = () => {
+    if (task !== mapTask) return;
+    const until = performance.now() + 100;
+    while (cells.length && performance.now() < until) {
+      const [row, column] = cells.pop(), { probabilities } = model.readChanged(sums, row * game.columns + column, ball);
+      const best = probabilities.indexOf(Math.max(...probabilities));
+      mapped[row][column] = { best, probability: probabilities[best] };
+    }
+    drawHeat();
+    if (cells.length) setTimeout(some);
+    else describeCell();
+  };
+  some();
+}
+
+function drawMap(context, w, h) {
+  const signs = ["·", "◂", "▸"], papers = [null, colour(0.3), colour(1)], ink = style("--ink");
+  context.clearRect(0, 0, WIDTH * w, game.rows * h);
+  context.font = `${h * 0.8}px sans-serif`;
+  context.textAlign = "center";
+  context.textBaseline = "middle";
+  mapped.forEach((line, row) => line.forEach(({ best, probability }, column) => {
+    if (papers[best]) {
+      context.fillStyle = papers[best];
+      context.fillRect(column * w, row * h, w + 0.5, h + 0.5);
+    }
+    context.globalAlpha = 0.35 + 0.65 * probability ** 2;
+    context.fillStyle = ink;
+    context.fillText(signs[best], (column + 0.5) * w, (row + 0.5) * h);
+    context.globalAlpha = 1;
+  }));
+}
+
+// Wiring
+
+function fit() {
+  const page = element("page"), room = element("board").clientWidth;
+  page.parentElement.style.fontSize = "100px";
+  const perPixel = page.parentElement.getBoundingClientRect().width / 100;
+  page.parentElement.style.fontSize = Math.min(18, Math.floor((100 * room) / perPixel) / 100) + "px";
+}
+
+function redraw() {
+  fit();
+  drawScale();
+  update();
+}
+
+const keys = {
+  " ": toggle, ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => seek(0), End: () => seek(frames.length - 1),
+  p: () => jump("point", 1), P: () => jump("point", -1), r: () => jump("return", 1), R: () => jump("return", -1),
+  l: () => jump("lost", 1), L: () => jump("lost", -1), h: () => nextHead(1), H: () => nextHead(-1),
+  m: () => element("map").click(), Escape: undo,
+};
+
+function step(by) {
+  if (playing) pause();
+  seek(shown.frame + by);
+}
+
+function undo() {
+  edited = null;
+  update();
+}
+
+function keyOnPage(event) {
+  const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+  const { row, column } = cursor ?? { row: current().y, column: current().x };
+  if (event.key === "Enter") edit({ row, column });
+  else if (move) look({ row: Math.max(0, Math.min(game.rows - 1, row + move[0])), column: Math.max(0, Math.min(WIDTH - 1, column + move[1])) });
+  else return;
+  event.preventDefault();
+  event.stopPropagation();
+}
+
+function start() {
+  element("about").textContent = data.about;
+  document.title = `What the model sees: ${data.name}`;
+  for (let row = 0; row < game.rows; row++) element("page").append(document.createElement("span"));
+  for (const name of actions) {
+    const row = element("actions").insertRow(), meter = document.createElement("meter");
+    row.insertCell();
+    row.insertCell().append(meter);
+    row.insertCell();
+    meter.setAttribute("aria-label", `probability of ${name}`);
+  }
+  if (stages.length > 1) {
+    element("stages").hidden = false;
+    element("stages").lastElementChild.append(...stages.map(({ label }, stage) => {
+      const button = document.createElement("button");
+      Object.assign(button, { textContent: label, onclick: () => choose({ stage }) });
+      return button;
+    }));
+  }
+  element("map-label").hidden = config.n_layer > 1; // seconds for each cell
+  element("slider").max = frames.length - 1;
+  element("slider").oninput = (event) => (playing && pause(), seek(Number(event.target.value)));
+  element("play").onclick = toggle;
+  element("back").onclick = () => step(-1);
+  element("forward").onclick = () => step(1);
+  element("undo").onclick = undo;
+  element("map").onchange = () => (mapTask++, update());
+  for (const button of document.querySelectorAll("[data-event]")) button.onclick = () => jump(button.dataset.event, 1);
+  element("page").onpointermove = (event) => look(cellAt(event));
+  element("page").onclick = (event) => edit(cellAt(event));
+  element("page").onkeydown = keyOnPage;
+  element("heads").onkeydown = (event) => {
+    const by = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
+    if (!by) return;
+    nextHead(by);
+    element("heads").querySelector("[aria-checked=true]").focus();
+    event.preventDefault();
+    event.stopPropagation();
+  };
+  element("chart").onpointerdown = (event) => {
+    const left = 44, room = element("chart").clientWidth - 88;
+    if (playing) pause();
+    seek(Math.round(((event.offsetX - left) / room) * (frames.length - 1)));
+  };
+  document.onkeydown = (event) => {
+    const own = { INPUT: [" ", "ArrowLeft", "ArrowRight", "Home", "End"], BUTTON: [" "] }; // what these make of a key themselves
+    own.SELECT = own.INPUT;
+    if (own[event.target.tagName]?.includes(event.key) || event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
+    keys[event.key]();
+    event.preventDefault();
+  };
+  addEventListener("resize", redraw);
+  addEventListener("hashchange", recall);
+  dark.addEventListener("change", redraw);
+  fit();
+  recall();
+  drawScale();
+}
+
+start();

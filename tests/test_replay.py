@@ -1,0 +1,323 @@
+import json
+import re
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from breakout_ascii import BreakoutAsciiVec
+from checkpoint import save_checkpoint
+from load_model import SHIPPED, load_policy, main, make_gpt, play
+from model import GPT, GPTConfig
+from replay import Stage, html, record
+from replay.attention import THINGS, attention, name_of, plain_gpt, shares, sort_heads, things_on
+from replay.pictures import pictures
+
+CPU = torch.device("cpu")
+
+
+def data_of(text):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+def random_pages(n, seed=0):
+    """Pages of random play from random starts."""
+    env = BreakoutAsciiVec(n, varied_starts=1.0)
+    obs, _ = env.reset(seed=seed)
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        obs, *_ = env.step(rng.integers(3, size=n))
+    return obs
+
+
+@pytest.mark.parametrize("n_layer", [1, 2])
+def test_attention_is_what_the_model_computes(n_layer):
+    """Put in the place of scaled_dot_product_attention in the last block, it gives the features."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=8)).double()
+    pages = random_pages(2)
+    weights = attention(gpt, pages)
+    assert weights.shape == (2, 2, 1944)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, dtype=torch.double))
+    characters = gpt.encode(pages)
+    x = gpt.embed(characters)
+    for block in gpt.blocks[:-1]:
+        x = block(x)
+    block = gpt.blocks[-1]
+    values = block.attn.c_attn(block.ln_1(x))[..., 16:].unflatten(-1, (2, 4))
+    y = torch.einsum("bht,bthd->bhd", weights, values).flatten(1)
+    x = x[:, -1] + block.attn.c_proj(y)
+    torch.testing.assert_close(gpt.ln_f(x + block.mlp(block.ln_2(x))), gpt.features(characters))
+
+
+def test_heads_are_named_by_what_they_look_at():
+    page = BreakoutAsciiVec(1).reset(seed=0)[0]
+    counts = np.bincount(things_on(page)[0], minlength=len(THINGS))
+    assert dict(zip(THINGS, counts)) == {
+        "ball": 1, "paddle, left end": 1, "paddle, middle": 5, "paddle, right end": 1, "bricks": 91 * 6, "walls": 80 * 2 + 22 * 2,
+        "empty space": 78 * 22 - 91 * 6 - 8, "line ends": 24,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_head=4, n_embd=16))
+    with torch.no_grad():
+        gpt.blocks[0].attn.c_attn.weight[:32] = 0  # no head cares
+    np.testing.assert_allclose(shares(gpt, page), np.tile(counts / 1944, (4, 1)), atol=1e-6)
+    looks = np.zeros((3, len(THINGS)))
+    looks[0, [1, 2, 3, 6]] = 0.2, 0.2, 0.2, 0.4
+    looks[1, 6], looks[2, 0] = 1, 1
+    assert [name_of(head) for head in looks] == [("paddle", pytest.approx(0.6)), ("empty space", 1), ("ball", 1)] and sort_heads(looks) == [2, 0, 1]
+
+
+def test_the_file_holds_the_game(tmp_path):
+    """All frames, the last page of each game too, and nothing that a hostile name could turn into markup or a template's placeholder."""
+    policy, _ = load_policy(SHIPPED)
+    steps = list(play(policy, episodes=2, sample=True, seed=1))
+    frames = record(steps)
+    hostile = "</script><img src=x onerror=alert(1)>$data ${script}"
+    text = html(frames, [Stage(hostile, policy)], hostile, hostile)
+    data = data_of(text)
+    assert len(frames) == len(steps) + 2 == len(data["frames"]) and data["name"] == data["stages"][0]["label"] == hostile
+    assert "<img" not in text and text.count("</script>") == 3
+    ends = [frame for frame in data["frames"] if frame[3] < 0]
+    assert [end[4:] for end in ends] == [[step.info["score"], step.info["lives"]] for step in steps if step.last]
+    assert [frame[3] for frame in data["frames"] if frame[3] >= 0] == [step.action for step in steps]
+    assert len(text) < 3_000_000 and "http" not in text.replace("http-equiv", "")  # nothing is fetched
+    with torch.no_grad():
+        values = torch.cat([policy(np.stack([f.page for f in frames[i : i + 500]]))[1] for i in range(0, len(frames), 500)])
+    np.testing.assert_allclose(data["stages"][0]["values"], values, atol=1e-3)
+
+
+def test_stages_of_a_run(tmp_path, capsys):
+    config = GPTConfig(n_head=4, n_embd=16)
+    for name, step in (("checkpoint_0", 0), ("checkpoint_1", 90), ("checkpoint_2", 800), ("checkpoint_3", 2000), ("best_model", 1000)):
+        torch.manual_seed(step)
+        save_checkpoint(tmp_path / f"{name}.pt", {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict()), "global_step": step})
+    (tmp_path / "checkpoint_9.pt").write_bytes(b"damaged")
+    main([str(tmp_path), "--steps", "20", "--out", str(tmp_path / "replay.html")])
+    data = data_of((tmp_path / "replay.html").read_text())
+    assert [stage["label"] for stage in data["stages"]] == ["start", "90 steps", "1,000 steps"]
+    assert len({stage["weights"] for stage in data["stages"]}) == 3 and "wrote" in capsys.readouterr().out
+
+
+def test_pictures_show_attention(tmp_path):
+    """A head that looks at the ball alone: its cell is hot, the others are grey. All heads are smaller, and side by side."""
+    policy, _ = load_policy(SHIPPED)
+    gpt, frames = plain_gpt(policy), record(play(policy, 30))
+    head = int(attention(gpt, frames[20].page[None])[0, :, int((frames[20].page == ord("O")).argmax())].argmax())
+    one = list(pictures(gpt, frames, head))
+    row, column = divmod(int((frames[20].page == ord("O")).argmax()), 81)
+    picture = one[20][14:]
+    assert picture.shape == (264, 480, 3)
+    hot = picture[row * 11 : row * 11 + 11, column * 6 : column * 6 + 6].astype(int)
+    assert (hot[..., 0] - hot[..., 2] > 100).mean() > 0.5 and (picture[..., 0].astype(int) - picture[..., 2] > 100).sum() < 2 * 66
+    assert next(pictures(gpt, frames[:1])).shape == (4 * (132 + 14), 4 * 240, 3)
+    main([str(SHIPPED), "--attention", "--steps", "5", "--out", str(tmp_path / "heads.gif")])
+    with Image.open(tmp_path / "heads.gif") as gif:
+        assert gif.size == (960, 584) and gif.n_frames == 6
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--head 16", "from 0 to 15"), ("--head -1", "from 0 to 15"), ("--attention --evaluate", "are for a .gif"),
+    ("--attention --out x.html", "every head in any case"), ("--steps 20000 --out x.html", "from 1 to 10000"),
+])  # fmt: skip
+def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as error:
+        main([str(SHIPPED), *words.split()])
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def replay(tmp_path_factory):
+    """1000 steps of the shipped model, with an untrained one as the first stage -> file, frames, policies."""
+    policy, _ = load_policy(SHIPPED)
+    torch.manual_seed(0)
+    untrained = make_gpt(policy.config, CPU)
+    frames = record(play(policy, 1000))
+    path = tmp_path_factory.mktemp("replay") / "replay.html"
+    hostile = "<img src=x onerror=alert(1)>"
+    path.write_text(html(frames, [Stage("start", untrained), Stage(hostile, policy)], hostile, hostile))
+    return path, frames, [untrained, policy]
+
+
+@pytest.fixture
+def opened(chromium, replay):
+    """-> open(place, **options): the page in a new tab; fails on any error or dialog, at the end too."""
+    problems, pages = [], []
+
+    def open_page(place="", path=replay[0], width=1280, scheme="light"):
+        page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: problems.append(request.url) if not request.url.startswith("file:") else None)
+        page.goto(path.as_uri() + place)
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert not problems
+
+
+def numbers(policy, pages):
+    """What a policy makes of pages: probabilities, values, predicted changes."""
+    with torch.no_grad():
+        features = policy.features(policy.encode(pages))
+        logits, values = policy.heads(features)
+        return logits.softmax(-1).numpy(), values.numpy(), policy.change_head(features).sigmoid().numpy()
+
+
+def wait_for(page, expression):
+    """Playwright's own would evaluate a string within the page, which its policy forbids."""
+    for _ in range(600):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"not within 30 s: {expression}")
+
+
+READ = """([stage, texts]) => texts.map((text) => {
+  const read = models[stage].read(Uint8Array.from(text, (character) => game.characters.indexOf(character)));
+  return [read.probabilities, read.value, [...read.changes], read.attention.map((head) => [...head])];
+})"""
+
+
+@pytest.mark.browser
+def test_the_browser_computes_what_pytorch_computes(opened, replay):
+    """Hundreds of pages: of the replay, and of random play, of an untrained and of the shipped model."""
+    _, frames, policies = replay
+    page = opened()
+    pages = np.concatenate([np.stack([frame.page for frame in frames[::10]]), random_pages(100)])
+    drawn = page.evaluate("frames.map((_, i) => textOf(pageOf(stateOf(i))))")
+    assert drawn == [bytes(frame.page).decode() for frame in frames]
+    for stage, policy in enumerate(policies):
+        found = [page.evaluate(READ, [stage, [bytes(p).decode() for p in part]]) for part in np.array_split(pages, 10)]
+        found = [np.array([one[i] for part in found for one in part]) for i in range(4)]
+        expected = *numbers(policy, pages), np.concatenate([attention(plain_gpt(policy), part) for part in np.array_split(pages, 10)])
+        for ours, theirs in zip(found, expected):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.browser
+def test_more_layers(opened, tmp_path):
+    torch.manual_seed(0)
+    policy = make_gpt(GPTConfig(n_layer=2, n_head=2, n_embd=8), CPU)
+    frames = record(play(policy, 3))
+    (tmp_path / "deep.html").write_text(html(frames, [Stage("", policy)], "", ""))
+    page = opened(path=tmp_path / "deep.html")
+    for one, *expected in zip(page.evaluate(READ, [0, [bytes(frame.page).decode() for frame in frames]]),
+                              *numbers(policy, np.stack([frame.page for frame in frames]))):  # fmt: skip
+        for ours, theirs in zip(one, expected):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert page.locator("#map").is_hidden()
+
+
+@pytest.mark.browser
+def test_keys_slider_and_address(opened, replay):
+    _, frames, _ = replay
+    page = opened("#frame=10&head=3")
+    shown = page.locator("#status")
+    assert shown.text_content().startswith("Step 10 of 1000") and page.locator("[data-head='3']").get_attribute("aria-checked") == "true"
+    page.keyboard.press("ArrowRight")
+    assert shown.text_content().startswith("Step 11 ")
+    page.locator("#slider").fill("500")
+    assert f"Step 500 of 1000 · score {frames[500].score} " in shown.text_content() and "frame=500" in page.url
+    page.keyboard.press("p")  # with the slider focused
+    point = next(i for i in range(501, 1001) if frames[i].score > frames[i - 1].score)
+    assert shown.text_content().startswith(f"Step {point} ")
+    page.keyboard.press("Shift+P")
+    assert shown.text_content().startswith(f"Step {max(i for i in range(1, point) if frames[i].score > frames[i - 1].score)} ")
+    page.keyboard.press("End")
+    assert f"score {frames[-1].score} · lives {frames[-1].lives}" in shown.text_content()
+    page.keyboard.press("Home")
+    page.keyboard.press("h")
+    page.locator("#speed").select_option("60")
+    page.locator("h1").click()
+    page.keyboard.press("Space")
+    wait_for(page, "shown.frame >= 5")
+    page.keyboard.press("Space")
+    assert page.evaluate("playing") is None and f"frame={page.evaluate('shown.frame')}" in page.url
+    page.goto(page.url.split("#")[0] + "#frame=nonsense&head=99&stage=-1")
+    assert page.evaluate("shown.head") == "mean"
+
+
+@pytest.mark.browser
+def test_an_edit_changes_the_answer_as_pytorch_says(opened, replay):
+    """By mouse and by keyboard; the map says the same of every cell."""
+    _, frames, policies = replay
+    page = opened("#frame=200")
+    box = page.locator("#page").bounding_box()
+
+    def click(row, column):
+        page.mouse.click(box["x"] + (column + 0.5) * box["width"] / 80, box["y"] + (row + 0.5) * box["height"] / 24)
+
+    def check():
+        text = page.evaluate("textOf(pageOf(current()))")
+        tokens = np.frombuffer(text.encode(), np.uint8)[None]
+        probabilities, values, _ = numbers(policies[1], tokens.copy())
+        np.testing.assert_allclose(page.evaluate("answer.probabilities"), probabilities[0], atol=1e-4)
+        np.testing.assert_allclose(page.evaluate("answer.value"), values[0], atol=1e-4, rtol=1e-4)
+        assert float(page.locator("#value").text_content()) == pytest.approx(values[0], abs=6e-4)
+        return tokens.reshape(24, 81).copy()
+
+    before = check()
+    page.locator("input[value=ball]").check()
+    click(15, 20)
+    assert check()[15, 20] == ord("O") and page.evaluate("edited") is not None
+    page.locator("input[value=paddle]").check()
+    click(22, 30)
+    assert bytes(check()[22, 27:34]) == b"======="
+    page.locator("input[value=brick]").check()
+    click(5, 8)
+    assert (check()[5, 7] == ord("|")) != (before[5, 7] == ord("|"))
+    page.locator("#page").focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")  # the cursor is below the brick that was clicked
+    assert (check()[6, 7] == ord("|")) != (before[6, 7] == ord("|"))
+    assert "Row 6, column 8" in page.locator("#cell").text_content()
+    page.locator("#map").check()
+    wait_for(page, "mapped !== null && mapped[1][1] !== undefined")
+    told = page.evaluate("mapped.map((line) => line.map((cell) => cell && cell.best))")
+    state, cells = check(), [(row, column) for row in range(1, 23) for column in range(1, 79)]
+    state[state == ord("O")] = ord(" ")
+    pages = np.repeat(state.reshape(1, -1), len(cells), 0)
+    pages[np.arange(len(cells)), [row * 81 + column for row, column in cells]] = ord("O")
+    expected = np.concatenate([numbers(policies[1], part)[0] for part in np.array_split(pages, 8)])
+    margins = np.sort(expected)[:, -1] - np.sort(expected)[:, -2]
+    wrong = [cell for cell, p, m in zip(cells, expected, margins) if m > 1e-3 and told[cell[0]][cell[1]] != p.argmax()]
+    assert not wrong and (margins > 1e-3).mean() > 0.9
+    page.keyboard.press("Escape")
+    assert np.array_equal(check(), before)
+
+
+@pytest.mark.browser
+def test_stages_and_looks(opened, replay, tmp_path):
+    """Another stage is another model on the same frame; nothing overflows at any width, in either scheme."""
+    _, frames, policies = replay
+    page = opened("#frame=300")
+    page.locator("#stages button").first.click()
+    np.testing.assert_allclose(page.evaluate("answer.probabilities"), numbers(policies[0], frames[300].page[None])[0][0], atol=1e-4)
+    assert "<img" in page.locator("#about").text_content()
+    for scheme in ("light", "dark"):
+        for width in (1280, 400):
+            page = opened("#frame=300", width=width, scheme=scheme)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            page.screenshot(path=tmp_path / f"{scheme}_{width}.png", full_page=True)
