@@ -1,17 +1,27 @@
-"""The trainings of algorithms/ beside Stable-Baselines3's:  python benchmarks/peers.py lunarlander|space_invaders [--seed 0]
+"""The trainings of algorithms/ beside Stable-Baselines3's and TRL's:  python benchmarks/peers.py lunarlander|space_invaders|grpo [--seed 0]
 
 lunarlander     minutes and steps until the mean of 30 greedy episodes reaches 200, ours and SB3's PPO with the settings of RL Baselines3
                 Zoo; evaluations are not counted in either's time
 space_invaders  environment steps per second while learning, ours and SB3's DQN, with the same network, batch, game and learning steps per
                 step; alternating, medians; --float32 for ours without bfloat16
+grpo            reward of answers to prompts held out, before and after --steps steps, and seconds per step, ours and TRL's GRPOTrainer, with
+                the same model, prompts, reward and settings, in float32 on the CPU; two trainings, one after the other. A step is 8 answers
+                and what is learned from them; medians, without evaluations, logs and checkpoints. Both draw each step's answers from the
+                same random numbers: until their weights differ by more than rounding they draw the same ones
 
-Needs pip install stable-baselines3, and algorithms/requirements.txt.
+What `grpo` leaves different: TRL divides by a standard deviation with Bessel's correction, so its advantages are 6 % smaller, which Adam undoes
+but for the clipping of gradients; ours reads the answers once more, to measure the divergence from the model at the start; and TRL measures
+entropies, and has Adam fused.
+
+Needs algorithms/requirements.txt, and pip install stable-baselines3 for the first two or pip install trl for the last.
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,24 +29,23 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-try:
-    import stable_baselines3 as sb3
-    from stable_baselines3.common.logger import Logger
-    from stable_baselines3.common.vec_env import DummyVecEnv
-except ImportError:
-    sys.exit("peers.py: needs Stable-Baselines3: pip install stable-baselines3")
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from algorithms import dqn_space_invaders as dqn  # noqa: E402
+from algorithms import grpo_text as grpo  # noqa: E402
 from algorithms import ppo_lunarlander as lander  # noqa: E402
-from algorithms.common import greedy_returns  # noqa: E402
+from algorithms.common import greedy_returns, need  # noqa: E402
 from callbacks import Callback  # noqa: E402
 from command_line import raise_error, run_script  # noqa: E402
 
 EVERY, SOLVED = 81_920, 200.0  # steps between two evaluations; points
 STEPS = 1_500  # of a turn
-quiet = Logger(folder=None, output_formats=[])
+
+
+def stable_baselines3():
+    """-> the package, and a logger of it that says nothing."""
+    sb3 = need("stable_baselines3", "stable-baselines3")
+    return sb3, sb3.common.logger.Logger(folder=None, output_formats=[])
 
 
 # LunarLander
@@ -68,8 +77,9 @@ def ours_on_the_moon(seed, num_steps):
 
 
 def theirs_on_the_moon(seed, num_steps):
+    sb3, quiet = stable_baselines3()
     found, model = [], sb3.PPO(
-        "MlpPolicy", DummyVecEnv([lander.make_env] * 16), n_steps=1024, batch_size=64, gae_lambda=0.98, gamma=0.999, n_epochs=4,
+        "MlpPolicy", sb3.common.vec_env.DummyVecEnv([lander.make_env] * 16), n_steps=1024, batch_size=64, gae_lambda=0.98, gamma=0.999, n_epochs=4,
         ent_coef=0.01, seed=seed, device="cpu",
     )  # fmt: skip
     model.set_logger(quiet)
@@ -88,6 +98,7 @@ def report(name, steps, seconds, mean):
 
 
 def lunarlander(seed, num_steps):
+    stable_baselines3()  # or say at once that it is missing
     torch.set_num_threads(1)
     for name, train in (("ours", ours_on_the_moon), ("SB3", theirs_on_the_moon)):
         found = train(seed, num_steps)
@@ -102,6 +113,7 @@ def lunarlander(seed, num_steps):
 
 def space_invaders(seed, turns, bf16):
     """One turn of each, again and again: the games go on where they were."""
+    sb3, quiet = stable_baselines3()
     constants = {**dqn.CONSTANTS, "SEED": seed, "REPLAY_SIZE": 10_000, "EPSILON": 0.1, "DEVICE": "cpu", "BF16": bf16}
     c = SimpleNamespace(**constants)
     ours = dqn.build(c)
@@ -126,18 +138,100 @@ def space_invaders(seed, turns, bf16):
     print(f"{torch.get_num_threads()} threads: ours {medians[0]:.0f}, SB3 {medians[1]:.0f} steps/s, ratio {ratio:.2f}")
 
 
+# GRPO
+
+
+def ours_in_words(c):
+    """-> the weights at the end, the seconds of each step, and the prompt of each step."""
+    trainer, seconds, prompts = grpo.build(c), [], []
+    for step in range(c.NUM_STEPS):
+        torch.manual_seed(1000 * c.SEED + step)
+        clock = time.perf_counter()
+        trainer.collect_and_update()
+        seconds.append(time.perf_counter() - clock)
+        prompts.append(trainer.examples[0][1])
+        tell("ours", seconds, trainer.rewards)
+    return trainer.policy.state_dict(), seconds, prompts
+
+
+def theirs_in_words(c, prompts):
+    """-> the weights at the end, the seconds of each step."""
+    trl, transformers, datasets = need("trl", "trl"), need("transformers"), need("datasets", "trl")
+    writer, score, seconds = grpo.make_writer(c, torch.device("cpu")), grpo.reward_model(c.REWARD_MODEL, torch.device("cpu")), []
+    chat = bool(writer.tokenizer.chat_template)
+    rows = [{"question": prompt, "prompt": [{"role": "user", "content": prompt}] if chat else prompt} for prompt in prompts]
+    rewards = None
+
+    def reward(completions, question, **_):
+        nonlocal rewards
+        rewards = score(question, [answer[0]["content"] if chat else answer for answer in completions])
+        return rewards.tolist()
+
+    class Steps(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            torch.manual_seed(1000 * c.SEED + state.global_step)
+            self.clock = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            seconds.append(time.perf_counter() - self.clock)
+            tell("TRL", seconds, rewards)
+
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between trl and transformers
+        config = trl.GRPOConfig(
+            directory, seed=c.SEED, max_steps=len(prompts), shuffle_dataset=False, per_device_train_batch_size=c.NUM_SAMPLES,
+            num_generations=c.NUM_SAMPLES, max_completion_length=c.MAX_NEW_TOKENS, temperature=c.TEMPERATURE, top_p=c.TOP_P,
+            loss_type="bnpo", scale_rewards="group" if c.NORMALIZE else "none", epsilon=c.EPS_CLIP, beta=c.KL_COEF,
+            use_bias_correction_kl=False, learning_rate=c.LR, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=c.MAX_GRAD_NORM,
+            disable_dropout=True, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no",
+            logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = trl.GRPOTrainer(writer.model, reward, config, datasets.Dataset.from_list(rows), processing_class=writer.tokenizer,
+                                  callbacks=[Steps()])  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    return writer.state_dict(), seconds
+
+
+def tell(name, seconds, rewards):
+    print(f"{name}: step {len(seconds)}, reward {rewards.mean():.4f}, {seconds[-1]:.2f} s", flush=True)
+
+
+def in_words(seed, num_steps, model):
+    need("trl", "trl")  # or say at once that it is missing
+    grpo.check({"POLICY_MODEL": model})
+    c = SimpleNamespace(**{**grpo.CONSTANTS, "POLICY_MODEL": model, "SEED": seed, "NUM_STEPS": num_steps, "DEVICE": "cpu", "LORA_RANK": 0,
+                           "PROMPTS_PER_STEP": 1, "EPOCHS": 1})  # fmt: skip
+
+    def score_of(weights):
+        return grpo.evaluate({"constants": vars(c), "model": weights})
+
+    before = score_of(grpo.make_writer(c, torch.device("cpu")).state_dict())
+    weights, seconds, prompts = ours_in_words(c)
+    results = {"ours": (score_of(weights), seconds)}
+    weights, seconds = theirs_in_words(c, prompts)
+    results["TRL"] = (score_of(weights), seconds)
+    for name, (after, seconds) in results.items():
+        print(f"{name}: reward {before['score']:.3f} (standard error {before['error']:.3f}) before, {after['score']:.3f} ({after['error']:.3f}) "
+              f"after {num_steps} steps, {statistics.median(seconds):.2f} s per step")  # fmt: skip
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="peers.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("what", choices=("lunarlander", "space_invaders"))
+    parser.add_argument("what", choices=("lunarlander", "space_invaders", "grpo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_steps", type=int, default=1_000_000, help="of LunarLander (default 1000000)")
     parser.add_argument("--turns", type=int, default=5, help="of Space Invaders (default 5)")
     parser.add_argument("--float32", action="store_true")
+    parser.add_argument("--steps", type=int, default=50, help="of GRPO (default 50)")
+    parser.add_argument("--model", default=grpo.POLICY_MODEL, help=f"of GRPO, as grpo_text takes it (default {grpo.POLICY_MODEL})")
     parser.error = raise_error
     args = parser.parse_args(argv)
     if args.what == "lunarlander":
         lunarlander(args.seed, args.num_steps)
+    elif args.what == "grpo":
+        in_words(args.seed, args.steps, args.model)
     else:
         space_invaders(args.seed, args.turns, not args.float32)
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import train_ppo
+from algorithms.language_model import tiny_model, train_tokenizer
 from breakout_ascii import TOKENS, BreakoutAscii, BreakoutAsciiVec
 from callbacks import Callback
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -505,6 +506,39 @@ def test_peers_small(monkeypatch, capsys):
     monkeypatch.setattr(peers, "STEPS", 24)
     peers.main(["space_invaders", "--turns", "1"])
     assert re.search(r"ours \d+, SB3 \d+ steps/s, ratio \d", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("task, package", [("lunarlander", "stable_baselines3"), ("space_invaders", "stable_baselines3"), ("grpo", "trl")])
+def test_a_task_names_the_peer_it_lacks(monkeypatch, task, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(CommandLineError, match=f"^needs {package}: pip install {package.replace('_', '-')}$"):
+        load("peers").main([task])
+
+
+def test_grpo_learns_what_trl_does(monkeypatch, capsys, tmp_path):
+    """The same answers in every step, and the same weights at the end, but for Bessel's correction. A loss averaged over answers would give
+    0.98, a linear schedule 0.99."""
+    pytest.importorskip("trl")
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["hello world"])
+    tokenizer.chat_template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    for part in (tiny_model(tokenizer), tokenizer):
+        part.save_pretrained(tmp_path)
+    peers, states = load("peers"), []
+    evaluate = peers.grpo.evaluate
+    monkeypatch.setitem(peers.grpo.REWARDS, "brief", lambda prompt, answer: sum(map(str.isascii, answer)) / 16)
+    monkeypatch.setitem(peers.grpo.CONSTANTS, "MAX_NEW_TOKENS", 16)
+    monkeypatch.setitem(peers.grpo.CONSTANTS, "LR", 1e-3)
+    monkeypatch.setattr(peers.grpo, "evaluate", lambda state: states.append(state["model"]) or evaluate(state))
+    peers.main(["grpo", "--steps", "2", "--model", str(tmp_path)])
+    out = capsys.readouterr().out
+    for step in "12":
+        ours, theirs = re.findall(rf": step {step}, reward (\S+), [\d.]+ s", out)
+        assert ours == theirs
+    result = r"reward 0\.\d+ \(standard error 0\.\d+\) before, 0\.\d+ \(0\.\d+\) after 2 steps, \d+\.\d+ s per step"
+    assert re.search(f"ours: {result}\nTRL: {result}$", out.rstrip())
+    start, ours, theirs = (torch.cat([x.flatten() for x in state.values()]) for state in states)
+    assert (ours - start).norm() > 0 and torch.cosine_similarity(ours - start, theirs - start, 0) > 0.999
 
 
 def test_what_reading_the_beginning_once_saves(capsys):
