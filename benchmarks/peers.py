@@ -147,10 +147,10 @@ def ours_in_words(c):
     for step in range(c.NUM_STEPS):
         torch.manual_seed(1000 * c.SEED + step)
         clock = time.perf_counter()
-        trainer.collect_and_update()
+        stats = trainer.collect_and_update()
         seconds.append(time.perf_counter() - clock)
         prompts.append(trainer.examples[0][1])
-        tell("ours", seconds, trainer.rewards)
+        tell("ours", seconds, trainer.rewards, f", KL {stats['kl_reference']:.3f}")
     return trainer.policy.state_dict(), seconds, prompts
 
 
@@ -193,8 +193,8 @@ def theirs_in_words(c, prompts):
     return writer.state_dict(), seconds
 
 
-def tell(name, seconds, rewards):
-    print(f"{name}: step {len(seconds)}, reward {rewards.mean():.4f}, {seconds[-1]:.2f} s", flush=True)
+def tell(name, seconds, rewards, more=""):
+    print(f"{name}: step {len(seconds)}, reward {rewards.mean():.4f}, {seconds[-1]:.2f} s{more}", flush=True)
 
 
 def in_words(seed, num_steps, model):
