@@ -81,7 +81,8 @@ class Step(NamedTuple):
     action: int
     next_page: np.ndarray  # what it led to
     info: dict  # of the game, afterwards
-    last: bool  # a game, or the playing, ends here
+    over: bool  # the game ends here
+    last: bool  # the game, or the playing, ends here
 
 
 def play(policy, steps=1000, episodes=None, seed=0, sample=False):
@@ -95,7 +96,7 @@ def play(policy, steps=1000, episodes=None, seed=0, sample=False):
         over = terminated or truncated
         games += over
         done = games == episodes if episodes else step == steps
-        yield Step(page, action, next_page, info, over or done)
+        yield Step(page, action, next_page, info, over, over or done)
         if done:
             return
         page = env.reset()[0] if over else next_page
@@ -116,16 +117,15 @@ def write_mp4(file, pictures):
 
 def stages(path, policy, meta):
     """The stages of training that lie beside a run's model, its start and a tenth of the way, and the model itself -> a list of `Stage`."""
-    found = []
+    steps, earlier = meta.get("global_step", 0), {}
     for file in path.parent.glob("checkpoint_*.pt"):
         with contextlib.suppress(CheckpointError):
-            earlier, its_meta = load_policy(file)
-            if its_meta["global_step"] < meta["global_step"] and earlier.config == policy.config:
-                found.append((its_meta["global_step"], earlier))
-    tenth = meta.get("global_step", 0) / 10
-    wanted = {step: earlier for step, earlier in found if step == 0 or step == min((s for s, _ in found if s), key=lambda s: abs(s - tenth))}
-    label = f"{meta.get('global_step', 0):,} steps"
-    return [Stage(f"{step:,} steps" if step else "start", wanted[step]) for step in sorted(wanted)] + [Stage(label, policy)]
+            stage, its_meta = load_policy(file)
+            if its_meta.get("global_step", 0) < steps and stage.config == policy.config:
+                earlier[its_meta.get("global_step", 0)] = stage
+    tenth = min((step for step in earlier if step), key=lambda step: abs(step - steps / 10), default=0)
+    shown = {step: stage for step, stage in sorted(earlier.items()) if step in (0, tenth)} | {steps: policy}
+    return [Stage(f"{step:,} steps" if step else "start", stage) for step, stage in shown.items()]
 
 
 def find_model(name):
@@ -155,10 +155,11 @@ def read_command_line(argv):
     attention = args.attention or args.head is not None
     # Pillow keeps every frame until the end, 130 KB each, and a page of 10,000 steps has 1 MB: enough to watch
     short = (suffix != ".mp4" or attention) and not args.evaluate
+    kind = " for this kind of file" if short else ""
     for name, low, high in (("steps", 1, 10_000 if short else 10**9), ("episodes", 1, 2 if short else 10**6), ("seed", 0, 2**32 - 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            parser.error(f"--{name} must be from {low} to {high}{' for this kind of file' if short else ''}, not {value}")
+            parser.error(f"--{name} must be from {low} to {high}{kind if name != 'seed' and value > high else ''}, not {value}")
     if attention and (args.evaluate or suffix == ".html"):
         parser.error("--attention and --head are for a .gif or an .mp4; an .html shows every head in any case")
     if args.evaluate and args.episodes and not args.sample:

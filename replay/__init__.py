@@ -23,12 +23,13 @@ GAME = {
     "characters": CHARACTERS, "rows": ROWS, "columns": COLUMNS, "brick": BRICK, "brick_top": BRICK_TOP, "brick_rows": BRICK_ROWS,
     "brick_columns": BRICK_COLUMNS, "paddle": PADDLE, "paddle_row": PADDLE_ROW, "paddle_max": PADDLE_MAX, "serve_row": SERVE_ROW,
 }  # fmt: skip
+GAME_OVER, RECORDING_ENDS = -1, -2
 PAGES_AT_ONCE = 256
 
 
 class Frame(NamedTuple):
     page: np.ndarray  # (1944,) uint8, what was read
-    action: int  # what was done, or -1 where a game is over
+    action: int  # what was done; or GAME_OVER or RECORDING_ENDS, for a page that nothing was done on
     score: int  # before that
     lives: int
 
@@ -45,7 +46,7 @@ def record(steps):
         frames.append(Frame(step.page, step.action, score, lives))
         score, lives = step.info["score"], step.info["lives"]
         if step.last:
-            frames.append(Frame(step.next_page, -1, score, lives))
+            frames.append(Frame(step.next_page, GAME_OVER if step.over else RECORDING_ENDS, score, lives))
             score, lives = 0, LIVES
     return frames
 
@@ -68,11 +69,13 @@ def html(frames, stages, name, about):
 def place_of(page):
     """A page (1944,) -> column and row of the ball, column of the paddle's left end."""
     row, column = divmod(int((page == ord("O")).argmax()), COLUMNS)
-    return column, row, int((page == ord("=")).argmax()) % COLUMNS
+    left, right = np.flatnonzero(page == ord("="))[[0, -1]] % COLUMNS
+    whole = right - left == len(PADDLE) - 1
+    return column, row, int(left if whole else min(left, column))  # the last ball of a game may lie over an end of the paddle
 
 
 def walls_of(pages):
-    """(n, 1944) -> {frame: its bricks row by row, a string of 0 and 1}, for each frame whose wall is another than that before."""
+    """(n, 1944) -> {frame: its bricks row by row, a string of 0 and 1}, for each frame whose wall differs from the one before."""
     rows = pages.reshape(-1, ROWS, COLUMNS)[:, BRICK_TOP : BRICK_TOP + BRICK_ROWS, 1 : 1 + BRICK_COLUMNS * BRICK_WIDTH : BRICK_WIDTH]
     bricks = (rows == ord(BRICK[0])).reshape(len(pages), -1)
     changed = np.flatnonzero(np.r_[True, (bricks[1:] != bricks[:-1]).any(1)])

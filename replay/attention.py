@@ -7,7 +7,7 @@ from model import GPT
 
 PAGES_AT_ONCE = 32  # their keys take 16 MB
 MEASURED = 500
-THINGS = ("ball", "paddle, left end", "paddle, middle", "paddle, right end", "bricks", "walls", "empty space", "line ends")
+THINGS = ("ball", "paddle's left end", "paddle's middle", "paddle's right end", "bricks", "walls", "empty space", "line ends")
 PADDLE_THINGS = THINGS[1:4]
 
 

@@ -5,8 +5,9 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const { game, frames, stages, config, things, actions } = data;
 const [X, Y, PADDLE, ACTION, SCORE, LIVES] = [0, 1, 2, 3, 4, 5]; // of a frame
 const T = game.rows * game.columns, WIDTH = game.columns - 1; // the newline is not drawn
-const HEAT = { light: [[1, 0, 0], [0.8, 0.06, 0.14]], dark: [[0.18, 0, 0], [0.47, 0.08, 0.09]] }; // OKLab: even steps look even
-const OUTLINED = 0.05, MEAN = "mean";
+const HEAT = { light: [[1, 0, 0], [0.9, 0.035, 0.11]], dark: [[0.18, 0, 0], [0.37, 0.065, 0.075]] }; // OKLab: even steps look even
+const OUTLINED = 0.05, MEAN = "mean", GAME_OVER = -1;
+const MARGIN = 44; // of the chart, left and right
 const element = (id) => document.getElementById(id);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const percent = (share) => (share >= 0.0995 ? (100 * share).toFixed(0) : (100 * share).toFixed(1)) + " %";
@@ -14,7 +15,7 @@ const percent = (share) => (share >= 0.0995 ? (100 * share).toFixed(0) : (100 * 
 const models = stages.map((stage) => new GPT(config, unpack(stage.weights), game));
 const bricksOf = unpackBricks();
 const shown = { frame: 0, head: MEAN, stage: stages.length - 1 };
-let edited = null, cursor = null, playing = null, answer = null, mapTask = 0, mapped = null;
+let edited = null, cursor = null, playing = null, answer = null, answered = null, mapTask = 0, mapped = null, later = null;
 
 // What the file holds
 
@@ -28,7 +29,7 @@ function unpack(base64) {
   return weights;
 }
 
-// The wall of each frame: a string of 0 and 1, row by row; frames without an own one have that of the frame before
+// The wall of each frame: a string of 0 and 1, row by row; a frame without an entry has the wall of the one before
 function unpackBricks() {
   const walls = [];
   for (let i = 0; i < frames.length; i++) walls.push(data.walls[i] ?? walls[i - 1]);
@@ -69,28 +70,47 @@ function eventAt(i, name) {
   if (!before || before[ACTION] < 0) return false; // a new game
   if (name === "point") return now[SCORE] > before[SCORE];
   if (name === "lost") return now[LIVES] < before[LIVES];
-  return now[LIVES] === before[LIVES] && now[Y] === game.serve_row && before[Y] === game.serve_row; // it would have been one row lower
+  return now[LIVES] === before[LIVES] && now[Y] === game.serve_row && before[Y] === game.serve_row; // a ball that stays in this row was returned
 }
 
 // Drawing
 
 function update() {
-  answer = models[shown.stage].read(pageOf(current()));
+  const page = pageOf(current()), asked = `${shown.stage} ${textOf(page)}`;
+  if (asked !== answered) answer = models[shown.stage].read(page); // another head shows another part of the same answer
+  answered = asked;
   mapped = null;
+  mapTask++;
   drawPage();
   drawHeat();
   drawAnswer();
   drawChange();
   drawChart();
   describeCell();
-  const frame = frames[shown.frame], over = frame[ACTION] < 0 ? " · the game is over" : "";
+  const frame = frames[shown.frame], games = gameOf(frames.length - 1), number = games > 1 ? ` · game ${gameOf(shown.frame)} of ${games}` : "";
+  const end = frame[ACTION] >= 0 ? "" : frame[ACTION] === GAME_OVER ? " · the game is over" : " · the recording ends here";
   const edit = edited ? " · edited: answer and attention are those of the edited page" : "";
-  element("status").textContent = `Step ${shown.frame} of ${frames.length - 1} · score ${frame[SCORE]} · lives ${frame[LIVES]}${over}${edit}`;
+  element("status").textContent = `Step ${shown.frame} of ${frames.length - 1}${number} · score ${frame[SCORE]} · lives ${frame[LIVES]}${end}${edit}`;
   element("slider").value = shown.frame;
-  element("slider").setAttribute("aria-valuetext", element("status").textContent);
+  element("slider").setAttribute("aria-valuetext", `step ${shown.frame}`);
   element("undo").disabled = !edited;
-  if (!playing) remember();
+  clearTimeout(later);
+  if (!playing) later = setTimeout(settle, 300);
   if (element("map").checked && !playing) startMap();
+}
+
+// The number of the game that a frame belongs to
+const gameOf = (i) => 1 + frames.slice(0, i).filter((frame) => frame[ACTION] === GAME_OVER).length;
+
+// Once nothing has moved for a while: browsers limit how often the address may change, and a screen reader needs time to speak
+function settle() {
+  const place = `#frame=${shown.frame}&head=${shown.head}&stage=${shown.stage}`;
+  if (location.hash !== place) history.replaceState(null, "", place);
+  say(`${element("status").textContent}. ${actions.map((name, i) => `${name} ${answer.probabilities[i].toFixed(2)}`).join(", ")}`);
+}
+
+function say(text) {
+  element("said").textContent = text;
 }
 
 // Text, in spans of one colour; a line that stays as it was is left alone
@@ -117,7 +137,6 @@ function prepare(canvas, width, height) {
   canvas.style.width = width + "px";
   canvas.style.height = height + "px";
   context.scale(scale, scale);
-  context.clearRect(0, 0, width, height);
   return context;
 }
 
@@ -205,14 +224,14 @@ function drawChange() {
   }
   const list = (numbers) => (numbers.length > 14 ? `${numbers.length} of them` : numbers.join(", ")) || "none";
   const likely = (what) => list([...predicted[what].keys()].filter((i) => predicted[what][i] >= 0.5));
-  element("prediction").textContent = `Predicts to change next (along the edges of the page): rows ${likely("row")}; columns ${likely("column")}.` +
-    (next ? ` Did change (dots): rows ${list([...did.row])}; columns ${list([...did.column].sort((a, b) => a - b))}.` : "");
+  element("prediction").textContent = `Predicted to change next (along the edges of the page): rows ${likely("row")}; columns ${likely("column")}.` +
+    (next ? ` Changed (dots): rows ${list([...did.row])}; columns ${list([...did.column].sort((a, b) => a - b))}.` : "");
 }
 
 function drawChart() {
   const canvas = element("chart"), width = canvas.clientWidth, height = canvas.clientHeight, context = prepare(canvas, width, height);
   canvas.style.width = "100%";
-  const values = stages[shown.stage].values, n = Math.max(frames.length - 1, 1), left = 44, right = width - 44, top = 18, bottom = height - 6;
+  const values = stages[shown.stage].values, n = Math.max(frames.length - 1, 1), left = MARGIN, right = width - MARGIN, top = 18, bottom = height - 6;
   const place = (i) => left + ((right - left) * i) / n;
   context.font = "12px system-ui, sans-serif";
   const lines = [["score", frames.map((frame) => frame[SCORE]), "--accent", [], 4], ["value", values, "--paddle", [5, 3], right + 4]];
@@ -226,7 +245,7 @@ function drawChart() {
     numbers.forEach((value, i) => context.lineTo(place(i), up(value)));
     context.stroke();
     context.fillText(name, labelAt, 11);
-    for (const value of new Set([low, high])) context.fillText(Number.isInteger(value) ? value : value.toFixed(1), labelAt, up(value) + (value === high ? 12 : 0));
+    for (const value of new Set([low, high])) context.fillText(Number.isInteger(value) ? value : value.toFixed(1), labelAt, up(value) + (value === high && high > low ? 12 : 0));
   }
   context.setLineDash([]);
   context.strokeStyle = style("--ink");
@@ -255,7 +274,7 @@ function drawScale() {
 function describeHeads() {
   const { shares, order, names } = stages[shown.stage];
   const mean = shares[0].map((_, i) => shares.reduce((sum, head) => sum + head[i], 0) / shares.length);
-  const ends = (head) => ["left", "right"].map((side) => Math.round(100 * shares[head][things.indexOf(`paddle, ${side} end`)])).join(" + ");
+  const ends = (head) => ["left", "right"].map((side) => Math.round(100 * shares[head][things.indexOf(`paddle's ${side} end`)])).join(" + ");
   const nameOf = (head) => names[head][0] + (names[head][0] === "paddle" ? `, ends ${ends(head)} %` : "");
   const entries = [[MEAN, "all heads, mean", "", mean], ...order.map((head) =>
     [head, `head ${head}: ${nameOf(head)}`, percent(names[head][1]), shares[head]])];
@@ -271,7 +290,6 @@ function describeHeads() {
     button.setAttribute("role", "radio");
     return button;
   }));
-  markChosen();
 }
 
 function markChosen() {
@@ -281,7 +299,7 @@ function markChosen() {
     button.tabIndex = chosen ? 0 : -1;
     if (chosen) element("shares").textContent = `Over the whole replay: ${button.dataset.shares}.`;
   }
-  for (const [i, button] of [...element("stages").lastElementChild.children].entries()) button.setAttribute("aria-pressed", i === shown.stage);
+  for (const [i, button] of [...element("stage-buttons").children].entries()) button.setAttribute("aria-pressed", i === shown.stage);
 }
 
 function choose(change) {
@@ -306,7 +324,9 @@ function seek(i) {
 }
 
 function jump(name, step) {
-  for (let i = shown.frame + step; i >= 0 && i < frames.length; i += step) if (eventAt(i, name)) return pause(), seek(i);
+  if (playing) pause();
+  for (let i = shown.frame + step; i >= 0 && i < frames.length; i += step) if (eventAt(i, name)) return seek(i);
+  element("status").textContent += ` · no ${step > 0 ? "further" : "earlier"} ${name === "lost" ? "lost ball" : name}`;
 }
 
 function play() {
@@ -337,11 +357,6 @@ const toggle = () => (playing ? pause() : play());
 
 // The address keeps what is shown
 
-function remember() {
-  const place = `#frame=${shown.frame}&head=${shown.head}&stage=${shown.stage}`;
-  if (location.hash !== place) history.replaceState(null, "", place);
-}
-
 function recall() {
   const wanted = new URLSearchParams(location.hash.slice(1));
   const number = (name, high, otherwise) => {
@@ -353,6 +368,7 @@ function recall() {
   shown.head = number("head", config.n_head - 1, MEAN);
   shown.stage = number("stage", stages.length - 1, shown.stage);
   describeHeads();
+  markChosen();
   update();
 }
 
@@ -369,7 +385,7 @@ function describeCell() {
   const t = cursor.row * game.columns + cursor.column, character = game.characters[pageOf(current())[t]];
   const heads = answer.attention.map((head, i) => [head[t], i]).filter(([weight]) => weight >= 0.0005).sort((a, b) => b[0] - a[0]);
   element("cell").textContent = `Row ${cursor.row}, column ${cursor.column}: ${character === " " ? "empty" : character}. ` +
-    (heads.length ? `Weights: ${heads.map(([weight, i]) => `head ${i} ${percent(weight)}`).join(", ")}; ` : "No head gives it 0.05 %; ") +
+    (heads.length ? `Weights: ${heads.map(([weight, i]) => `head ${i} ${percent(weight)}`).join(", ")}; ` : "Every head gives it less than 0.05 %; ") +
     `mean ${(100 * answer.attention.reduce((sum, head) => sum + head[t], 0) / answer.attention.length).toFixed(2)} %.` +
     (mapped?.[cursor.row]?.[cursor.column] ? ` With the ball here: ${actions[mapped[cursor.row][cursor.column].best]}.` : "");
 }
@@ -382,7 +398,7 @@ function look(cell) {
 
 function edit({ row, column }) {
   const tool = document.querySelector("input[name=tool]:checked").value, state = { ...current() };
-  if (tool === "look") return;
+  if (tool === "look") return say(element("cell").textContent);
   if (playing) pause();
   if (tool === "ball") Object.assign(state, { x: column, y: Math.min(row, game.paddle_row) });
   if (tool === "paddle") state.paddle = Math.max(1, Math.min(game.paddle_max, column - 3)); // its middle
@@ -404,7 +420,7 @@ function startMap() {
   for (let row = 1; row <= game.paddle_row; row++) for (let column = 1; column < WIDTH - 1; column++) cells.push([row, column]);
   const some = () => {
     if (task !== mapTask) return;
-    const until = performance.now() + 100;
+    const until = performance.now() + 50;
     while (cells.length && performance.now() < until) {
       const [row, column] = cells.pop(), { probabilities } = model.readChanged(sums, row * game.columns + column, ball);
       const best = probabilities.indexOf(Math.max(...probabilities));
@@ -414,7 +430,7 @@ function startMap() {
     if (cells.length) setTimeout(some);
     else describeCell();
   };
-  some();
+  setTimeout(some);
 }
 
 function drawMap(context, w, h) {
@@ -428,7 +444,7 @@ function drawMap(context, w, h) {
       context.fillStyle = papers[best];
       context.fillRect(column * w, row * h, w + 0.5, h + 0.5);
     }
-    context.globalAlpha = 0.35 + 0.65 * probability ** 2;
+    context.globalAlpha = 0.7 + 0.3 * probability ** 2;
     context.fillStyle = ink;
     context.fillText(signs[best], (column + 0.5) * w, (row + 0.5) * h);
     context.globalAlpha = 1;
@@ -450,12 +466,13 @@ function redraw() {
   update();
 }
 
-const keys = {
-  " ": toggle, ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => seek(0), End: () => seek(frames.length - 1),
-  p: () => jump("point", 1), P: () => jump("point", -1), r: () => jump("return", 1), R: () => jump("return", -1),
-  l: () => jump("lost", 1), L: () => jump("lost", -1), h: () => nextHead(1), H: () => nextHead(-1),
-  m: () => element("map").click(), Escape: undo,
+const keys = { // of them: which way, -1 with Shift
+  " ": toggle, arrowleft: () => step(-1), arrowright: () => step(1), home: () => seek(0), end: () => seek(frames.length - 1),
+  p: (way) => jump("point", way), r: (way) => jump("return", way), l: (way) => jump("lost", way), h: nextHead,
+  m: () => element("map").click(), escape: undo,
 };
+const arrows = ["arrowleft", "arrowright", "arrowup", "arrowdown"];
+const own = { range: [...arrows, "home", "end"], radio: arrows, checkbox: [" "], submit: [" "], "select-one": [...arrows, " ", "home", "end"] }; // keys of controls
 
 function step(by) {
   if (playing) pause();
@@ -471,8 +488,10 @@ function keyOnPage(event) {
   const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
   const { row, column } = cursor ?? { row: current().y, column: current().x };
   if (event.key === "Enter") edit({ row, column });
-  else if (move) look({ row: Math.max(0, Math.min(game.rows - 1, row + move[0])), column: Math.max(0, Math.min(WIDTH - 1, column + move[1])) });
-  else return;
+  else if (move) {
+    look({ row: Math.max(0, Math.min(game.rows - 1, row + move[0])), column: Math.max(0, Math.min(WIDTH - 1, column + move[1])) });
+    say(element("cell").textContent);
+  } else return;
   event.preventDefault();
   event.stopPropagation();
 }
@@ -490,23 +509,27 @@ function start() {
   }
   if (stages.length > 1) {
     element("stages").hidden = false;
-    element("stages").lastElementChild.append(...stages.map(({ label }, stage) => {
+    element("stage-buttons").append(...stages.map(({ label }, stage) => {
       const button = document.createElement("button");
       Object.assign(button, { textContent: label, onclick: () => choose({ stage }) });
       return button;
     }));
   }
-  element("map-label").hidden = config.n_layer > 1; // seconds for each cell
+  element("map").disabled = element("map-label").hidden = config.n_layer > 1; // seconds for each cell
   element("slider").max = frames.length - 1;
   element("slider").oninput = (event) => (playing && pause(), seek(Number(event.target.value)));
   element("play").onclick = toggle;
   element("back").onclick = () => step(-1);
   element("forward").onclick = () => step(1);
   element("undo").onclick = undo;
-  element("map").onchange = () => (mapTask++, update());
-  for (const button of document.querySelectorAll("[data-event]")) button.onclick = () => jump(button.dataset.event, 1);
+  element("map").onchange = update;
+  for (const button of document.querySelectorAll("[data-event]")) {
+    button.onclick = () => jump(button.dataset.event, 1);
+    button.disabled = !frames.some((_, i) => eventAt(i, button.dataset.event));
+  }
   element("page").onpointermove = (event) => look(cellAt(event));
-  element("page").onclick = (event) => edit(cellAt(event));
+  element("page").onpointerleave = () => document.activeElement !== element("page") && look(null);
+  element("page").onclick = (event) => (look(cellAt(event)), edit(cellAt(event))); // a finger does not move before
   element("page").onkeydown = keyOnPage;
   element("heads").onkeydown = (event) => {
     const by = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
@@ -517,23 +540,19 @@ function start() {
     event.stopPropagation();
   };
   element("chart").onpointerdown = (event) => {
-    const left = 44, room = element("chart").clientWidth - 88;
     if (playing) pause();
-    seek(Math.round(((event.offsetX - left) / room) * (frames.length - 1)));
+    seek(Math.round(((event.offsetX - MARGIN) / (element("chart").clientWidth - 2 * MARGIN)) * (frames.length - 1)));
   };
   document.onkeydown = (event) => {
-    const own = { INPUT: [" ", "ArrowLeft", "ArrowRight", "Home", "End"], BUTTON: [" "] }; // what these make of a key themselves
-    own.SELECT = own.INPUT;
-    if (own[event.target.tagName]?.includes(event.key) || event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
-    keys[event.key]();
+    const key = event.key.toLowerCase();
+    if (own[event.target.type]?.includes(key) || event.ctrlKey || event.metaKey || event.altKey || !keys[key]) return;
+    keys[key](event.shiftKey ? -1 : 1);
     event.preventDefault();
   };
-  addEventListener("resize", redraw);
   addEventListener("hashchange", recall);
   dark.addEventListener("change", redraw);
-  fit();
   recall();
-  drawScale();
+  new ResizeObserver(redraw).observe(element("board"));
 }
 
 start();

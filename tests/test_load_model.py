@@ -138,7 +138,7 @@ def test_files_that_are_no_model(tmp_path, checkpoint):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--steps 0", "--steps must be from 1 to 10000 for this kind of file, not 0"), ("--steps 20000", "for this kind of file, not 20000"),
+    ("--steps 0", "--steps must be from 1 to 10000, not 0"), ("--steps 20000", "for this kind of file, not 20000"),
     ("--seed 99999999999", "--seed must be from 0 to 4294967295"), ("--out x.png", "must end in .gif, .html or .mp4"),
     ("--out nowhere/x.gif", "no directory nowhere"), ("--evaluate --episodes 5", "--episodes goes with --sample"), ("--step 3", "unrecognized arguments: --step"), ("--seed x", "invalid int"),
 ])  # fmt: skip

@@ -10,7 +10,7 @@ from algorithms import ppo_llm_breakout
 from algorithms.breakout_text import WIDTH, BreakoutTexts, follow_the_ball, make_env, texts_of
 from algorithms.language_model import load_model, load_tokenizer, reference_to, train_tokenizer, with_lora
 from algorithms.language_policy import LanguagePolicy
-from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, NumberReader, build, invented_texts, scores_of, verify
+from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, NumberReader, build, invented_texts, verify
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 from checkpoint import load_checkpoint
 from command_line import CommandLineError

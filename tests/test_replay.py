@@ -12,7 +12,7 @@ from breakout_ascii import BreakoutAsciiVec
 from checkpoint import save_checkpoint
 from load_model import SHIPPED, load_policy, main, make_gpt, play
 from model import GPT, GPTConfig
-from replay import Stage, html, record
+from replay import Stage, html, place_of, record
 from replay.attention import THINGS, attention, name_of, plain_gpt, shares, sort_heads, things_on
 from replay.pictures import pictures
 
@@ -57,7 +57,7 @@ def test_heads_are_named_by_what_they_look_at():
     page = BreakoutAsciiVec(1).reset(seed=0)[0]
     counts = np.bincount(things_on(page)[0], minlength=len(THINGS))
     assert dict(zip(THINGS, counts)) == {
-        "ball": 1, "paddle, left end": 1, "paddle, middle": 5, "paddle, right end": 1, "bricks": 91 * 6, "walls": 80 * 2 + 22 * 2,
+        "ball": 1, "paddle's left end": 1, "paddle's middle": 5, "paddle's right end": 1, "bricks": 91 * 6, "walls": 80 * 2 + 22 * 2,
         "empty space": 78 * 22 - 91 * 6 - 8, "line ends": 24,
     }  # fmt: skip
     torch.manual_seed(0)
@@ -82,12 +82,20 @@ def test_the_file_holds_the_game(tmp_path):
     assert len(frames) == len(steps) + 2 == len(data["frames"]) and data["name"] == data["stages"][0]["label"] == hostile
     assert "<img" not in text and text.count("</script>") == 3
     ends = [frame for frame in data["frames"] if frame[3] < 0]
-    assert [end[4:] for end in ends] == [[step.info["score"], step.info["lives"]] for step in steps if step.last]
+    assert [end[3:] for end in ends] == [[-1, step.info["score"], step.info["lives"]] for step in steps if step.last]
     assert [frame[3] for frame in data["frames"] if frame[3] >= 0] == [step.action for step in steps]
     assert len(text) < 3_000_000 and "http" not in text.replace("http-equiv", "")  # nothing is fetched
     with torch.no_grad():
         values = torch.cat([policy(np.stack([f.page for f in frames[i : i + 500]]))[1] for i in range(0, len(frames), 500)])
     np.testing.assert_allclose(data["stages"][0]["values"], values, atol=1e-3)
+
+
+def test_the_last_ball_may_lie_over_an_end_of_the_paddle():
+    for x, left in ((20, 20), (26, 20), (40, 20)):
+        page = np.full(1944, ord(" "), np.uint8)
+        page[22 * 81 + left : 22 * 81 + left + 7] = ord("=")
+        page[22 * 81 + x] = ord("O")
+        assert place_of(page) == (x, 22, left)
 
 
 def test_stages_of_a_run(tmp_path, capsys):
@@ -100,6 +108,10 @@ def test_stages_of_a_run(tmp_path, capsys):
     data = data_of((tmp_path / "replay.html").read_text())
     assert [stage["label"] for stage in data["stages"]] == ["start", "90 steps", "1,000 steps"]
     assert len({stage["weights"] for stage in data["stages"]}) == 3 and "wrote" in capsys.readouterr().out
+    assert data["frames"][-1][3] == -2  # the recording ends there, the game does not
+    save_checkpoint(tmp_path / "foreign.pt", {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict())})  # says no steps
+    main([str(tmp_path / "foreign.pt"), "--steps", "2", "--out", str(tmp_path / "replay.html")])
+    assert [stage["label"] for stage in data_of((tmp_path / "replay.html").read_text())["stages"]] == ["start"]
 
 
 def test_pictures_show_attention(tmp_path):
@@ -227,7 +239,8 @@ def test_more_layers(opened, tmp_path):
                               *numbers(policy, np.stack([frame.page for frame in frames]))):  # fmt: skip
         for ours, theirs in zip(one, expected):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    assert page.locator("#map").is_hidden()
+    page.keyboard.press("m")
+    assert page.locator("#map").is_hidden() and not page.locator("#map").is_checked()
 
 
 @pytest.mark.browser
@@ -239,22 +252,27 @@ def test_keys_slider_and_address(opened, replay):
     page.keyboard.press("ArrowRight")
     assert shown.text_content().startswith("Step 11 ")
     page.locator("#slider").fill("500")
-    assert f"Step 500 of 1000 · score {frames[500].score} " in shown.text_content() and "frame=500" in page.url
+    assert f"Step 500 of 1000 · score {frames[500].score} " in shown.text_content()
+    wait_for(page, "location.hash.includes('frame=500')")
+    assert frames[500].score > 0 and f"score {frames[500].score}" in page.locator("#said").text_content()
     page.keyboard.press("p")  # with the slider focused
     point = next(i for i in range(501, 1001) if frames[i].score > frames[i - 1].score)
     assert shown.text_content().startswith(f"Step {point} ")
     page.keyboard.press("Shift+P")
     assert shown.text_content().startswith(f"Step {max(i for i in range(1, point) if frames[i].score > frames[i - 1].score)} ")
     page.keyboard.press("End")
-    assert f"score {frames[-1].score} · lives {frames[-1].lives}" in shown.text_content()
+    assert f"score {frames[-1].score} · lives {frames[-1].lives} · the recording ends here" in shown.text_content()
+    page.keyboard.press("l")
+    assert "no further lost ball" in shown.text_content() and page.locator("[data-event=lost]").is_disabled()
     page.keyboard.press("Home")
     page.keyboard.press("h")
     page.locator("#speed").select_option("60")
-    page.locator("h1").click()
+    page.locator("#slider").focus()
     page.keyboard.press("Space")
     wait_for(page, "shown.frame >= 5")
     page.keyboard.press("Space")
-    assert page.evaluate("playing") is None and f"frame={page.evaluate('shown.frame')}" in page.url
+    assert page.evaluate("playing") is None
+    wait_for(page, "location.hash.includes(`frame=${shown.frame}&head=${shown.head}`)")
     page.goto(page.url.split("#")[0] + "#frame=nonsense&head=99&stage=-1")
     assert page.evaluate("shown.head") == "mean"
 
@@ -306,6 +324,17 @@ def test_an_edit_changes_the_answer_as_pytorch_says(opened, replay):
     assert not wrong and (margins > 1e-3).mean() > 0.9
     page.keyboard.press("Escape")
     assert np.array_equal(check(), before)
+
+
+@pytest.mark.browser
+def test_a_finger_inspects_a_character(chromium, replay):
+    context = chromium.new_context(viewport={"width": 400, "height": 800}, has_touch=True)
+    page = context.new_page()
+    page.goto(replay[0].as_uri() + "#frame=200")
+    box = page.locator("#page").bounding_box()
+    page.touchscreen.tap(box["x"] + 10.5 * box["width"] / 80, box["y"] + 12.5 * box["height"] / 24)
+    assert page.locator("#cell").text_content().startswith("Row 12, column 10: ")
+    context.close()
 
 
 @pytest.mark.browser
