@@ -1,16 +1,19 @@
 """Checkpoints that survive a kill, and that never run code when they are loaded.
 
-A checkpoint is a dict of plain values and tensors, written by `torch.save` with a format version added. It is saved
-whole or not at all, checked for damage before it is unpickled, and read with `weights_only=True`. Whatever is wrong
-with a file becomes a `CheckpointError`: one line that names the file, says what is wrong and what to do.
+A checkpoint is a dict of plain values and tensors, written by `torch.save` with a format version and a checksum added. It
+is saved whole or not at all, checked for damage before it is unpickled, read with `weights_only=True`, and compared with
+its checksum. Whatever is wrong with a file becomes a `CheckpointError`: one line that names the file, says what is wrong
+and what to do.
 
 What belongs into a checkpoint is not decided here; `to_plain` helps to put NumPy arrays in.
 """
 
 import contextlib
+import hashlib
 import io
 import os
 import pickle
+import tempfile
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -32,19 +35,20 @@ class CheckpointError(Exception):
 def save_checkpoint(path, state):
     """Write `state` to `path`, so that a kill at any moment leaves either the previous file or the new one.
 
-    state: dict of None, bool, int, float, str, list, tuple, dict and tensors, to any depth. The key "format_version"
-        is reserved.
+    state: dict of None, bool, int, float, str, list, tuple, dict and tensors, to any depth. The keys "format_version" and
+        "checksum" are reserved.
 
     Raises TypeError for any other type (it names the key), CheckpointError if the disk refuses; the previous file is
     then still whole.
     """
     _check_plain(state, "state")
     buffer = io.BytesIO()
-    torch.save({**state, "format_version": FORMAT_VERSION}, buffer)
+    torch.save({**state, "format_version": FORMAT_VERSION, "checksum": checksum(state)}, buffer)
     try:
         atomic_write(path, buffer.getvalue())
     except OSError as error:
-        raise CheckpointError(f"{path}: not saved ({error.strerror}), an earlier file of this name is intact; "
+        intact = ", the earlier file of this name is intact" if os.path.exists(path) else ""
+        raise CheckpointError(f"{path}: not saved ({error.strerror}){intact}; "
                               "free some disk space or check the permissions") from error
 
 
@@ -70,20 +74,61 @@ def atomic_write(path, data):
             os.close(directory)
 
 
-def _check_plain(value, where):
-    """Raise TypeError, naming the place, unless `value` will load again with weights_only=True."""
+@contextlib.contextmanager
+def replacing(path):
+    """Within, write to the path that this gives; at the end that file takes the place of `path`, or of the file that a
+    link points to. What is interrupted leaves the old file. Raises OSError with one line: file, what is wrong, what to do.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link
+    if target.exists() and not target.is_file():
+        raise OSError(f"{path}: is no ordinary file; name another")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as folder:
+            yield Path(folder, target.name)
+            os.replace(Path(folder, target.name), target)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"{path}: not written ({error.strerror}); free some disk space or check the permissions") from error
+
+
+def walk(value, where="state"):
+    """Yields (place, value) for `value` and for everything in it. Raises ValueError for what is nested very deeply."""
+    places = [(where, value)]
+    while places:
+        where, value = places.pop()
+        yield where, value
+        if len(where) > 10_000:
+            raise ValueError("is nested too deeply")
+        if isinstance(value, dict):
+            places += [(f"{where}[{key!r}]", item) for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            places += [(f"{where}[{i}]", item) for i, item in enumerate(value)]
+
+
+def checksum(state):
+    """SHA-256 over every name, value and tensor in `state` -> hexadecimal digits."""
+    digest = hashlib.sha256()
+    for where, value in walk(state):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{where} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(f"{where} {len(value) if isinstance(value, (dict, list, tuple)) else repr(value)}".encode())
+    return digest.hexdigest()
+
+
+def _check_plain(state, where):
+    """Raise TypeError, naming the place, unless `state` will load again with weights_only=True."""
     # Exact types: np.float64 is a float to isinstance, yet its pickle needs numpy.
-    if type(value) in (dict, OrderedDict):  # model.state_dict() is an OrderedDict
-        for key, item in value.items():
-            if type(key) not in (str, int):
-                raise TypeError(f"{where} has the key {key!r} of type {type(key).__name__}; keys are str or int")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for i, item in enumerate(value):
-            _check_plain(item, f"{where}[{i}]")
-    elif not (type(value) in PLAIN_TYPES or isinstance(value, torch.Tensor)):
-        raise TypeError(f"{where} is a {type(value).__module__}.{type(value).__name__}; a checkpoint holds plain "
-                        "values and tensors (see to_plain)")
+    for place, value in walk(state, where):
+        if type(value) in (dict, OrderedDict):  # model.state_dict() is an OrderedDict
+            for key in value:
+                if type(key) not in (str, int):
+                    raise TypeError(f"{place} has the key {key!r} of type {type(key).__name__}; keys are str or int")
+        elif not (type(value) in (*PLAIN_TYPES, list, tuple) or isinstance(value, torch.Tensor)):
+            raise TypeError(f"{place} is a {type(value).__module__}.{type(value).__name__}; a checkpoint holds plain "
+                            "values and tensors (see to_plain)")
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -92,9 +137,17 @@ def _check_plain(value, where):
 def load_checkpoint(path):
     """The dict given to `save_checkpoint`, its tensors on the CPU. `path`: a file, or a run directory (its last.pt).
 
-    Raises CheckpointError if there is no such file, or if it is unreadable, damaged, foreign or too new.
+    Raises CheckpointError if there is no such file, or if it is unreadable, damaged, foreign or too new, or holds numbers
+    that are not finite.
     """
     path = find_checkpoint(path)
+    try:
+        return _read(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_newest_good(path.parent)}") from error
+
+
+def _read(path):
     try:
         data = path.read_bytes()  # one read: a training run may replace the file at any moment
     except OSError as error:
@@ -102,6 +155,9 @@ def load_checkpoint(path):
     _check_zip(path, data)
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        version, expected = (state.pop(key, None) if isinstance(state, dict) else None for key in ("format_version", "checksum"))
+        found = checksum(state) if expected else None  # files of older versions have none
+        spoiled = next((where for where, x in walk(state) if isinstance(x, torch.Tensor) and not x.isfinite().all()), None)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: holds more than tensors and plain values, loading it could run foreign code; "
                               "use a checkpoint written by train_ppo.py") from error
@@ -109,13 +165,16 @@ def load_checkpoint(path):
         raise CheckpointError(f"{path}: is a zip archive but not a PyTorch file; "
                               "use a checkpoint written by train_ppo.py") from error
 
-    version = state.pop("format_version", None) if isinstance(state, dict) else None
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{path}: is a PyTorch file of another kind (it has no format version); "
                               "use a checkpoint written by train_ppo.py")
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{path}: has format version {version}, this code reads up to {FORMAT_VERSION}; "
                               "update the code")
+    if expected != found:
+        raise CheckpointError(f"{path}: is not what was saved (its checksum differs); use another checkpoint of the run")
+    if spoiled:
+        raise CheckpointError(f"{path}: {spoiled} is not finite; use an earlier checkpoint of the run")
     return state
 
 
@@ -128,11 +187,33 @@ def _check_zip(path, data):
                               "use a checkpoint written by train_ppo.py")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            # No checksum covers the attributes, which torch writes as 0. It does not read what they call a directory,
+            # and returns whatever was in the memory.
+            odd = next((member.filename for member in archive.infolist() if member.external_attr or member.compress_type), None)
             damaged = archive.testzip()
     except Exception as error:  # a damaged header makes zipfile raise almost anything
-        damaged = f"archive: {type(error).__name__}"
+        odd, damaged = None, f"archive: {type(error).__name__}"
+    if odd:
+        raise CheckpointError(f"{path}: is not a PyTorch file, or is damaged (in the attributes of {odd!r}); "
+                              "use a checkpoint written by train_ppo.py")
     if damaged:
         raise CheckpointError(f"{path}: is cut off or damaged (at {damaged!r}); use another checkpoint of the run")
+
+
+def _newest_good(directory):
+    """-> the end of a message, which names the newest checkpoint in `directory` that loads, or "". One that can be resumed goes
+    before one that can only be played."""
+    def written(file):
+        return file.stat().st_mtime_ns
+
+    found = None
+    with contextlib.suppress(OSError):
+        for file in sorted(filter(Path.is_file, Path(directory).glob("*.pt")), key=written, reverse=True):
+            with contextlib.suppress(CheckpointError):
+                if "optimizer" in _read(file):
+                    return f" (the newest good one here is {file})"
+                found = found or file
+    return f" (a good one here is {found})" if found else ""
 
 
 def find_checkpoint(path, names=("last.pt",)):
@@ -148,11 +229,11 @@ def find_checkpoint(path, names=("last.pt",)):
             for name in names:
                 if (path / name).is_file():
                     return path / name
-            raise CheckpointError(f"{path}: has no {' or '.join(names)} in it; name a run directory or a file")
+            raise CheckpointError(f"{path}: has no {' or '.join(names)} in it; name a run directory or a file{_newest_good(path)}")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
                               ) from error
-    raise CheckpointError(f"{path}: there is no such file; check the path")
+    raise CheckpointError(f"{path}: there is no such file; check the path{_newest_good(path.parent)}")
 
 
 def newest_run(runs_dir, name="best_model.pt"):

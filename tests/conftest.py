@@ -8,15 +8,17 @@ import pytest
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the learning tests too (minutes)")
     parser.addoption("--browser", action="store_true", help="run the tests that need Chromium and pip install playwright too")
+    parser.addoption("--faults", action="store_true", help="run the long tests of kills and damaged files too (minutes)")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a learning test; runs with --slow")
     config.addinivalue_line("markers", "browser: opens a page in Chromium; runs with --browser")
+    config.addinivalue_line("markers", "faults: many kills or damaged files; runs with --faults")
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        for mark in ("slow", "browser"):
+        for mark in ("slow", "browser", "faults"):
             if mark in item.keywords and not config.getoption(f"--{mark}"):
                 item.add_marker(pytest.mark.skip(reason=f"run with --{mark}"))

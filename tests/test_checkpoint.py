@@ -1,5 +1,7 @@
+import contextlib
 import errno
 import io
+import math
 import os
 import random
 import subprocess
@@ -12,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import (CheckpointError, atomic_write, find_checkpoint, load_checkpoint, newest_run,
-                        save_checkpoint, to_numpy, to_plain)
+from checkpoint import (CheckpointError, _read, atomic_write, find_checkpoint, load_checkpoint, newest_run,
+                        replacing, save_checkpoint, to_numpy, to_plain)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,7 +84,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step, failure)
             save_checkpoint(path, {"update": 2})
     if expected is CheckpointError:
         assert_one_line(caught.value, path)
-        assert "No space left" in str(caught.value)
+        assert "No space left on device), the earlier file of this name is intact;" in str(caught.value)
     assert load_checkpoint(path) == {"update": 1}
     assert os.listdir(tmp_path) == ["last.pt"]
 
@@ -92,6 +94,27 @@ def test_save_into_a_missing_directory(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         save_checkpoint(path, {})
     assert_one_line(caught.value, path)
+    assert "intact" not in str(caught.value)  # there was no file
+
+
+def test_a_file_is_replaced_when_its_successor_is_whole(tmp_path):
+    """A link stays a link, other files stay, and what is no ordinary file is refused."""
+    (tmp_path / "real.gif").write_bytes(b"old")
+    (tmp_path / "link.gif").symlink_to("real.gif")
+    (tmp_path / "link.gif.part").write_bytes(b"mine")
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "link.gif") as file:
+        file.write_bytes(b"half")
+        raise ZeroDivisionError
+    assert (tmp_path / "real.gif").read_bytes() == b"old"
+    with replacing(tmp_path / "link.gif") as file:
+        file.write_bytes(b"new")
+    assert (tmp_path / "real.gif").read_bytes() == b"new" and (tmp_path / "link.gif").is_symlink()
+    assert (tmp_path / "link.gif.part").read_bytes() == b"mine" and len(os.listdir(tmp_path)) == 3
+    (tmp_path / "null.gif").symlink_to(os.devnull)
+    for path, reason in ((tmp_path / "null.gif", "is no ordinary file"), (tmp_path / "gone" / "x.gif", r"not written \(No such file")):
+        with pytest.raises(OSError, match=reason) as caught, replacing(path) as file:
+            file.write_bytes(b"new")
+        assert_one_line(caught.value, path)
 
 
 def test_bytes_reach_the_disk_before_the_name(tmp_path, monkeypatch):
@@ -243,24 +266,97 @@ def test_unreadable(tmp_path, monkeypatch):
         assert_one_line(caught.value, path)
 
 
-def test_damage_is_noticed_or_harmless(tmp_path):
-    """Any one wrong byte gives an error or, in padding and dates, the same contents; any cut gives an error."""
+def older(state):
+    """A file of a version that had no checksum of its own."""
+    return torch_bytes({**state, "format_version": 1})
+
+
+def newer(state, folder):
+    save_checkpoint(folder / "new.pt", state)
+    return (folder / "new.pt").read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.03, pytest.param(1, marks=pytest.mark.faults)])
+def test_a_wrong_byte_or_bit_is_noticed_or_harmless(tmp_path, share):
+    """A share of the bits of the directory at the end, which the archive has under no checksum, and of the bytes before it: an
+    error or, in padding and dates, the same contents. Any cut is an error. With our checksum and without."""
     state = {"x": torch.arange(300), "update": 5}
+    for good in (older(state), newer(state, tmp_path)):
+        path, directory, refused = tmp_path / "last.pt", good.index(b"PK\1\2"), 0
+        changes = [(i, 0xFF) for i in range(0, directory, 9)] + [(i, 1 << bit) for i in range(directory, len(good)) for bit in range(8)]
+        changes = random.Random(0).sample(changes, int(share * len(changes)))
+        for i, mask in changes:
+            path.write_bytes(good[:i] + bytes([good[i] ^ mask]) + good[i + 1:])
+            try:
+                assert same(_read(path), state), (i, mask)
+            except CheckpointError:
+                refused += 1
+        assert refused > len(changes) / 3
+        for length in random.Random(0).sample(range(len(good)), 30):
+            path.write_bytes(good[:length])
+            with pytest.raises(CheckpointError):
+                _read(path)
+
+
+def test_an_entry_that_torch_takes_for_a_directory_is_refused(tmp_path):
+    """One bit of the shipped model, which is under no checksum: torch would return whatever was in the memory."""
+    for source in (ROOT / "pretrained" / "breakout.pt", ROOT / "algorithms" / "pretrained" / "reinforce_cartpole.pt"):
+        data = bytearray(source.read_bytes())
+        entry = data.rindex(b"PK\1\2", 0, data.index(b"/data/0", data.index(b"PK\1\2")))
+        data[entry + 38] ^= 0x10
+        (tmp_path / "bit.pt").write_bytes(data)
+        with pytest.raises(CheckpointError, match="damaged .in the attributes of '.*/data/0'") as caught:
+            load_checkpoint(tmp_path / "bit.pt")
+        assert_one_line(caught.value, tmp_path / "bit.pt")
+        assert load_checkpoint(source)["model"]  # and the file itself has no checksum of ours, and loads
+
+
+@pytest.mark.parametrize("change", [{"gpt_config": {"n_head": 8}}, {"update": 8}, {"x": torch.arange(4)}, {"x": torch.zeros(4)}, {"y": 1}])
+def test_what_is_edited_is_not_what_was_saved(tmp_path, change):
+    """What defines the model is under the checksum too."""
     path = tmp_path / "last.pt"
-    save_checkpoint(path, state)
-    good = path.read_bytes()
-    refused = 0
-    for i in range(0, len(good), 5):
-        path.write_bytes(good[:i] + bytes([good[i] ^ 0xFF]) + good[i + 1:])
-        try:
-            assert same(load_checkpoint(path), state), i
-        except CheckpointError:
-            refused += 1
-    assert refused > len(good) / 5 / 2
-    for length in random.Random(0).sample(range(len(good)), 100):
-        path.write_bytes(good[:length])
+    save_checkpoint(path, {"gpt_config": {"n_head": 16}, "update": 7, "x": torch.ones(4)})
+    torch.save({**torch.load(path), **change}, path)
+    with pytest.raises(CheckpointError, match="is not what was saved .its checksum differs") as caught:
+        load_checkpoint(path)
+    assert_one_line(caught.value, path)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, number):
+    save_checkpoint(tmp_path / "last.pt", {"best": -math.inf, "model": {"w": torch.tensor([0.0, number])}})
+    with pytest.raises(CheckpointError, match=r"state\['model'\]\['w'\] is not finite") as caught:
+        load_checkpoint(tmp_path)
+    assert_one_line(caught.value, tmp_path / "last.pt")
+
+
+def test_the_newest_good_checkpoint_is_named(tmp_path):
+    for age, name, state in ((3, "checkpoint_1.pt", {"optimizer": 1}), (2, "checkpoint_2.pt", {"optimizer": 1}), (1, "best_model.pt", {})):
+        save_checkpoint(tmp_path / name, state)
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    (tmp_path / "last.pt").write_bytes(b"")
+    (tmp_path / "directory.pt").mkdir()
+    for name in ("last.pt", "lost.pt"):
+        with pytest.raises(CheckpointError, match=r"newest good one here is .*checkpoint_2.pt\)$") as caught:
+            load_checkpoint(tmp_path / name)
+        assert_one_line(caught.value, tmp_path / name)
+    for name in ("checkpoint_1.pt", "checkpoint_2.pt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"a good one here is .*best_model.pt\)$"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_hostile_nesting_is_refused(tmp_path):
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+    loop = []
+    loop.append(loop)
+    for x in (nested, loop, torch.zeros(1).expand(2**50)):
+        with contextlib.suppress(RecursionError):
+            (tmp_path / "last.pt").write_bytes(torch_bytes({"format_version": 1, "x": x}))
         with pytest.raises(CheckpointError):
-            load_checkpoint(path)
+            load_checkpoint(tmp_path)
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
