@@ -28,7 +28,6 @@ from collections import deque
 from concurrent.futures import Future
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from background import Background
@@ -298,7 +297,7 @@ class LearningCurve(Callback):
 
     def __init__(self, path, csv_path, levels=None):
         """levels: {label: score} to compare with, drawn as lines."""
-        self.path, self.csv_path, self.levels = Path(path), csv_path, levels or {}
+        self.path, self.csv_path, self.levels, self.missing = Path(path), csv_path, levels or {}, False
 
     def on_evaluation_end(self, trainer):
         self.draw()
@@ -314,10 +313,16 @@ class LearningCurve(Callback):
             atomic_write(self.path, image.getvalue())
         except OSError as error:
             say(f"warning: {self.path}: not drawn ({error.strerror}); training goes on")
+        except ImportError as error:
+            if not self.missing:
+                say(f"warning: {error.name} is not installed, so there is no learning curve (pip install matplotlib)")
+            self.missing = True
 
 
 def learning_curve(rows, levels):
-    """Rows of metrics.csv (dicts of str), {label: score} -> a Figure: scores over steps, and over minutes."""
+    """Rows of metrics.csv (dicts of str), {label: score} -> a Figure: scores over steps, and over minutes. Raises ImportError."""
+    from matplotlib.figure import Figure  # here, because the training can do without
+
     figure = Figure(figsize=(12, 4.8), layout="constrained")  # no pyplot: it keeps global state and may want a screen
     left, right = figure.subplots(1, 2, sharey=True)
     long_run = any(int(row["global_step"]) >= 1_000_000 for row in rows)
@@ -377,7 +382,7 @@ class Checkpoints(Callback):
             self.save("last.pt", state)
             self.save(f"checkpoint_{trainer.update_count}.pt", state)
             tenth = trainer.num_steps / trainer.global_step * trainer.update_count / 10  # in updates
-            self.prune({0, math.ceil(tenth / self.save_freq) * self.save_freq} if self.keep_stages else {})
+            self.prune(trainer.update_count, {0, math.ceil(tenth / self.save_freq) * self.save_freq} if self.keep_stages else {})
 
     def on_training_end(self, trainer):
         """Raises CheckpointError if the result of the training cannot be saved."""
@@ -393,14 +398,15 @@ class Checkpoints(Callback):
             say(f"warning: {error}; training goes on")
             return False
 
-    def prune(self, kept):
-        """Delete all but the newest, and the updates that are kept. By time, not by number: higher numbers may be left from before a resume."""
+    def prune(self, current, kept):
+        """Delete all but the newest, and the updates that are kept. By time, not by number: higher numbers may be left from before a resume.
+        The one of the current update stays, even if the clock has been set back."""
 
         def update(file):
             return int(file.stem.removeprefix("checkpoint_"))
 
         def written(file):
-            return file.stat().st_mtime_ns, update(file)
+            return update(file) == current, file.stat().st_mtime_ns, update(file)
 
         files = [f for f in self.run_dir.glob("checkpoint_*.pt") if f.stem.removeprefix("checkpoint_").isdecimal() and update(f) not in kept]
         for file in sorted(files, key=written, reverse=True)[self.keep :]:

@@ -1,8 +1,8 @@
 """From the command line to a training and back, for any script with constants at its top.
 
 Every constant of the script is an option, in lower case. Its type follows from its range, or else from its default. A new run
-gets a directory; `--resume RUN` goes on with one, with its own constants. Ctrl-C saves and says how to go on. Whatever a user gets
-wrong becomes one line and a non-zero exit status.
+gets a directory; `--resume RUN` goes on with one, with its own constants. Ctrl-C, SIGTERM, SIGQUIT and a terminal that is closed
+(SIGHUP) save and say how to go on. Whatever a user gets wrong becomes one line and a non-zero exit status.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import json
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -20,12 +21,16 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
+
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
 from device import RANK, RANKS, DeviceError, GPUError, out_of_memory
 from trainer import StopTraining
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 TRUTH = {"true": True, "false": False, "1": True, "0": False}
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+LOCK = "run.lock"  # in a run directory; the system takes the lock off when its process ends, however it ends
 
 
 class CommandLineError(ValueError):
@@ -45,7 +50,7 @@ class Run(NamedTuple):
 
 def constants_of(script):
     """globals() of a script -> the constants that it assigns at its top level: {"NUM_STEPS": 4000000, ...}"""
-    statements = ast.parse(Path(script["__file__"]).read_text()).body
+    statements = ast.parse(Path(script["__file__"]).read_text(encoding="utf-8")).body
     targets = [target for node in statements if isinstance(node, ast.Assign) for target in node.targets]
     names = [target.id for target in targets if isinstance(target, ast.Name)]
     return {name: script[name] for name in names if name.isupper() and type(script.get(name)) in KINDS}
@@ -112,6 +117,8 @@ def read_run(argv, prog, doc, defaults, ranges, kept=(), check=lambda constants:
 
 
 def read_resumed(name, given, defaults, kept):
+    if (Path(name) / "config.json").exists() and not any(Path(name).glob("*.pt")):
+        raise CommandLineError(f"{name} was stopped before its first checkpoint; begin it again with --run_dir {shlex.quote(name)}")
     path = find_checkpoint(name)
     state = load_checkpoint(path)
     if "optimizer" not in state:
@@ -120,9 +127,9 @@ def read_resumed(name, given, defaults, kept):
         raise CheckpointError(f"{path}: lies outside its run (there is no config.json beside it); resume it in its run directory")
     constants = state.get("constants")
     if not isinstance(constants, dict) or constants.keys() != defaults.keys():
-        differing = ", ".join(sorted(set(constants or ()) ^ set(defaults))[:3])
+        differing = ", ".join(sorted(set(constants or ()) ^ set(defaults)))
         raise CheckpointError(
-            f"{path}: has other constants than this program (as {differing}); resume it with the program that wrote it"
+            f"{path}: has other constants than this program ({differing}); resume it with the program that wrote it"
         )
     for constant in kept:
         if given.get(constant, constants[constant]) != constants[constant]:
@@ -137,7 +144,7 @@ def new_run_dir(name, parent="runs"):
         run_dir = Path(stem if attempt == 1 else f"{stem}-{attempt}")
         try:
             run_dir.mkdir(parents=True, exist_ok=bool(name))
-            if not any(run_dir.iterdir()):
+            if not any(map(worth_keeping, run_dir.iterdir())):
                 return run_dir
         except FileExistsError:
             pass
@@ -146,6 +153,30 @@ def new_run_dir(name, parent="runs"):
         if name:
             break
     raise CommandLineError(f"{run_dir} is in use already; name another --run_dir, or --resume {run_dir}")
+
+
+def worth_keeping(file):
+    """Whether a file is more than what a run leaves that was killed before its first checkpoint."""
+    return not (file.name in ("config.json", "config.json.tmp", "last.pt.tmp", LOCK) or file.name.startswith("events.out.tfevents."))
+
+
+@contextlib.contextmanager
+def locked(run_dir):
+    """Within, no other process trains in this directory; what a killed one left half written is deleted. Raises CommandLineError."""
+    lock = filelock.FileLock(run_dir / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise CommandLineError(f"{run_dir}: another process is training this run; stop that one first, or name another run") from None
+    except OSError as error:
+        raise CommandLineError(f"{run_dir} cannot be written ({error.strerror}); check its permissions, or name another run") from None
+    try:
+        for file in run_dir.glob("*.pt.tmp"):
+            with contextlib.suppress(OSError):
+                file.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 def load_state(trainer, run):
@@ -167,14 +198,32 @@ def load_state(trainer, run):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def signals_handled(handler):
+    """Within, the signals that stop a run go to handler(signum, frame), but for SIGHUP under nohup."""
+    before = {}
+    try:
+        for signum in STOP_SIGNALS:
+            if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
+                before[signum] = signal.signal(signum, handler)
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+def ignore_signals():
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def train(trainer, run_dir, prog, advice):
-    """trainer.learn() to its end; Ctrl-C and SIGTERM end it soon, saved and resumable. Returns the exit status.
+    """trainer.learn() to its end; a signal to stop ends it soon, saved and resumable. Returns the exit status.
 
     After a GPUError the run goes on with the CPU in a fresh process: in this one nothing that is on the GPU may work any more.
     advice: {exception: options that may help a run that ended with it}; MemoryError stands for all kinds of lack of memory.
+    Raises CommandLineError if another process is training in this directory.
     """
-    if RANK == 0:
-        atomic_write(run_dir / "config.json", (json.dumps(trainer.metadata["constants"], indent=2) + "\n").encode())
     received = []
 
     def stop(signum, frame):
@@ -183,29 +232,29 @@ def train(trainer, run_dir, prog, advice):
             signal.signal(signum, signal.SIG_DFL)  # a second one leaves at once
         trainer.request_stop()
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        trainer.learn()
-        return 0
-    except Exception as error:
-        for signum in before:  # the end is near, and the run is not saved yet
-            signal.signal(signum, signal.SIG_IGN)
-        status = give_up(error, received, trainer, run_dir, prog, {**advice, GPUError: " --device cpu"})
-        if received or not isinstance(error, GPUError) or RANKS > 1:  # ranks would have to agree
-            return status
+        with locked(run_dir) if RANK == 0 else contextlib.nullcontext(), signals_handled(stop):
+            if RANK == 0:
+                atomic_write(run_dir / "config.json", (json.dumps(trainer.metadata["constants"], indent=2) + "\n").encode())
+            try:
+                trainer.learn()
+                return 0
+            except Exception as error:
+                ignore_signals()  # the end is near, and the run is not saved yet
+                status = give_up(error, received, trainer, run_dir, prog, {**advice, GPUError: " --device cpu"})
+                if received or not isinstance(error, GPUError) or RANKS > 1:  # ranks would have to agree
+                    return status
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
         for callback in trainer.callbacks:
             callback.close()
     return go_on_with_cpu(run_dir)
 
 
 def go_on_with_cpu(run_dir):
-    """Resume a run in a fresh process -> its exit status. Ctrl-C reaches both processes, SIGTERM is passed on."""
+    """Resume a run in a fresh process -> its exit status. What a terminal sends reaches both processes, SIGTERM is passed on."""
     script = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]  # its name, or -m and its module, without its options
     process = subprocess.Popen([sys.executable, *script, "--resume", str(run_dir), "--device", "cpu"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_signals()
     signal.signal(signal.SIGTERM, lambda signum, frame: process.terminate())
     return process.wait()
 
@@ -225,7 +274,8 @@ def give_up(error, received, trainer, run_dir, prog, advice):
         help_with = advice.get(kind, "")
     if RANK == 0:
         save_checkpoint(run_dir / "last.pt", trainer.snapshot)
-        print(f"\n{reason}; go on with: {launcher(RANKS)} {prog} --resume {shlex.quote(str(run_dir))}{help_with}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"\n{reason}; go on with: {launcher(RANKS)} {prog} --resume {shlex.quote(str(run_dir))}{help_with}", file=sys.stderr)
     elif reason != "stopped":
         print(f"rank {RANK}: {reason}", file=sys.stderr)
     if reason != "stopped" and not isinstance(error, ChildProcessError) and kind not in advice:
@@ -251,18 +301,50 @@ def launcher(ranks):
 
 
 def one_line(error):
+    """An error as one line. One of the system names its file and says what to do."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}; check the path, its permissions and the space on the disk"
     return " ".join(str(error).split())[:200]
 
 
 def run_script(main, prog):
     """main() -> the end of the program: its exit status, or one line that says what was wrong."""
+    prepare_output()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        sys.exit(main())
+        status = main() or 0
     except (CommandLineError, DeviceError, GPUError, CheckpointError, OSError) as error:
         rank = f"rank {RANK}: " if RANKS > 1 else ""
+        line = one_line(error) if isinstance(error, OSError) else error
         with contextlib.suppress(OSError):
-            print(f"{prog}: {rank}{error}", file=sys.stderr)
-        sys.exit(1)
+            print(f"{prog}: {rank}{line}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    sys.exit(finish_output(prog, status))
+
+
+def prepare_output():
+    """Output that is closed goes nowhere, and what it has no characters for is escaped."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # or the next file to be opened would be taken for the output
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def finish_output(prog, status):
+    """-> the exit status: not 0 if what was printed has reached nobody, but for a reader that has left (`| head`)."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes again
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                status = status or 1
+                with contextlib.suppress(OSError):
+                    print(f"{prog}: the output could not be written ({error.strerror})", file=sys.stderr)
+    return status

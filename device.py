@@ -52,9 +52,9 @@ def working_device(name, kinds):
     device = torch.device(own if name in ("auto", "cuda") else name)
     if device.type not in kinds:
         raise ValueError(f"this program runs on {' and '.join(kinds)}, for which it has been made fast")
+    try_out(device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and collectives ask for the current one
-    try_out(device)
     return device
 
 
@@ -70,6 +70,13 @@ def works(device):
         return True
     except RuntimeError:
         return False
+
+
+def memory_of(device):
+    """-> bytes of memory that the device has, infinity where that cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
 
 
 def gpu_name(device):

@@ -20,14 +20,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import imageio
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from breakout_ascii import BreakoutAscii
-from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run
+from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run, replacing
+from command_line import run_script
 from device import set_threads
 from drawing import to_image
 from evaluation import evaluate, exact, greedy, sampled, sampling
@@ -57,7 +57,7 @@ def load_policy(path, device="cpu"):
     try:
         policy = policy_of(meta, device)
         del meta["model"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: is no model of this program ({reason}); train one with train_ppo.py") from error
     return policy, meta
@@ -66,7 +66,10 @@ def load_policy(path, device="cpu"):
 def policy_of(state, device="cpu"):
     """The state of a checkpoint -> the GPT in eval mode."""
     config = {name: value for name, value in state["gpt_config"].items() if name != "block_size"}  # older files have it: 1944
-    policy = make_gpt(GPTConfig(**config), torch.device(device))
+    config, weights = GPTConfig(**config), sum(x.numel() for x in state["model"].values())
+    if config.num_parameters != weights:  # before a GPT is built that may take minutes
+        raise ValueError(f"it has {weights:,} weights, its configuration {config.num_parameters:,}")
+    policy = make_gpt(config, torch.device(device))
     policy.load_state_dict(state["model"])
     return policy.eval()
 
@@ -110,6 +113,8 @@ def write_gif(file, pictures, colours=64):
 
 
 def write_mp4(file, pictures):
+    import imageio  # here, because a gif can do without
+
     with imageio.get_writer(file, format="mp4", fps=1000 / FRAME_MS, macro_block_size=2) as writer:
         for picture in pictures:
             writer.append_data(picture)
@@ -166,8 +171,8 @@ def read_command_line(argv):
         parser.error("--evaluate plays all 32 games that greedy play can meet; --episodes goes with --sample")
     if suffix not in (".gif", ".html", ".mp4"):
         parser.error(f"--out must end in .gif, .html or .mp4, not {args.out!r}")
-    if suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-        parser.error("an .mp4 needs one more package: pip install imageio-ffmpeg; or write a .gif")
+    if suffix == ".mp4" and not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
+        parser.error("an .mp4 needs one more package: pip install imageio imageio-ffmpeg; or write a .gif")
     if Path(args.out).is_dir():
         parser.error(f"--out: {args.out} is a directory")
     if not Path(args.out).parent.is_dir():
@@ -210,13 +215,8 @@ def main(argv=None):
                 games.append(step.info)
             yield step
 
-    unfinished = Path(args.out + ".part")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file, steps(), args, path, policy, meta)
-        os.replace(unfinished, args.out)  # an old picture stays whole until the new one is
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(args.out) as unfinished, open(unfinished, "wb") as file:  # an old picture stays whole until the new one is
+        write(file, steps(), args, path, policy, meta)
     for i, info in enumerate(games, 1):
         left = f"{info['bricks']} of 91 bricks left" if info["bricks"] else "the wall is cleared"
         print(f"game {i}: {info['score']} points, {left}, {info['lives']} lives left")
@@ -224,10 +224,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        main()
-    except (CheckpointError, OSError) as error:
-        sys.exit(f"load_model.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main, "load_model.py")

@@ -25,7 +25,7 @@ CHARACTER_OF[list(CHARACTERS.encode())] = torch.arange(len(CHARACTERS), dtype=to
 
 @dataclass
 class GPTConfig:
-    """Raises ValueError for sizes that do not fit together."""
+    """Raises ValueError for sizes that are no integers, or that do not fit together."""
 
     n_layer: int = 1
     n_head: int = 16
@@ -34,11 +34,18 @@ class GPTConfig:
     n_action: int = 3
 
     def __post_init__(self):
-        if min(self.n_layer, self.n_head, self.n_embd, self.mlp_expansion, self.n_action) < 1:
-            raise ValueError(f"layers, heads, embedding, expansion and actions must be at least 1: {self}")
+        if any(type(size) is not int or size < 1 for size in vars(self).values()):
+            raise ValueError(f"layers, heads, embedding, expansion and actions must be integers and at least 1: {self}")
         if self.n_embd % self.n_head or self.n_embd % 4:
             # sinusoids() splits rows' and columns' halves into sines and cosines
             raise ValueError(f"n_embd must be a multiple of n_head and of 4; n_embd {self.n_embd}, n_head {self.n_head}")
+
+    @property
+    def num_parameters(self):
+        """Of a GPT of these sizes, without building it."""
+        C, outputs = self.n_embd, self.n_action + 1 + ROWS + COLUMNS
+        block = 2 * C + 4 * C * C + 2 * self.mlp_expansion * C * C  # LayerNorms, attention, MLP
+        return (len(CHARACTERS) + ROWS + COLUMNS) * C + self.n_layer * block + C + (C + 1) * outputs
 
 
 class CausalSelfAttention(nn.Module):

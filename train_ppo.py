@@ -25,7 +25,7 @@ from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, Progre
 from command_line import (
     CommandLineError, constants_of, launcher, load_state, memory_advice, new_run_dir, read_run, run_script, train,
 )  # fmt: skip
-from device import RANK, RANKS, available_cores, choose_device, joined_ranks, set_threads
+from device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
 from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
 from load_model import evaluate_state, fast, make_gpt
 from model import GPTConfig
@@ -72,7 +72,7 @@ SAVE_FREQ = 8  # updates between two checkpoints
 
 CONSTANTS = constants_of(globals())
 RANGES = {  # lowest and highest value; integers if the constant is one. A constant without a range may have any value
-    "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 65536), "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (1, 10**7),
+    "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 65536), "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (2, 10**7),
     "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "LAMBD_END": (0.0, 1.0), "LAMBD_STEPS": (1, 10**12), "EPS_CLIP": (1e-9, 1.0),
     "VALUE_LOSS_COEF": (0.0, 1e9), "VALUE_CLIP": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9), "MOVE_COEF": (0.0, 1e9),
     "REWARD_SCALE": (1e-9, 1e9), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "MAX_GRAD_NORM": (1e-9, 1e9), "VARIED_STARTS": (0.0, 1.0),
@@ -105,6 +105,23 @@ def gpt_config(c):
         return GPTConfig(n_layer=c.N_LAYER, n_head=c.N_HEAD, n_embd=c.N_EMBD, mlp_expansion=c.MLP_EXPANSION)
     except ValueError as error:
         raise CommandLineError(error) from None
+
+
+def check_memory(config, device):
+    """Raises CommandLineError for a GPT that the device cannot train; says so of one that takes long to build."""
+    needed, there = 16 * config.num_parameters, memory_of(device)  # weights, gradients, two moments, of 4 bytes each
+    if needed > there:
+        raise CommandLineError(f"a GPT of {config.num_parameters:,} parameters needs {needed / 1e9:,.0f} GB or more to train, and {device} "
+                               f"has {there / 1e9:,.0f} GB; try a smaller --n_embd or --n_layer")  # fmt: skip
+    if needed > 1e9 and RANK == 0:
+        print(f"Building a GPT of {config.num_parameters:,} parameters; training needs {needed / 1e9:,.0f} GB or more.", flush=True)
+
+
+def smaller_batch(c):
+    """-> the largest batch size below this one that fits the other constants, or this one."""
+    samples = c.NUM_ENVS * c.ROLLOUT_STEPS
+    fitting = (size for size in range(c.BATCH_SIZE // 2, 1, -1) if samples % size == 0 and size % RANKS == 0)
+    return next(fitting, c.BATCH_SIZE)
 
 
 def build(c, device):
@@ -163,6 +180,7 @@ def main(argv=None):
         raise CommandLineError(f"{run.directory} was trained by {ranks} ranks, not {RANKS}; use {launcher(ranks)} train_ppo.py")
     device = choose_device(c.DEVICE)
     set_threads(c.N_LAYER)
+    check_memory(gpt_config(c), device)
     with joined_ranks(device):
         with memory_advice(f"the model does not fit into the memory of {device}; try a smaller --n_embd or --n_layer"):
             ppo = build(c, device)
@@ -174,7 +192,7 @@ def main(argv=None):
             ppo.metadata["constants"]["RUN_DIR"] = str(run_dir)
             ppo.callbacks = watch(ppo, c, run_dir, evaluation_of(c, device) if c.EVAL_INTERVAL else None)
         return train(ppo, run_dir, "train_ppo.py", {
-            MemoryError: f" --batch_size {max(c.BATCH_SIZE // 2 // RANKS, 1) * RANKS}",
+            MemoryError: f" --batch_size {smaller_batch(c)}",
             FloatingPointError: f" --lr {c.LR / 2:g} --min_lr {min(c.MIN_LR, c.LR / 2):g}",
         })  # fmt: skip
 

@@ -35,11 +35,17 @@ class Trainer:
             self.stop_together()
             start, before = time.perf_counter(), self.global_step
             self.stats = self.collect_and_update()
+            self.check_weights()
             self.stats["steps_per_second"] = (self.global_step - before) / (time.perf_counter() - start)
             self.tick()
             self.emit("on_update_end")
             self.snapshot = self.state_dict()
         self.emit("on_training_end")
+
+    def check_weights(self):
+        """Raises FloatingPointError before anybody plays or saves weights that are not finite."""
+        if not all(x.isfinite().all() for x in self.policy.parameters()):
+            raise FloatingPointError(f"the weights are not finite after update {self.update_count}; try a lower learning rate")
 
     def emit(self, event):
         for callback in self.callbacks:

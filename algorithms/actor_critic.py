@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 from algorithms.common import HERE, check_algorithm
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint, to_plain
-from command_line import CommandLineError, raise_error, run_script
+from command_line import CommandLineError, ignore_signals, locked, raise_error, run_script, signals_handled
 from ppo import policy_loss, value_loss
 
 STEPS_PER_EPOCH = 200
@@ -228,8 +228,16 @@ def logger_to(path):
 
 
 def train(agent, directory):
-    """To the end of its epochs. Ctrl-C and SIGTERM save the last whole epoch, from which a resume goes on."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """To the end of its epochs. A signal to stop saves the last whole epoch, from which a resume goes on, and leaves by SystemExit."""
+
+    def stop(signum, frame):
+        raise SystemExit(128 + signum)
+
+    with locked(directory), signals_handled(stop):
+        train_epochs(agent, directory)
+
+
+def train_epochs(agent, directory):
     log, config = logger_to(directory / "training.log"), agent.config
     log.info("training %s in %s", json.dumps(config._asdict()), directory)
     whole = agent.state_dict()
@@ -244,6 +252,7 @@ def train(agent, directory):
             if agent.epoch % SAVE_FREQ == 0:
                 save_checkpoint(directory / f"epoch_{agent.epoch}.pt", whole)
     finally:
+        ignore_signals()  # the end is near, and the run is not saved yet
         save_checkpoint(directory / "final.pt", whole)
         if agent.epoch < config.num_epochs:
             log.info("stopped; go on with: python -m algorithms.%s --resume %s", NAME, directory)

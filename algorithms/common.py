@@ -16,13 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 
-import imageio
 import numpy as np
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import SyncVectorEnv
 
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
-from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run
+from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run, replacing
 from command_line import CommandLineError, load_state, memory_advice, new_run_dir, raise_error, read_run, train
 from device import RANKS
 from ppo import PPOConfig
@@ -153,8 +152,8 @@ def play_or_evaluate(algorithm, argv):
         if not (name == "episodes") <= value <= high:
             raise CommandLineError(f"--{name} must be from {int(name == 'episodes')} to {high:,}, not {value}")
     state, path = load_model(algorithm, args.play if playing else args.evaluate)
-    print(f"{os.path.relpath(path)}: trained for {state['global_step']:,} steps", file=sys.stderr)
     try:
+        print(f"{os.path.relpath(path)}: trained for {state['global_step']:,} steps", file=sys.stderr)
         if not playing:
             print(json.dumps(algorithm.evaluate(state, episodes, args.seed)))
         elif algorithm.human and (args.human or not algorithm.frames):
@@ -163,7 +162,9 @@ def play_or_evaluate(algorithm, argv):
             show(algorithm, state, episodes, args)
     except DependencyNotInstalled as error:
         raise CommandLineError(f"{error}; pip install -r algorithms/requirements.txt") from None
-    except (KeyError, RuntimeError) as error:
+    except CommandLineError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: does not fit this program ({' '.join(str(error).split())[:200]}); train one anew") from None
     return 0
 
@@ -229,10 +230,6 @@ def write_gif(path, frames, fps):
         raise CommandLineError(f"--out must end in .gif, not {path!r}")
     if not Path(path).parent.is_dir() or Path(path).is_dir():
         raise CommandLineError(f"--out: {path} is a directory, or lies in none")
-    unfinished = Path(path + ".part")
-    try:
-        with open(unfinished, "wb") as file:
-            imageio.mimsave(file, [np.asarray(frame) for frame in frames], format="gif", duration=1000 / fps, loop=0)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    imageio = need("imageio", "imageio")
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        imageio.mimsave(file, [np.asarray(frame) for frame in frames], format="gif", duration=1000 / fps, loop=0)

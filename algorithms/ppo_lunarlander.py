@@ -52,7 +52,7 @@ SAVE_FREQ = 20  # updates between two checkpoints
 
 CONSTANTS = constants_of(globals())
 RANGES = {
-    "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 4096), "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (1, 10**7),
+    "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 4096), "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (2, 10**7),
     "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "EPS_CLIP": (1e-9, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9),
     "REWARD_SCALE": (1e-9, 1e9), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "MAX_GRAD_NORM": (1e-9, 1e9), "HIDDEN": (1, 8192),
     "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),

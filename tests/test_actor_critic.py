@@ -70,7 +70,7 @@ def test_what_a_run_leaves(small):
     main(["small.json"])
     (directory,) = small.glob("checkpoints_*")
     assert len(directory.name) == len("checkpoints_YYYYMMDD_HHMMSS")
-    assert {file.name for file in directory.iterdir()} == {"training.log", "epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "final.pt"}
+    assert {file.name for file in directory.iterdir()} == {"run.lock", "training.log", "epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "final.pt"}
     log = (directory / "training.log").read_text()
     assert log.count("epoch ") == 3 and '"seed": 42' in log and "expected reward" in log
 

@@ -149,7 +149,7 @@ def test_wrong_arguments(arguments, message):
 
 def test_mp4(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(load_model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install imageio-ffmpeg"):
+    with pytest.raises(SystemExit, match="pip install imageio imageio-ffmpeg"):
         main([str(checkpoint), "--out", str(tmp_path / "x.mp4")])
     monkeypatch.undo()
     pytest.importorskip("imageio_ffmpeg")
@@ -159,8 +159,8 @@ def test_mp4(checkpoint, tmp_path, monkeypatch):
 
 def test_on_the_command_line(tmp_path):
     """A fresh clone in another place: the shipped model plays; a bad file is one line."""
-    for name in ("load_model", "breakout_ascii", "checkpoint", "device", "drawing", "evaluation", "model", "rollout_buffer"):
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
     for name in ("fast", "replay", "pretrained"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "bad.pt").write_bytes(b"PK\3\4 not a checkpoint")

@@ -109,7 +109,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, monkeypatch, 
 def test_what_a_run_leaves(tmp_path):
     run(tmp_path, "run")
     names = {file.name for file in (tmp_path / "run").iterdir() if "tfevents" not in file.name}
-    assert names == {"config.json", "metrics.csv", "learning_curve.png", "best_model.pt", "last.pt",
+    assert names == {"config.json", "run.lock", "metrics.csv", "learning_curve.png", "best_model.pt", "last.pt",
                      "checkpoint_0.pt", "checkpoint_2.pt", "checkpoint_4.pt", "checkpoint_6.pt"}  # fmt: skip
     constants = json.loads((tmp_path / "run" / "config.json").read_text())
     assert constants == {**CONSTANTS, **constants} and constants["NUM_ENVS"] == 4 and constants["GAMMA"] == CONSTANTS["GAMMA"]
@@ -341,7 +341,7 @@ def test_what_cannot_be_resumed(tmp_path):
     with pytest.raises(CheckpointError, match="elsewhere.pt: lies outside its run"):
         main(["--resume", str(tmp_path / "elsewhere.pt")])
     save_checkpoint(tmp_path / "run" / "older.pt", state | {"constants": state["constants"] | {"WARMUP": 0.0}})
-    with pytest.raises(CheckpointError, match="older.pt: has other constants than this program .as WARMUP."):
+    with pytest.raises(CheckpointError, match="older.pt: has other constants than this program .WARMUP."):
         main(["--resume", str(tmp_path / "run" / "older.pt")])
     with pytest.raises(CommandLineError, match="has done 192 steps already; to go on, give a larger --num_steps"):
         main(["--resume", str(last)])
