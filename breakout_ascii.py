@@ -48,7 +48,12 @@ class Games:
     pages                             (N, 24, 81) uint8 ASCII codes, up to date from the first reset on
     """
 
-    STATE = "ball_x ball_y dx dy paddle_x lives score elapsed bricks bricks_left serves".split()  # pages follow from it
+    LIMITS = {  # of what a state holds: lowest and highest
+        "ball_x": (0, RIGHT_WALL), "ball_y": (0, FLOOR - 1), "dx": (-1, 1), "dy": (-1, 1), "paddle_x": (1, PADDLE_MAX), "lives": (0, LIVES),
+        "score": (0, 10**6), "elapsed": (0, 10**18), "bricks": (False, True), "bricks_left": (0, BRICK_ROWS * BRICK_COLUMNS),
+        "serves": (-1, RIGHT_WALL),
+    }
+    STATE = list(LIMITS)  # pages follow from it
 
     xp = np  # the array library; a subclass for another (fast/device_breakout.py) has its own `array`, `draw` and `redraw`
 
@@ -156,13 +161,17 @@ class Games:
         return {name: np.array(getattr(self, name)) for name in self.STATE}
 
     def load_state_dict(self, state):
-        """Go on from a state_dict. Raises ValueError if it is not one of as many games."""
-        for name in self.STATE:
-            expected, shape = tuple(getattr(self, name).shape), np.shape(state.get(name))
-            if shape != expected:
-                raise ValueError(f"state[{name!r}] must have shape {expected} with this num_envs; got {shape}")
-        for name in self.STATE:
-            getattr(self, name)[...] = self.array(state[name])
+        """Go on from a state_dict. Raises ValueError, before anything has changed, if it is not one of as many games."""
+        values = {name: np.asarray(state.get(name)) for name in self.STATE}
+        for name, x in values.items():
+            expected, (low, high) = tuple(getattr(self, name).shape), self.LIMITS[name]
+            if x.shape != expected:
+                raise ValueError(f"state[{name!r}] must have shape {expected} with this num_envs; got {x.shape}")
+            if x.dtype.kind not in ("b" if name == "bricks" else "iu") or not low <= x.min() <= x.max() <= high:
+                raise ValueError(f"state[{name!r}] must be {'bool' if name == 'bricks' else f'integers from {low} to {high}'}; got {x.dtype}, "
+                                 f"{x.flat[0]!r} first")  # fmt: skip
+        for name, x in values.items():
+            getattr(self, name)[...] = self.array(x)
         self.draw(self.index >= 0)  # all of them
 
     def pair(self):
@@ -241,7 +250,9 @@ def fixed_serves(options, num_games):
 
     Raises ValueError for serves of another shape or value, and for any other option.
     """
-    options = options or {}
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        raise ValueError(f'options must be None or {{"serves": ...}}; got {options!r}')
     if set(options) - {"serves"}:
         raise ValueError(f'the only option of reset is "serves"; got {", ".join(map(repr, options))}')
     if options.get("serves") is None:
@@ -262,19 +273,21 @@ def check_actions(actions, shape):
     if actions.shape != shape or actions.dtype.kind not in "iu":
         raise ValueError(f"actions must be integers of shape {shape}; got {actions.dtype} of shape {actions.shape}")
     if actions.min() < 0 or actions.max() > 2:
-        bad = actions[(actions < 0) | (actions > 2)].flat[0]
-        raise ValueError(f"actions must be 0 (stay), 1 (left) or 2 (right); got {bad}")
+        bad = np.flatnonzero((actions < 0) | (actions > 2))[0]
+        raise ValueError(f"actions must be 0 (stay), 1 (left) or 2 (right); got {actions.flat[bad]}" + (f" for game {bad}" if shape else ""))
     return actions
 
 
 def check_arguments(max_episode_steps, render_mode, modes, num_envs=1, varied_starts=0.0):
     """Raise ValueError, in one line, for the first argument of an environment that is out of range."""
-    whole = int, np.integer
-    if not isinstance(num_envs, whole) or num_envs < 1:
+    def whole(x):
+        return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+    if not whole(num_envs) or num_envs < 1:
         raise ValueError(f"num_envs must be an integer above 0; got {num_envs!r}")
-    if max_episode_steps is not None and (not isinstance(max_episode_steps, whole) or max_episode_steps < 1):
+    if max_episode_steps is not None and (not whole(max_episode_steps) or max_episode_steps < 1):
         raise ValueError(f"max_episode_steps must be None (no limit) or an integer above 0; got {max_episode_steps!r}")
-    if not 0.0 <= varied_starts <= 1.0:
+    if not isinstance(varied_starts, (int, float, np.number)) or not 0.0 <= varied_starts <= 1.0:
         raise ValueError(f"varied_starts is a probability, 0 to 1; got {varied_starts!r}")
     if render_mode not in (None, *modes):
         raise ValueError(f"render_mode must be None or one of {', '.join(modes)}; got {render_mode!r}")
@@ -366,9 +379,13 @@ class BreakoutAsciiVec(VectorEnv):
         return self.games.state_dict() | {"np_random": self.np_random.bit_generator.state}
 
     def load_state_dict(self, state):
-        """Go on from a state_dict. Raises ValueError if it is not one of an environment with as many games."""
-        if "np_random" not in state:
+        """Go on from a state_dict. Raises ValueError, before anything has changed, if it is not one of an environment with as many games."""
+        if not isinstance(state, dict) or "np_random" not in state:
             raise ValueError("state['np_random'], the state of the random generator, is missing")
+        try:
+            type(self.np_random.bit_generator)().state = state["np_random"]  # on trial
+        except (KeyError, OverflowError, TypeError, ValueError):
+            raise ValueError("state['np_random'] is not the state of the random generator") from None
         self.games.load_state_dict(state)
         self.np_random.bit_generator.state = state["np_random"]
         self._started = True
@@ -473,7 +490,8 @@ def check_tokens(tokens, dimensions):
         raise ValueError(f"tokens must be integers, ASCII codes; got {tokens.dtype}")
     known = np.isin(tokens, list(CHARACTERS.encode()))
     if not known.all():
-        raise ValueError(f"tokens must be codes of the characters {CHARACTERS!r}; got {tokens[~known].flat[0]}")
+        place = tuple(np.argwhere(~known)[0].tolist())
+        raise ValueError(f"tokens must be codes of the characters {CHARACTERS!r}; got {tokens[place]} at {place}")
     return tokens
 
 

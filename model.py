@@ -136,8 +136,9 @@ class GPT(nn.Module):
         tokens = torch.as_tensor(tokens, device=self.device)
         characters = self.character_of[tokens.int()]
         if (unknown := characters == UNKNOWN).any():
-            code = int(tokens[unknown][0])
-            raise ValueError(f"token {code} ({chr(code)!r}) is not in the character set {CHARACTERS!r}")
+            page, place = unknown.nonzero()[0].tolist()
+            code = int(tokens[page, place])
+            raise ValueError(f"token {code} ({chr(code)!r}) of page {page}, position {place}, is not in the character set {CHARACTERS!r}")
         return characters
 
     def features(self, characters):

@@ -572,7 +572,7 @@ def test_a_run_goes_on_bit_for_bit(saved_at):
 BAD_SERVES = [[1, 1, 1, 1], [[1] * 5] * 3, [1, 1, 0, 1, 1], [1, 1, 2, 1, 1], "left", [[1], [1, 1]], [None] * 5, 1]
 
 
-@pytest.mark.parametrize("options", [{"serves": bad} for bad in BAD_SERVES] + [{"serve": [1] * 5}])
+@pytest.mark.parametrize("options", [{"serves": bad} for bad in BAD_SERVES] + [{"serve": [1] * 5}, 5, "serves", [], True])
 def test_bad_reset_options(options):
     for env in (BreakoutAsciiVec(2), BreakoutAscii()):
         with pytest.raises(ValueError, match="serves") as error:
@@ -583,7 +583,7 @@ def test_bad_reset_options(options):
 
 
 @pytest.mark.parametrize("actions, said", [
-    ([0, 3], "got 3"), ([-1, 0], "got -1"), ([0], r"shape \(1,\)"), ([[0, 1]], "shape"), (1, "shape"),
+    ([0, 3], "got 3 for game 1"), ([-1, 0], "got -1 for game 0"), ([np.nan, 1], "float64"), ([0], r"shape \(1,\)"), ([[0, 1]], "shape"), (1, "shape"),
     ([0.0, 1.0], "float64"), ([True, False], "bool"), (["0", "1"], "integers"), ([0, None], "object")])
 def test_bad_actions(actions, said):
     env = BreakoutAsciiVec(2)
@@ -604,7 +604,8 @@ def test_bad_action(action):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (dict(num_envs=0), "num_envs"), (dict(num_envs=2.0), "num_envs"), (dict(varied_starts=1.1), "varied_starts"),
+    (dict(num_envs=True), "num_envs"), (dict(max_episode_steps=True), "max_episode_steps"), (dict(varied_starts="a"), "varied_starts"),
+    (dict(varied_starts=None), "varied_starts"), (dict(num_envs=0), "num_envs"), (dict(num_envs=2.0), "num_envs"), (dict(varied_starts=1.1), "varied_starts"),
     (dict(varied_starts=float("nan")), "varied_starts"), (dict(max_episode_steps=0), "max_episode_steps"),
     (dict(max_episode_steps=1.5), "max_episode_steps"), (dict(render_mode="human"), "render_mode")])
 def test_bad_arguments(arguments, said):
@@ -646,7 +647,16 @@ def test_bad_states():
             env.load_state_dict(bad)
     with pytest.raises(ValueError, match="np_random"):
         env.load_state_dict({key: state[key] for key in state if key != "np_random"})
-    assert_same(state, env.state_dict())
+    bad_values = {"lives": np.array([5, 9]), "ball_x": np.array([0, 10**6]), "ball_y": np.array([-1, 1]), "dx": np.array([0.5, 1]),
+                  "bricks": state["bricks"].astype(int), "serves": state["serves"].astype(object), "paddle_x": np.array(["a", "b"]),
+                  "score": None, "np_random": {"bit_generator": "PCG64", "state": "x"}}  # fmt: skip
+    for key, value in bad_values.items():
+        with pytest.raises(ValueError, match=key) as error:
+            env.load_state_dict({**state, "score": state["score"] + 10, key: value})
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="np_random"):
+        env.load_state_dict(5)
+    assert_same(state, env.state_dict())  # nothing was applied
 
 
 # Text and render modes.
