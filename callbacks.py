@@ -23,6 +23,7 @@ import csv
 import io
 import math
 import sys
+import threading
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -204,39 +205,51 @@ def read_metrics(path):
 
 
 class MetricsCSV(Callback):
-    """One row per update. A resumed run drops the rows after its checkpoint, and goes on as if never stopped."""
+    """One row per update; what a full disk refuses is written with the next. A resumed run drops the rows after its checkpoint, and goes
+    on as if never stopped."""
 
     def __init__(self, path, evaluation=("score",)):
         """evaluation: the names of an evaluation that get a column, with `eval_` before them."""
-        self.path, self.evaluation, self.columns = Path(path), evaluation, None
+        self.path, self.evaluation, self.columns, self.unwritten = Path(path), evaluation, None, []
 
     def on_update_end(self, trainer):
         row = {"update": trainer.update_count, "global_step": trainer.global_step, "seconds": round(trainer.seconds, 2)}
         row |= trainer.stats | dict.fromkeys([f"eval_{name}" for name in self.evaluation], "")
+        self.unwritten.append(row)
         with self.warn_and_continue(f"row {trainer.update_count}"):
-            if self.columns is None:
-                old_columns, old_rows = read_metrics(self.path)
-                columns = old_columns + [name for name in row if name not in old_columns]
-                missing = [""] * (len(columns) - len(old_columns))
-                self.write(columns, [old + missing for old in old_rows if int(old[0]) < trainer.update_count])
-                self.columns = columns
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+            self.write()
 
     def on_evaluation_end(self, trainer):
-        update = trainer.evaluated["update_count"]
+        update, evaluation = trainer.evaluated["update_count"], trainer.evaluated["evaluation"]
         with self.warn_and_continue(f"the evaluation of row {update}"):
-            columns, rows = read_metrics(self.path)
-            for row in (row for row in rows if int(row[0]) == update):
-                for name in self.evaluation:
-                    row[columns.index(f"eval_{name}")] = trainer.evaluated["evaluation"][name]
-                self.write(columns, rows)
+            first = min([int(row["update"]) for row in self.unwritten], default=math.inf)
+            if update < first:
+                columns, rows = read_metrics(self.path)
+                self.unwritten[:0] = [dict(zip(columns, row)) for row in rows if update <= int(row[0]) < first]
+                self.columns = None
+            for row in self.unwritten:
+                if int(row["update"]) == update:
+                    row |= {f"eval_{name}": evaluation[name] for name in self.evaluation}
+            self.write()
 
-    def write(self, columns, rows):
-        table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([columns, *rows])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.path, table.getvalue().encode())
+    def write(self):
+        """Append the unwritten rows, or write the whole file if it may be torn or lacks a column."""
+        if not self.unwritten:
+            return
+        if self.columns is None:
+            columns, rows = read_metrics(self.path)
+            rows = [dict(zip(columns, row)) for row in rows if int(row[0]) < int(self.unwritten[0]["update"])] + self.unwritten
+            columns += [name for name in self.unwritten[-1] if name not in columns]
+            table = io.StringIO()
+            csv.writer(table, lineterminator="\n").writerow(columns)
+            csv.DictWriter(table, columns, lineterminator="\n").writerows(rows)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.path, table.getvalue().encode())
+            self.columns = columns
+        else:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerows(self.unwritten)
+        self.unwritten = []
 
     @contextlib.contextmanager
     def warn_and_continue(self, what):
@@ -251,9 +264,10 @@ class TensorBoard(Callback):
     """Event files in the run directory: losses/, charts/ and eval/ over environment steps."""
 
     def __init__(self, run_dir):
-        self.run_dir, self.writer = run_dir, None
+        self.run_dir, self.writer, self.excepthook = run_dir, None, threading.excepthook
 
     def on_training_start(self, trainer):
+        threading.excepthook = self.thread_ended
         try:
             from torch.utils.tensorboard import SummaryWriter  # here, because the training can do without
         except ImportError:
@@ -272,7 +286,13 @@ class TensorBoard(Callback):
     def on_evaluation_end(self, trainer):
         self.add({f"eval/{name}": x for name, x in trainer.evaluated["evaluation"].items()}, trainer.evaluated["global_step"])
 
+    def thread_ended(self, args):
+        """The writer's thread ends with its first error, which the next call raises again: a traceback would say no more."""
+        if not (isinstance(args.exc_value, OSError) and "tensorboard" in type(args.thread).__module__):
+            self.excepthook(args)
+
     def close(self):
+        threading.excepthook = self.excepthook
         if self.writer is not None:
             with self.warn_and_give_up():
                 self.writer.close()

@@ -118,7 +118,7 @@ def check_memory(config, device):
 
 
 def smaller_batch(c):
-    """-> the largest batch size below this one that fits the other constants, or this one."""
+    """-> the largest batch size up to half of this one that fits the other constants, or this one."""
     samples = c.NUM_ENVS * c.ROLLOUT_STEPS
     fitting = (size for size in range(c.BATCH_SIZE // 2, 1, -1) if samples % size == 0 and size % RANKS == 0)
     return next(fitting, c.BATCH_SIZE)

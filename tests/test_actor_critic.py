@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from algorithms import actor_critic
 from algorithms.actor_critic import ActorCriticAgent, Config, expected_maximum, main, read_config
 from algorithms_helpers import same
 from checkpoint import CheckpointError, load_checkpoint
-from command_line import CommandLineError
+from command_line import CommandLineError, locked
 
 
 def test_the_optimum_is_known():
@@ -86,21 +88,25 @@ def test_a_resumed_run_is_the_same_bit_for_bit_and_so_is_a_second(small):
     assert same(load_checkpoint(second / "final.pt"), straight)
 
 
-def test_ctrl_c_saves_whole_epochs(small, monkeypatch):
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)])
+def test_a_signal_saves_whole_epochs(small, monkeypatch, signum, status):
     calls, update = [], ActorCriticAgent.update
 
     def interrupted(agent):
         calls.append(0)
         if len(calls) == 8:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signum)
         return update(agent)
 
     with monkeypatch.context() as m:
         m.setattr(ActorCriticAgent, "update", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit) as stopped:
             main(["small.json"])
+    assert stopped.value.code == status
     (directory,) = small.glob("checkpoints_*")
     assert load_checkpoint(directory / "final.pt")["epoch"] == 1 and "--resume" in (directory / "training.log").read_text()
+    with locked(directory), pytest.raises(CommandLineError, match="another process is training this run"):
+        main(["--resume", str(directory)])
     main(["--resume", str(directory)])
     assert load_checkpoint(directory / "final.pt")["epoch"] == 3
     with pytest.raises(CommandLineError, match="has done all of its 3 epochs already"):

@@ -433,7 +433,8 @@ def test_rows_after_a_full_disk(tmp_path, monkeypatch, straight, capsys):
         ppo.learn(until=5)
     assert "row 4 not written (No space left on device)" in capsys.readouterr().out
     ppo.learn()
-    assert table(path) == [row for row in straight if row["update"] not in "45"]
+    assert [row["update"] for row in table(path)] == list("12345678")
+    assert [row for row in table(path) if row["update"] not in "45"] == [row for row in straight if row["update"] not in "45"]
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
@@ -460,6 +461,13 @@ def test_tensorboard(tmp_path):
     assert set(tags) == losses | charts | evals
     assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
     assert [e.step for e in events.Scalars("charts/lr")] == [100 * u for u in range(1, 9)]  # none twice
+
+
+def test_without_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    FakeTrainer([MetricsCSV(tmp_path / "metrics.csv"), LearningCurve(tmp_path / "curve.png", tmp_path / "metrics.csv")]).learn()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "pip install matplotlib" in out and os.listdir(tmp_path) == ["metrics.csv"]
 
 
 def test_without_tensorboard(tmp_path, monkeypatch, capsys):
@@ -570,6 +578,15 @@ def test_checkpoints_left_from_before_a_resume_do_not_push_out_new_ones(tmp_path
     FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)], start=3).learn(until=5)
     assert sorted(path.name for path in tmp_path.glob("checkpoint_*")) == [
         "checkpoint_4.pt", "checkpoint_5.pt", "checkpoint_mine.pt"]  # fmt: skip
+
+
+def test_the_newest_checkpoint_stays_when_the_clock_has_been_set_back(tmp_path):
+    ppo = FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)])
+    ppo.learn(until=2)
+    for file in tmp_path.glob("checkpoint_*"):
+        os.utime(file, (4e9, 4e9))  # as if written in the year 2096
+    ppo.learn(until=3)
+    assert "checkpoint_3.pt" in updates(tmp_path) and len(updates(tmp_path)) == 4
 
 
 def test_a_full_disk_keeps_the_old_files(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,14 @@
+import math
+import os
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 import command_line
-from command_line import CommandLineError, check_constants, constants_of, new_run_dir, read_command_line
+from algorithms.grid_search import TRAININGS, training
+from command_line import CommandLineError, check_constants, constants_of, finish_output, new_run_dir, one_line, read_command_line
 
 DEFAULTS = {"NUM_STEPS": 100, "GAMMA": 0.9, "PAIRED": True, "NAME": "a", "DROPOUT": 0.1}
 RANGES = {"NUM_STEPS": (1, 10**12), "GAMMA": (0.0, 1.0)}
@@ -65,3 +69,43 @@ def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command_line, "time", SimpleNamespace(strftime=lambda form: "runs/now"))
     assert [str(new_run_dir("")) for _ in range(3)] == ["runs/now", "runs/now-2", "runs/now-3"]
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_every_number_among_the_constants_has_a_range_that_holds(name):
+    """One step below it, one above it, nan, and the wrong type."""
+    constants, ranges = training(name).constants, training(name).ranges
+    numbers = {constant: value for constant, value in constants.items() if type(value) in (int, float)}
+    assert numbers.keys() == ranges.keys()
+    check_constants(constants, constants, ranges)
+    for constant, (low, high) in ranges.items():
+        step = 1 if type(low) is int else 1e-9 + high * 1e-9
+        for bad in (low - step, high + step, math.nan, "1", None, True):
+            with pytest.raises(CommandLineError, match=f"{constant} .* must be an? (integer|number) from") as error:
+                check_constants(constants | {constant: bad}, constants, ranges)
+            assert "\n" not in str(error.value)
+
+
+def test_a_directory_is_free_if_it_has_only_what_a_run_without_a_checkpoint_leaves(tmp_path):
+    for name in ("config.json", "run.lock", "last.pt.tmp", "events.out.tfevents.7"):
+        (tmp_path / name).touch()
+    assert new_run_dir(str(tmp_path)) == tmp_path
+    (tmp_path / "metrics.csv").touch()
+    with pytest.raises(CommandLineError, match="is in use already"):
+        new_run_dir(str(tmp_path))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_reaches_nobody_is_no_success(monkeypatch, capsys):
+    for status in (0, 130):
+        with open("/dev/full", "w") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            print("the result")
+            assert finish_output("script.py", status) == (status or 1)
+        assert capsys.readouterr().err == "script.py: the output could not be written (No space left on device)\n"
+
+
+def test_errors_of_the_system_name_their_file(tmp_path):
+    with pytest.raises(OSError) as error:
+        open(tmp_path / "gone" / "x")
+    assert one_line(error.value) == f"{tmp_path}/gone/x: No such file or directory; check the path, its permissions and the space on the disk"

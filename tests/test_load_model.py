@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import shutil
@@ -58,6 +59,20 @@ def test_gif_shows_every_step(checkpoint, tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("game")]
     infos = [step.info for step in played if step.last]
     assert len(lines) == len(infos) and f"game 1: {infos[0]['score']} points, {infos[0]['bricks']} of 91 bricks" in lines[0]
+
+
+def test_a_gif_that_the_disk_has_no_room_for(checkpoint, tmp_path):
+    """One line, and the old gif stays: no file may grow beyond 1000 bytes."""
+    resource, out = pytest.importorskip("resource"), tmp_path / "old.gif"
+    out.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="old.gif: not written .File too large.; free some disk space or check the permissions$"):
+            main([str(checkpoint), "--steps", "20", "--out", str(out)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert out.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["old.gif", "small.pt"]
 
 
 def test_an_unfinished_gif_leaves_the_old_one(checkpoint, tmp_path, monkeypatch):
@@ -131,7 +146,15 @@ def test_files_that_are_no_model(tmp_path, checkpoint):
     save_checkpoint(tmp_path / "other.pt", {"model": {}, "gpt_config": {"n_layers": 3}})
     save_checkpoint(tmp_path / "nothing.pt", {"global_step": 1})
     save_checkpoint(tmp_path / "misfit.pt", {"model": {"wte.weight": torch.ones(2)}, "gpt_config": {}})
-    for name in ("empty.pt", "text.pt", "cut.pt", "other.pt", "nothing.pt", "misfit.pt", "missing.pt"):
+    config = {"n_head": 4, "n_embd": 16}
+    for name, edit in (("float.pt", {"n_head": 4.0}), ("layers.pt", {"n_layer": 100_000}), ("wide.pt", {"n_embd": 8192})):
+        save_checkpoint(tmp_path / name, load_checkpoint(checkpoint) | {"gpt_config": config | edit})
+    save_checkpoint(tmp_path / "list.pt", {"model": [1], "gpt_config": config})
+    state = load_checkpoint(checkpoint)
+    state["model"]["wte.weight"][0, 0] = math.nan
+    save_checkpoint(tmp_path / "nan.pt", state)
+    names = "empty text cut other nothing misfit missing float layers wide list nan".split()
+    for name in (f"{name}.pt" for name in names):
         with pytest.raises(CheckpointError, match=name) as error:
             load_policy(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -158,22 +181,27 @@ def test_mp4(checkpoint, tmp_path, monkeypatch):
 
 
 def test_on_the_command_line(tmp_path):
-    """A fresh clone in another place: the shipped model plays; a bad file is one line."""
+    """A fresh clone in a place with a space and an umlaut, no home, only ASCII for the output, and no imageio: the shipped model plays.
+    A bad file is one line, though the output is closed."""
+    tmp_path = tmp_path / "a f\u00fc"
+    tmp_path.mkdir()
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
     for name in ("fast", "replay", "pretrained"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "imageio.py").write_text("raise ImportError('there is no imageio')")
     (tmp_path / "bad.pt").write_bytes(b"PK\3\4 not a checkpoint")
 
     def script(*arguments):
-        command = [sys.executable, "load_model.py", *arguments]
-        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = ["bash", "-c", 'exec "$@" >&-' if "bad.pt" in arguments else 'exec "$@"', "", sys.executable, "load_model.py", *arguments]
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "HOME": "/nowhere"}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    with script("--steps", "60") as good, script("bad.pt") as bad:  # side by side
-        out, _ = good.communicate()
+    with script("--steps", "60", "--out", "\u00fc.gif") as good, script("bad.pt") as bad:  # side by side
+        out, progress = good.communicate()
         _, err = bad.communicate()
-    assert good.returncode == 0 and (tmp_path / "gpt.gif").stat().st_size > 1000
-    assert "pretrained" in out and "wrote gpt.gif" in out
+    assert good.returncode == 0 and (tmp_path / "\u00fc.gif").stat().st_size > 1000 and "Traceback" not in progress
+    assert "pretrained" in out and "wrote \\xfc.gif" in out
     assert bad.returncode == 1 and err.startswith("load_model.py: bad.pt: ") and err.count("\n") == 1
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,6 +22,7 @@ from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from command_line import CommandLineError, kind_of
 from device import DeviceError
 from fast import DeviceBreakout
+from model import GPTConfig
 from ppo import PPO
 from train_ppo import CONSTANTS, RANGES, check, main
 from trainer import StopTraining
@@ -79,31 +81,161 @@ def same(x, y):
     return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y or x != x and y != y
 
 
-@pytest.mark.parametrize("signum, status, minibatch", [(signal.SIGINT, 130, 3 * 4 + 1), (signal.SIGTERM, 143, 3 * 4 + 3)])
-def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, monkeypatch, capsys, signum, status, minibatch):
-    """Six updates; and three, a signal in the midst of the fourth, and three more."""
-    assert run(tmp_path, "straight") == 0
-    step, steps = PPO.train_step, []
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The directory of a run of six updates that nothing interrupts."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(callbacks, "Background", AtOnce)
+        assert run(tmp_path_factory.mktemp("run"), "straight") == 0
+    return tmp_path_factory.getbasetemp() / "run0" / "straight"
 
-    def interrupted(self):
-        steps.append(0)
-        if len(steps) == minibatch:
-            os.kill(os.getpid(), signum)
-        step(self)
 
-    with monkeypatch.context() as m:
-        m.setattr(PPO, "train_step", interrupted)
-        assert run(tmp_path, "stopped") == status
-    assert len(steps) == minibatch  # the minibatch was finished, and no other begun
-    assert f"go on with: python train_ppo.py --resume {tmp_path / 'stopped'}" in capsys.readouterr().err
-    assert load_checkpoint(tmp_path / "stopped")["update_count"] == 3
-    assert main(["--resume", str(tmp_path / "stopped")]) == 0
-    states = [load_checkpoint(tmp_path / name) for name in ("straight", "stopped")]
+def assert_the_same_run(straight, other):
+    """Parameters, optimizer, random numbers and rows, bit for bit."""
+    states = [load_checkpoint(run_dir) for run_dir in (straight, other)]
     for state in states:
         assert state.pop("seconds") > 0 and state["constants"].pop("RUN_DIR")
     assert states[0]["update_count"] == 6 and same(*states)
-    assert len(logged(tmp_path / "straight")) == 6 and logged(tmp_path / "straight") == logged(tmp_path / "stopped")
+    assert len(logged(straight)) == 6 and logged(straight) == logged(other)
+
+
+@pytest.mark.parametrize("signum, status, place, call, update", [
+    (signal.SIGINT, 130, (PPO, "train_step"), 3 * 4 + 1, 3),
+    (signal.SIGTERM, 143, (PPO, "train_step"), 3 * 4 + 3, 3),
+    (signal.SIGHUP, 129, (PPO, "rollout_step"), 3 * 8 + 5, 3),
+    (signal.SIGQUIT, 131, (AtOnce, "submit"), 2, 4),
+    (signal.SIGINT, 130, (os, "fsync"), 10, None),
+])  # fmt: skip
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(straight, tmp_path, monkeypatch, capsys, signum, status, place, call, update):
+    """Six updates; and some, a signal in the midst of an update, a rollout, an evaluation or a save, and the rest."""
+    interrupt, calls = getattr(*place), []
+
+    def interrupted(*args):
+        calls.append(0)
+        if len(calls) == call:
+            os.kill(os.getpid(), signum)
+        return interrupt(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(*place, interrupted)
+        assert run(tmp_path, "stopped") == status
+    if place[0] is PPO:
+        assert len(calls) == call  # the minibatch was finished, and no other begun
+    assert f"go on with: python train_ppo.py --resume {tmp_path / 'stopped'}" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "stopped")["update_count"] == update or not update
+    assert main(["--resume", str(tmp_path / "stopped")]) == 0
+    assert_the_same_run(straight, tmp_path / "stopped")
     assert signal.getsignal(signum) in (signal.default_int_handler, signal.SIG_DFL)
+
+
+def test_a_disk_that_is_full_for_a_while_loses_nothing(straight, tmp_path, monkeypatch, capsys):
+    """During updates 3 and 4 no file may grow beyond 1000 bytes: not the log, the plot, nor a checkpoint."""
+    resource, update, limits = pytest.importorskip("resource"), PPO.update, []
+
+    def limited(self):
+        soft, hard = limits[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if self.update_count in (2, 3) else soft, hard))
+        if self.update_count == 4:
+            assert load_checkpoint(tmp_path / "run")["update_count"] == 2  # whole, though an attempt to replace it has failed
+        return update(self)
+
+    limits.append(resource.getrlimit(resource.RLIMIT_FSIZE))
+    monkeypatch.setattr(PPO, "update", limited)
+    try:
+        assert run(tmp_path, "run") == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits[0])
+    assert_the_same_run(straight, tmp_path / "run")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    for name in ("metrics.csv", "last.pt", "checkpoint_4.pt", "learning_curve.png"):
+        assert any(name in line and "File too large" in line and "training goes on" in line for line in warnings)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_another_process_in_the_same_run_is_refused_until_it_dies(straight, tmp_path):
+    run_dir = shutil.copytree(straight, tmp_path / "run")
+    (run_dir / "checkpoint_9.pt.tmp").write_bytes(b"half")  # what a kill left
+    owner = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", owner, str(run_dir / "run.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        before = {file: file.stat().st_mtime_ns for file in run_dir.iterdir()}
+        with pytest.raises(CommandLineError, match="run: another process is training this run; stop that one first"):
+            main(["--resume", str(run_dir), "--num_steps", str(7 * 32)])
+        assert before == {file: file.stat().st_mtime_ns for file in run_dir.iterdir()}
+        process.kill()
+    assert main(["--resume", str(run_dir), "--num_steps", str(7 * 32)]) == 0
+    assert [row["update"] for row in logged(run_dir)] == list("1234567") and not list(run_dir.glob("*.tmp"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_be_begun_again(straight, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for name in ("config.json", "run.lock", "events.out.tfevents.1", "last.pt.tmp"):
+        (run_dir / name).write_bytes(b"{}")
+    with pytest.raises(CommandLineError, match=f"stopped before its first checkpoint; begin it again with --run_dir {run_dir}"):
+        main(["--resume", str(run_dir)])
+    assert run(tmp_path, "run") == 0
+    assert_the_same_run(straight, run_dir)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="gives up the rights of root for a while")
+def test_directories_that_cannot_be_written_are_refused_before_the_first_step(straight, monkeypatch):
+    monkeypatch.setattr(PPO, "collect", None)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copytree(straight, f"{folder}/run")
+        try:
+            os.seteuid(65534)  # nobody: permissions do not stop root
+            with pytest.raises(CommandLineError, match="new cannot be made .Permission denied.; name another --run_dir"):
+                run(Path(folder), "new")
+            with pytest.raises(CommandLineError, match="run cannot be written .Permission denied.; check its permissions"):
+                main(["--resume", f"{folder}/run", "--num_steps", "999"])
+        finally:
+            os.seteuid(0)
+
+
+def test_weights_that_are_not_finite_end_the_training_before_they_are_saved(tmp_path, monkeypatch, capsys):
+    def spoiled(self):
+        stats = update(self)
+        if self.update_count == 3:
+            self.weights.data[5] = math.inf
+        return stats
+
+    update = PPO.update
+    monkeypatch.setattr(PPO, "update", spoiled)
+    assert run(tmp_path, "run", "--save_freq", "1") == 1
+    assert re.search("weights are not finite after update 3.*--resume .*run --lr ", capsys.readouterr().err)
+    assert load_checkpoint(tmp_path / "run")["update_count"] == 2
+
+
+def test_a_reward_that_is_not_finite_ends_the_training(tmp_path, monkeypatch, capsys):
+    step = train_ppo.BreakoutAsciiVec.step
+
+    def spoiled(self, actions):
+        obs, rewards, *rest = step(self, actions)
+        return obs, rewards * (math.nan if self.games.elapsed.max() > 20 else 1), *rest
+
+    monkeypatch.setattr(train_ppo.BreakoutAsciiVec, "step", spoiled)
+    assert run(tmp_path, "run", "--paired_envs", "false") == 1
+    assert "not finite in update 3" in capsys.readouterr().err and load_checkpoint(tmp_path / "run")["update_count"] == 2
+
+
+def test_models_too_large_are_named_before_they_are_built(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(train_ppo, "build", None)
+    with pytest.raises(CommandLineError, match="a GPT of .* parameters needs .* GB or more to train, and cpu has .*; try a smaller --n_embd"):
+        run(tmp_path, "run", "--n_embd", "8192", "--n_layer", "1024")
+    assert not (tmp_path / "run").exists()
+    train_ppo.check_memory(GPTConfig(n_embd=2048, n_layer=2), torch.device("cpu"))
+    assert "Building a GPT of 101,126,253 parameters; training needs 2 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch, ranks, smaller", [(512, 1, 256), (66, 1, 33), (33, 1, 12), (2, 1, 2), (64, 2, 32), (2, 2, 2)])
+def test_the_batch_that_is_advised_can_be_trained(monkeypatch, batch, ranks, smaller):
+    monkeypatch.setattr(train_ppo, "RANKS", ranks)
+    c = SimpleNamespace(**CONSTANTS | {"NUM_ENVS": 66 if batch in (66, 33) else 64, "ROLLOUT_STEPS": 2 if batch in (66, 33) else 8, "BATCH_SIZE": batch})
+    assert train_ppo.smaller_batch(c) == smaller
+    check(vars(c) | {"BATCH_SIZE": smaller})
 
 
 def test_what_a_run_leaves(tmp_path):
@@ -155,7 +287,7 @@ def test_every_constant_reaches_what_it_is_for(tmp_path):
     assert torch.initial_seed() == c.SEED
 
 
-def test_a_kill_before_the_first_checkpoint_leaves_something_to_resume(tmp_path, monkeypatch):
+def test_a_kill_before_the_first_checkpoint_leaves_something_to_resume(straight, tmp_path, monkeypatch):
     def killed(self):
         raise KeyboardInterrupt
 
@@ -163,9 +295,8 @@ def test_a_kill_before_the_first_checkpoint_leaves_something_to_resume(tmp_path,
         m.setattr(PPO, "collect", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "run")
-    run(tmp_path, "straight")
     assert main(["--resume", str(tmp_path / "run")]) == 0
-    assert logged(tmp_path / "run") == logged(tmp_path / "straight")
+    assert_the_same_run(straight, tmp_path / "run")
 
 
 def test_the_loop_for_a_gpu_leaves_the_same_files_and_either_loop_goes_on(tmp_path, monkeypatch):
@@ -301,7 +432,7 @@ def test_a_model_too_large_for_the_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     ("--gama 0.9", "unknown argument --gama; did you mean --gamma?"),
     ("--gamma 1.1", "GAMMA (--gamma) must be a number from 0.0 to 1.0, not 1.1"),
-    ("--num_envs 0", "NUM_ENVS"),
+    ("--num_envs 0", "NUM_ENVS"), ("--batch_size 1", "BATCH_SIZE (--batch_size) must be an integer from 2 to"), ("--device cuda:99", "--device cuda:99"),
     ("--batch_size 99999", "BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the "),
     ("--num_envs 33 --rollout_steps 2 --batch_size 66 --paired_envs true --num_steps 1", "PAIRED_ENVS needs an even number of games; change NUM_ENVS"),
     ("--min_lr 0.5 --lr 0.1", "MIN_LR 0.5 must not exceed"),
