@@ -307,9 +307,10 @@ class TensorBoard(Callback):
     def warn_and_give_up(self):
         try:
             yield
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a directory whose name is not UTF-8
             self.writer = None  # its thread ends with the first error
-            say(f"warning: {self.run_dir}: no more TensorBoard events ({error.strerror}); training goes on")
+            reason = error.strerror if isinstance(error, OSError) else error.reason
+            say(f"warning: {self.run_dir}: no more TensorBoard events ({reason}); training goes on")
 
 
 class LearningCurve(Callback):

@@ -1,12 +1,16 @@
 """Faults in numbers: damaged files and kills at random moments. They take long, and run with --faults."""
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from test_checkpoint import example, same
+from test_train_ppo import SMALL, logged
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.faults
@@ -44,3 +48,61 @@ def test_a_thousand_damaged_checkpoints(tmp_path):
                 assert str(error).startswith(f"{path}: ") and "\n" not in str(error), error
                 refused += 1
     assert refused > 600
+
+
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+import matplotlib.figure, torch.utils.tensorboard  # once for all children
+import train_ppo
+from checkpoint import load_checkpoint
+torch.set_num_threads(1)  # a thread pool does not survive a fork
+folder, small = sys.argv[1], sys.argv[2].split()
+run_dir, rng, kills, leftovers = Path(folder, "killed"), random.Random(0), 0, 0
+
+def start(arguments):  # -> the process id of a training
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(train_ppo.main(arguments))
+    return pid
+
+assert os.waitstatus_to_exitcode(os.waitpid(start([*small, "--run_dir", f"{folder}/straight"]), 0)[1]) == 0
+while True:
+    resumable = (run_dir / "last.pt").exists()
+    before = load_checkpoint(run_dir)["update_count"] if resumable else 0
+    pid = start(["--resume", str(run_dir)] if resumable else [*small, "--run_dir", str(run_dir)])
+    deadline = time.monotonic() + rng.uniform(0.05, 0.6)
+    while kills < 50 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    while kills < 50 and kills % 2 and time.monotonic() < deadline + 2 and not (run_dir / "last.pt.tmp").exists():
+        pass  # every other kill falls into a save
+    if kills < 50:
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if kills == 50 or status == 0:
+        break
+    assert status == -signal.SIGKILL, status
+    kills += 1
+    leftovers += any(run_dir.glob("*.tmp"))
+    for file in run_dir.glob("*.pt"):
+        assert load_checkpoint(file)["update_count"] >= (before if file.name == "last.pt" else 0), file
+assert status == 0 and not list(run_dir.glob("*.pt.tmp")), status
+print(kills, leftovers)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_training_that_is_killed_fifty_times(tmp_path):
+    """Each time every checkpoint loads, and in the end the run is the one that was never stopped, in every number and every row."""
+    small = f"{SMALL} --num_steps {200 * 32} --eval_interval 0 --save_freq 1"
+    done = subprocess.run([sys.executable, "-c", KILLS, tmp_path, small], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    kills, leftovers = map(int, done.stdout.split()[-2:])
+    assert kills == 50 and leftovers > 0, done.stdout  # otherwise it ended too early, or no kill fell into a write
+    states = [load_checkpoint(tmp_path / name) for name in ("straight", "killed")]
+    for state in states:
+        assert state.pop("seconds") > 0 and state["constants"].pop("RUN_DIR")
+    assert states[0]["update_count"] == 200 and same(*states)
+    assert len(logged(tmp_path / "straight")) == 200 and logged(tmp_path / "straight") == logged(tmp_path / "killed")

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 import math
@@ -495,13 +496,13 @@ def wait_for(pattern, folder):
 
 
 def test_on_the_command_line(tmp_path):
-    """In another directory: one run stopped by Ctrl-C, one by Ctrl-C twice while nobody reads its output, one mistake."""
+    """In another directory: one run stopped by Ctrl-C, one by Ctrl-C twice while its output is closed or full, one mistake."""
     long = [*SMALL.split(), "--num_steps", "100000000"]
     once = script(*long, cwd=tmp_path)
-    twice = script(*long, "--eval_interval", "0", "--run_dir", "twice", cwd=tmp_path)
+    unheard = ["bash", "-c", 'exec "$@" >&- 2>/dev/full', "", sys.executable, str(ROOT / "train_ppo.py")]
+    twice = subprocess.Popen([*unheard, *long, "--eval_interval", "0", "--run_dir", "twice"], cwd=tmp_path)
     mistake = script("--sede", "1", cwd=tmp_path)
     try:
-        twice.stdout.close()
         wait_for("runs/*/checkpoint_*.pt", tmp_path)
         wait_for("twice/checkpoint_*.pt", tmp_path)
         once.send_signal(signal.SIGINT)
@@ -522,8 +523,55 @@ def test_on_the_command_line(tmp_path):
     finally:
         for process in (once, twice, mistake):
             process.kill()
-        twice.stderr.close()
         twice.wait()
+
+
+def train_in_a_terminal(folder, *arguments):
+    """In 40 columns, without UTF-8 and colours -> the process, the other end of its terminal."""
+    pty, termios = (pytest.importorskip(name) for name in ("pty", "termios"))
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 40))
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "NO_COLOR": "1", "HOME": "/nowhere"}
+    command = [sys.executable, str(ROOT / "train_ppo.py"), *SMALL.split(), "--num_steps", "100000000", "--eval_interval", "0", *arguments]
+    own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", own, *command], cwd=folder, stdin=end, stdout=end, stderr=end, start_new_session=True,
+                               env=environment)  # fmt: skip
+    return process, terminal, end
+
+
+def test_in_a_terminal(tmp_path):
+    """The key Ctrl-\\ stops like Ctrl-C; what was printed is plain lines, and the terminal is as before."""
+    termios = pytest.importorskip("termios")
+    process, terminal, end = train_in_a_terminal(tmp_path, "--run_dir", "f\u00fcr alle")
+    before, printed = termios.tcgetattr(end), b""
+    os.set_blocking(terminal, False)
+    deadline = time.time() + 60
+    try:
+        while process.poll() is None and time.time() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                printed += os.read(terminal, 65536)
+            if b"\x1c" not in printed and b"^\\" not in printed and list((tmp_path / "f\u00fcr alle").glob("checkpoint_*.pt")):
+                os.write(terminal, b"\x1c")
+            time.sleep(0.02)
+        with contextlib.suppress(BlockingIOError):
+            printed += os.read(terminal, 65536)
+    finally:
+        process.kill()
+    assert process.returncode == 131 and b"stopped; go on with: python train_ppo.py --resume" in printed, printed
+    assert b"Traceback" not in printed and b"\x1b[3" not in printed and printed.isascii() and b"steps/s" in printed
+    assert termios.tcgetattr(end) == before and printed.endswith(b"\n")
+    os.close(end), os.close(terminal)
+
+
+@pytest.mark.faults
+def test_a_terminal_that_is_closed(tmp_path):
+    process, terminal, end = train_in_a_terminal(tmp_path, "--run_dir", "run", "--save_freq", "1000000")
+    os.close(end)
+    wait_for("run/metrics.csv", tmp_path)
+    time.sleep(1)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 129
+    assert load_checkpoint(tmp_path / "run")["update_count"] > 0
 
 
 @pytest.mark.parametrize("edit", [{"NUM_ENVS": 9, "ROLLOUT_STEPS": 2, "BATCH_SIZE": 18}, {"NUM_ENVS": 6, "ROLLOUT_STEPS": 11, "BATCH_SIZE": 33}])
@@ -552,9 +600,11 @@ def test_two_ranks_on_the_command_line(tmp_path):
 
 
 def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
-    """Delete fast/: two small updates, then a game. The same numbers as with it, but for rounding."""
+    """Delete fast/: two small updates, then a game. The same numbers as with it, but for rounding. Nor is there anything to draw with."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
+    for name in ("imageio", "matplotlib", "tensorboard"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('there is no {name}')")
 
     def python(*command, cwd):
         result = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=120)
@@ -562,7 +612,8 @@ def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
         return result.stdout
 
     tiny = "train_ppo.py --num_envs 2 --rollout_steps 4 --batch_size 4 --n_head 2 --n_embd 8 --num_steps 16 --eval_interval 0 --device cpu --run_dir"
-    python(*tiny.split(), "without", cwd=tmp_path)
+    out = python(*tiny.split(), "without", cwd=tmp_path)
+    assert "pip install matplotlib" in out and "pip install tensorboard" in out and len(logged(tmp_path / "without")) == 2
     assert main([*tiny.split()[1:], str(tmp_path / "with")]) == 0
     slow, quick = (load_checkpoint(tmp_path / name) for name in ("without", "with"))
     assert slow["update_count"] == 2
