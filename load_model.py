@@ -66,6 +66,8 @@ def load_policy(path, device="cpu"):
 def policy_of(state, device="cpu"):
     """The state of a checkpoint -> the GPT in eval mode."""
     config = {name: value for name, value in state["gpt_config"].items() if name != "block_size"}  # older files have it: 1944
+    for prefix in ("_orig_mod.", "module."):  # of a policy that somebody has wrapped by torch.compile or DistributedDataParallel
+        torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(state["model"], prefix)
     config, weights = GPTConfig(**config), sum(x.numel() for x in state["model"].values())
     if config.num_parameters != weights:  # before a GPT is built that may take minutes
         raise ValueError(f"it has {weights:,} weights, its configuration {config.num_parameters:,}")

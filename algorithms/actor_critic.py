@@ -219,11 +219,16 @@ def new_directory(parent):
 
 
 def logger_to(path):
-    """-> a logger that writes to a file and to the console."""
+    """-> a logger that writes to a file and to the console. What cannot be written does not stop a training."""
+
+    def warn(record):
+        logger.handlers[1].handle(logging.makeLogRecord({"msg": f"warning: {path}: not written; training goes on"}))
+
     logger = logging.getLogger(NAME)
     logger.setLevel(logging.INFO)
     logger.handlers = [logging.FileHandler(path), logging.StreamHandler()]
     logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.handlers[0].handleError, logger.handlers[1].handleError = warn, lambda record: None
     return logger
 
 
@@ -250,7 +255,10 @@ def train_epochs(agent, directory):
             whole = agent.state_dict()
             log.info("epoch %d: reward %.4f, actor loss %.4f, critic loss %.4f", agent.epoch, reward, actor_loss, critic_loss)
             if agent.epoch % SAVE_FREQ == 0:
-                save_checkpoint(directory / f"epoch_{agent.epoch}.pt", whole)
+                try:
+                    save_checkpoint(directory / f"epoch_{agent.epoch}.pt", whole)
+                except CheckpointError as error:
+                    log.info("warning: %s; training goes on", error)
     finally:
         ignore_signals()  # the end is near, and the run is not saved yet
         save_checkpoint(directory / "final.pt", whole)

@@ -113,6 +113,28 @@ def test_a_signal_saves_whole_epochs(small, monkeypatch, signum, status):
         main(["--resume", str(directory / "final.pt")])
 
 
+def test_a_disk_that_is_full_for_a_while_costs_files_only(small, monkeypatch, capsys):
+    """In the second epoch no file may grow beyond 100 bytes."""
+    resource, calls, update = pytest.importorskip("resource"), [], ActorCriticAgent.update
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(agent):
+        calls.append(0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 if 6 <= len(calls) <= 10 else soft, hard))
+        return update(agent)
+
+    monkeypatch.setattr(ActorCriticAgent, "update", limited)
+    try:
+        main(["small.json"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (directory,) = small.glob("checkpoints_*")
+    assert {file.name for file in directory.glob("*.pt")} == {"epoch_1.pt", "epoch_3.pt", "final.pt"}
+    err = capsys.readouterr().err
+    assert "training.log: not written; training goes on" in err and "epoch_2.pt: not saved (File too large)" in err and "Traceback" not in err
+    assert load_checkpoint(directory / "final.pt")["epoch"] == 3
+
+
 def test_the_config_is_written_if_there_is_none(tmp_path, capsys):
     assert read_config(tmp_path / "config.json") == Config() and "wrote" in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text()) == {

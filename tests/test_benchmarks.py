@@ -43,7 +43,7 @@ def load(name):
     return module
 
 
-robustness, learning, throughput, self_test = map(load, ("robustness", "learning", "throughput", "self_test"))
+robustness, learning, throughput, self_test, soak = map(load, ("robustness", "learning", "throughput", "self_test", "soak"))
 
 
 def table(text):
@@ -57,6 +57,7 @@ def still(tokens):
 
 
 @pytest.mark.parametrize("main, arguments, message", [
+    (soak.main, "--minutes 0", "--minutes must be from 0.01 to 10000, not 0.0"), (soak.main, "--minutes", "expected one argument"),
     (robustness.main, "--games 0", "--games must be from 1 to 10000, not 0"),
     (robustness.main, "--games few", "invalid int value: 'few'"),
     (robustness.main, "nowhere", "nowhere: there is no such file"),

@@ -42,6 +42,18 @@ def test_load_policy(checkpoint):
     assert logits.shape == (2, 3) and values.shape == (2,) and logits.dtype == values.dtype == torch.float32
 
 
+def test_models_of_wrapped_policies_and_of_a_gpu_load(checkpoint, tmp_path, monkeypatch):
+    state, page = load_checkpoint(checkpoint), BreakoutAscii().reset(seed=0)[0][None]
+    expected = load_policy(checkpoint)[0](page)[0]
+    for prefix in ("_orig_mod.", "module."):
+        save_checkpoint(tmp_path / "wrapped.pt", state | {"model": {prefix + name: x for name, x in state["model"].items()}})
+        assert torch.equal(load_policy(tmp_path / "wrapped.pt")[0](page)[0], expected)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # as torch.save writes it of a GPU's tensors
+    save_checkpoint(tmp_path / "gpu.pt", state)
+    assert b"cuda:0" in (tmp_path / "gpu.pt").read_bytes()
+    assert torch.equal(load_policy(tmp_path / "gpu.pt")[0](page)[0], expected)
+
+
 def test_gif_shows_every_step(checkpoint, tmp_path, capsys):
     out = tmp_path / "small.gif"
     main([str(checkpoint), "--steps", "150", "--out", str(out), "--sample", "--seed", "3"])

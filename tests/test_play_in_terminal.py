@@ -81,6 +81,11 @@ def test_play_without_a_terminal_is_one_line():
     assert run.returncode == 1 and run.stderr == "play_in_terminal.py: input and output must be a terminal\n"
 
 
+def test_play_without_curses(monkeypatch):
+    monkeypatch.setattr(play_in_terminal, "curses", None)
+    assert "pip install windows-curses" in play_in_terminal.terminal_problem()
+
+
 def play_in_a_terminal(keys, rows=26, columns=80, term="xterm"):
     """Play in a pseudo-terminal -> exit status, all that was written."""
     pty, fcntl, termios, struct = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios", "struct"))

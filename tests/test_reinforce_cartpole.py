@@ -1,3 +1,4 @@
+import math
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from algorithms import common
 from algorithms.reinforce_cartpole import ALGORITHM, PolicyNetwork, evaluate, normalize, reinforce_loss, returns
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 from checkpoint import CheckpointError, save_checkpoint
-from command_line import CommandLineError
+from command_line import CommandLineError, locked
 
 SMALL = "--episodes 2 --hidden 4 --eval_interval 2 --lr 0.01 --min_lr 0.01 --save_freq 1"
 
@@ -85,6 +86,26 @@ def test_without_a_shipped_model_the_newest_run_plays(tmp_path, monkeypatch, cap
 def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(CommandLineError, match="^needs no_such_module: pip install -r algorithms/requirements.txt$"):
         common.need("no_such_module")
+
+
+def test_faults_of_any_training_here(tmp_path, monkeypatch, without_processes):  # noqa: F811
+    """What the trainings share: the lock of a run, and what a file from a stranger may hold."""
+    monkeypatch.chdir(tmp_path)
+    good = {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0}
+    spoiled = {name: x * math.nan for name, x in good["model"].items()}
+    for edit, reason in (({"model": spoiled}, "is not finite"), ({"global_step": "1"}, "does not fit"), ({"constants": 5}, "does not fit"),
+                         ({"constants": {"HIDDEN": "x"}}, "does not fit"), ({"model": [1]}, "does not fit")):  # fmt: skip
+        save_checkpoint("model.pt", good | edit)
+        with pytest.raises(CheckpointError, match=f"model.pt: .*{reason}") as caught:
+            run(ALGORITHM, "--evaluate", "model.pt")
+        assert "\n" not in str(caught.value)
+    save_checkpoint("model.pt", good)
+    monkeypatch.setitem(sys.modules, "imageio", None)
+    with pytest.raises(CommandLineError, match="^needs imageio: pip install imageio$"):
+        run(ALGORITHM, "--play", "model.pt")
+    assert run(ALGORITHM, *SMALL.split(), "--num_steps", 50, "--run_dir", "run") == 0
+    with locked(Path("run")), pytest.raises(CommandLineError, match="run: another process is training this run"):
+        run(ALGORITHM, "--resume", "run", "--num_steps", 500)
 
 
 def untrained():

@@ -1,0 +1,71 @@
+"""Does a long training keep its pace and leak nothing?  python benchmarks/soak.py [--minutes 30]
+
+Trains with the constants of train_ppo.py in a process of its own and looks at it once a second, with the evaluations beside it: memory,
+open files, and steps per second of metrics.csv. Prints what they were after the first tenth of the time and in the last tenth. Exit status
+1 if memory grew by more than 2 %, if files stayed open, or if the pace fell by more than 10 %. Linux only: it reads /proc.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from callbacks import read_metrics  # noqa: E402
+from command_line import CommandLineError, raise_error, run_script  # noqa: E402
+
+
+def look(pid):
+    """-> megabytes that the process has in memory, and how many files it has open."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def soak(minutes, arguments):
+    """-> looks, a list of (megabytes, open files), and the steps per second of each update."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "train_ppo.py", "--num_steps", str(10**12), "--run_dir", f"{folder}/run", *arguments]
+        process, looks, end = subprocess.Popen(command, stdout=subprocess.DEVNULL), [], time.monotonic() + 60 * minutes
+        try:
+            while time.monotonic() < end:
+                time.sleep(1)
+                if process.poll() is not None:
+                    raise CommandLineError(f"the training has ended with status {process.returncode}; its reason stands above")
+                looks.append(look(process.pid))
+        finally:
+            process.terminate()
+            process.wait()
+        columns, rows = read_metrics(f"{folder}/run/metrics.csv")
+        return looks, [float(row[columns.index("steps_per_second")]) for row in rows]
+
+
+def ends(values):
+    """-> the median of the second tenth, and of the last."""
+    tenth = max(len(values) // 10, 1)
+    return statistics.median(values[tenth : 2 * tenth] or values), statistics.median(values[-tenth:])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0, help="default 30")
+    parser.error = raise_error
+    args, arguments = parser.parse_known_args(argv)
+    if not 0.01 <= args.minutes <= 10_000:
+        raise CommandLineError(f"--minutes must be from 0.01 to 10000, not {args.minutes}")
+    looks, speeds = soak(args.minutes, arguments)
+    if len(looks) < 2 or len(speeds) < 2:
+        raise CommandLineError("too short to tell; give more --minutes")
+    memory, files, speed = ends([x for x, _ in looks]), ends([x for _, x in looks]), ends(speeds)
+    for name, (first, last), unit in (("memory", memory, "MB"), ("open files", files, ""), ("speed", speed, "steps/s")):
+        print(f"{name:<10} {first:>12,.0f} -> {last:>12,.0f} {unit}")
+    return int(memory[1] > 1.02 * memory[0] or files[1] > files[0] or speed[1] < 0.9 * speed[0])
+
+
+if __name__ == "__main__":
+    run_script(main, "benchmarks/soak.py")
