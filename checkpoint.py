@@ -64,6 +64,9 @@ def atomic_write(path, data):
             file.flush()
             os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # makes the new name itself survive a power cut; not every OS can

@@ -120,7 +120,9 @@ def read_resumed(name, given, defaults, kept):
     if (Path(name) / "config.json").exists() and not any(Path(name).glob("*.pt")):
         raise CommandLineError(f"{name} was stopped before its first checkpoint; begin it again with --run_dir {shlex.quote(name)}")
     path = find_checkpoint(name)
-    state = load_checkpoint(path)
+    in_a_run = RANK == 0 and (path.parent / "config.json").exists()
+    with locked(path.parent) if in_a_run else contextlib.nullcontext():  # or it would soon be out of date
+        state = load_checkpoint(path)
     if "optimizer" not in state:
         raise CheckpointError(f"{path}: holds a model to play, not a run to resume; resume from its run's last.pt")
     if not (path.parent / "config.json").exists():
@@ -303,7 +305,7 @@ def launcher(ranks):
 def one_line(error):
     """An error as one line. One of the system names its file and says what to do."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror}; check the path, its permissions and the space on the disk"
+        return f"{error.filename or 'the output'}: {error.strerror}; check the path, its permissions and the space on the disk"
     return " ".join(str(error).split())[:200]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import command_line
 from algorithms.grid_search import TRAININGS, training
+from checkpoint import atomic_write
 from command_line import CommandLineError, check_constants, constants_of, finish_output, new_run_dir, one_line, read_command_line
 
 DEFAULTS = {"NUM_STEPS": 100, "GAMMA": 0.9, "PAIRED": True, "NAME": "a", "DROPOUT": 0.1}
@@ -93,6 +94,18 @@ def test_a_directory_is_free_if_it_has_only_what_a_run_without_a_checkpoint_leav
     (tmp_path / "metrics.csv").touch()
     with pytest.raises(CommandLineError, match="is in use already"):
         new_run_dir(str(tmp_path))
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            atomic_write(tmp_path / "config.json", bytes(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert one_line(error.value).startswith(f"{tmp_path}/config.json: File too large; ") and not os.listdir(tmp_path)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

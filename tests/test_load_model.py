@@ -206,7 +206,7 @@ def test_on_the_command_line(tmp_path):
 
     def script(*arguments):
         command = ["bash", "-c", 'exec "$@" >&-' if "bad.pt" in arguments else 'exec "$@"', "", sys.executable, "load_model.py", *arguments]
-        environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "HOME": "/nowhere"}
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "HOME": "/proc/nowhere"}
         return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     with script("--steps", "60", "--out", "\u00fc.gif") as good, script("bad.pt") as bad:  # side by side
