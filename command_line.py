@@ -315,7 +315,7 @@ def run_script(main, prog):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main() or 0
-    except (CommandLineError, DeviceError, GPUError, CheckpointError, OSError) as error:
+    except (CommandLineError, DeviceError, GPUError, CheckpointError, FloatingPointError, OSError) as error:
         rank = f"rank {RANK}: " if RANKS > 1 else ""
         line = one_line(error) if isinstance(error, OSError) else error
         with contextlib.suppress(OSError):

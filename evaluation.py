@@ -80,6 +80,11 @@ def returned(policy, starts=256, steps=300):
 # Players
 
 
+def check_finite(logits):
+    if not logits.isfinite().all():
+        raise FloatingPointError("the logits are not finite, so the weights are far too large; take an earlier checkpoint")
+
+
 def greedy(policy):
     """The player that takes the most probable action. Games that share their beginning show the same page: it is read once."""
     act = policy.inference_cache()
@@ -89,6 +94,7 @@ def greedy(policy):
         which = [distinct.setdefault(page.tobytes(), len(distinct)) for page in tokens]
         pages = np.frombuffer(b"".join(distinct), np.uint8).reshape(-1, TOKENS)
         logits, _ = act(policy.encode(pages.copy()))
+        check_finite(logits)
         return logits.argmax(-1).cpu().numpy()[which]
 
     return player
@@ -100,6 +106,7 @@ def sampling(policy, seed):
 
     def player(tokens):
         logits, _ = act(policy.encode(tokens))
+        check_finite(logits)
         return torch.multinomial(logits.cpu().softmax(-1), 1, generator=generator).squeeze(1).numpy()
 
     return player

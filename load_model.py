@@ -69,6 +69,8 @@ def policy_of(state, device="cpu"):
     for prefix in ("_orig_mod.", "module."):  # of a policy that somebody has wrapped by torch.compile or DistributedDataParallel
         torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(state["model"], prefix)
     config, weights = GPTConfig(**config), sum(x.numel() for x in state["model"].values())
+    if config.n_action != GPTConfig.n_action:
+        raise ValueError(f"it chooses from {config.n_action} actions, the game has {GPTConfig.n_action}")
     if config.num_parameters != weights:  # before a GPT is built that may take minutes
         raise ValueError(f"it has {weights:,} weights, its configuration {config.num_parameters:,}")
     policy = make_gpt(config, torch.device(device))

@@ -159,13 +159,13 @@ def test_files_that_are_no_model(tmp_path, checkpoint):
     save_checkpoint(tmp_path / "nothing.pt", {"global_step": 1})
     save_checkpoint(tmp_path / "misfit.pt", {"model": {"wte.weight": torch.ones(2)}, "gpt_config": {}})
     config = {"n_head": 4, "n_embd": 16}
-    for name, edit in (("float.pt", {"n_head": 4.0}), ("layers.pt", {"n_layer": 100_000}), ("wide.pt", {"n_embd": 8192})):
+    for name, edit in (("float.pt", {"n_head": 4.0}), ("layers.pt", {"n_layer": 100_000}), ("wide.pt", {"n_embd": 8192}), ("actions.pt", {"n_action": 5})):
         save_checkpoint(tmp_path / name, load_checkpoint(checkpoint) | {"gpt_config": config | edit})
     save_checkpoint(tmp_path / "list.pt", {"model": [1], "gpt_config": config})
     state = load_checkpoint(checkpoint)
     state["model"]["wte.weight"][0, 0] = math.nan
     save_checkpoint(tmp_path / "nan.pt", state)
-    names = "empty text cut other nothing misfit missing float layers wide list nan".split()
+    names = "empty text cut other nothing misfit missing float layers wide actions list nan".split()
     for name in (f"{name}.pt" for name in names):
         with pytest.raises(CheckpointError, match=name) as error:
             load_policy(tmp_path / name)
@@ -215,6 +215,14 @@ def test_on_the_command_line(tmp_path):
     assert good.returncode == 0 and (tmp_path / "\u00fc.gif").stat().st_size > 1000 and "Traceback" not in progress
     assert "pretrained" in out and "wrote \\xfc.gif" in out
     assert bad.returncode == 1 and err.startswith("load_model.py: bad.pt: ") and err.count("\n") == 1
+
+
+def test_weights_that_are_finite_but_far_too_large(checkpoint):
+    policy, _ = load_policy(checkpoint)
+    policy.policy_head.weight.data.fill_(3e38)
+    for sample in (False, True):
+        with pytest.raises(FloatingPointError, match="the logits are not finite"):
+            list(play(policy, 3, sample=sample))
 
 
 def test_older_checkpoints_load(checkpoint, tmp_path):

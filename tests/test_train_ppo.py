@@ -180,20 +180,25 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_begun_again(straight, t
     assert_the_same_run(straight, run_dir)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="gives up the rights of root for a while")
 def test_directories_that_cannot_be_written_are_refused_before_the_first_step(straight, monkeypatch):
     monkeypatch.setattr(PPO, "collect", None)
+    root = os.geteuid() == 0
     with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
         shutil.copytree(straight, f"{folder}/run")
+        for directory in (folder, f"{folder}/run"):
+            os.chmod(directory, 0o555)
         try:
-            os.seteuid(65534)  # nobody: permissions do not stop root
+            if root:  # whom permissions do not stop
+                os.seteuid(65534)
             with pytest.raises(CommandLineError, match="new cannot be made .Permission denied.; name another --run_dir"):
                 run(Path(folder), "new")
             with pytest.raises(CommandLineError, match="run cannot be written .Permission denied.; check its permissions"):
                 main(["--resume", f"{folder}/run", "--num_steps", "999"])
         finally:
-            os.seteuid(0)
+            if root:
+                os.seteuid(0)
+            for directory in (folder, f"{folder}/run"):
+                os.chmod(directory, 0o755)
 
 
 def test_weights_that_are_not_finite_end_the_training_before_they_are_saved(tmp_path, monkeypatch, capsys):
