@@ -608,6 +608,7 @@ def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
     """Delete fast/: two small updates, then a game. The same numbers as with it, but for rounding. Nor is there anything to draw with."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
+    shutil.copytree(ROOT / "replay", tmp_path / "replay")
     for name in ("imageio", "matplotlib", "tensorboard"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('there is no {name}')")
 
