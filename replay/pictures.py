@@ -10,7 +10,6 @@ from drawing import to_image
 from replay.attention import attention_of_pages, name_of, shares, spread
 
 HOT = np.array([255, 140, 0])  # RGB, of a weight of 1; the page itself is grey
-INK = 90  # what is brighter is the stroke of a character, in a grey picture
 LABEL = 14  # height of the line that names a head
 
 
@@ -31,14 +30,14 @@ def pictures(gpt, frames, head=None):
     for page, weights in zip(pages, attention_of_pages(gpt, pages)):
         # the brightest of four dots stays, so that thin strokes do
         image = to_image(page).max(2).reshape(len(rows), smaller, len(columns), smaller).max((1, 3))[..., None] // 4 * 3
-        tiles = [np.concatenate([name, heated(image, heat(weights[i])[rows][:, columns])]) for i, name in zip(heads, labels)]
+        tiles = [np.concatenate([name, heated(image, heat(weights[i])[rows][:, columns], ink=255 if head is None else 90)]) for i, name in zip(heads, labels)]
         tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % across)
         yield np.concatenate([np.concatenate(tiles[i : i + across], 1) for i in range(0, len(tiles), across)])
 
 
-def heated(image, heat):
-    """A grey picture (H, W, 1) and its heat (H, W, 1) -> (H, W, 3) uint8; characters are bright, and black where it is hot."""
-    return np.where((image > INK) & (heat > 0.5), 0, np.maximum(image, heat * HOT)).astype(np.uint8)
+def heated(image, heat, ink):
+    """A grey picture (H, W, 1) and its heat (H, W, 1) -> (H, W, 3) uint8. What is brighter than ink is black where it is hot."""
+    return np.where((image > ink) & (heat > 0.5), 0, np.maximum(image, heat * HOT)).astype(np.uint8)
 
 
 def label(text, width):
