@@ -1,8 +1,12 @@
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: as many tests run side by side as there are cores
 
 import pytest
+
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, by what the tests start too
 
 
 def pytest_addoption(parser):
