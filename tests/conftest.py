@@ -5,8 +5,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: as ma
 
 import pytest
 
-if hasattr(signal, "SIGHUP"):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, by what the tests start too
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background, or under nohup, ignores some signals, and so
+for name in ("SIGHUP", "SIGQUIT"):  # would all that the tests start
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 def pytest_addoption(parser):
