@@ -508,8 +508,8 @@ def test_on_the_command_line(tmp_path):
     twice = subprocess.Popen([*unheard, *long, "--eval_interval", "0", "--run_dir", "twice"], cwd=tmp_path)
     mistake = script("--sede", "1", cwd=tmp_path)
     try:
-        wait_for("runs/*/checkpoint_*.pt", tmp_path)
-        wait_for("twice/checkpoint_*.pt", tmp_path)
+        wait_for("runs/*/checkpoint_[1-9]*.pt", tmp_path)
+        wait_for("twice/checkpoint_[1-9]*.pt", tmp_path)
         once.send_signal(signal.SIGINT)
         _, err = once.communicate(timeout=30)
         (run_dir,) = (tmp_path / "runs").iterdir()
@@ -555,7 +555,7 @@ def test_in_a_terminal(tmp_path):
         while process.poll() is None and time.time() < deadline:
             with contextlib.suppress(BlockingIOError):
                 printed += os.read(terminal, 65536)
-            if b"\x1c" not in printed and b"^\\" not in printed and list((tmp_path / "f\u00fcr alle").glob("checkpoint_*.pt")):
+            if b"\x1c" not in printed and b"^\\" not in printed and list((tmp_path / "f\u00fcr alle").glob("checkpoint_[1-9]*.pt")):
                 os.write(terminal, b"\x1c")
             time.sleep(0.02)
         with contextlib.suppress(BlockingIOError):
