@@ -14,13 +14,13 @@ for name in ("SIGHUP", "SIGQUIT"):  # would all that the tests start
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the learning tests too (minutes)")
     parser.addoption("--browser", action="store_true", help="run the tests that need Chromium and pip install playwright too")
-    parser.addoption("--faults", action="store_true", help="run the long tests of kills and damaged files too (minutes)")
+    parser.addoption("--faults", action="store_true", help="run the long tests of kills, damaged files and torchrun too (minutes)")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a learning test; runs with --slow")
     config.addinivalue_line("markers", "browser: opens a page in Chromium; runs with --browser")
-    config.addinivalue_line("markers", "faults: many kills or damaged files; runs with --faults")
+    config.addinivalue_line("markers", "faults: many kills or damaged files, or torchrun; runs with --faults")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -587,6 +587,7 @@ def test_what_two_ranks_cannot_share(monkeypatch, edit):
         check(CONSTANTS | edit)
 
 
+@pytest.mark.faults
 def test_two_ranks_on_the_command_line(tmp_path):
     def launch(*more):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ppo.py"]
