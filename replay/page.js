@@ -170,7 +170,7 @@ function drawHeat() {
   }
   context.strokeStyle = ink;
   for (const [row, column, weight] of marked) {
-    context.lineWidth = weight >= 0.25 ? 2 : 1;
+    context.lineWidth = Math.min(weight >= 0.25 ? 2 : 1, w / 5); // on a small screen it must not cover the character
     context.strokeRect(column * w + 0.5, row * h + 0.5, w - 1, h - 1);
   }
   if (mapped) drawMap(context, w, h);
