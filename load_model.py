@@ -162,7 +162,7 @@ def read_command_line(argv):
     args = parser.parse_args(argv)
     suffix = Path(args.out).suffix.lower()
     attention = args.attention or args.head is not None
-    # Pillow keeps every frame until the end, 130 KB each, and a page of 10,000 steps has 1 MB: enough to watch
+    # Pillow keeps every frame until the end, 130 KB each, and a page of 10,000 steps has 0.7 MB: enough to watch
     short = (suffix != ".mp4" or attention) and not args.evaluate
     kind = " for this kind of file" if short else ""
     for name, low, high in (("steps", 1, 10_000 if short else 10**9), ("episodes", 1, 2 if short else 10**6), ("seed", 0, 2**32 - 1)):
