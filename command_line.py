@@ -18,13 +18,14 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import filelock
 
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
-from device import RANK, RANKS, DeviceError, GPUError, out_of_memory
+from device import RANK, RANKS, DeviceError, GPUError, out_of_memory, shortened
 from trainer import StopTraining
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
@@ -306,12 +307,13 @@ def one_line(error):
     """An error as one line. One of the system names its file and says what to do."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the output'}: {error.strerror}; check the path, its permissions and the space on the disk"
-    return " ".join(str(error).split())[:200]
+    return shortened(error)
 
 
 def run_script(main, prog):
     """main() -> the end of the program: its exit status, or one line that says what was wrong."""
     prepare_output()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {shortened(message, 300)}\n"
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main() or 0

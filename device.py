@@ -112,7 +112,13 @@ def unavailable(error):
 
 
 def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return shortened((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def shortened(text, longest=200):
+    """-> one line of so many characters at most."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= longest else line[: longest - 4] + " ..."
 
 
 @contextlib.contextmanager

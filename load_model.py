@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from breakout_ascii import BreakoutAscii
 from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run, replacing
-from command_line import run_script
+from command_line import one_line, run_script
 from device import set_threads
 from drawing import to_image
 from evaluation import evaluate, exact, greedy, sampled, sampling
@@ -58,8 +58,7 @@ def load_policy(path, device="cpu"):
         policy = policy_of(meta, device)
         del meta["model"]
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: is no model of this program ({reason}); train one with train_ppo.py") from error
+        raise CheckpointError(f"{path}: is no model of this program ({one_line(error)}); train one with train_ppo.py") from error
     return policy, meta
 
 

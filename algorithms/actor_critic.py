@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 from algorithms.common import HERE, check_algorithm
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint, to_plain
-from command_line import CommandLineError, ignore_signals, locked, raise_error, run_script, signals_handled
+from command_line import CommandLineError, ignore_signals, locked, one_line, raise_error, run_script, signals_handled
 from ppo import policy_loss, value_loss
 
 STEPS_PER_EPOCH = 200
@@ -201,7 +201,7 @@ def load_agent(path):
         agent = ActorCriticAgent(Config(**state["config"]))
         agent.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: does not fit this program ({' '.join(str(error).split())[:200]}); train anew") from None
+        raise CheckpointError(f"{path}: does not fit this program ({one_line(error)}); train anew") from None
     return agent
 
 

@@ -8,7 +8,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from PIL import Image
 
 from algorithms.common import need
-from command_line import CommandLineError
+from command_line import CommandLineError, one_line
 
 SIZE = 84  # pixels, of a frame's height and width
 
@@ -80,7 +80,7 @@ def make_env(c, render_mode=None):
         if c.ACTIONS:
             env = ActionSpaceWrapper(env, [name.strip() for name in c.ACTIONS.split(",")])
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        raise CommandLineError(f"{c.ENV_ID}: {' '.join(str(error).split())[:200]}") from None
+        raise CommandLineError(f"{c.ENV_ID}: {one_line(error)}") from None
     return SmallFrame(env)
 
 

@@ -22,7 +22,7 @@ from gymnasium.vector import SyncVectorEnv
 
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
 from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run, replacing
-from command_line import CommandLineError, load_state, memory_advice, new_run_dir, raise_error, read_run, train
+from command_line import CommandLineError, load_state, memory_advice, new_run_dir, one_line, raise_error, read_run, train
 from device import RANKS
 from ppo import PPOConfig
 
@@ -165,7 +165,7 @@ def play_or_evaluate(algorithm, argv):
     except CommandLineError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: does not fit this program ({' '.join(str(error).split())[:200]}); train one anew") from None
+        raise CheckpointError(f"{path}: does not fit this program ({one_line(error)}); train one anew") from None
     return 0
 
 

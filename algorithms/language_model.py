@@ -13,6 +13,7 @@ import torch.nn as nn
 
 from algorithms.common import need
 from command_line import CommandLineError
+from device import shortened
 
 TINY, SMOLLM2 = "tiny", "smollm2"  # names of models that need no hub
 VOCABULARY = 1024  # of the tiny model's tokenizer, at most
@@ -40,7 +41,7 @@ def from_pretrained(kind, name, **arguments):
     try:
         return getattr(transformers, kind).from_pretrained(folder, **arguments)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CommandLineError(f"the model {name!r} cannot be loaded ({' '.join(str(error).split())[:150]}); check its name and the "
+        raise CommandLineError(f"the model {name!r} cannot be loaded ({shortened(error)}); check its name and the "
                                f"connection, or take {TINY} or {SMOLLM2}") from None  # fmt: skip
 
 

@@ -39,6 +39,7 @@ class CheckedUpdates:
         # Adam's first steps run outside a graph, of which it warns; and torch advises TF32, which is too coarse here
         warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+        warnings.filterwarnings("ignore", module=r"torch\._inductor")  # how it compiles
         self.set_up()
 
     def set_up(self):

@@ -1,6 +1,6 @@
 """torch.compile and CUDA graphs, for functions that are called again and again.
 
-Both raise `ShortcutFailed` where they do not work; gpu_training.py then goes on without. This file has not been run on a GPU yet.
+Both raise `ShortcutFailed` where they do not work; gpu_training.py then goes on without.
 
 A training of one layer launches some hundred small kernels a step, and launching them takes longer than running them. A CUDA graph
 is recorded once and replayed without Python. What it reads and writes must keep its address: the games and their random numbers, the

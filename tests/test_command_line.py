@@ -2,6 +2,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import command_line
 from algorithms.grid_search import TRAININGS, training
 from checkpoint import atomic_write
-from command_line import CommandLineError, check_constants, constants_of, finish_output, new_run_dir, one_line, read_command_line
+from command_line import CommandLineError, check_constants, constants_of, finish_output, new_run_dir, one_line, read_command_line, run_script
 
 DEFAULTS = {"NUM_STEPS": 100, "GAMMA": 0.9, "PAIRED": True, "NAME": "a", "DROPOUT": 0.1}
 RANGES = {"NUM_STEPS": (1, 10**12), "GAMMA": (0.0, 1.0)}
@@ -122,3 +123,14 @@ def test_errors_of_the_system_name_their_file(tmp_path):
     with pytest.raises(OSError) as error:
         open(tmp_path / "gone" / "x")
     assert one_line(error.value) == f"{tmp_path}/gone/x: No such file or directory; check the path, its permissions and the space on the disk"
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    """Without the file and the code that gave it, and however long a compiler's message is."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with pytest.raises(SystemExit), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda *args: sys.stderr.write(warnings.formatwarning(*args[:4])))  # pytest's keeps them
+        run_script(lambda: warnings.warn("no compiler:\n" + "x" * 1000), "a.py")
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"warning: no compiler: x+ \.\.\.\n", line) and len(line) < 320
