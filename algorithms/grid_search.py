@@ -177,11 +177,11 @@ def train(what, run_dir, values):
 
 def heat_map(rows, x, y):
     """The mean of the best scores over two constants -> a Figure."""
-    xs, ys = ([*dict.fromkeys(row[name] for row in rows)] for name in (x, y))
+    xs, ys = (sorted({row[name] for row in rows}) for name in (x, y))
     means = np.array([[np.mean([row["best"] for row in rows if (row[x], row[y]) == (a, b)]) for a in xs] for b in ys])
     figure = Figure(figsize=(2.5 + len(xs), 2 + 0.7 * len(ys)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(means, cmap="viridis", aspect="auto")
+    image = axes.imshow(means, cmap="viridis", aspect="auto", origin="lower")
     middle = (np.nanmin(means) + np.nanmax(means)) / 2
     for (i, j), mean in np.ndenumerate(means):
         axes.text(j, i, f"{mean:.4g}", ha="center", va="center", color="white" if mean < middle else "black")

@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from algorithms import actor_critic, grid_search
-from algorithms.grid_search import TRAININGS, combinations, main, training
+from algorithms.grid_search import TRAININGS, combinations, heat_map, main, training
 from algorithms_helpers import without_processes  # noqa: F401
 from command_line import CommandLineError
 
@@ -113,3 +114,12 @@ def test_on_the_command_line():
     command = [sys.executable, "-m", "algorithms.grid_search", "reinforce_cartpole", "--lr"]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "-m algorithms.grid_search: --lr needs at least one value\n")
+
+
+def test_a_heat_map_is_in_order():
+    """Rows come the best first; axes ascend, to the right and upwards."""
+    rows = [{"LR": lr, "SEED": seed, "best": 100 * lr + seed} for lr, seed in ((0.01, 1), (0.001, 2), (0.1, 1), (0.001, 1), (0.1, 2), (0.01, 2))]
+    axes = heat_map(rows, "LR", "SEED").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01", "0.1"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"] and axes.get_ylim()[0] < axes.get_ylim()[1]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[1.1, 2, 11], [2.1, 3, 12]])
