@@ -119,6 +119,16 @@ def say(line):
         sys.stdout.flush()
 
 
+def points(score):
+    """761.5625 -> "761.6", 0.8234 -> "0.823", nan -> "-"."""
+    return "-" if math.isnan(score) else f"{score:.1f}" if abs(score) >= 10 else f"{score:.3g}"
+
+
+def pace(rate):
+    """0.72 -> "0.72 steps/s", 20078.3 -> "20,078 steps/s"."""
+    return f"{rate:,.0f} steps/s" if rate >= 10 else f"{rate:.2g} steps/s"
+
+
 def duration(seconds):
     """42 -> "42s", 102 -> "1m42s", 7500 -> "2h05m"."""
     minutes, seconds = divmod(int(seconds), 60)
@@ -132,16 +142,16 @@ def evaluation_line(trainer):
     """trainer.evaluated as one line of text."""
     state, evaluation = trainer.evaluated, trainer.evaluated["evaluation"]
     others = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.items() if name != "score")
-    return (f"{state['global_step']:>11,} steps  {duration(state['seconds']):>6}  score {evaluation['score']:5.1f}  {others}"
+    return (f"{state['global_step']:>11,} steps  {duration(state['seconds']):>6}  score {points(evaluation['score']):>5}  {others}"
             + ("  best" if trainer.is_best else ""))  # fmt: skip
 
 
 class ProgressBar(Callback):
     """A bar on a terminal, otherwise a line every few seconds; in both cases a line for each evaluation."""
 
-    def __init__(self, plan=""):
-        """plan: a line to print first, on what is about to happen."""
-        self.plan, self.bar = plan, None
+    def __init__(self, plan="", first_is_slow=False):
+        """plan: a line to print first, on what is about to happen. first_is_slow: the first update says nothing about the pace of the rest."""
+        self.plan, self.first_is_slow, self.bar = plan, first_is_slow, None
 
     def on_training_start(self, trainer):
         if self.plan:
@@ -161,27 +171,30 @@ class ProgressBar(Callback):
         rate = (trainer.global_step - self.first_step) / (trainer.seconds - self.first_seconds)  # callbacks and waiting included
         left = duration(max(trainer.num_steps - trainer.global_step, 0) / rate)
         if len(self.estimates) < 2:
-            if rate > 4 * sum(self.estimates):  # the first update, or one that has nothing to compile any more
-                say(f"the {'second' if self.estimates else 'first'} update ran at {rate:,.0f} steps/s: about {left} to go")
+            if self.first_is_slow and not self.estimates:
+                say(f"the first update took {duration(trainer.seconds - self.first_seconds)}")
+                rate, self.said_at = 0, trainer.seconds
+            elif rate > 4 * sum(self.estimates):  # the first update, or one that has nothing to compile any more
+                say(f"the {'second' if self.estimates else 'first'} update ran at {pace(rate)}: about {left} to go")
             self.estimates.append(rate)
             self.first_step, self.first_seconds = trainer.global_step, trainer.seconds  # later rates are of what follows
         self.show(trainer)
         if self.bar is None and trainer.seconds - self.said_at >= PLAIN_INTERVAL:
             say(
                 f"{trainer.global_step:>11,} steps  {duration(trainer.seconds):>6}  in training {self.recent(trainer)}  "
-                f"{rate:,.0f} steps/s  {left} left"
+                f"{pace(rate)}  {left} left"
             )
             self.said_at = trainer.seconds
 
     def show(self, trainer):
         if self.bar is not None:
-            score = f"{trainer.evaluated['evaluation']['score']:.1f}" if trainer.evaluated else "-"
+            score = points(trainer.evaluated["evaluation"]["score"]) if trainer.evaluated else "-"
             self.bar.set_postfix_str(f"score {score}, in training {self.recent(trainer)}", refresh=False)
             self.bar.update(min(trainer.global_step, trainer.num_steps) - self.bar.n)
 
     def recent(self, trainer):
         """-> the mean return of the last training episodes, as text."""
-        return f"{trainer.stats.get('episode_return', math.nan):.1f}".replace("nan", "-")
+        return points(trainer.stats.get("episode_return", math.nan))
 
     def close(self):
         if self.bar is not None:
@@ -189,7 +202,7 @@ class ProgressBar(Callback):
 
     def on_training_end(self, trainer):
         self.close()
-        best = f", best score {trainer.best_score:.1f}" if math.isfinite(trainer.best_score) else ""
+        best = f", best score {points(trainer.best_score)}" if math.isfinite(trainer.best_score) else ""
         say(f"trained {trainer.global_step:,} steps in {duration(trainer.seconds)}{best}")
 
 
@@ -314,19 +327,27 @@ class TensorBoard(Callback):
 
 
 class LearningCurve(Callback):
-    """learning_curve.png, drawn from metrics.csv after each evaluation and at the end."""
+    """learning_curve.png, drawn from metrics.csv after evaluations, for at most 5 % of the time, and at the end."""
 
     def __init__(self, path, csv_path, levels=None):
         """levels: {label: score} to compare with, drawn as lines."""
         self.path, self.csv_path, self.levels, self.missing = Path(path), csv_path, levels or {}, False
+        self.next_at, self.out_of_date = -math.inf, False
 
     def on_evaluation_end(self, trainer):
-        self.draw()
+        self.out_of_date = True
+        if time.monotonic() >= self.next_at:
+            self.draw()
 
     def on_training_end(self, trainer):
         self.draw()
 
+    def close(self):
+        if self.out_of_date:  # the training was stopped
+            self.draw()
+
     def draw(self):
+        start, self.out_of_date = time.monotonic(), False
         try:
             columns, rows = read_metrics(self.csv_path)
             image = io.BytesIO()
@@ -338,6 +359,8 @@ class LearningCurve(Callback):
             if not self.missing:
                 say(f"warning: {error.name} is not installed, so there is no learning curve (pip install matplotlib)")
             self.missing = True
+        end = time.monotonic()
+        self.next_at = end + 20 * (end - start)  # on a GPU evaluations end faster than a curve is drawn
 
 
 def learning_curve(rows, levels):
@@ -346,9 +369,9 @@ def learning_curve(rows, levels):
 
     figure = Figure(figsize=(12, 4.8), layout="constrained")  # no pyplot: it keeps global state and may want a screen
     left, right = figure.subplots(1, 2, sharey=True)
-    long_run = any(int(row["global_step"]) >= 1_000_000 for row in rows)
-    unit, name = (1e6, "million") if long_run else (1e3, "thousand")
-    draw_scores(left, rows, levels, "global_step", unit, f"{name} environment steps")
+    steps = max((int(row["global_step"]) for row in rows), default=0)
+    unit, name = (1e6, "million environment steps") if steps >= 1_000_000 else (1e3, "thousand environment steps") if steps >= 1000 else (1, "steps")
+    draw_scores(left, rows, levels, "global_step", unit, name)
     draw_scores(right, rows, levels, "seconds", 60, "minutes")
     left.set(ylabel="score per episode")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)

@@ -278,7 +278,8 @@ def give_up(error, received, trainer, run_dir, prog, advice):
     if RANK == 0:
         save_checkpoint(run_dir / "last.pt", trainer.snapshot)
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"\n{reason}; go on with: {launcher(RANKS)} {prog} --resume {shlex.quote(str(run_dir))}{help_with}", file=sys.stderr)
+            how = "going on with" if isinstance(error, GPUError) and RANKS == 1 and not received else "go on with"
+            print(f"\n{reason}; {how}: {launcher(RANKS)} {prog} --resume {shlex.quote(str(run_dir))}{help_with}", file=sys.stderr)
     elif reason != "stopped":
         print(f"rank {RANK}: {reason}", file=sys.stderr)
     if reason != "stopped" and not isinstance(error, ChildProcessError) and kind not in advice:

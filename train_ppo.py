@@ -58,7 +58,7 @@ VARIED_STARTS = 0.7  # share of training serves and walls that are random; evalu
 PREDICTION_COEF = 0.1  # weight of predicting which rows and columns change next; off if 0.0
 PAIRED_ENVS = True  # pairs of games start each rollout in the same state; what both gain counts as the critic's error
 # GPT
-N_LAYER = 1  # two or more run thousands of times slower: pages then share only what stands before their first difference
+N_LAYER = 1  # more run thousands of times slower, a hundred on an H100: pages then share only what stands before their first difference
 N_HEAD = 16
 N_EMBD = 64
 MLP_EXPANSION = 4
@@ -129,14 +129,13 @@ def build(c, device):
     torch.manual_seed(c.SEED)
     config, num_envs = gpt_config(c), c.NUM_ENVS // RANKS
     policy = make_gpt(config, device)
-    on_gpu = fast is not None and device.type == "cuda"
-    if on_gpu and c.N_LAYER == 1:  # the games are played there too
+    if trains_on_gpu(device) and c.N_LAYER == 1:  # the games are played there too
         env = fast.DeviceBreakout(num_envs, device, varied_starts=c.VARIED_STARTS)
     else:
         env = BreakoutAsciiVec(num_envs, varied_starts=c.VARIED_STARTS)
     ppo_config = PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__})
     ppo = PPO(policy, env, ppo_config, metadata={"gpt_config": asdict(config), "constants": dict(vars(c))})
-    if on_gpu:
+    if trains_on_gpu(device):
         fast.run_on_gpu(ppo)
     return ppo
 
@@ -148,7 +147,12 @@ def plan(c, ppo, run_dir):
     return (
         f"A GPT of {layers} and {parameters:,} parameters learns Breakout on {ppo.device}: {c.NUM_STEPS:,} steps in all, "
         f"in {c.NUM_ENVS} games at once.\nCurve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops."
-    ) + ("\nThe first update compiles, and checks itself against the CPU." if ppo.device.type == "cuda" else "")
+    ) + (f"\nThe first update {'compiles, and ' * (RANKS == 1)}checks itself against the CPU." if trains_on_gpu(ppo.device) else "")
+
+
+def trains_on_gpu(device):
+    """Whether `fast/` makes the most of it, and checks it."""
+    return fast is not None and device.type == "cuda"
 
 
 def watch(ppo, c, run_dir, evaluation):
@@ -157,7 +161,7 @@ def watch(ppo, c, run_dir, evaluation):
     levels = {"the whole wall, as a simple tracker plays it": CLEARED_SCORE, "random play": RANDOM_SCORE}
     return [
         *([evaluation] if evaluation else []),
-        ProgressBar(plan(c, ppo, run_dir)),
+        ProgressBar(plan(c, ppo, run_dir), first_is_slow=trains_on_gpu(ppo.device)),
         MetricsCSV(csv, METRICS),
         TensorBoard(run_dir),
         LearningCurve(run_dir / "learning_curve.png", csv, levels),

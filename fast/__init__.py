@@ -4,8 +4,9 @@ one layer, CPU            FastGPT shares lines and pieces of lines      line_ind
 one layer, CUDA           DeviceGPT shares lines, and the games run on  one_layer.py device_gpt.py device_breakout.py
                           the GPU: DeviceBreakout
 more layers, CPU or CUDA  FastGPT shares prefixes of pages              line_index.py prefixes.py fast_gpt.py
-every training on CUDA    is compiled and recorded as CUDA graphs, or   shortcuts.py gpu_training.py self_test.py
-                          in bf16, and checks itself against the CPU
+training on CUDA          checks itself against the CPU; in one         shortcuts.py gpu_training.py self_test.py
+                          process it is compiled, and recorded as CUDA
+                          graphs (one layer) or in bf16 (more)
 """
 
 from fast.device_breakout import DeviceBreakout as DeviceBreakout

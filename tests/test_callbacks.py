@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import callbacks
 from callbacks import Callback, Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard, duration, read_metrics
@@ -315,7 +316,17 @@ def test_a_first_update_that_compiles_is_not_what_the_rest_takes(capsys):
     trainer.callbacks[0].on_training_start = lambda trainer: (ProgressBar.on_training_start(trainer.callbacks[0], trainer), setattr(trainer, "seconds", 2))
     trainer.learn()
     assert [line for line in capsys.readouterr().out.splitlines() if "update ran" in line] == [
-        "the first update ran at 2 steps/s: about 2m48s to go", "the second update ran at 50 steps/s: about 6s to go"]  # fmt: skip
+        "the first update ran at 2.4 steps/s: about 2m48s to go", "the second update ran at 50 steps/s: about 6s to go"]  # fmt: skip
+
+
+def test_a_first_update_that_is_known_to_be_slow(capsys):
+    FakeTrainer([ProgressBar(first_is_slow=True)], seconds_per_update=12, updates=3).learn()
+    assert [line for line in capsys.readouterr().out.splitlines() if "score" not in line] == [
+        "the first update took 12s",
+        "the second update ran at 8.3 steps/s: about 12s to go",
+        "        200 steps     24s  in training 20.0  8.3 steps/s  12s left",
+        "        300 steps     36s  in training 30.0  8.3 steps/s  0s left",
+    ]
 
 
 def test_episode_return_not_known_yet(capsys):
@@ -495,6 +506,7 @@ def test_tensorboard_on_a_full_disk(tmp_path, capsys):
 def test_learning_curve_is_drawn_when_its_evaluation_is_in_the_file(tmp_path, monkeypatch):
     seen, real = [], callbacks.learning_curve
     monkeypatch.setattr(callbacks, "learning_curve", lambda rows, levels: (seen.append(len(rows)), real(rows, levels))[1])
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: 0.0)  # a machine that draws in no time
     csv, png = tmp_path / "metrics.csv", tmp_path / "learning_curve.png"
     FakeTrainer([MetricsCSV(csv, EVALUATED), LearningCurve(png, csv)]).learn()
     assert seen == [2, 4, 6, 8, 8]
@@ -503,6 +515,28 @@ def test_learning_curve_is_drawn_when_its_evaluation_is_in_the_file(tmp_path, mo
     width, height = struct.unpack(">II", data[16:24])
     assert width > 1000 and height > 400
     assert sorted(os.listdir(tmp_path)) == ["learning_curve.png", "metrics.csv"]
+
+
+def test_learning_curve_is_not_drawn_all_the_time(tmp_path, monkeypatch):
+    """It takes a second here: the next is drawn 20 seconds later at the earliest, or when training is stopped."""
+    clock, drawn = [0.0], []
+
+    def slow(rows, levels):
+        clock[0] += 1
+        drawn.append(clock[0])
+        return Figure()
+
+    monkeypatch.setattr(callbacks, "learning_curve", slow)
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
+    curve = LearningCurve(tmp_path / "curve.png", tmp_path / "metrics.csv")
+    for clock[0] in (10.0, 15.0, 30.0, 31.0, 40.0):
+        curve.on_evaluation_end(None)
+    assert drawn == [11.0, 32.0]
+    curve.close()
+    assert drawn == [11.0, 32.0, 41.0]
+    curve.close()
+    curve.on_training_end(None)
+    assert drawn == [11.0, 32.0, 41.0, 42.0]
 
 
 def test_learning_curve_shows_the_scores(tmp_path):
@@ -514,10 +548,14 @@ def test_learning_curve_shows_the_scores(tmp_path):
     lines = {line.get_label().split(":")[0]: line for line in steps.get_lines()}
     assert set(lines["random play"].get_ydata()) == {82}
     assert set(lines["the best"].get_ydata()) == {960}
-    assert lines["evaluation"].get_xydata().tolist() == [[u / 10, s] for u, s in SCORES.items()]
+    assert lines["evaluation"].get_xydata().tolist() == [[100 * u, s] for u, s in SCORES.items()]
     assert minutes.get_lines()[2].get_xdata().tolist() == pytest.approx([u * 1.5 / 60 for u in SCORES])
     assert steps.get_ylim() == minutes.get_ylim() and steps.get_ylim()[0] == 0 and steps.get_ylim()[1] > 960
-    assert (steps.get_xlabel(), minutes.get_xlabel()) == ("thousand environment steps", "minutes")
+    assert (steps.get_xlabel(), minutes.get_xlabel()) == ("steps", "minutes")
+    for row in (rows := [dict(zip(columns, row)) for row in rows]):
+        row["global_step"] += "00"
+    steps = callbacks.learning_curve(rows, LEVELS).axes[0]
+    assert steps.get_xlabel() == "thousand environment steps" and steps.get_lines()[2].get_xdata().tolist() == [10 * u for u in SCORES]
 
 
 def test_learning_curve_of_nothing(tmp_path):

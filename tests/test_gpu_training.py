@@ -441,7 +441,7 @@ def test_a_run_goes_on_with_the_cpu_in_a_fresh_process(monkeypatch, tmp_path, ca
     assert command_line.train(ppo, tmp_path, "train_ppo.py", {}) == 7
     assert started == [([sys.executable, "-u", "train_ppo.py", "--resume", str(tmp_path), "--device", "cpu"], [0])]
     assert load_checkpoint(tmp_path)["update_count"] == 0
-    assert f"stopped working; go on with: python train_ppo.py --resume {tmp_path} --device cpu" in capsys.readouterr().err
+    assert f"stopped working; going on with: python train_ppo.py --resume {tmp_path} --device cpu" in capsys.readouterr().err
 
 
 def fail_for_good():
