@@ -17,13 +17,14 @@ from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
+import torch
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import SyncVectorEnv
 
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
 from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run, replacing
 from command_line import CommandLineError, load_state, memory_advice, new_run_dir, one_line, raise_error, read_run, train
-from device import RANKS
+from device import RANKS, DeviceError, choose_device
 from ppo import PPOConfig
 
 HERE = Path(__file__).parent
@@ -58,6 +59,14 @@ def need(module, install="-r algorithms/requirements.txt"):
         raise CommandLineError(f"needs {error.name or module}: pip install {install}") from None
 
 
+def device_of(c):
+    """-> the device that a training with these constants had, if it is here, and otherwise the CPU."""
+    try:
+        return choose_device(c.DEVICE)
+    except DeviceError:
+        return torch.device("cpu")
+
+
 def main(algorithm, argv=None):
     """Train, play or evaluate, as the command line asks -> exit status."""
     if RANKS > 1:
@@ -71,7 +80,7 @@ def main(algorithm, argv=None):
     c = SimpleNamespace(**run.constants)
     if run.state:
         check_algorithm(algorithm.name, run.state, run.directory)
-    with memory_advice("does not fit into memory; try a smaller network, memory or number of games"):
+    with memory_advice("does not fit into memory; try a smaller model, or fewer games at once"):
         trainer = algorithm.build(c)
     if run.state:
         load_state(trainer, run)
@@ -154,12 +163,13 @@ def play_or_evaluate(algorithm, argv):
     state, path = load_model(algorithm, args.play if playing else args.evaluate)
     try:
         print(f"{os.path.relpath(path)}: trained for {state['global_step']:,} steps", file=sys.stderr)
-        if not playing:
-            print(json.dumps(algorithm.evaluate(state, episodes, args.seed)))
-        elif algorithm.human and (args.human or not algorithm.frames):
-            algorithm.human(state)
-        else:
-            show(algorithm, state, episodes, args)
+        with memory_advice("does not fit into memory; try fewer --episodes"):
+            if not playing:
+                print(json.dumps(algorithm.evaluate(state, episodes, args.seed)))
+            elif algorithm.human and (args.human or not algorithm.frames):
+                algorithm.human(state)
+            else:
+                show(algorithm, state, episodes, args)
     except DependencyNotInstalled as error:
         raise CommandLineError(f"{error}; pip install -r algorithms/requirements.txt") from None
     except CommandLineError:

@@ -24,10 +24,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.common import Algorithm, main, need
-from algorithms.language_model import TINY, TrainedOnly, from_pretrained, load_model, load_tokenizer, reference_to, with_lora
+from algorithms.common import Algorithm, device_of, main, need
+from algorithms.language_model import TINY, TrainedOnly, from_pretrained, load_model, load_tokenizer, reference_to, transformer, with_lora
 from callbacks import Callback, say
-from command_line import CommandLineError, constants_of, run_script
+from command_line import CommandLineError, constants_of, one_line, run_script
 from device import choose_device
 from ppo import k3, policy_loss
 from trainer import Trainer
@@ -115,6 +115,9 @@ def reward_model(name, device):
     model = from_pretrained("AutoModelForSequenceClassification", name, dtype=torch.float32).to(device).eval()
     if model.config.num_labels != 1:
         raise CommandLineError(f"REWARD_MODEL {name}: has {model.config.num_labels} outputs; a reward model has one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id  # a decoder reads its score at the last token that is no padding
 
     @torch.no_grad()
     def rewards(prompts, answers):
@@ -137,33 +140,44 @@ class Writer(TrainedOnly):
     """A causal language model that draws answers and says how probable their tokens are. In eval mode: dropout is never on."""
 
     def __init__(self, model, tokenizer, temperature=1.0, top_p=1.0):
+        """Raises CommandLineError for a model without an end token."""
         super().__init__()
-        self.model, self.tokenizer, self.temperature, self.top_p = model, tokenizer, temperature, top_p
+        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
+        ends = transformer(model).generation_config.eos_token_id  # often more than the tokenizer's own: that of a turn, for one
+        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        if not ends:
+            raise CommandLineError("the model has no end token; take another model")
+        self.ends = sorted(ends)
+        self.pad = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # The model's own settings would change what is drawn, and not the log-probabilities
+        transformer(model).generation_config = need("transformers").GenerationConfig(
+            do_sample=True, temperature=temperature, top_p=top_p, top_k=0, eos_token_id=self.ends, pad_token_id=self.pad
+        )  # fmt: skip
 
     def prompt_tokens(self, prompts):
         """Texts -> token numbers (N, P) and which are no padding, on the left, (N, P) int64."""
         if self.tokenizer.chat_template:
-            prompts = [self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-                       for prompt in prompts]  # fmt: skip
+            prompts = [self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+                                                          enable_thinking=False) for prompt in prompts]  # fmt: skip
         rows = self.tokenizer(prompts, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
         longest = max(map(len, rows))
         tokens = torch.tensor([[self.pad] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         return tokens.to(self.model.device), mask.to(self.model.device)
 
-    @property
-    def pad(self):
-        return self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+    def check_length(self, prompts, max_new_tokens):
+        """Raises CommandLineError for more tokens than the model has positions for."""
+        longest = getattr(transformer(self.model).config.get_text_config(), "max_position_embeddings", None)
+        room = longest and longest - self.prompt_tokens(prompts)[0].shape[1]
+        if longest and max_new_tokens > room:
+            raise CommandLineError(f"the model reads {longest} tokens at most, so MAX_NEW_TOKENS must be {room} or less, not {max_new_tokens}")
 
     @torch.no_grad()
     def write(self, prompts, max_new_tokens):
         """-> all tokens (N, P + T), which of them may be seen (N, P + T), and which were drawn, (N, T) bool: up to the end token, and it."""
         tokens, mask = self.prompt_tokens(prompts)
-        written = self.model.generate(
-            input_ids=tokens, attention_mask=mask, do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0,
-            max_new_tokens=max_new_tokens, eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.pad, repetition_penalty=1.0,
-        )  # fmt: skip
-        drawn = until_end(written[:, tokens.shape[1] :], self.tokenizer.eos_token_id)
+        written = self.model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens)
+        drawn = until_end(written[:, tokens.shape[1] :], self.ends)
         return written, torch.cat([mask, drawn.long()], 1), drawn
 
     def texts(self, tokens, drawn):
@@ -179,9 +193,9 @@ class Writer(TrainedOnly):
         return all_logprobs.gather(2, tokens[:, -T:, None])[:, :, 0]
 
 
-def until_end(answers, end):
-    """Tokens (N, T) -> (N, T) bool: those up to the first end token, and it."""
-    ended = (answers == end).long()
+def until_end(answers, ends):
+    """Tokens (N, T), end tokens -> (N, T) bool: those up to the first end token, and it."""
+    ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).long()
     return ended.cumsum(1) - ended == 0
 
 
@@ -243,7 +257,8 @@ class GRPO(Trainer):
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, bit for bit on the CPU."""
         self.load_training_state(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # this run's own: the learning rate may be another
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.rng.bit_generator.state = state["rng"]
         torch.set_rng_state(state["random"][0])
         if self.device.type == "cuda" and len(state["random"]) > 1:
@@ -273,7 +288,11 @@ class SavePretrained(Callback):
 
 class WeightsAndBiases(Callback):
     def __init__(self, project, constants):
-        self.run = need("wandb", "wandb").init(project=project, config=constants)
+        wandb = need("wandb", "wandb")
+        try:
+            self.run = wandb.init(project=project, config=constants)
+        except wandb.errors.Error as error:
+            raise CommandLineError(f"Weights & Biases: {one_line(error)}; log in by `wandb login`, or set WANDB_MODE=offline") from None
 
     def on_update_end(self, trainer):
         self.run.log(trainer.stats, step=trainer.update_count)
@@ -296,9 +315,10 @@ def build(c):
 
 def make_writer(c, device):
     tokenizer = load_tokenizer(c.POLICY_MODEL)
-    model = load_model(c.POLICY_MODEL, tokenizer, device)
-    # without adapters in float32 everywhere: steps of 1e-5 would be lost in bfloat16
-    return Writer(with_lora(model, c.LORA_RANK) if c.LORA_RANK else model.float(), tokenizer, c.TEMPERATURE, c.TOP_P)
+    model = load_model(c.POLICY_MODEL, tokenizer, device, frozen=c.LORA_RANK > 0)  # steps of 1e-5 would be lost in bfloat16
+    writer = Writer(with_lora(model, c.LORA_RANK) if c.LORA_RANK else model, tokenizer, c.TEMPERATURE, c.TOP_P)
+    writer.check_length(PROMPTS + HELD_OUT, c.MAX_NEW_TOKENS)
+    return writer
 
 
 def check(constants):
@@ -307,20 +327,31 @@ def check(constants):
         raise CommandLineError(f"POLICY_MODEL {TINY} knows no words to learn from; take smollm2, a folder, or a model of the hub")
 
 
+def less_memory(c):
+    if c.NUM_SAMPLES > 2:
+        return f" --num_samples {max(c.NUM_SAMPLES // 2, 2)}"
+    return f" --max_new_tokens {max(c.MAX_NEW_TOKENS // 2, 1)}"
+
+
 # --- playing ----------------------------------------------------------------------------------------------------------
+
+AT_ONCE = 64  # answers drawn side by side
 
 
 def answers_to(state, prompts, seed):
-    """A policy state -> answers of the model that it holds, and their rewards (N,)."""
-    c = SimpleNamespace(**state["constants"])
-    device = choose_device("auto" if c.DEVICE != "cpu" else "cpu")
-    writer = make_writer(c, device)
-    writer.load_state_dict(state["model"])
+    """A policy state -> answers of the model that it holds, and their rewards (N,). torch's random numbers stay where they were."""
+    c, answers = SimpleNamespace(**state["constants"]), []
+    device = device_of(c)
     with torch.random.fork_rng():
+        writer = make_writer(c, device)
+        writer.load_state_dict(state["model"])
         torch.manual_seed(seed)
-        tokens, _, drawn = writer.write(prompts, c.MAX_NEW_TOKENS)
-    answers = writer.texts(tokens, drawn)
-    return answers, reward_model(c.REWARD_MODEL, device)(prompts, answers)
+        for i in range(0, len(prompts), AT_ONCE):
+            tokens, _, drawn = writer.write(prompts[i : i + AT_ONCE], c.MAX_NEW_TOKENS)
+            answers += writer.texts(tokens, drawn)
+        reward = reward_model(c.REWARD_MODEL, device)
+        rewards = [reward(prompts[i : i + AT_ONCE], answers[i : i + AT_ONCE]) for i in range(0, len(prompts), AT_ONCE)]
+    return answers, torch.cat(rewards)
 
 
 def evaluate(state, episodes=64, seed=0):
@@ -337,7 +368,7 @@ def show(state):
 
 
 ALGORITHM = Algorithm("grpo_text", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, None, episodes=64, human=show, check=check, callbacks=callbacks_of,
-                      less_memory=lambda c: f" --num_samples {max(c.NUM_SAMPLES // 2, 2)}")  # fmt: skip
+                      less_memory=less_memory)  # fmt: skip
 
 if __name__ == "__main__":
     run_script(lambda: main(ALGORITHM), "-m algorithms.grpo_text")

@@ -1,4 +1,4 @@
-"""Language models from Hugging Face's libraries: where they come from, adapters, what they were, and what of them is saved."""
+"""Language models of Hugging Face's libraries: loading them, adding adapters, keeping the model of the start, saving what is trained."""
 
 import contextlib
 import copy
@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from algorithms.common import need
 from command_line import CommandLineError
-from device import shortened
+from device import out_of_memory, shortened
 
 TINY, SMOLLM2 = "tiny", "smollm2"  # names of models that need no hub
 VOCABULARY = 1024  # of the tiny model's tokenizer, at most
@@ -24,23 +24,29 @@ def load_tokenizer(name, texts=()):
     return train_tokenizer(texts) if name == TINY else from_pretrained("AutoTokenizer", name)
 
 
-def load_model(name, tokenizer, device):
-    """-> a causal model in eval mode, without dropout ever, in bfloat16 on a GPU and in float32 elsewhere."""
+def load_model(name, tokenizer, device, frozen=True):
+    """-> a causal model in eval mode, without dropout ever. In float32, but for a frozen one on a GPU, which gets adapters that are: bfloat16.
+    A folder may hold an adapter: it becomes part of the weights."""
     if name == TINY:
         return tiny_model(tokenizer).to(device).eval()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
+    if Path(name, "adapter_config.json").exists():
+        return from_pretrained("AutoPeftModelForCausalLM", name, dtype=torch.float32).merge_and_unload().to(device, dtype).eval()
     return from_pretrained("AutoModelForCausalLM", name, dtype=dtype).to(device).eval()
 
 
 def from_pretrained(kind, name, **arguments):
-    """A class of transformers, a hub's name or a folder. Raises CommandLineError, one line, for what cannot be loaded."""
+    """A class of transformers or peft, a hub's name or a folder. Raises CommandLineError, one line, for what cannot be loaded."""
     transformers = need("transformers")
+    library = transformers if hasattr(transformers, kind) else need("peft")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folder = str(smollm2()) if name == SMOLLM2 else name
     try:
-        return getattr(transformers, kind).from_pretrained(folder, **arguments)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        return getattr(library, kind).from_pretrained(folder, **arguments)
+    except Exception as error:  # a stranger's file can be broken in any way
+        if out_of_memory(error):
+            raise
         raise CommandLineError(f"the model {name!r} cannot be loaded ({shortened(error)}); check its name and the "
                                f"connection, or take {TINY} or {SMOLLM2}") from None  # fmt: skip
 
@@ -119,6 +125,7 @@ def with_lora(model, rank):
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # and corrected, for GPT-2
         return peft.get_peft_model(model, config).eval()
 
 

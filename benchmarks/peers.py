@@ -11,7 +11,7 @@ grpo            reward of answers to prompts held out, before and after --steps 
 
 What `grpo` leaves different: TRL divides by a standard deviation with Bessel's correction, so its advantages are 6 % smaller, which Adam undoes
 but for the clipping of gradients; ours reads the answers once more, to measure the divergence from the model at the start; and TRL measures
-entropies, and has Adam fused.
+entropies.
 
 Needs algorithms/requirements.txt, and pip install stable-baselines3 for the first two or pip install trl for the last.
 """

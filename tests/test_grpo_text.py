@@ -1,8 +1,14 @@
+import os
+import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast,
+    Qwen3Config, Qwen3ForCausalLM,
+)  # fmt: skip
 
 from algorithms import grpo_text
 from algorithms.grpo_text import ALGORITHM, GRPO, HELD_OUT, PROMPTS, Writer, advantages_of, brief, friendly, reward_model, sentences, until_end
@@ -51,7 +57,7 @@ def test_logprobs_are_those_of_each_token_alone(kind, tokenizer):
     assert mask[0, 0] == 0 and mask[1].all()
     T = 5
     padded = torch.tensor([answer + [0] * (T - len(answer)) for answer in answers])
-    drawn = until_end(padded, 0)
+    drawn = until_end(padded, [0])
     assert drawn.sum(1).tolist() == [4, 3]
     fast = writer.logprobs(writer.model, torch.cat([tokens, padded], 1), torch.cat([mask, drawn.long()], 1), T)
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
@@ -63,7 +69,32 @@ def test_logprobs_are_those_of_each_token_alone(kind, tokenizer):
 
 def test_nothing_behind_the_end_is_drawn():
     tokens = torch.tensor([[3, 0, 4, 0], [0, 0, 0, 0], [3, 4, 5, 6]])
-    assert until_end(tokens, 0).tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
+    assert until_end(tokens, [0]).tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
+    assert until_end(tokens, [0, 5]).tolist() == [[True, True, False, False], [True, False, False, False], [True, True, True, False]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_answers_are_drawn_as_they_are_scored(temperature, tokenizer, monkeypatch):
+    """Whatever settings came with the model, and up to whichever of its end tokens comes first."""
+    model = small_model("Qwen3", tokenizer)
+    model.generation_config.update(eos_token_id=[0, 5, 6, 7, 8, 9], temperature=5.0, top_k=3, repetition_penalty=2.0, suppress_tokens=[*range(10, 200)])
+    writer, real, scores = Writer(model, tokenizer, temperature), model.generate, []
+
+    def generate(**inputs):
+        result = real(**inputs, return_dict_in_generate=True, output_scores=True)
+        scores.extend(result.scores)
+        return result.sequences
+
+    monkeypatch.setattr(model, "generate", generate)
+    torch.manual_seed(0)
+    tokens, mask, drawn = writer.write(["hi", "hello world, hello"] * 32, 20)
+    T = drawn.shape[1]
+    drawn_from = torch.stack(scores, 1).log_softmax(-1).gather(2, tokens[:, -T:, None])[:, :, 0]
+    torch.testing.assert_close(writer.logprobs(model, tokens, mask, T)[drawn], drawn_from[drawn], rtol=0, atol=1e-4)
+    answers = tokens[:, -T:]
+    ends = torch.isin(answers, torch.tensor([0, 5, 6, 7, 8, 9]))
+    assert (ends & drawn).sum(1).max() == 1 and torch.isin(answers, torch.arange(10, 200))[drawn].any()
+    assert all(is_drawn.all() or ends[i, is_drawn.sum() - 1] for i, is_drawn in enumerate(drawn))
 
 
 def test_advantages_by_hand():
@@ -99,6 +130,15 @@ def test_a_classifier_reads_prompt_and_answer_as_a_pair(tmp_path, tokenizer):
     for i, pair in enumerate((("hi", "hello world"), ("hi there", "yes"))):
         alone = model(**tokenizer(*pair, return_tensors="pt")).logits[0, 0]
         torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-5)
+    decoder = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, num_labels=1, bos_token_id=0, eos_token_id=0)
+    model = GPT2ForSequenceClassification(decoder).eval()  # it and its tokenizer know of no padding
+    model.save_pretrained(tmp_path / "decoder")
+    without_pad = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<end>")
+    without_pad.save_pretrained(tmp_path / "decoder")
+    together = reward_model(str(tmp_path / "decoder"), torch.device("cpu"))(["hi", "hi there"], ["hello world", "yes"])
+    model.config.pad_token_id = 0
+    alone = model(**without_pad("hi there", "yes", return_tensors="pt")).logits[0, 0]
+    torch.testing.assert_close(together[1], alone, rtol=0, atol=1e-5)
     config.num_labels = 2
     DebertaV2ForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(CommandLineError, match="2 outputs"):
@@ -126,7 +166,7 @@ def test_tokens_behind_the_end_change_nothing(tokenizer):
     grpos = [small_grpo(tokenizer, None) for _ in range(2)]
     tokens = torch.randint(1, 200, (4, 9), generator=torch.Generator().manual_seed(0))
     tokens[:2, 6] = 0
-    drawn = until_end(tokens[:, 5:], 0)
+    drawn = until_end(tokens[:, 5:], [0])
     mask = torch.cat([torch.ones(4, 5, dtype=torch.long), drawn.long()], 1)
     other = tokens.clone()
     other[:2, 7:] = 77
@@ -138,15 +178,15 @@ def test_tokens_behind_the_end_change_nothing(tokenizer):
 
 @pytest.mark.parametrize("kl_coef", [0.0, 100.0])
 def test_finds_the_optimum_of_a_toy_task(tokenizer, kl_coef):
-    """One token, and a reward for one of all letters: it is found, unless the divergence costs too much."""
-    wanted = tokenizer.encode("h")[0]
-    grpo = small_grpo(tokenizer, None, NUM_SAMPLES=64, MAX_NEW_TOKENS=1, KL_COEF=kl_coef, LR=1e-2)
-    grpo.reward = lambda prompts, answers: torch.tensor([float(answer == "h") for answer in answers])
-    with torch.no_grad():  # so that the letter is drawn now and then
-        grpo.policy.model.get_output_embeddings().weight[wanted] += 0.5 * grpo.policy.model.get_output_embeddings().weight.std()
-    grpo.policy.model.generation_config.eos_token_id = None
+    """Two tokens, and half of the reward for the right letter at each place: they are found, unless the divergence costs too much."""
+    grpo = small_grpo(tokenizer, None, NUM_SAMPLES=64, MAX_NEW_TOKENS=2, KL_COEF=kl_coef, LR=1e-2)
+    grpo.reward = lambda prompts, answers: torch.tensor([sum(a == b for a, b in zip(answer, "hi")) / 2 for answer in answers])
+    with torch.no_grad():  # so that the letters are drawn now and then
+        head = grpo.policy.model.get_output_embeddings().weight
+        for letter in "hi":
+            head[tokenizer.encode(letter)[0]] += head.std()
     torch.manual_seed(0)
-    for _ in range(25):
+    for _ in range(40):
         stats = grpo.update(*grpo.collect())
     if kl_coef == 0:
         assert stats["episode_return"] > 0.9
@@ -171,6 +211,34 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, folder, without_process
     assert " best " in printed and "worst" in printed and (tmp_path / "straight" / "model" / "adapter_config.json").exists()
 
 
+def test_a_resumed_run_takes_its_new_learning_rate(tmp_path, folder, without_processes):  # noqa: F811
+    """And what an evaluation draws in this process leaves the training's random numbers alone."""
+    assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--lora_rank", 2, "--num_steps", 1, "--run_dir", tmp_path / "run") == 0
+    before = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2, "--lr", 1e-9) == 0
+    after = load_checkpoint(tmp_path / "run" / "last.pt")
+    moved = max((after["model"][name] - x).abs().max() for name, x in before["model"].items())
+    assert 0 < moved < 1e-7  # a step of Adam is at most some times the learning rate, which was 0.01
+    random = torch.get_rng_state()
+    grpo_text.evaluate(after, 4)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_an_adapter_goes_on_as_part_of_the_model(tmp_path, folder, without_processes, tokenizer):  # noqa: F811
+    trained = tmp_path / "run" / "model"
+    assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--lora_rank", 2, "--num_steps", 2, "--run_dir", tmp_path / "run") == 0
+    c = SimpleNamespace(**load_checkpoint(tmp_path / "run")["constants"])
+    writer = grpo_text.make_writer(c, torch.device("cpu"))
+    tokens = torch.randint(1, 200, (1, 9), generator=torch.Generator().manual_seed(0))
+    start = writer.logprobs(writer.model, tokens, torch.ones_like(tokens), 8)
+    writer.load_state_dict(load_checkpoint(tmp_path / "run")["model"])
+    expected = writer.logprobs(writer.model, tokens, torch.ones_like(tokens), 8)
+    for rank in 0, 2:
+        loaded = grpo_text.make_writer(SimpleNamespace(**vars(c) | {"POLICY_MODEL": str(trained), "LORA_RANK": rank}), torch.device("cpu"))
+        torch.testing.assert_close(loaded.logprobs(loaded.model, tokens, torch.ones_like(tokens), 8), expected, rtol=0, atol=1e-4)
+    assert (start - expected).abs().max() > 1e-3
+
+
 def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys):  # noqa: F811
     assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--lora_rank", 0, "--num_steps", 1, "--run_dir", tmp_path / "run") == 0
     state = load_checkpoint(tmp_path / "run")
@@ -184,9 +252,16 @@ def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys)
 @pytest.mark.parametrize("words, message", [
     (["--policy_model", "tiny"], "knows no words"), (["--policy_model", "no/such-model"], "cannot be loaded"), (["--num_samples", 1], "NUM_SAMPLES"),
     (["--reward_model", "no/such-model"], "cannot be loaded"), (["--top_p", 0], "TOP_P"),
+    (["--policy_model", "damaged"], "cannot be loaded"), (["--policy_model", "endless"], "no end token"),
+    (["--max_new_tokens", 60000], "reads 32768 tokens at most, so MAX_NEW_TOKENS must be 32"),
 ])  # fmt: skip
-def test_bad_input_is_one_line(words, message, monkeypatch, tmp_path, folder):
+def test_bad_input_is_one_line(words, message, monkeypatch, tmp_path, folder, tokenizer):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for name in "damaged", "endless":
+        shutil.copytree(folder, name)
+    os.truncate("damaged/model.safetensors", 1000)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained("endless")
     with pytest.raises(CommandLineError, match=message) as error:
         run(ALGORITHM, "--policy_model", folder, *words, "--device", "cpu", "--run_dir", tmp_path / "run")
     assert "\n" not in str(error.value)
@@ -201,6 +276,17 @@ def test_lack_of_memory_is_one_line_with_advice(monkeypatch, tmp_path, folder, c
     assert "--num_samples 4" in capsys.readouterr().err
 
 
-def test_weights_and_biases_only_if_asked_and_installed(tmp_path, folder):
+def test_weights_and_biases_only_if_asked_and_installed(tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(CommandLineError, match="pip install wandb"):
+        run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--run_dir", tmp_path / "run", "--wandb", "project")
+
+    class Error(Exception):
+        pass
+
+    def init(**arguments):
+        raise Error("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, errors=SimpleNamespace(Error=Error)))
+    with pytest.raises(CommandLineError, match="^Weights & Biases: No API key configured. Use .*WANDB_MODE=offline$"):
         run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--run_dir", tmp_path / "run", "--wandb", "project")
