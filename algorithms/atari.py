@@ -5,6 +5,7 @@ from collections import deque
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import StickyAction
 from PIL import Image
 
 from algorithms.common import need
@@ -71,12 +72,30 @@ def register_games():
     gym.register_envs(ale_py)
 
 
+def make_game(env_id, sticky, **options):
+    """A game of single frames, in each of which the action before is repeated with probability `sticky`. Not by the emulator: its saved state
+    leaves out which action that was."""
+    register_games()
+    return StickyAction(gym.make(env_id, frameskip=1, repeat_action_probability=0.0, **options), sticky)
+
+
+def save_game(env):
+    """-> all that a game of `make_game` goes on from, random numbers too."""
+    game, action = env.unwrapped.ale.cloneState(include_rng=True).serialize(), env.get_wrapper_attr("last_action")
+    return {"game": np.frombuffer(game, np.uint8), "last_action": action if action is None else int(action),
+            "np_random": env.np_random.bit_generator.state}  # fmt: skip
+
+
+def restore_game(env, state):
+    env.unwrapped.ale.restoreState(need("ale_py").ALEState(np.asarray(state["game"]).tobytes()))
+    env.set_wrapper_attr("last_action", state["last_action"])
+    env.np_random.bit_generator.state = state["np_random"]
+
+
 def make_env(c, render_mode=None):
     """One game with its wrappers, c: ENV_ID, STICKY, SKIP, ACTIONS. Raises CommandLineError for a game or an action that there is not."""
-    register_games()
     try:
-        env = gym.make(c.ENV_ID, frameskip=1, repeat_action_probability=c.STICKY, obs_type="grayscale", render_mode=render_mode)
-        env = SkipFrame(env, c.SKIP)
+        env = SkipFrame(make_game(c.ENV_ID, c.STICKY, obs_type="grayscale", render_mode=render_mode), c.SKIP)
         if c.ACTIONS:
             env = ActionSpaceWrapper(env, [name.strip() for name in c.ACTIONS.split(",")])
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:

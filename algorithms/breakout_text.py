@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from algorithms.atari import register_games
-from algorithms.common import need
+from algorithms.atari import make_game, restore_game, save_game
 
 ACTIONS = "STAY", "RIGHT", "LEFT"
 NOOP, FIRE, RIGHT, LEFT = range(4)  # as the game numbers them
@@ -87,19 +86,18 @@ class BreakoutText(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     def state_dict(self):
         """All that the game goes on from, random numbers too."""
-        game = self.unwrapped.ale.cloneState(include_rng=True).serialize()
-        return {"game": np.frombuffer(game, np.uint8), "ram": self.ram, "score": self.score, "lives": self.lives,
-                "ball_before": self.ball_before}  # fmt: skip
+        return {"game": save_game(self.env), "ram": self.ram, "score": self.score, "lives": self.lives, "ball_before": self.ball_before}
 
     def load_state_dict(self, state):
-        self.unwrapped.ale.restoreState(need("ale_py").ALEState(state["game"].tobytes()))
+        restore_game(self.env, state["game"])
         self.ram, self.score, self.lives = state["ram"], state["score"], state["lives"]
         self.ball_before = state["ball_before"] and tuple(state["ball_before"])
 
 
 class ShapedReward(gym.Wrapper):
-    """Adds hints to the points of `BreakoutText`, for training alone: 1 for a ball that the paddle returns, and how many of its own widths
-    the paddle has come nearer to being under the ball. With a discount below 1 that amounts to a reward for every step near the ball."""
+    """Adds hints to the points of `BreakoutText`, for training alone: 1 for each step in which a returned ball is still on its way up to
+    the bricks, about seven a return, and how many of its own widths the paddle has come nearer to being under the ball. With a discount
+    below 1 that amounts to a reward for every step near the ball."""
 
     def __init__(self, env, weight):
         """weight: of the hints, in points."""
@@ -114,8 +112,8 @@ class ShapedReward(gym.Wrapper):
     def step(self, action):
         obs, points, terminated, truncated, info = self.env.step(action)
         ended = terminated or info["life_lost"]
-        returned = not ended and self.ball[1] > info["ball"][1] and self.ball[1] > LOW
-        hint = returned + (nearness(info) - self.nearness) * (not ended)
+        rising = not ended and self.ball[1] > info["ball"][1] and self.ball[1] > LOW
+        hint = rising + (nearness(info) - self.nearness) * (not ended)
         self.ball, self.nearness = info["ball"], nearness(info)
         return obs, points + self.weight * hint, terminated, truncated, info
 
@@ -183,9 +181,7 @@ class BreakoutTexts(SyncVectorEnv):
 
 def make_env(sticky=0.25, skip=4, render_mode=None):
     """A game of single text observations. sticky: probability that a frame repeats the action before instead."""
-    register_games()
-    game = gym.make("ALE/Breakout-v5", frameskip=1, repeat_action_probability=sticky, obs_type="ram", render_mode=render_mode)
-    return BreakoutText(game, skip)
+    return BreakoutText(make_game("ALE/Breakout-v5", sticky, obs_type="ram", render_mode=render_mode), skip)
 
 
 def numbers_of(text):

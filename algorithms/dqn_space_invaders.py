@@ -21,8 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.atari import Replay, Stacks, make_env, make_envs
-from algorithms.common import Algorithm, main, need, summary
+from algorithms.atari import Replay, Stacks, make_env, make_envs, restore_game, save_game
+from algorithms.common import Algorithm, main, summary
 from checkpoint import to_numpy
 from command_line import CommandLineError, constants_of, run_script
 from device import choose_device
@@ -65,7 +65,7 @@ SAVE_FREQ = 67  # updates between two checkpoints: 200,000 steps
 
 CONSTANTS = constants_of(globals())
 RANGES = {
-    "STICKY": (0.0, 1.0), "SKIP": (1, 100), "STACK": (1, 32), "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 1024), "UPDATE_STEPS": (1, 10**9),
+    "STICKY": (0.0, 0.99), "SKIP": (1, 100), "STACK": (1, 32), "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 1024), "UPDATE_STEPS": (1, 10**9),
     "REPLAY_SIZE": (1, 10**9), "MEMORY_FACTOR": (1e-9, 1e3), "BURN_IN": (1, 10**9), "LR": (1e-9, 1.0), "GAMMA": (0.0, 1.0),
     "BATCH_SIZE": (1, 65536), "LEARN_EVERY": (1, 10**6), "SYNC_EVERY": (1, 10**9), "EPSILON": (0.0, 1.0), "EPSILON_END": (0.0, 1.0),
     "EPSILON_DECAY": (0.0, 1.0), "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
@@ -204,10 +204,9 @@ class DQN(Trainer):
             "rng": self.rng.bit_generator.state, "episode_returns": list(self.episode_returns),
         }  # fmt: skip
         if self.c.KEEP_REPLAY:
-            states = [env.unwrapped.ale.cloneState(include_rng=True).serialize() for env in self.envs.envs]
             state |= {
                 "replay": self.replay.state_dict(), "stacks": self.stacks.frames, "first": self.first, "lives": self.lives,
-                "return_so_far": self.return_so_far, "games": [np.frombuffer(x, np.uint8) for x in states],
+                "return_so_far": self.return_so_far, "games": [save_game(env) for env in self.envs.envs],
             }  # fmt: skip
         return self.training_state(**state)
 
@@ -229,7 +228,7 @@ class DQN(Trainer):
                 to_numpy(state[name]) for name in ("stacks", "first", "lives", "return_so_far")
             )
             for env, game in zip(self.envs.envs, state["games"]):
-                env.unwrapped.ale.restoreState(need("ale_py").ALEState(to_numpy(game).tobytes()))
+                restore_game(env, to_numpy(game))
 
 
 # --- playing ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from algorithms.common import need
 from algorithms.language_model import TrainedOnly, transformer
 from command_line import CommandLineError
+from device import out_of_memory, shortened
 from ppo import Policy
 
 
@@ -30,16 +31,39 @@ class LanguagePolicy(TrainedOnly, Policy):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        answers = [self.tokens_of(answer) for answer in answers]
+        self.answers = answers = [self.tokens_of(answer) for answer in answers]
         if len({tuple(answer) for answer in answers}) < len(answers):
             raise CommandLineError("the model's tokenizer cannot tell the answers apart; take another model")
         # The rest of the answers, one behind the other. A token that is read scores the one that follows, so the last of each is not read.
         rest = [(i, j, answer[j], answer[j + 1]) for i, answer in enumerate(answers) for j in range(len(answer) - 1)]
         for name, numbers in (
-            ("prefix", [start + self.tokens_of(prefix)]), ("first", [answer[0] for answer in answers]),
-            ("rest", [*zip(*rest)] if rest else [[]] * 4),  # of each: its answer, its place there, its number, the number that follows
+            ("prefix", [start + self.tokens_of(prefix)]), ("first_tokens", [answer[0] for answer in answers]),
+            ("later_tokens", [*zip(*rest)] if rest else [[]] * 4),  # of each: its answer, its place there, its number, the number that follows
         ):  # fmt: skip
             self.register_buffer(name, torch.tensor(numbers, dtype=torch.long), persistent=False)
+
+    @torch.no_grad()
+    def check(self):
+        """Raises CommandLineError for a model whose own forward pass scores the answers otherwise than `read` and `score`: one without a causal
+        mask, for example, or one that scales its logits."""
+        longest = max(map(len, self.answers))  # which serve as texts, too
+        texts = torch.tensor([answer + [-1] * (longest - len(answer)) for answer in self.answers], device=self.prefix.device)
+        before = self.prefix[0].tolist() + self.answers[0]
+        try:
+            ours = F.log_softmax(self.score(self.model, self.read(self.model, texts, self.read_prefix(self.model))), dim=-1)[0]
+            theirs = F.log_softmax(torch.stack([self.logprob(before, answer) for answer in self.answers]), dim=-1)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise CommandLineError(f"the model cannot be read in this way ({shortened(error)}); take another model") from None
+        tolerance = 1e-3 if transformer(self.model).dtype == torch.float32 else 0.5  # steps of bfloat16 near 40 are 1/4
+        if not (ours - theirs).abs().max() <= tolerance:
+            raise CommandLineError("the model scores answers in a way of its own; take another model")
+
+    def logprob(self, before, answer):
+        """Token numbers -> how probable the model's own forward pass says that the answer is behind them."""
+        logits = self.model(input_ids=torch.tensor([before + answer], device=self.prefix.device)).logits[0, len(before) - 1 : -1]
+        return F.log_softmax(logits.float(), dim=-1).gather(1, torch.tensor(answer, device=logits.device)[:, None]).sum()
 
     def tokens_of(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -52,18 +76,15 @@ class LanguagePolicy(TrainedOnly, Policy):
 
     def split(self, encoded):
         """-> token numbers (N, L), the reference's log-probabilities (N, A)."""
-        return encoded[:, : -len(self.first)].long(), encoded[:, -len(self.first) :]
+        return encoded[:, : -len(self.first_tokens)].long(), encoded[:, -len(self.first_tokens) :]
 
     @torch.no_grad()
     def reference_logprobs(self, tokens):
         if self.reference is None:
-            return torch.zeros(len(tokens), len(self.first), device=tokens.device)
+            return torch.zeros(len(tokens), len(self.first_tokens), device=tokens.device)
         with self.reference() as model:
             self.reference_cache = self.reference_cache or self.read_prefix(model)
             return F.log_softmax(self.score(model, self.read(model, tokens, self.reference_cache)), dim=-1)
-
-    def forward(self, obs):
-        return self.heads(self.features(self.encode(obs)))
 
     def features(self, encoded):
         return self.read(self.model, self.split(encoded)[0], self.read_prefix(self.model))
@@ -84,8 +105,8 @@ class LanguagePolicy(TrainedOnly, Policy):
 
     def read(self, model, tokens, prefix):
         """Token numbers (B, L), -1 behind a shorter text -> hidden states (B, 1 + E, C): of the last token of each text, and of the E
-        tokens of `rest`, each of which sees the text and what stands before it in its own answer."""
-        lengths, (answer, place, number, _) = (tokens >= 0).sum(1), self.rest
+        tokens of `later_tokens`, each of which sees the text and what stands before it in its own answer."""
+        lengths, (answer, place, number, _) = (tokens >= 0).sum(1), self.later_tokens
         B, L, E, P = len(tokens), int(lengths.max()), len(answer), prefix[0][0].shape[2]
         at = torch.arange(L + E, device=tokens.device)
         sees = torch.zeros(B, L + E, P + L + E, dtype=torch.bool, device=tokens.device)  # may this token see that one?
@@ -107,8 +128,8 @@ class LanguagePolicy(TrainedOnly, Policy):
 
     def score(self, model, hidden):
         """Hidden states (B, 1 + E, C) -> logits (B, A) float32. What all first tokens have in common is left out."""
-        head, (answer, _, _, following) = transformer(model).get_output_embeddings(), self.rest
-        logits = token_logits(head, hidden[:, 0], self.first)
+        head, (answer, _, _, following) = transformer(model).get_output_embeddings(), self.later_tokens
+        logits = token_logits(head, hidden[:, 0], self.first_tokens)
         if not len(answer):
             return logits
         logprobs = F.log_softmax(token_logits(head, hidden[:, 1:]), dim=-1)

@@ -15,6 +15,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
+import contextlib
 import math
 import random
 import sys
@@ -23,15 +24,16 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from algorithms.breakout_text import ACTIONS, WIDTH, BreakoutTexts, ShapedReward, TextAsBytes, make_env, numbers_of, texts_of
-from algorithms.common import Algorithm, check_ppo, main, ppo_config, summary, write_gif
+from algorithms.common import Algorithm, check_ppo, device_of, main, ppo_config, summary, write_gif
 from algorithms.language_model import TINY, load_model, load_tokenizer, reference_to, tokenizer_from, with_lora
 from algorithms.language_policy import LanguagePolicy
 from background import Background
 from callbacks import Callback, say
-from command_line import constants_of, run_script
-from device import choose_device
+from command_line import constants_of, read_run, run_script
+from device import choose_device, shortened
 from ppo import PPO, Policy
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ LORA_RANK = 16  # of the adapters; the tiny model has none, and learns with all 
 # game
 STICKY = 0.25  # probability that a frame repeats the action before instead (Machado et al. 2018)
 SKIP = 4  # frames that an action lasts
-SHAPING = 1.0  # weight of hints in the rewards of training: paddle near the ball, ball returned; no score has them. 0: off
+SHAPING = 1.0  # weight of hints in the rewards of training: paddle near the ball, ball on its way up; no score has them. 0: off
 # length
 NUM_STEPS = 300_000  # of the environment, in all; the learning rate falls over this length
 NUM_ENVS = 16  # games side by side
@@ -73,7 +75,7 @@ SAVE_FREQ = 20  # updates between two checkpoints
 
 CONSTANTS = constants_of(globals())
 RANGES = {
-    "LORA_RANK": (1, 4096), "STICKY": (0.0, 1.0), "SKIP": (1, 100), "SHAPING": (0.0, 1e9), "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 4096),
+    "LORA_RANK": (1, 4096), "STICKY": (0.0, 0.99), "SKIP": (1, 100), "SHAPING": (0.0, 1e9), "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 4096),
     "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (2, 10**7), "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0),
     "EPS_CLIP": (1e-9, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9), "REWARD_SCALE": (1e-9, 1e9),
     "KL_COEF": (0.0, 1e9), "KL_TARGET": (1e-9, 1e9), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "MAX_GRAD_NORM": (1e-9, 1e9),
@@ -137,11 +139,21 @@ class LanguagePPO(PPO):
         return self.kl_coef * kl, {"kl_reference": kl.detach()}
 
     def update(self):
+        if any(p.dtype == torch.bfloat16 for p in self.policy.parameters()):
+            self.score_again()
         stats = super().update()
         if self.kl_coef:
             stats["kl_coef"] = self.kl_coef
             self.kl_coef *= 1 + 0.1 * float(np.clip(stats["kl_reference"] / self.kl_target - 1, -0.2, 0.2))
         return stats
+
+    @torch.no_grad()
+    def score_again(self):
+        """The old log-probabilities, anew: bfloat16 rounds otherwise in batches of another size, and the ratio would not be 1 at the start."""
+        samples, act = self.buffer.samples, self.policy.inference_cache()
+        logits = torch.cat([act(obs)[0] for obs in samples.obs.split(self.config.batch_size)])
+        logprobs = F.log_softmax(logits, dim=-1).gather(1, samples.actions[:, None])[:, 0]
+        self.buffer.samples = samples._replace(old_logprobs=logprobs)
 
     def record_episode_returns(self):
         """Scores, in the game's own points: the rewards have hints in them."""
@@ -175,7 +187,9 @@ def make_policy(c, device, saved_tokenizer=None):
     model = load_model(c.MODEL, tokenizer, device)
     if c.MODEL != TINY:
         model = with_lora(model, c.LORA_RANK)
-    return BreakoutReader(model, tokenizer, reference_to(model) if c.KL_COEF else None).to(device)
+    policy = BreakoutReader(model, tokenizer, reference_to(model) if c.KL_COEF else None).to(device)
+    policy.check()
+    return policy
 
 
 def invented_texts():
@@ -193,8 +207,7 @@ def invented_texts():
 def policy_of(state):
     """A policy state -> its policy, on the device of its training if that is here, and the constants of the training."""
     c = SimpleNamespace(**{**state["constants"], "KL_COEF": 0.0})
-    device = choose_device("auto" if c.DEVICE != "cpu" else "cpu")
-    policy = make_policy(c, device, state.get("tokenizer"))
+    policy = make_policy(c, device_of(c), state.get("tokenizer"))
     policy.load_state_dict(state["model"])
     return policy, c
 
@@ -208,7 +221,8 @@ def greedy(policy):
 def evaluate(state, episodes=10, seed=0):
     """Whole games of the most probable answers, side by side -> the `summary` of their scores, in the game's own points."""
     policy, c = policy_of(state)
-    return summary(scores_of(greedy(policy), c, episodes, seed))
+    choose = greedy(policy)
+    return summary([score for first in range(0, episodes, 100) for score in scores_of(choose, c, min(100, episodes - first), seed + first)])
 
 
 def scores_of(choose, c, episodes, seed):
@@ -243,20 +257,34 @@ def frames(state, episodes, seed, human):
 
 
 class Video(Callback):
-    """Every so many updates a game of the policy as a gif, drawn in another process while training goes on."""
+    """Every so many updates a game of the policy as a gif, drawn in another process while training goes on. If that fails, a warning says so."""
 
     def __init__(self, directory, interval):
         self.directory, self.interval, self.background, self.under_way = directory, interval, Background(draw_video), None
 
     def on_update_end(self, trainer):
         if trainer.update_count % self.interval == 0 and (self.under_way is None or self.under_way.done()):
-            self.directory.mkdir(exist_ok=True)
-            state = trainer.policy_state()
-            self.under_way = self.background.submit((state, str(self.directory / f"update_{trainer.update_count}.gif")))
+            self.finish()
+            with self.warn():
+                self.directory.mkdir(exist_ok=True)
+                path = self.directory / f"update_{trainer.update_count}.gif"
+                self.under_way = self.background.submit((trainer.policy_state(), str(path)))
 
     def on_training_end(self, trainer):
+        self.finish()
+
+    def finish(self):
         if self.under_way is not None:
-            self.background.result(self.under_way)
+            with self.warn():
+                self.background.result(self.under_way)
+            self.under_way = None
+
+    @contextlib.contextmanager
+    def warn(self):
+        try:
+            yield
+        except Exception as error:  # no memory for a second model, a full disk, imageio missing: no reason to stop training
+            say(f"warning: {self.directory}: no video ({shortened(error) or type(error).__name__}); training goes on")
 
     def close(self):
         self.background.close()
@@ -264,16 +292,14 @@ class Video(Callback):
 
 def draw_video(state_and_path):
     state, path = state_and_path
-    try:
-        write_gif(path, frames(state, 1, state["update_count"], human=False), ALGORITHM.fps)
-    except OSError as error:
-        say(f"warning: {path}: not drawn ({error.strerror}); training goes on")
+    write_gif(path, frames(state, 1, state["update_count"], human=False), ALGORITHM.fps)
 
 
-def verify(steps=20):
+def verify(argv, steps=20):
     """Random steps of one game: the text, the action, its points, and the reward that training would get of it."""
-    env, rng = ShapedReward(make_env(STICKY, SKIP), SHAPING), np.random.default_rng(SEED)
-    text, _ = env.reset(seed=SEED)
+    c = SimpleNamespace(**read_run(argv, "-m algorithms.ppo_llm_breakout --verify", __doc__, CONSTANTS, RANGES, KEPT, check_ppo).constants)
+    env, rng = ShapedReward(make_env(c.STICKY, c.SKIP), c.SHAPING), np.random.default_rng(c.SEED)
+    text, _ = env.reset(seed=c.SEED)
     for _ in range(steps):
         action, before = int(rng.integers(len(ACTIONS))), env.get_wrapper_attr("score")
         print(f"{text}{SUFFIX}{ANSWERS[action]}".replace("\n", " "))
@@ -293,4 +319,5 @@ ALGORITHM = Algorithm("ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, buil
                       callbacks=callbacks_of)  # fmt: skip
 
 if __name__ == "__main__":
-    run_script(lambda: verify() if sys.argv[1:] == ["--verify"] else main(ALGORITHM), "-m algorithms.ppo_llm_breakout")
+    verifying = [word for word in sys.argv[1:] if word != "--verify"]
+    run_script(lambda: verify(verifying) if "--verify" in sys.argv else main(ALGORITHM), "-m algorithms.ppo_llm_breakout")

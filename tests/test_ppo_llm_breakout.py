@@ -1,5 +1,6 @@
 import importlib
 import sys
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from algorithms import ppo_llm_breakout
-from algorithms.breakout_text import WIDTH, BreakoutTexts, follow_the_ball, make_env, texts_of
+from algorithms.breakout_text import BUTTONS, WIDTH, BreakoutTexts, follow_the_ball, make_env, texts_of
 from algorithms.language_model import load_model, load_tokenizer, reference_to, train_tokenizer, with_lora
 from algorithms.language_policy import LanguagePolicy
 from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, NumberReader, build, invented_texts, verify
@@ -61,7 +62,7 @@ def test_answers_are_scored_as_one_by_one(kind, tokenizer):
     """Texts of different lengths in one batch, answers of several tokens that begin alike, the prefix read once; and gradients."""
     model = small_model(kind, tokenizer)
     policy = LanguagePolicy(model, tokenizer, "You play. ", ANSWERS)
-    assert len({len(policy.tokens_of(text)) for text in TEXTS}) == 3 and policy.rest.shape[1] == 12
+    assert len({len(policy.tokens_of(text)) for text in TEXTS}) == 3 and policy.later_tokens.shape[1] == 12
     encoded = policy.encode_texts(TEXTS, 64)
     logits, values = policy.heads(policy.features(encoded))
     slow = torch.stack([slow_logprobs(policy, model, text, ANSWERS) for text in TEXTS])
@@ -81,6 +82,24 @@ def test_a_text_is_read_alike_alone_and_beside_longer_ones(tokenizer):
     for text, logits in zip(TEXTS, together):
         alone = policy.inference_cache()(policy.encode_texts([text], 64))[0][0]
         torch.testing.assert_close(alone, logits, rtol=0, atol=1e-4)
+
+
+def test_a_model_that_scores_answers_in_a_way_of_its_own_is_refused(tokenizer):
+    torch.manual_seed(0)
+    size = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    granite = transformers.GraniteForCausalLM(transformers.GraniteConfig(logits_scaling=8.0, num_key_value_heads=2, **size))
+    bert = transformers.BertLMHeadModel(transformers.BertConfig(is_decoder=False, **size))
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4))
+    for model in granite, bert, bloom:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        with pytest.raises(CommandLineError, match="take another model$") as error:
+            LanguagePolicy(model.eval(), tokenizer, "You play. ", ANSWERS).check()
+        assert "\n" not in str(error.value)
+    for model in small_model("Qwen3", tokenizer), small_model("GPT-2", tokenizer), small_model("Qwen3", tokenizer).bfloat16():
+        LanguagePolicy(model, tokenizer, "You play. ", ANSWERS).check()
+        LanguagePolicy(with_lora(model, 2), tokenizer, "You play. ", ANSWERS).check()
 
 
 @pytest.mark.parametrize("adapter", [True, False])
@@ -135,6 +154,22 @@ def test_ratio_is_one_before_the_first_step():
     first, *_ = ppo.epoch()[:, ppo.stat_names.index("kl_reference")].tolist()
     later = ppo.epoch()[:, ppo.stat_names.index("kl_reference")].tolist()
     assert abs(first) < 1e-6 < later[-1]
+
+
+def test_in_bfloat16_the_old_logprobs_are_those_of_minibatches(monkeypatch):
+    """The rounding of a rollout's smaller batches would show in the ratio. What the update starts from is scored as it learns."""
+    ppo, seen = small_ppo(), []
+    ppo.policy.model.bfloat16()
+    ppo.collect()
+    rolled_out = ppo.buffer.samples.old_logprobs
+    monkeypatch.setattr(ppo, "epoch", lambda: seen.append(ppo.buffer.samples) or torch.zeros(1, 20))
+    ppo.stat_names = ["approx_kl", "kl_reference"]
+    ppo.update()
+    samples = seen[0]
+    act = ppo.policy.inference_cache()
+    for obs, actions, old in zip(*(x.split(16) for x in (samples.obs, samples.actions, samples.old_logprobs))):
+        assert torch.equal(act(obs)[0].log_softmax(-1).gather(1, actions[:, None])[:, 0], old)
+    torch.testing.assert_close(samples.old_logprobs, rolled_out, rtol=0, atol=0.5)  # bfloat16 of logits of some tens
 
 
 def test_the_weight_of_the_divergence_aims_at_its_target():
@@ -215,23 +250,24 @@ def test_right_is_right():
 
 
 def test_hints_never_reach_a_score():
-    """They reward coming nearer and returning the ball. The former add up, until the step that loses a life, to how near the paddle is."""
+    """They reward coming nearer, and a returned ball on its way up. The former add up, until the step that loses a life, to how near the
+    paddle is."""
     plain, shaped = BreakoutTexts(1), BreakoutTexts(1, shaping=2.0)
     obs, _ = plain.reset(seed=1)
     assert np.array_equal(obs, shaped.reset(seed=1)[0])
     start = shaped.envs[0].env.nearness
-    points = rewards = returned = 0
+    points = rewards = rising = 0
     for _ in range(300):
         action = [follow_the_ball(texts_of(obs)[0])]
         obs, point, terminated, _, infos = plain.step(action)
         ball = shaped.envs[0].env.ball
         nearness = shaped.envs[0].env.nearness
         _, reward, _, _, _ = shaped.step(action)
-        returned += ball[1] > shaped.envs[0].env.ball[1] and ball[1] > 150 and not infos["life_lost"][0]
+        rising += ball[1] > shaped.envs[0].env.ball[1] and ball[1] > 150 and not infos["life_lost"][0]
         points, rewards = points + point[0], rewards + reward[0]
         if infos["life_lost"][0] or terminated[0]:
             break
-    assert returned >= 1 and points >= 1 and rewards == pytest.approx(points + 2.0 * (returned + nearness - start), abs=1e-3)
+    assert rising >= 1 and points >= 1 and rewards == pytest.approx(points + 2.0 * (rising + nearness - start), abs=1e-3)
     assert list(plain.scores) == list(shaped.scores)
 
 
@@ -248,17 +284,35 @@ def test_the_rule_beats_random_play():
 
 
 def test_games_go_on_where_they_were_saved():
-    first, second = (BreakoutTexts(2, shaping=1.0) for _ in range(2))
+    """Also with the button of the frame before, which a sticky game goes on pressing."""
+    first, second = (BreakoutTexts(2, sticky=0.8, shaping=1.0) for _ in range(2))
     first.reset(seed=4)
     second.reset(seed=5)
     rng = np.random.default_rng(0)
-    for _ in range(60):
-        first.step(rng.integers(3, size=2))
-    second.load_state_dict(first.state_dict())
-    for _ in range(100):
-        actions = rng.integers(3, size=2)
-        for ours, theirs in zip(first.step(actions)[:4], second.step(actions)[:4]):
-            np.testing.assert_array_equal(ours, theirs)
+    for _ in range(50):
+        second.load_state_dict(first.state_dict())
+        for _ in range(4):
+            actions = rng.integers(3, size=2)
+            for ours, theirs in zip(first.step(actions)[:4], second.step(actions)[:4]):
+                np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_sticky_game_repeats_the_button_before():
+    env = make_env(sticky=0.25, skip=1)
+    env.reset(seed=0)
+    game = env.env.env  # below the wrapper that makes it sticky
+    pressed, repeated, tried, real = [], 0, 0, game.step
+    game.step = lambda button: pressed.append(button) or real(button)
+    for _ in range(4000):
+        before = env.env.last_action
+        wanted = 3 if before == 2 else 2
+        pressed.clear()
+        _, _, terminated, *_ = env.step(BUTTONS.index(wanted))
+        assert pressed[0] in (before, wanted)
+        repeated, tried = repeated + (pressed[0] == before), tried + (before is not None)
+        if terminated:
+            env.reset()
+    assert abs(repeated / tried - 0.25) < 4 * (0.25 * 0.75 / tried) ** 0.5  # four standard errors
 
 
 # The program
@@ -284,6 +338,23 @@ def test_play_evaluate_and_video(tmp_path, monkeypatch, capsys, without_processe
     assert '"games": 2' in printed and (tmp_path / "game.gif").stat().st_size > 1000
     state = load_checkpoint("run/last.pt")
     assert not any("reference" in name for name in state["model"]) and state["tokenizer"].startswith("{")
+
+
+def test_a_video_that_cannot_be_drawn_stops_nothing(tmp_path, monkeypatch, capsys, without_processes):  # noqa: F811
+    futures = iter([RuntimeError("out of memory\nin a kernel"), ChildProcessError("a process has died")])
+
+    def submit(x):
+        error = next(futures)
+        if isinstance(error, ChildProcessError):
+            raise error
+        future = Future()
+        future.set_exception(error)
+        return future
+
+    monkeypatch.setattr(ppo_llm_breakout, "Background", lambda function: SimpleNamespace(submit=submit, result=lambda x: x.result(), close=lambda: None))
+    assert run(ALGORITHM, *SMALL.replace("--video_freq 0", "--video_freq 1").split(), "--num_steps", 32, "--run_dir", tmp_path / "run") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no video" in line]
+    assert len(lines) == 2 and "out of memory in a kernel" in lines[0] and "a process has died" in lines[1]
 
 
 def test_an_mlp_reads_the_same_texts(tmp_path, monkeypatch, capsys, without_processes):  # noqa: F811
@@ -321,9 +392,11 @@ def test_observations_on_a_gpu_are_read(tokenizer):
 
 
 def test_verify_prints_texts_actions_and_rewards(capsys):
-    assert verify(steps=5) == 0
+    assert verify([], steps=5) == 0
     printed = capsys.readouterr().out
     assert printed.count("Ball X: ") == printed.count("Answer: ") == printed.count("reward ") == 5
+    assert verify(["--shaping", "0"], steps=5) == 0
+    assert capsys.readouterr().out.count("reward +0.000") == 5
 
 
 @pytest.mark.parametrize("words, message", [
