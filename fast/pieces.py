@@ -14,6 +14,7 @@ What each of this is worth (docs/performance.md): always rescaling makes a gradi
 pieces makes attention 2.7 times as long.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -74,6 +75,16 @@ def make_level(children, num_below, device="cpu"):
     return Level(*(torch.from_numpy(x).to(device) for x in arrays))
 
 
+@contextlib.contextmanager
+def flushed(needed=True):
+    """Numbers below 2^-126 count as 0 within: sharp attention is full of them, and a CPU is slow with what it cannot normalise."""
+    torch.set_flush_denormal(needed)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def bag_sums(rows, index, offsets=None):
     """Sums rows (K, 1 + D, H) over bags of them -> (n, 1 + D, H).
 
@@ -121,6 +132,7 @@ class SharedAttention(torch.autograd.Function):
     """
 
     @staticmethod
+    @flushed()
     def forward(ctx, table, rstd, tree, rescale):
         scale = rstd.index_select(0, tree.pairs)
         rows, weights, of_pairs, m = pair_sums(table, scale, tree.embeddings.children, rescale)
@@ -133,6 +145,7 @@ class SharedAttention(torch.autograd.Function):
             ctx.factors.append(factors)
         denominator = sums[:, 0].clamp_min(2.0**LEAST)
         y = sums[:, 1:] / denominator.unsqueeze(1)
+        ctx.sharp = rescale or bool((denominator <= 2.0**LEAST).any())
         ctx.save_for_backward(scale.unsqueeze(1), rows[:, 0], weights, of_pairs, denominator, y)
         ctx.mark_non_differentiable(denominator)
         return y, denominator
@@ -140,6 +153,11 @@ class SharedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, _):
+        with flushed(ctx.sharp):  # only then: what a seed gives in an ordinary training stays the same bit for bit
+            return SharedAttention.gradients(ctx, dy)
+
+    @staticmethod
+    def gradients(ctx, dy):
         scale, row_scores, weights, of_pairs, denominator, y = ctx.saved_tensors
         dsums = torch.cat([-(dy * y).sum(1, keepdim=True), dy], dim=1) / denominator.unsqueeze(1)
         for part, factors in zip(reversed(ctx.tree.levels), reversed(ctx.factors)):
@@ -185,13 +203,15 @@ class LineCache:
         self.maximum = None  # (H,)
 
     @torch.no_grad()
+    @flushed()
     def __call__(self, lines):
         """Pages as line ids (B, 24), on the CPU -> action logits (B, A), values (B,)."""
         if len(self.index.lines) > self.common.n:
             self.sum_new_lines()
         sums = bag_sums(self.common(), lines)
-        if (sums[:, 0] <= 2.0**LEAST).any():
-            _, sums, _ = rescaled_sums(*[table() for table in self.lines], lines)
+        below = (sums[:, 0] <= 2.0**LEAST).any(1).nonzero().flatten()
+        if len(below):
+            sums[below] = rescaled_sums(*[table() for table in self.lines], lines[below])[1]
         return self.gpt.heads(after_attention(self.gpt, sums[:, 1:] / sums[:, :1]))
 
     def sum_new_lines(self):
