@@ -4,6 +4,10 @@ import signal
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: as many tests run side by side as there are cores
 
 import pytest
+import torch
+
+if "ATEN_CPU_CAPABILITY" in os.environ:  # on a CPU with AMX, torch 2.13's flash attention in bfloat16 does not work with older kernels
+    torch.backends.cuda.enable_flash_sdp(False)  # which is meant for CPUs too
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background, or under nohup, ignores some signals, and so
 for name in ("SIGHUP", "SIGQUIT"):  # would all that the tests start

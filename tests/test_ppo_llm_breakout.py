@@ -203,7 +203,7 @@ def test_learns_to_answer_by_the_text(monkeypatch):
             return obs[self.side], rewards, np.zeros(32, bool), np.zeros(32, bool), {}
 
     monkeypatch.setattr(ppo_llm_breakout, "BreakoutTexts", Sides)
-    ppo = small_ppo(NUM_ENVS=32, ROLLOUT_STEPS=4, BATCH_SIZE=64, NUM_STEPS=10**6, GAMMA=0.0, LR=3e-3, KL_COEF=0.0, MIN_LR=1e-3)
+    ppo = small_ppo(NUM_ENVS=32, ROLLOUT_STEPS=4, BATCH_SIZE=64, NUM_STEPS=10**6, GAMMA=0.0, KL_COEF=0.0, ENTROPY_COEF=0.02, MIN_LR=1e-3)
     for _ in range(60):
         ppo.collect()
         ppo.update()
