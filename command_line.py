@@ -314,7 +314,7 @@ def one_line(error):
 def run_script(main, prog):
     """main() -> the end of the program: its exit status, or one line that says what was wrong."""
     prepare_output()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {shortened(message, 300)}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {shortened(message, 300)}\n"  # without its code
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main() or 0

@@ -58,7 +58,7 @@ VARIED_STARTS = 0.7  # share of training serves and walls that are random; evalu
 PREDICTION_COEF = 0.1  # weight of predicting which rows and columns change next; off if 0.0
 PAIRED_ENVS = True  # pairs of games start each rollout in the same state; what both gain counts as the critic's error
 # GPT
-N_LAYER = 1  # more run thousands of times slower, a hundred on an H100: pages then share only what stands before their first difference
+N_LAYER = 1  # two or more run thousands of times slower, a hundred times on an H100: pages share only what stands before they differ
 N_HEAD = 16
 N_EMBD = 64
 MLP_EXPANSION = 4
@@ -151,7 +151,7 @@ def plan(c, ppo, run_dir):
 
 
 def trains_on_gpu(device):
-    """Whether `fast/` makes the most of it, and checks it."""
+    """Whether a training on this device takes the shortcuts of `fast/` for GPUs, and checks itself."""
     return fast is not None and device.type == "cuda"
 
 

@@ -158,7 +158,8 @@ class Writer(TrainedOnly):
         """Texts -> token numbers (N, P) and which are no padding, on the left, (N, P) int64."""
         if self.tokenizer.chat_template:
             prompts = [self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
-                                                          enable_thinking=False) for prompt in prompts]  # fmt: skip
+                                                          enable_thinking=False)  # Qwen3 would think first
+                       for prompt in prompts]  # fmt: skip
         rows = self.tokenizer(prompts, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
         longest = max(map(len, rows))
         tokens = torch.tensor([[self.pad] * (longest - len(row)) + row for row in rows])

@@ -25,8 +25,8 @@ def load_tokenizer(name, texts=()):
 
 
 def load_model(name, tokenizer, device, frozen=True):
-    """-> a causal model in eval mode, without dropout ever. In float32, but for a frozen one on a GPU, which gets adapters that are: bfloat16.
-    A folder may hold an adapter: it becomes part of the weights."""
+    """-> a causal model in eval mode, without dropout ever. Its weights are float32, or bfloat16 on a GPU if they are frozen: adapters are
+    float32 everywhere. A folder may hold an adapter, which becomes part of the weights."""
     if name == TINY:
         return tiny_model(tokenizer).to(device).eval()
     dtype = torch.bfloat16 if frozen and device.type == "cuda" else torch.float32

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS, BreakoutAsciiVec
-from fast import DeviceGPT, FastGPT, gpt_for, prefixes
+from fast import DeviceGPT, FastGPT, gpt_for, pieces, prefixes
 from fast.shortcuts import Compiled
 from fast.device_gpt import distinct_lines, every_line
 from fast.line_index import LineIndex
@@ -120,6 +120,21 @@ def test_the_inference_cache_reads_what_the_model_reads(games, config):
                 torch.testing.assert_close((logits, values), expected, **near)
         obs, *_ = env.step(np.arange(games) % 3)
     assert not logits.requires_grad
+
+
+def test_the_inference_cache_rescales_the_pages_that_need_it(monkeypatch):
+    gpt, env, rescaled = make_gpt(kind=FastGPT), BreakoutAsciiVec(32, varied_starts=0.7), []
+    with torch.no_grad():
+        gpt.blocks[0].attn.c_attn.weight[: gpt.config.n_embd] *= 16  # scores so far apart that most pages, but not all, lie too low
+    obs, _ = env.reset(seed=0)
+    for _ in range(30):
+        obs, *_ = env.step(np.arange(32) % 3)
+    sums = pieces.rescaled_sums
+    monkeypatch.setattr(pieces, "rescaled_sums", lambda m, below, parts: rescaled.append(parts.shape) or sums(m, below, parts))
+    ours = gpt.inference_cache()(gpt.encode(obs))
+    assert [0 < n < 32 for n, parts in rescaled if parts == ROWS] == [True]
+    for x, expected in zip(ours, twice(gpt, GPT).double()(torch.from_numpy(obs))):
+        torch.testing.assert_close(x, expected.float(), rtol=1e-3, atol=tolerance(largest_score(gpt)) * 8)
 
 
 def test_an_older_cache_says_that_it_is_out_of_date():
