@@ -92,10 +92,11 @@ class Evaluation(Callback):
             try:
                 evaluation = self.background.result(self.futures[0])
             except Exception as error:
-                if self.take_turns or not unavailable(error):
+                if not unavailable(error):
                     raise
+                if not self.take_turns:
+                    say(f"warning: no evaluation beside the training ({first_line(error)}); from now on they take turns")
                 self.take_turns = True
-                say(f"warning: no evaluation beside the training ({first_line(error)}); from now on they take turns")
                 evaluation = self.evaluate(trainer.pending[0])
             self.futures.popleft()
             trainer.evaluation_end(trainer.pending.pop(0), evaluation)
@@ -225,7 +226,11 @@ class MetricsCSV(Callback):
         """evaluation: the names of an evaluation that get a column, with `eval_` before them."""
         self.path, self.evaluation, self.columns, self.unwritten = Path(path), evaluation, None, []
 
+    def on_training_start(self, trainer):
+        self.last = trainer.update_count  # rows behind it are not of this run
+
     def on_update_end(self, trainer):
+        self.last = trainer.update_count
         row = {"update": trainer.update_count, "global_step": trainer.global_step, "seconds": round(trainer.seconds, 2)}
         row |= trainer.stats | dict.fromkeys([f"eval_{name}" for name in self.evaluation], "")
         self.unwritten.append(row)
@@ -235,7 +240,7 @@ class MetricsCSV(Callback):
     def on_evaluation_end(self, trainer):
         update, evaluation = trainer.evaluated["update_count"], trainer.evaluated["evaluation"]
         with self.warn_and_continue(f"the evaluation of row {update}"):
-            first = min([int(row["update"]) for row in self.unwritten], default=math.inf)
+            first = min([int(row["update"]) for row in self.unwritten], default=self.last + 1)
             if update < first:
                 columns, rows = read_metrics(self.path)
                 self.unwritten[:0] = [dict(zip(columns, row)) for row in rows if update <= int(row[0]) < first]

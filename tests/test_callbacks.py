@@ -241,6 +241,18 @@ def test_where_another_process_cannot_evaluate_they_take_turns(waits, capsys, er
     assert capsys.readouterr().out == f"warning: no evaluation beside the training ({first_line}); from now on they take turns\n"
 
 
+def test_of_several_that_cannot_each_is_evaluated_here(waits, capsys):
+    evaluation = Evaluation(lambda state: {"score": 10 * state["update_count"]}, 1, 2)
+    trainer = Trainer(evaluation)
+    trainer.update()
+    trainer.update()
+    for _, future in evaluation.background.asked:
+        future.set_exception(torch.OutOfMemoryError("CUDA out of memory"))
+    trainer.update()
+    evaluation.on_training_end(trainer)
+    assert trainer.ends == [(3, 1, 10), (3, 2, 20), (3, 3, 30)] and capsys.readouterr().out.count("warning") == 1
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +414,22 @@ def test_resumed_metrics_equal_a_straight_run(tmp_path, straight, saved, killed)
     FakeTrainer([MetricsCSV(path, EVALUATED)], start=saved).learn()
     assert table(path) == straight
     assert sorted(os.listdir(tmp_path)) == ["metrics.csv", "straight.csv"]
+
+
+def test_an_evaluation_of_before_the_stop_brings_no_stale_rows_back(tmp_path, straight):
+    """It is reported at the first update after the resume, before that has its row."""
+
+    class Report(Callback):
+        def on_update_end(self, trainer):
+            if trainer.evaluating and trainer.evaluating["update_count"] < trainer.update_count:
+                trainer.finish_evaluation()
+
+    path = tmp_path / "metrics.csv"
+    FakeTrainer([MetricsCSV(path, EVALUATED)], delay=4).learn(until=7)
+    resumed = FakeTrainer([Report(), MetricsCSV(path, EVALUATED)], start=4, delay=9)
+    resumed.begin_evaluation(SCORES[4])
+    resumed.learn()
+    assert table(path) == straight
 
 
 def test_torn_last_line(tmp_path, straight):
