@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from algorithms import actor_critic
 from callbacks import read_metrics
 from checkpoint import CheckpointError, load_checkpoint
-from command_line import CommandLineError, check_constants, convert, kind_of, raise_error, run_script
+from command_line import CommandLineError, check_constants, convert, kind_of, locked, raise_error, run_script
 from device import available_cores
 
 HERE = Path(__file__).parent
@@ -62,7 +62,9 @@ class Training(NamedTuple):
         """-> what starts a run, or goes on with it."""
         if (run_dir / "last.pt").exists():
             return [*self.program, "--resume", run_dir]
-        shutil.rmtree(run_dir, ignore_errors=True)  # killed before there was anything to resume
+        if run_dir.exists():
+            with locked(run_dir):  # not if another search trains there
+                shutil.rmtree(run_dir, ignore_errors=True)  # killed before there was anything to resume
         return [*self.program, "--run_dir", run_dir, *(word for name, value in values.items() for word in (f"--{name.lower()}", value))]
 
     def finished(self, run_dir):
@@ -77,13 +79,15 @@ class Training(NamedTuple):
         """-> the best and the last score of a run, its steps and minutes."""
         columns, rows = read_metrics(run_dir / "metrics.csv")
         rows = [dict(zip(columns, row)) for row in rows]
+        if not rows:
+            raise CommandLineError(f"{run_dir}: has lost its metrics.csv; delete the directory to train it again")
         scores = [float(row["eval_score"]) for row in rows if row["eval_score"]]
         best, last = (max(scores), scores[-1]) if scores else (math.nan, math.nan)
         return {"best": best, "last": last, "steps": int(rows[-1]["global_step"]), "minutes": round(float(rows[-1]["seconds"]) / 60, 2)}
 
     def fresh(self, run_dir, episodes):
         """-> the score of the best model in fresh games, and the lowest of them, if asked for."""
-        if not episodes or self.evaluate is None:
+        if episodes is None:
             return {}
         result = self.evaluate(load_checkpoint(run_dir / "best_model.pt"), episodes, FRESH_SEED)
         return {name: result[key] for name, key in (("fresh", "score"), ("fresh min", "min")) if key in result}
@@ -201,6 +205,8 @@ def main(argv=None):
     args, words = parser.parse_known_args(argv)
     what, out = training(args.training), (args.out or Path("runs/grid") / args.training).resolve()
     grid = read_grid(words, what)
+    if args.fresh is not None and not (what.evaluate and args.fresh > 0):
+        raise CommandLineError("--fresh must be 1 or more" if what.evaluate else f"--fresh: {args.training} cannot be scored in fresh games; leave it out")
     axes = [name.upper() for name in args.map or ()]
     if missing := [name for name in axes if name not in grid]:
         raise CommandLineError(f"--map {missing[0].lower()}: is not searched; the grid has {', '.join(map(str.lower, grid))}")

@@ -12,7 +12,7 @@ from PIL import Image
 from algorithms import actor_critic, grid_search
 from algorithms.grid_search import TRAININGS, combinations, heat_map, main, training
 from algorithms_helpers import without_processes  # noqa: F401
-from command_line import CommandLineError
+from command_line import CommandLineError, locked
 
 SMALL = "--num_steps 60 --episodes 2 --hidden 4 8 --eval_interval 1"
 
@@ -67,7 +67,12 @@ def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_proc
     assert training("reinforce_cartpole").finished(lost)
     in_this_process.clear()
     (lost / "last.pt").unlink()
+    with locked(lost), pytest.raises(CommandLineError, match="another process is training this run"):
+        main(words)
     assert main(words) == 0 and len(in_this_process) == 1 and "--resume" not in in_this_process[0]
+    (lost / "metrics.csv").unlink()
+    with pytest.raises(CommandLineError, match="has lost its metrics.csv; delete the directory to train it again"):
+        main(words)
 
 
 @pytest.mark.parametrize("words, message", [
@@ -77,6 +82,8 @@ def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_proc
     ("reinforce_cartpole --run_dir a b", "--run_dir: is no constant to search"), ("nothing --lr 1", "invalid choice: 'nothing'"),
     ("reinforce_cartpole --lr 0.1 --map lr seed", "--map seed: is not searched; the grid has lr"),
     ("train_ppo --batch_size 7", "BATCH_SIZE must divide"), ("reinforce_cartpole --eval_interval 0", "without evaluations there is nothing to compare"),
+    ("reinforce_cartpole --seed 0 --fresh 0", "--fresh must be 1 or more"),
+    ("train_ppo --seed 0 --fresh 9", "--fresh: train_ppo cannot be scored in fresh games"),
     ("actor_critic --output_dim 11", "OUTPUT_DIM must not exceed INPUT_DIM"),
 ])  # fmt: skip
 def test_bad_input(tmp_path, words, message):
