@@ -28,6 +28,7 @@ import argparse
 import json
 import logging
 import math
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -167,8 +168,11 @@ class ActorCriticAgent:
     def regret(self, seed=10**6):
         """The mean shortfall from the best action of each state, in states that no training draws."""
         states = torch.randn(TEST_STATES, self.config.input_dim, generator=torch.Generator().manual_seed(seed))
-        rewards = self.reward_model(states)
-        return (rewards.amax(1) - (self.policy(states).exp() * rewards).sum(1)).mean().item()
+        total = 0.0
+        for part in states.split(1000):  # wide layers would not fit into memory with all of them
+            rewards = self.reward_model(part)
+            total += (rewards.amax(1) - (self.policy(part).exp() * rewards).sum(1)).sum().item()
+        return total / TEST_STATES
 
     def evaluate(self):
         """-> the expected reward, the most that there is, and the one as a share of the other."""
@@ -262,10 +266,10 @@ def train_epochs(agent, directory):
     finally:
         ignore_signals()  # the end is near, and the run is not saved yet
         save_checkpoint(directory / "final.pt", whole)
-        if agent.epoch < config.num_epochs:
-            log.info("stopped; go on with: python -m algorithms.%s --resume %s", NAME, directory)
-        else:
+        if agent.epoch == config.num_epochs:
             log.info("expected reward %.4f of %.4f, %.2f %%", *(agent.evaluate()[name] * factor for name, factor in REPORTED))
+        elif not isinstance(sys.exception(), CommandLineError):  # a loss that is not finite would come again
+            log.info("stopped; go on with: python -m algorithms.%s --resume %s", NAME, directory)
         log.handlers[0].close()
 
 

@@ -30,7 +30,7 @@ from trainer import Trainer
 # ---------------------------------------------------------------------------------------------------------------------
 # length
 NUM_STEPS = 4_000_000  # moves of the learner
-GAMES = 256  # between two updates, against one opponent
+GAMES = 256  # between two updates, against one opponent; of a few, all may end before the learner moves
 # opponents
 POOL = 16  # older selves, one of which is drawn for each update
 POOL_INTERVAL = 50  # updates between two additions to the pool, each of which drops the oldest
@@ -56,7 +56,7 @@ SAVE_FREQ = 500  # updates between two checkpoints
 
 CONSTANTS = constants_of(globals())
 RANGES = {
-    "NUM_STEPS": (1, 10**12), "GAMES": (2, 10**6), "POOL": (1, 1000), "POOL_INTERVAL": (1, 10**9), "RANDOM_MOVES": (0.0, 1.0),
+    "NUM_STEPS": (1, 10**12), "GAMES": (8, 10**6), "POOL": (1, 1000), "POOL_INTERVAL": (1, 10**9), "RANDOM_MOVES": (0.0, 1.0),
     "OPENINGS": (0.0, 1.0),    "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9), "LR": (1e-9, 1.0),
     "MIN_LR": (0.0, 1.0), "HIDDEN": (1, 8192), "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
 }  # fmt: skip

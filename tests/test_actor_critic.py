@@ -115,6 +115,21 @@ def test_a_signal_saves_whole_epochs(small, monkeypatch, signum, status):
         main(["--resume", str(directory / "final.pt")])
 
 
+def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(small, monkeypatch):
+    calls, update = [], ActorCriticAgent.update
+
+    def diverges(agent):
+        calls.append(0)
+        reward, *losses = update(agent)
+        return (reward, *losses) if len(calls) < 6 else (reward, math.nan, math.nan)
+
+    monkeypatch.setattr(ActorCriticAgent, "update", diverges)
+    with pytest.raises(CommandLineError, match="the loss is not finite in epoch 2; try a lower learning_rate"):
+        main(["small.json"])
+    (directory,) = small.glob("checkpoints_*")
+    assert load_checkpoint(directory / "final.pt")["epoch"] == 1 and "--resume" not in (directory / "training.log").read_text()
+
+
 def test_a_disk_that_is_full_for_a_while_costs_files_only(small, monkeypatch, capsys):
     """In the second epoch no file may grow beyond 100 bytes."""
     resource, calls, update = pytest.importorskip("resource"), [], ActorCriticAgent.update
