@@ -194,7 +194,7 @@ def load_state(trainer, run):
         )
     try:
         trainer.best_score = load_checkpoint(run.directory / "best_model.pt")["evaluation"]["score"]
-    except CheckpointError:  # none, or spoiled: the next evaluation leaves another
+    except (CheckpointError, KeyError):  # none, or spoiled: the next evaluation leaves another
         trainer.best_score = -math.inf
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -127,7 +128,7 @@ def joined_ranks(device):
     if RANKS == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))  # an evaluation may take long
     try:
         yield
     finally:

@@ -151,11 +151,14 @@ def play_or_evaluate(algorithm, argv):
     what.add_argument("--evaluate", nargs="?", const="", metavar="MODEL", help="score fresh games")
     parser.add_argument("--episodes", type=int, help=f"default 1 to play, {algorithm.episodes} to evaluate")
     parser.add_argument("--seed", type=int, default=1_000_000, help="of the games (default 1000000, far from those of trainings)")
-    parser.add_argument("--out", default=f"{algorithm.name}.gif", help=f"default {algorithm.name}.gif")
+    parser.add_argument("--out", help=f"default {algorithm.name}.gif")
     parser.add_argument("--human", action="store_true", help="play in a window")
     parser.error = raise_error
     args = parser.parse_args(argv)
     playing = args.play is not None
+    if not playing and (args.human or args.out):
+        raise CommandLineError("--human and --out belong to --play; leave them out")
+    args.out = args.out or f"{algorithm.name}.gif"
     episodes = (1 if playing else algorithm.episodes) if args.episodes is None else args.episodes
     for name, value, high in (("episodes", episodes, 10 if playing else 10**6), ("seed", args.seed, 2**31 - 1)):
         if not (name == "episodes") <= value <= high:

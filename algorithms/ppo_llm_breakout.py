@@ -314,7 +314,7 @@ def callbacks_of(c, run_dir):
     return [Video(run_dir / "videos", c.VIDEO_FREQ)] if c.VIDEO_FREQ else []
 
 
-LEVELS = {"following the ball": 68, "random play": 1.5}
+LEVELS = {"following the ball": 62, "random play": 1.7}
 ALGORITHM = Algorithm("ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, fps=15, levels=LEVELS, check=check_ppo,
                       callbacks=callbacks_of)  # fmt: skip
 

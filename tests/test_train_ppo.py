@@ -382,6 +382,14 @@ def test_resuming_an_older_checkpoint_keeps_a_better_model(tmp_path, monkeypatch
     assert load_checkpoint(tmp_path / "run" / "best_model.pt")["evaluation"]["score"] == 900
 
 
+def test_a_best_model_that_is_a_copy_of_a_checkpoint_stops_no_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(AtOnce, "submit", lambda self, state: done(cheap_evaluation({"model": {}}) | {"score": 7.0}))
+    run(tmp_path, "run")
+    shutil.copy(tmp_path / "run" / "last.pt", tmp_path / "run" / "best_model.pt")
+    assert main(["--resume", str(tmp_path / "run" / "checkpoint_2.pt")]) == 0
+    assert load_checkpoint(tmp_path / "run" / "best_model.pt")["evaluation"]["score"] == 7
+
+
 def test_a_gradient_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, capsys):
     update = PPO.update
 
