@@ -281,7 +281,7 @@ def build(c):
     return SelfPlay(c, device, {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
 
 
-ALGORITHM = Algorithm("actor_critic_tictactoe", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, fps=1, human=play_in_terminal, check=check_lr)
+ALGORITHM = Algorithm("actor_critic_tictactoe", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, fps=1, human=lambda state, seed: play_in_terminal(state), check=check_lr)
 
 if __name__ == "__main__":
     run_script(lambda: main(ALGORITHM), "-m algorithms.actor_critic_tictactoe")

@@ -20,12 +20,12 @@ NOOP, FIRE, RIGHT, LEFT = range(4)  # as the game numbers them
 BUTTONS = NOOP, RIGHT, LEFT
 BALL_X, BALL_Y, PADDLE_X = 99, 101, 72  # bytes of the RAM (Anand et al. 2019)
 PADDLE_WIDTH = 16
-PADDLE_CENTRE = 9  # added to the paddle's X, it is the X of a ball over the middle of the paddle
+PADDLE_CENTRE = 9  # what a ball over the middle of the paddle has more of X than the paddle
 WIDTH = 96  # bytes, of a text in the vector form
 CHARACTERS = string.ascii_letters + string.digits + " ,:"
 
 
-class BreakoutText(gym.Wrapper, gym.utils.RecordConstructorArgs):
+class BreakoutText(gym.Wrapper):
     """ALE/Breakout-v5 of single frames -> observations as text, actions as in ACTIONS.
 
     info: "life_lost" in this step; "score" in the game's own points so far; "ball" (x, y) and "paddle" x of the RAM.
@@ -33,8 +33,7 @@ class BreakoutText(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     def __init__(self, env, skip=4):
         """skip: frames that an action lasts."""
-        gym.utils.RecordConstructorArgs.__init__(self, skip=skip)
-        gym.Wrapper.__init__(self, env)
+        super().__init__(env)
         self.skip, self.score, self.ball_before, self.ram = skip, 0, None, None
         self.observation_space, self.action_space = gym.spaces.Text(WIDTH, charset=CHARACTERS), gym.spaces.Discrete(len(ACTIONS))
 
@@ -96,7 +95,7 @@ class BreakoutText(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
 class ShapedReward(gym.Wrapper):
     """Adds hints to the points of `BreakoutText`, for training alone: 1 for each step in which a returned ball is still on its way up to
-    the bricks, about seven a return, and how many of its own widths the paddle has come nearer to being under the ball. With a discount
+    the bricks, five or six a return, and how many of its own widths the paddle has come nearer to being under the ball. With a discount
     below 1 that amounts to a reward for every step near the ball."""
 
     def __init__(self, env, weight):

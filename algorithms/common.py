@@ -48,7 +48,7 @@ class Algorithm(NamedTuple):
     check: Callable = lambda constants: None  # raises CommandLineError for constants that do not fit together
     callbacks: Callable = lambda constants, run_dir: []  # more of them
     less_memory: Callable = lambda constants: ""  # options for a run that ran out of memory
-    human: Callable | None = None  # policy state: plays with a person in the terminal; None: `frames` opens a window
+    human: Callable | None = None  # policy state, seed: shows or plays in the terminal; None: `frames` opens a window
 
 
 def need(module, install="-r algorithms/requirements.txt"):
@@ -156,8 +156,11 @@ def play_or_evaluate(algorithm, argv):
     parser.error = raise_error
     args = parser.parse_args(argv)
     playing = args.play is not None
+    in_terminal = playing and algorithm.human and (args.human or not algorithm.frames)
     if not playing and (args.human or args.out):
         raise CommandLineError("--human and --out belong to --play; leave them out")
+    if in_terminal and (args.episodes is not None or args.out):
+        raise CommandLineError("--episodes and --out belong to a gif; leave them out")
     args.out = args.out or f"{algorithm.name}.gif"
     episodes = (1 if playing else algorithm.episodes) if args.episodes is None else args.episodes
     for name, value, high in (("episodes", episodes, 10 if playing else 10**6), ("seed", args.seed, 2**31 - 1)):
@@ -169,8 +172,8 @@ def play_or_evaluate(algorithm, argv):
         with memory_advice("does not fit into memory; try fewer --episodes"):
             if not playing:
                 print(json.dumps(algorithm.evaluate(state, episodes, args.seed)))
-            elif algorithm.human and (args.human or not algorithm.frames):
-                algorithm.human(state)
+            elif in_terminal:
+                algorithm.human(state, args.seed)
             else:
                 show(algorithm, state, episodes, args)
     except DependencyNotInstalled as error:

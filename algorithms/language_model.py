@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from algorithms.common import need
 from command_line import CommandLineError
@@ -30,9 +31,13 @@ def load_model(name, tokenizer, device, frozen=True):
     if name == TINY:
         return tiny_model(tokenizer).to(device).eval()
     dtype = torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
-    if Path(name, "adapter_config.json").exists():
+    if is_adapter(name):
         return from_pretrained("AutoPeftModelForCausalLM", name, dtype=torch.float32).merge_and_unload().to(device, dtype).eval()
     return from_pretrained("AutoModelForCausalLM", name, dtype=dtype).to(device).eval()
+
+
+def is_adapter(name):
+    return Path(name, "adapter_config.json").exists()
 
 
 def from_pretrained(kind, name, **arguments):
@@ -41,14 +46,15 @@ def from_pretrained(kind, name, **arguments):
     library = transformers if hasattr(transformers, kind) else need("peft")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    folder = str(smollm2()) if name == SMOLLM2 else name
     try:
+        folder = str(smollm2()) if name == SMOLLM2 else name
         return getattr(library, kind).from_pretrained(folder, **arguments)
+    except CommandLineError:
+        raise
     except Exception as error:  # a stranger's file can be broken in any way
         if out_of_memory(error):
             raise
-        raise CommandLineError(f"the model {name!r} cannot be loaded ({shortened(error)}); check its name and the "
-                               f"connection, or take {TINY} or {SMOLLM2}") from None  # fmt: skip
+        raise CommandLineError(f"the model {name!r} cannot be loaded ({shortened(error)}); check its name and the connection") from None
 
 
 def train_tokenizer(texts):
@@ -104,7 +110,7 @@ def smollm2():
     print(f"converting SmolLM2, once, into {folder}", flush=True)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
-        file = next(source.glob("*.gguf")).name
+        (file,) = (path.name for path in source.glob("*.gguf"))
         packed = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
         if hasattr(packed.config, "quantization_config"):  # with it transformers 5.24 refuses to save
             del packed.config.quantization_config
@@ -132,6 +138,21 @@ def with_lora(model, rank):
 def transformer(model):
     """A model of peft, or of transformers -> that of transformers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_scores(model, ours, theirs):
+    """ours(), theirs(): log-probabilities that a training computes, and what they should be, both (N,) and up to a constant.
+
+    Raises CommandLineError if they differ by more than rounding, or cannot be computed.
+    """
+    try:
+        difference = (F.log_softmax(ours(), dim=-1) - F.log_softmax(theirs(), dim=-1)).abs().max()
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise CommandLineError(f"the model cannot be read in this way ({shortened(error)}); take another model") from None
+    if not difference <= (1e-3 if transformer(model).dtype == torch.float32 else 0.5):  # steps of bfloat16 near 40 are 1/4
+        raise CommandLineError("the model scores answers in a way of its own; take another model")
 
 
 def reference_to(model):

@@ -1,15 +1,15 @@
 """A causal language model as a policy: it reads a text and says how probable each of some answers is behind it."""
 
 import inspect
+import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.common import need
-from algorithms.language_model import TrainedOnly, transformer
+from algorithms.language_model import TrainedOnly, check_scores, transformer
 from command_line import CommandLineError
-from device import out_of_memory, shortened
 from ppo import Policy
 
 
@@ -43,22 +43,19 @@ class LanguagePolicy(TrainedOnly, Policy):
             self.register_buffer(name, torch.tensor(numbers, dtype=torch.long), persistent=False)
 
     @torch.no_grad()
-    def check(self):
-        """Raises CommandLineError for a model whose own forward pass scores the answers otherwise than `read` and `score`: one without a causal
-        mask, for example, or one that scales its logits."""
-        longest = max(map(len, self.answers))  # which serve as texts, too
-        texts = torch.tensor([answer + [-1] * (longest - len(answer)) for answer in self.answers], device=self.prefix.device)
-        before = self.prefix[0].tolist() + self.answers[0]
-        try:
-            ours = F.log_softmax(self.score(self.model, self.read(self.model, texts, self.read_prefix(self.model))), dim=-1)[0]
-            theirs = F.log_softmax(torch.stack([self.logprob(before, answer) for answer in self.answers]), dim=-1)
-        except Exception as error:
-            if out_of_memory(error):
-                raise
-            raise CommandLineError(f"the model cannot be read in this way ({shortened(error)}); take another model") from None
-        tolerance = 1e-3 if transformer(self.model).dtype == torch.float32 else 0.5  # steps of bfloat16 near 40 are 1/4
-        if not (ours - theirs).abs().max() <= tolerance:
-            raise CommandLineError("the model scores answers in a way of its own; take another model")
+    def check(self, text):
+        """Raises CommandLineError for a model whose own forward pass scores the answers behind a text otherwise than `read` and `score`: one
+        without a causal mask, for example, or one that scales its logits. And for a text that is too long for it."""
+        tokens = self.tokens_of(text)
+        before = self.prefix[0].tolist() + tokens
+        longest = getattr(transformer(self.model).config.get_text_config(), "max_position_embeddings", None) or math.inf
+        if len(before) + max(map(len, self.answers)) > longest:
+            raise CommandLineError(f"the model reads {longest} tokens at most, and the game's texts have more; take another model")
+        tokens = torch.tensor([tokens], device=self.prefix.device)
+        check_scores(
+            self.model, lambda: self.score(self.model, self.read(self.model, tokens, self.read_prefix(self.model)))[0],
+            lambda: torch.stack([self.logprob(before, answer) for answer in self.answers]),
+        )  # fmt: skip
 
     def logprob(self, before, answer):
         """Token numbers -> how probable the model's own forward pass says that the answer is behind them."""
@@ -127,7 +124,7 @@ class LanguagePolicy(TrainedOnly, Policy):
         return hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[2]))
 
     def score(self, model, hidden):
-        """Hidden states (B, 1 + E, C) -> logits (B, A) float32. What all first tokens have in common is left out."""
+        """Hidden states (B, 1 + E, C) -> logits (B, A) float32. The first token's log-normaliser, the same for all answers, is left out."""
         head, (answer, _, _, following) = transformer(model).get_output_embeddings(), self.later_tokens
         logits = token_logits(head, hidden[:, 0], self.first_tokens)
         if not len(answer):

@@ -51,15 +51,15 @@ ROLLOUT_STEPS = 128  # steps of every game between two updates
 # PPO
 EPOCHS = 2
 BATCH_SIZE = 256  # samples in a minibatch; must divide NUM_ENVS * ROLLOUT_STEPS
-GAMMA = 0.9  # discount per step; hints are near, and a longer view learned much slower: algorithms/README.md
+GAMMA = 0.9  # discount per step; hints are near
 LAMBD = 0.7  # GAE
 EPS_CLIP = 0.2
 VALUE_LOSS_COEF = 0.5
 ENTROPY_COEF = 0.0  # the penalty below does what a bonus would
 REWARD_SCALE = 0.2  # keeps values small: their errors must not drown the policy's gradient in the weights that both share
 # distance from the start
-KL_COEF = 0.01  # weight of the divergence from the model's first answers, at the start; 0: off, and one forward pass less
-KL_TARGET = 0.8  # nats that the weight aims at: it rises above, and falls below
+KL_COEF = 0.01  # weight, at the start, of the divergence from the answers of the model at the start; 0: off, and one forward pass less
+KL_TARGET = 0.8  # nats: the weight rises while the divergence is above, and falls while it is below
 # optimizer (Adam)
 LR = 1e-3
 MIN_LR = 1e-5  # at the end of half a cosine
@@ -102,7 +102,7 @@ class BreakoutReader(LanguagePolicy):
 
 
 class NumberReader(Policy):
-    """The same texts and outputs, by an MLP on the numbers that the texts have: no language, to compare with."""
+    """The same outputs, by an MLP on the numbers that the texts have, but for the score: no language, to compare with."""
 
     def __init__(self, hidden=64):
         super().__init__()
@@ -188,7 +188,7 @@ def make_policy(c, device, saved_tokenizer=None):
     if c.MODEL != TINY:
         model = with_lora(model, c.LORA_RANK)
     policy = BreakoutReader(model, tokenizer, reference_to(model) if c.KL_COEF else None).to(device)
-    policy.check()
+    policy.check(max(invented_texts(), key=len))
     return policy
 
 
@@ -226,7 +226,7 @@ def evaluate(state, episodes=10, seed=0):
 
 
 def scores_of(choose, c, episodes, seed):
-    """choose: observations (N, WIDTH) -> actions (N,). Games that are over are left, so that the last one is not played beside 29 more."""
+    """choose: observations (N, WIDTH) -> actions (N,). A game that is over takes no more time."""
     games = [TextAsBytes(make_env(c.STICKY, c.SKIP)) for _ in range(episodes)]
     obs, playing, scores = [game.reset(seed=seed + i)[0] for i, game in enumerate(games)], list(range(episodes)), [0] * episodes
     while playing:

@@ -1,55 +1,78 @@
 """What reading a prompt's fixed beginning once saves:  python benchmarks/language_models.py [--model smollm2]
 
 Seconds of a forward pass over the texts of 16 games, as a rollout does them, with the beginning read once and with it read before every text;
-alternating, medians.
+alternating, medians. --levels plays instead: 30 games of following the ball by a rule, and as many at random.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from algorithms.breakout_text import BreakoutTexts, texts_of  # noqa: E402
+from algorithms.breakout_text import ACTIONS, BreakoutTexts, follow_the_ball, texts_of  # noqa: E402
+from algorithms.common import summary  # noqa: E402
 from algorithms.language_model import load_model, load_tokenizer  # noqa: E402
 from algorithms.language_policy import LanguagePolicy  # noqa: E402
-from algorithms.ppo_llm_breakout import ANSWERS, PREFIX, SUFFIX, invented_texts  # noqa: E402
-from command_line import raise_error, run_script  # noqa: E402
+from algorithms.ppo_llm_breakout import ANSWERS, CONSTANTS, PREFIX, SUFFIX, invented_texts, scores_of  # noqa: E402
+from command_line import CommandLineError, raise_error, run_script  # noqa: E402
+from device import choose_device  # noqa: E402
 
 
 def prefix(name, device, turns):
-    """-> seconds with the beginning read once, and with it read before every text."""
-    tokenizer = load_tokenizer(name, [text.removeprefix(PREFIX) for text in invented_texts()])
+    """-> seconds with the beginning read once, and with it read before every text, all but its first token."""
+    tokenizer = load_tokenizer(name, invented_texts())
     model = load_model(name, tokenizer, device)
     obs, _ = BreakoutTexts(16).reset(seed=0)
-    texts = [text + SUFFIX for text in texts_of(obs)]
-    once, every = LanguagePolicy(model, tokenizer, PREFIX, ANSWERS).to(device), LanguagePolicy(model, tokenizer, PREFIX[:3], ANSWERS).to(device)
-    passes = [(policy.inference_cache(), policy.encode_texts(given, 400)) for policy, given in (
-        (once, texts), (every, [PREFIX[3:] + text for text in texts]))]  # fmt: skip
+    once, every = (LanguagePolicy(model, tokenizer, PREFIX, ANSWERS).to(device) for _ in range(2))
+    tokens = once.encode_texts([text + SUFFIX for text in texts_of(obs)], 400)
+    beginning, every.prefix = once.prefix[:, 1:].expand(16, -1), once.prefix[:, :1]
+    passes = [(once.inference_cache(), tokens), (every.inference_cache(), torch.cat([beginning, tokens], 1))]
     seconds = [[], []]
     for _ in range(turns):
         for (act, encoded), times in zip(passes, seconds):
             clock = time.perf_counter()
             act(encoded)[0].cpu()  # waits for a GPU
             times.append(time.perf_counter() - clock)
-    print(f"{name}: {once.prefix.shape[1]} tokens of the beginning, {[int((e >= 0).sum(1).max()) for e in (p[1][:, :400] for p in passes)]} behind it")
+    longest = [int((encoded[:, : -len(ANSWERS)] >= 0).sum(1).max()) for _, encoded in passes]
+    print(f"{name}: the beginning has {once.prefix.shape[1]} tokens; a pass reads {longest[0]} without it, and {longest[1]} with all but its first")
     return [statistics.median(times) for times in seconds]
+
+
+def levels(games):
+    """-> the scores of the rule and of random play, in games of the same seeds."""
+    rng, c = np.random.default_rng(0), SimpleNamespace(**CONSTANTS)
+    players = {
+        "following the ball": lambda obs: [follow_the_ball(text) for text in texts_of(obs)],
+        "random play": lambda obs: rng.integers(len(ACTIONS), size=len(obs)),
+    }
+    return {name: summary(scores_of(choose, c, games, seed=1_000_000)) for name, choose in players.items()}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="language_models.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--model", default="smollm2", help="as ppo_llm_breakout takes it (default smollm2)")
+    parser.add_argument("--model", default="smollm2", help='as ppo_llm_breakout takes it, but for "mlp" (default smollm2)')
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--levels", nargs="?", const=30, type=int, metavar="GAMES", help="scores of a rule and of random play (default 30 games)")
     parser.error = raise_error
     args = parser.parse_args(argv)
+    if args.turns < 1 or args.levels is not None and args.levels < 1:
+        raise CommandLineError("--turns and --levels must be 1 or more")
+    if args.levels:
+        print(json.dumps(levels(args.levels)))
+        return
+    device = choose_device(args.device)
     torch.manual_seed(0)
-    once, every = prefix(args.model, torch.device(args.device), args.turns)
+    once, every = prefix(args.model, device, args.turns)
     print(f"read once {once:.3f} s, before every text {every:.3f} s, ratio {every / once:.2f}")
 
 

@@ -43,7 +43,9 @@ def load(name):
     return module
 
 
-robustness, learning, throughput, self_test, soak = map(load, ("robustness", "learning", "throughput", "self_test", "soak"))
+robustness, learning, throughput, self_test, soak, language_models = map(
+    load, ("robustness", "learning", "throughput", "self_test", "soak", "language_models")
+)  # fmt: skip
 
 
 def table(text):
@@ -70,6 +72,8 @@ def still(tokens):
     (throughput.main, "--tables 6", "invalid choice: 6"),
     (throughput.main, "--repetitions 0", "--repetitions) must be an integer from 1"),
     (throughput.main, "--device tpu9", "--device tpu9 does not work here"),
+    (language_models.main, "--turns 0", "--turns and --levels must be 1 or more"),
+    (language_models.main, "--device tpu9", "--device tpu9 does not work here"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_in_one_line(main, arguments, message):
     with pytest.raises((CommandLineError, CheckpointError, DeviceError), match=re.escape(message)) as error:
@@ -542,8 +546,19 @@ def test_grpo_learns_what_trl_does(monkeypatch, capsys, tmp_path):
     assert (ours - start).norm() > 0 and torch.cosine_similarity(ours - start, theirs - start, 0) > 0.999
 
 
-def test_what_reading_the_beginning_once_saves(capsys):
-    language_models = load("language_models")
+# language_models.py
+
+
+def test_what_reading_the_beginning_once_saves(capsys, monkeypatch):
+    monkeypatch.setattr(language_models, "load_tokenizer", lambda name, texts: train_tokenizer(["letters"]))
     language_models.main(["--model", "tiny", "--turns", "1"])
-    once, every = map(float, re.search(r"read once (\S+) s, before every text (\S+) s", capsys.readouterr().out).groups())
-    assert once > 0 and every > 0
+    out = capsys.readouterr().out
+    once, every, ratio = map(float, re.search(r"read once (\S+) s, before every text (\S+) s, ratio (\S+)", out).groups())
+    beginning, without, with_it = map(int, re.search(r"has (\d+) tokens; a pass reads (\d+) without it, and (\d+) with", out).groups())
+    assert once > 0 and every > 0 and ratio > 0 and 1 < beginning == with_it - without + 1
+
+
+def test_levels_to_compare_with(capsys):
+    language_models.main(["--levels", "2"])
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["following the ball"]["games"] == 2 and scores["following the ball"]["min"] > scores["random play"]["max"]

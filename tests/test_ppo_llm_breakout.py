@@ -1,4 +1,5 @@
 import importlib
+import shutil
 import sys
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -95,11 +96,19 @@ def test_a_model_that_scores_answers_in_a_way_of_its_own_is_refused(tokenizer):
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
         with pytest.raises(CommandLineError, match="take another model$") as error:
-            LanguagePolicy(model.eval(), tokenizer, "You play. ", ANSWERS).check()
+            LanguagePolicy(model.eval(), tokenizer, "You play. ", ANSWERS).check(TEXTS[0])
         assert "\n" not in str(error.value)
     for model in small_model("Qwen3", tokenizer), small_model("GPT-2", tokenizer), small_model("Qwen3", tokenizer).bfloat16():
-        LanguagePolicy(model, tokenizer, "You play. ", ANSWERS).check()
-        LanguagePolicy(with_lora(model, 2), tokenizer, "You play. ", ANSWERS).check()
+        LanguagePolicy(model, tokenizer, "You play. ", ANSWERS).check(TEXTS[0])
+        LanguagePolicy(with_lora(model, 2), tokenizer, "You play. ", ANSWERS).check(TEXTS[0])
+
+
+def test_a_model_that_is_too_short_for_the_texts_is_refused(tokenizer):
+    policy = LanguagePolicy(small_model("GPT-2", tokenizer), tokenizer, "You play. ", ANSWERS)
+    room = 256 - policy.prefix.shape[1] - 5  # the longest answer has 5 letters
+    policy.check("a" * room)
+    with pytest.raises(CommandLineError, match="reads 256 tokens at most.*take another model"):
+        policy.check("a" * (room + 1))
 
 
 @pytest.mark.parametrize("adapter", [True, False])
@@ -162,6 +171,7 @@ def test_in_bfloat16_the_old_logprobs_are_those_of_minibatches(monkeypatch):
     ppo.policy.model.bfloat16()
     ppo.collect()
     rolled_out = ppo.buffer.samples.old_logprobs
+    ppo.buffer.samples = ppo.buffer.samples._replace(old_logprobs=rolled_out + 1)
     monkeypatch.setattr(ppo, "epoch", lambda: seen.append(ppo.buffer.samples) or torch.zeros(1, 20))
     ppo.stat_names = ["approx_kl", "kl_reference"]
     ppo.update()
@@ -257,7 +267,7 @@ def test_hints_never_reach_a_score():
     assert np.array_equal(obs, shaped.reset(seed=1)[0])
     start = shaped.envs[0].env.nearness
     points = rewards = rising = 0
-    for _ in range(300):
+    while True:
         action = [follow_the_ball(texts_of(obs)[0])]
         obs, point, terminated, _, infos = plain.step(action)
         ball = shaped.envs[0].env.ball
@@ -268,7 +278,11 @@ def test_hints_never_reach_a_score():
         if infos["life_lost"][0] or terminated[0]:
             break
     assert rising >= 1 and points >= 1 and rewards == pytest.approx(points + 2.0 * (rising + nearness - start), abs=1e-3)
-    assert list(plain.scores) == list(shaped.scores)
+    while not plain.scores:
+        obs, point, *_ = plain.step([0])
+        shaped.step([0])
+        points += point[0]
+    assert list(plain.scores) == list(shaped.scores) == [points]
 
 
 def test_the_rule_beats_random_play():
@@ -435,9 +449,13 @@ def test_smollm2_is_converted_once_from_a_package_that_cannot_be_imported(tmp_pa
         model = load_model("smollm2", tokenizer, torch.device("cpu"))
         assert all(torch.equal(x, y) for x, y in zip(whole.parameters(), model.parameters(), strict=True))
     assert asked == ["small.gguf", None, None]
+    shutil.rmtree(tmp_path / "cache")
+    (package / "small.gguf").unlink()
+    with pytest.raises(CommandLineError, match="'smollm2' cannot be loaded"):
+        load_model("smollm2", tokenizer, torch.device("cpu"))
 
 
-def test_a_folder_is_a_model_and_only_its_adapter_is_saved(tmp_path, without_processes, tokenizer):  # noqa: F811
+def test_a_folder_is_a_model_and_only_its_adapter_is_saved(tmp_path, without_processes):  # noqa: F811
     tokenizer = load_tokenizer("tiny", invented_texts())
     load_model("tiny", tokenizer, torch.device("cpu")).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
