@@ -326,7 +326,9 @@ function seek(i) {
 function jump(name, step) {
   if (playing) pause();
   for (let i = shown.frame + step; i >= 0 && i < frames.length; i += step) if (eventAt(i, name)) return seek(i);
-  element("status").textContent += ` · no ${step > 0 ? "further" : "earlier"} ${name === "lost" ? "lost ball" : name}`;
+  const none = `no ${step > 0 ? "further" : "earlier"} ${name === "lost" ? "lost ball" : name}`;
+  element("status").textContent = `${element("status").textContent.split(" · no ")[0]} · ${none}`;
+  say(none);
 }
 
 function play() {
@@ -381,7 +383,7 @@ function cellAt(event) {
 }
 
 function describeCell() {
-  if (!cursor) return;
+  if (!cursor) return (element("cell").textContent = "Point at a character to see what each head gives it.");
   const t = cursor.row * game.columns + cursor.column, character = game.characters[pageOf(current())[t]];
   const heads = answer.attention.map((head, i) => [head[t], i]).filter(([weight]) => weight >= 0.0005).sort((a, b) => b[0] - a[0]);
   element("cell").textContent = `Row ${cursor.row}, column ${cursor.column}: ${character === " " ? "empty" : character}. ` +
@@ -484,7 +486,10 @@ function undo() {
   update();
 }
 
+const withModifier = (event) => event.ctrlKey || event.metaKey || event.altKey; // those belong to the browser
+
 function keyOnPage(event) {
+  if (withModifier(event)) return;
   const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
   const { row, column } = cursor ?? { row: current().y, column: current().x };
   if (event.key === "Enter") edit({ row, column });
@@ -533,7 +538,7 @@ function start() {
   element("page").onkeydown = keyOnPage;
   element("heads").onkeydown = (event) => {
     const by = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
-    if (!by) return;
+    if (!by || withModifier(event)) return;
     nextHead(by);
     element("heads").querySelector("[aria-checked=true]").focus();
     event.preventDefault();
@@ -545,14 +550,19 @@ function start() {
   };
   document.onkeydown = (event) => {
     const key = event.key.toLowerCase();
-    if (own[event.target.type]?.includes(key) || event.ctrlKey || event.metaKey || event.altKey || !keys[key]) return;
+    if (own[event.target.type]?.includes(key) || withModifier(event) || !keys[key]) return;
     keys[key](event.shiftKey ? -1 : 1);
     event.preventDefault();
   };
   addEventListener("hashchange", recall);
   dark.addEventListener("change", redraw);
   recall();
-  new ResizeObserver(redraw).observe(element("board"));
+  let seen = 0; // its height follows its text, which redraw() writes
+  new ResizeObserver(([{ contentRect: { width } }]) => {
+    if (width === seen) return;
+    seen = width;
+    redraw();
+  }).observe(element("board"));
 }
 
 start();
