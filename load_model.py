@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import errno
 import importlib.util
 import itertools
 import json
@@ -115,12 +116,20 @@ def write_gif(file, pictures, colours=64):
     palette.save(file, "GIF", save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
 
 
-def write_mp4(file, pictures):
+def write_mp4(path, pictures):
+    """Raises OSError if the video is not whole: ffmpeg, which writes it, says nothing of a full disk."""
     import imageio  # here, because a gif can do without
+    import imageio_ffmpeg
 
-    with imageio.get_writer(file, format="mp4", fps=1000 / FRAME_MS, macro_block_size=2) as writer:
-        for picture in pictures:
+    with imageio.get_writer(path, format="mp4", fps=1000 / FRAME_MS, macro_block_size=2) as writer:
+        for frames, picture in enumerate(pictures, 1):
             writer.append_data(picture)
+    try:
+        found, _ = imageio_ffmpeg.count_frames_and_secs(path)
+    except RuntimeError:  # no video at all
+        found = 0
+    if found < frames:
+        raise OSError(errno.EIO, f"ffmpeg wrote {found} of {frames} frames")
 
 
 def stages(path, policy, meta):
@@ -161,10 +170,11 @@ def read_command_line(argv):
     args = parser.parse_args(argv)
     suffix = Path(args.out).suffix.lower()
     attention = args.attention or args.head is not None
-    # Pillow keeps every frame until the end, 130 KB each, and a page of 10,000 steps has 0.7 MB: enough to watch
+    # Pillow keeps every frame until the end, 130 KB each or 560 KB with all heads, and a page of 10,000 steps has 0.7 MB: enough to watch
     short = (suffix != ".mp4" or attention) and not args.evaluate
-    kind = " for this kind of file" if short else ""
-    for name, low, high in (("steps", 1, 10_000 if short else 10**9), ("episodes", 1, 2 if short else 10**6), ("seed", 0, 2**32 - 1)):
+    kind, wide = " for this kind of file" if short else "", suffix == ".gif" and attention and args.head is None
+    steps, episodes = (2_000, 1) if wide else (10_000, 2) if short else (10**9, 10**6)
+    for name, low, high in (("steps", 1, steps), ("episodes", 1, episodes), ("seed", 0, 2**32 - 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name} must be from {low} to {high}{kind if name != 'seed' and value > high else ''}, not {value}")
@@ -194,7 +204,7 @@ def write(file, steps, args, path, policy, meta):
     if suffix == ".gif":
         write_gif(file, pictures, 255 if attention else 64)
     else:
-        write_mp4(file, pictures)
+        write_mp4(file.name, pictures)
 
 
 def main(argv=None):

@@ -92,7 +92,7 @@ def test_an_unfinished_gif_leaves_the_old_one(checkpoint, tmp_path, monkeypatch)
     monkeypatch.setattr(load_model, "to_image", lambda page: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         main([str(checkpoint), "--out", str(tmp_path / "old.gif")])
-    assert (tmp_path / "old.gif").read_bytes() == b"old" and not list(tmp_path.glob("*.part"))
+    assert (tmp_path / "old.gif").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["old.gif", "small.pt"]
 
 
 def test_the_shipped_model(tmp_path, capsys):
@@ -174,6 +174,7 @@ def test_files_that_are_no_model(tmp_path, checkpoint):
 
 @pytest.mark.parametrize("arguments, message", [
     ("--steps 0", "--steps must be from 1 to 10000, not 0"), ("--steps 20000", "for this kind of file, not 20000"),
+    ("--attention --steps 2001", "--steps must be from 1 to 2000 for this kind of file"), ("--attention --episodes 2", "--episodes must be from 1 to 1 "),
     ("--seed 99999999999", "--seed must be from 0 to 4294967295"), ("--out x.png", "must end in .gif, .html or .mp4"),
     ("--out nowhere/x.gif", "no directory nowhere"), ("--evaluate --episodes 5", "--episodes goes with --sample"), ("--step 3", "unrecognized arguments: --step"), ("--seed x", "invalid int"),
 ])  # fmt: skip
@@ -182,14 +183,26 @@ def test_wrong_arguments(arguments, message):
         main(arguments.split())
 
 
-def test_mp4(checkpoint, tmp_path, monkeypatch):
+def test_mp4_without_its_package(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(load_model.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install imageio imageio-ffmpeg"):
         main([str(checkpoint), "--out", str(tmp_path / "x.mp4")])
-    monkeypatch.undo()
-    pytest.importorskip("imageio_ffmpeg")
-    main([str(checkpoint), "--out", str(tmp_path / "x.mp4"), "--steps", "30"])
-    assert (tmp_path / "x.mp4").stat().st_size > 1000
+
+
+def test_mp4(checkpoint, tmp_path):
+    """And one that the disk has no room for leaves the old one."""
+    ffmpeg, resource, out = pytest.importorskip("imageio_ffmpeg"), pytest.importorskip("resource"), tmp_path / "x.mp4"
+    main([str(checkpoint), "--out", str(out), "--steps", "30"])
+    whole = out.read_bytes()
+    assert ffmpeg.count_frames_and_secs(str(out))[0] == 30
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="x.mp4: not written .*; free some disk space or check the permissions$") as error:
+            main([str(checkpoint), "--out", str(out), "--steps", "30"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert out.read_bytes() == whole and "\n" not in str(error.value) and sorted(os.listdir(tmp_path)) == ["small.pt", "x.mp4"]
 
 
 def test_on_the_command_line(tmp_path):
