@@ -1,6 +1,7 @@
 """Play Breakout in the terminal with the arrow keys:  python play_in_terminal.py [--fps 15]"""
 
 import argparse
+import os
 import sys
 import time
 
@@ -72,6 +73,8 @@ def terminal_problem():
         return "Python's curses module is missing (on Windows: pip install windows-curses)"
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return "input and output must be a terminal"
+    if os.name == "nt":
+        return None  # curses has no description of terminals there
     try:
         curses.setupterm()
         able = curses.tigetstr("cup")  # move the cursor

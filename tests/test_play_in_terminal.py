@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +18,8 @@ class Screen:
 
     A key may also be (rows, columns): then the terminal takes this size.
     """
+
+    now = 0.0  # seconds; they pass only in `getch`
 
     def __init__(self, keys):
         self.keys, self.shown, self.size = list(keys), [], (26, 80)
@@ -39,11 +41,16 @@ class Screen:
         self.milliseconds = milliseconds
 
     def getch(self):
-        time.sleep(self.milliseconds / 1000)
+        Screen.now += self.milliseconds / 1000
         key = self.keys.pop(0)
         if isinstance(key, tuple):
             self.size, key = key, curses.KEY_RESIZE
         return key
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    monkeypatch.setattr(play_in_terminal, "time", SimpleNamespace(monotonic=lambda: Screen.now))
 
 
 def test_keys():
@@ -84,6 +91,15 @@ def test_play_without_a_terminal_is_one_line():
 def test_play_without_curses(monkeypatch):
     monkeypatch.setattr(play_in_terminal, "curses", None)
     assert "pip install windows-curses" in play_in_terminal.terminal_problem()
+
+
+def test_windows_has_no_description_of_its_terminal(monkeypatch):
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(play_in_terminal, "sys", SimpleNamespace(stdin=terminal, stdout=terminal))
+    monkeypatch.setattr(play_in_terminal, "curses", SimpleNamespace(setupterm=lambda: None, tigetstr=lambda name: None, error=curses.error))
+    for name, able in (("posix", False), ("nt", True)):
+        monkeypatch.setattr(play_in_terminal, "os", SimpleNamespace(name=name))
+        assert (play_in_terminal.terminal_problem() is None) == able
 
 
 def play_in_a_terminal(keys, rows=26, columns=80, term="xterm"):
