@@ -6,6 +6,7 @@ Several cores or GPUs, each with its own games:    torchrun --standalone --nproc
 """
 
 import os
+import shlex
 import signal
 import sys
 
@@ -181,7 +182,8 @@ def main(argv=None):
     run = read_run(argv, "train_ppo.py", __doc__, CONSTANTS, RANGES, KEPT, check)
     c = SimpleNamespace(**run.constants)
     if run.state and (ranks := c.NUM_ENVS // len(run.state["obs"])) != RANKS:  # rank 0 saved the pages of its own games
-        raise CommandLineError(f"{run.directory} was trained by {ranks} ranks, not {RANKS}; use {launcher(ranks)} train_ppo.py")
+        raise CommandLineError(f"{run.directory} was trained by {ranks} ranks, not {RANKS}; use "
+                               f"{launcher(ranks)} train_ppo.py --resume {shlex.quote(str(run.directory))}")  # fmt: skip
     device = choose_device(c.DEVICE)
     set_threads(c.N_LAYER)
     check_memory(gpt_config(c), device)
