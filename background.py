@@ -52,6 +52,7 @@ def prepare(reader):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems that do not inherit it
     threading.Thread(target=end_with_parent, args=(reader,), daemon=True).start()
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")  # as device.py says; no TF32
 
 
 def end_with_parent(reader):

@@ -13,7 +13,8 @@ import sys
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
     if sys.platform == "linux":  # read when torch is imported. On CUDA no two minibatches of a deeper model need equal memory
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name, which not all versions know
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import functools
 from dataclasses import asdict
@@ -178,12 +179,17 @@ def evaluation_of(c, device):
     return Evaluation(evaluate, c.EVAL_INTERVAL, processes)
 
 
+def check_ranks(run, c):
+    """Raises CommandLineError for a run of another number of ranks: rank 0 saved the pages of its own games."""
+    if run.state and (ranks := c.NUM_ENVS // len(run.state["obs"])) != RANKS:
+        raise CommandLineError(f"{run.directory} was trained by {ranks} ranks, not {RANKS}; use "
+                               f"{launcher(ranks)} train_ppo.py --resume {shlex.quote(str(run.directory))}")  # fmt: skip
+
+
 def main(argv=None):
     run = read_run(argv, "train_ppo.py", __doc__, CONSTANTS, RANGES, KEPT, check)
     c = SimpleNamespace(**run.constants)
-    if run.state and (ranks := c.NUM_ENVS // len(run.state["obs"])) != RANKS:  # rank 0 saved the pages of its own games
-        raise CommandLineError(f"{run.directory} was trained by {ranks} ranks, not {RANKS}; use "
-                               f"{launcher(ranks)} train_ppo.py --resume {shlex.quote(str(run.directory))}")  # fmt: skip
+    check_ranks(run, c)
     device = choose_device(c.DEVICE)
     set_threads(c.N_LAYER)
     check_memory(gpt_config(c), device)

@@ -4,9 +4,9 @@ one layer, CPU            FastGPT shares lines and pieces of lines      line_ind
 one layer, CUDA           DeviceGPT shares lines, and the games run on  one_layer.py device_gpt.py device_breakout.py
                           the GPU: DeviceBreakout
 more layers, CPU or CUDA  FastGPT shares prefixes of pages              line_index.py prefixes.py fast_gpt.py
-training on CUDA          checks itself against the CPU; in one         shortcuts.py gpu_training.py self_test.py
-                          process it is compiled, and recorded as CUDA
-                          graphs (one layer) or in bf16 (more)
+training on CUDA          checks itself against the CPU; more layers    shortcuts.py gpu_training.py self_test.py
+                          take bf16; in one process it is compiled, and
+                          one layer is recorded as CUDA graphs
 """
 
 from fast.device_breakout import DeviceBreakout as DeviceBreakout

@@ -4,7 +4,7 @@ Attention is causal: what a block computes at a position depends on the text up 
 work up to their first difference. Each distinct prefix is computed once, chunk by chunk; the queries of its last chunk attend to
 the keys and values of its whole path, as language model servers share prompts (Zheng et al. 2024, RadixAttention), here with
 gradients. Each path has a copy of its keys and values, which takes two to three times the memory that they take unshared;
-all else takes less. On two CPU cores six layers learn 1.8 to 3.5 times as fast with it (docs/performance.md).
+all else takes less. On two CPU cores six layers learn 1.5 to 2.2 times as fast with it (docs/performance.md).
 """
 
 import functools

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from background import Background
 
@@ -15,6 +16,8 @@ from background import Background
 def work(x):
     if x == "die":
         os._exit(1)
+    if x == "precision":
+        return torch.get_float32_matmul_precision()
     os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C reaches every process of a terminal
     time.sleep(0.2)
     return x, os.getpid()
@@ -32,6 +35,12 @@ def test_in_the_background():
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not multiprocessing.active_children()
+
+
+def test_products_keep_their_precision(monkeypatch):
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    with contextlib.closing(Background(work)) as background:
+        assert background.result(background.submit("precision")) == "highest"
 
 
 def test_ctrl_c_is_as_before():
