@@ -58,8 +58,10 @@ def small_weights(gpt):
 
 
 def train_small_weights(argv):
-    """train_ppo.py with `small_weights`. An evaluation loads the weights it is given, so its process need not know of them."""
+    """train_ppo.py with `small_weights`, but for a process that goes on with the CPU after a GPU has failed: it loads weights."""
     GPT.init_weights = small_weights
+    sys.argv = [str(ROOT / "train_ppo.py")]
+    sys.orig_argv = [sys.executable, *sys.argv]
     return train_ppo.main(argv)
 
 
@@ -67,11 +69,11 @@ def train(run_dir, variant, seed, more):
     """One run to its end, resumed if it began before; does nothing if it has ended."""
     if finished(run_dir):
         return
-    where = ["--resume", run_dir]
+    program, where = [ROOT / "train_ppo.py"], ["--resume", run_dir]
     if not (run_dir / "last.pt").exists():
         shutil.rmtree(run_dir, ignore_errors=True)  # killed before there was anything to resume
         where = ["--seed", seed, "--run_dir", run_dir]
-    program = [__file__, "--train_small_weights"] if variant == "small_weights" else [ROOT / "train_ppo.py"]
+        program = [__file__, "--train_small_weights"] if variant == "small_weights" else program
     command = [sys.executable, *program, *VARIANTS[variant], *more, *where]
     log = log_of(run_dir)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,8 @@ def check(run_dir, variant, seed, more):
         raise CommandLineError("without evaluations there is no curve; leave --eval_interval out")
     config = run_dir / "config.json"
     begun = json.loads(config.read_text()) if config.exists() else wanted
-    if begun | {"RUN_DIR": ""} != wanted | {"RUN_DIR": ""}:
+    free = {"RUN_DIR": "", "DEVICE": ""}  # the device may have failed since
+    if begun | free != wanted | free:
         raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
 
 

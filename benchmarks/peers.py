@@ -36,7 +36,7 @@ from algorithms import grpo_text as grpo  # noqa: E402
 from algorithms import ppo_lunarlander as lander  # noqa: E402
 from algorithms.common import greedy_returns, need  # noqa: E402
 from callbacks import Callback  # noqa: E402
-from command_line import raise_error, run_script  # noqa: E402
+from command_line import CommandLineError, raise_error, run_script  # noqa: E402
 
 EVERY, SOLVED = 81_920, 200.0  # steps between two evaluations; points
 STEPS = 1_500  # of a turn
@@ -110,11 +110,10 @@ def lunarlander(seed, num_steps):
 # Space Invaders
 
 
-
 def space_invaders(seed, turns, bf16):
     """One turn of each, again and again: the games go on where they were."""
     sb3, quiet = stable_baselines3()
-    constants = {**dqn.CONSTANTS, "SEED": seed, "REPLAY_SIZE": 10_000, "EPSILON": 0.1, "DEVICE": "cpu", "BF16": bf16}
+    constants = {**dqn.CONSTANTS, "SEED": seed, "REPLAY_SIZE": 10_000, "BURN_IN": 600, "EPSILON": 0.1, "DEVICE": "cpu", "BF16": bf16}
     c = SimpleNamespace(**constants)
     ours = dqn.build(c)
     while not len(ours.replay) or ours.replay.added * c.NUM_ENVS < 600:
@@ -228,6 +227,9 @@ def main(argv=None):
     parser.add_argument("--model", default=grpo.POLICY_MODEL, help=f"of GRPO, as grpo_text takes it (default {grpo.POLICY_MODEL})")
     parser.error = raise_error
     args = parser.parse_args(argv)
+    for name, low in (("seed", 0), ("num_steps", 1), ("turns", 1), ("steps", 1)):
+        if not low <= getattr(args, name) < 2**31:
+            raise CommandLineError(f"--{name} must be from {low} to {2**31 - 1}, not {getattr(args, name)}")
     if args.what == "lunarlander":
         lunarlander(args.seed, args.num_steps)
     elif args.what == "grpo":

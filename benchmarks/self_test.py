@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from breakout_ascii import BreakoutAsciiVec
-from command_line import read_run, run_script
+from command_line import memory_advice, read_run, run_script
 from device import GPUError, choose_device, first_line, gpu_name, set_threads
 from fast import DeviceBreakout, DeviceGPT, FastGPT
 from fast.shortcuts import ShortcutFailed
 from fast.gpu_training import CheckedUpdates, shortcuts_for
 from ppo import PPO, PPOConfig
-from train_ppo import CONSTANTS, KEPT, RANGES, check, gpt_config
+from train_ppo import CONSTANTS, KEPT, RANGES, check, check_ranks, gpt_config
 
 
 def gpu_training(c, device):
@@ -60,16 +60,18 @@ def self_test(c, device, state, shortcuts):
 def main(argv=None):
     run = read_run(argv, "benchmarks/self_test.py", __doc__, CONSTANTS, RANGES, KEPT, check)
     c = SimpleNamespace(**run.constants)
+    check_ranks(run, c)
     device = choose_device(c.DEVICE)
     set_threads(c.N_LAYER)
     print(gpu_name(device))
     print(f"\n  {'check':<44} {'error':>9} {'tolerance':>9}")
-    suitable = shortcuts_for(gpu_training(c, device)) if device.type == "cuda" else []
-    passed = [
-        self_test(c, device, run.state, combination)
-        for n in range(len(suitable) + 1)
-        for combination in itertools.combinations(suitable, n)
-    ]
+    with memory_advice(f"the model does not fit into the memory of {device}; try a smaller --n_embd or --n_layer"):
+        suitable = shortcuts_for(gpu_training(c, device)) if device.type == "cuda" else []
+        passed = [
+            self_test(c, device, run.state, combination)
+            for n in range(len(suitable) + 1)
+            for combination in itertools.combinations(suitable, n)
+        ]
     return 0 if all(passed) else 1
 
 

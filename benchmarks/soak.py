@@ -30,7 +30,7 @@ def look(pid):
 def soak(minutes, arguments):
     """-> looks, a list of (megabytes, open files), and the steps per second of each update."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "train_ppo.py", "--num_steps", str(10**12), "--run_dir", f"{folder}/run", *arguments]
+        command = [sys.executable, ROOT / "train_ppo.py", *arguments, "--num_steps", str(10**12), "--run_dir", f"{folder}/run"]
         process, looks, end = subprocess.Popen(command, stdout=subprocess.DEVNULL), [], time.monotonic() + 60 * minutes
         try:
             while time.monotonic() < end:

@@ -31,16 +31,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from breakout_ascii import CHARACTERS, BreakoutAsciiVec  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
-from command_line import check_constants, raise_error, run_script  # noqa: E402
+from command_line import CommandLineError, check_constants, raise_error, run_script  # noqa: E402
 from device import choose_device, set_threads  # noqa: E402
 from evaluation import sampling  # noqa: E402
 from fast.line_index import LineIndex  # noqa: E402
+from fast.shortcuts import ShortcutFailed  # noqa: E402
 from load_model import SHIPPED, load_policy, make_gpt  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from trainer import StopTraining  # noqa: E402
 from rollout_buffer import random_order, select  # noqa: E402
 from test_breakout_ascii import SlowGame  # noqa: E402
-from train_ppo import CONSTANTS, RANGES, build, evaluation_of, watch  # noqa: E402
+from train_ppo import CONSTANTS, RANGES, build, check, evaluation_of, watch  # noqa: E402
 
 C = SimpleNamespace(**CONSTANTS)
 RANDOM_ACTIONS = {"random": 1.0, "middling": 0.5, "expert": 0.0}  # their share in each level of play
@@ -49,8 +50,11 @@ SPLIT_STEPS = 400_000  # environment steps in which table 2 finds where the time
 GAMES = (2, 8, 32, 128, 512, 2048)  # in table 3
 DEEP = {"n_layer": 6, "n_embd": 96, "n_head": 6, "mlp_expansion": 1}  # the size of the public attempt
 SPEED = "what", "ours", "plain baseline", "ratio", "relative error"  # the columns of most tables
-PEAK_OF = """import resource, subprocess, sys
-subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+PEAK_OF = """import resource, signal, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+if status := process.wait():
+    sys.exit(status)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""  # its own process: a child's peak counts what its parent held
 
 # Timing
@@ -202,8 +206,8 @@ def model_rows(label, policy, pages, repetitions):
         baselines[", baseline in bf16, compiled"] = plain_gpt(policy, strengthened=True)
     tasks = ("forward", "pages/s"), ("forward + backward", "samples/s")
     contenders = [work(gpt, pages[:few]) for gpt in baselines.values()]
-    for (task, unit), own, check, *plain in zip(tasks, work(ours, pages[:size]), work(ours, pages[:few]), *contenders):
-        error = f"{relative_error(check(), plain[0]()):.0e}"
+    for (task, unit), own, own_few, *plain in zip(tasks, work(ours, pages[:size]), work(ours, pages[:few]), *contenders):
+        error = f"{relative_error(own_few(), plain[0]()):.0e}"
         own_speeds, *speeds = race(repetitions, (own, size), *[(f, few) for f in plain])
         for baseline, plain_speeds in zip(baselines, speeds):
             yield f"{task}, {label}{baseline}", *compared(own_speeds, plain_speeds, unit), error
@@ -227,14 +231,18 @@ def training(num_steps, device):
     with tempfile.TemporaryDirectory() as folder:
         options = "--num_steps", str(num_steps), "--device", str(device), "--run_dir", f"{folder}/run"
         command = sys.executable, "-c", PEAK_OF, sys.executable, ROOT / "train_ppo.py", *options
-        peak = int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) * (1 if sys.platform == "darwin" else 1024)
+        done = subprocess.run(command, stdout=subprocess.PIPE)
+        if done.returncode:
+            raise CommandLineError(f"the training has ended with status {done.returncode}; its reason stands above")
+        peak = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
         last = load_checkpoint(Path(folder) / "run")
     return last["global_step"] / last["seconds"], peak / 1e9
 
 
 def endless(policy, **constants):
     """The trainer of train_ppo.py with the weights of policy, and a learning rate that leaves them as they are."""
-    c = SimpleNamespace(**vars(C) | {"NUM_STEPS": 10**12, "LR": 1e-9, "MIN_LR": 1e-9} | constants)
+    size = {name: getattr(policy.config, name.lower()) for name in ("N_LAYER", "N_HEAD", "N_EMBD", "MLP_EXPANSION")}
+    c = SimpleNamespace(**vars(C) | size | {"NUM_STEPS": 10**12, "LR": 1e-9, "MIN_LR": 1e-9} | constants)
     trainer = build(c, policy.device)
     trainer.policy.load_state_dict(policy.state_dict())
     return trainer, c
@@ -350,6 +358,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     given = {"NUM_STEPS": args.num_steps, "REPETITIONS": args.repetitions}
     check_constants(given, CONSTANTS, RANGES | {"REPETITIONS": (1, 1000)})
+    check(CONSTANTS)
     device = choose_device(args.device)
     policy, _ = load_policy(SHIPPED, device)
     torch.manual_seed(0)  # of the deeper GPTs, which are untrained
@@ -357,7 +366,10 @@ def main(argv=None):
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"torch {torch.__version__} on {where}, {torch.get_num_threads()} threads, Python {platform.python_version()}")
     for table in sorted(set(args.tables)):
-        show(table, *TABLES[table](policy, args))
+        try:
+            show(table, *TABLES[table](policy, args))
+        except ShortcutFailed as error:
+            raise CommandLineError(f"table {table}: {error}") from None
 
 
 if __name__ == "__main__":
