@@ -117,13 +117,19 @@ def write_gif(file, pictures, colours=64):
 
 
 def write_mp4(path, pictures):
-    """Raises OSError if the video is not whole: ffmpeg, which writes it, says nothing of a full disk."""
+    """Raises OSError if the video is not whole: imageio does not look at how ffmpeg, which writes it, has ended."""
     import imageio  # here, because a gif can do without
     import imageio_ffmpeg
 
-    with imageio.get_writer(path, format="mp4", fps=1000 / FRAME_MS, macro_block_size=2) as writer:
-        for frames, picture in enumerate(pictures, 1):
-            writer.append_data(picture)
+    format = {"format": "mp4", "output_params": ["-f", "mp4"]}  # whatever the file is called that a link points to
+    try:
+        with imageio.get_writer(path, **format, fps=1000 / FRAME_MS, macro_block_size=2) as writer:
+            for frames, picture in enumerate(pictures, 1):
+                writer.append_data(picture)
+    except OSError as error:
+        if error.errno is None:  # of imageio, with all that ffmpeg wrote
+            raise OSError(errno.EIO, "ffmpeg ended early") from None
+        raise
     try:
         found, _ = imageio_ffmpeg.count_frames_and_secs(path)
     except RuntimeError:  # no video at all
@@ -173,7 +179,9 @@ def read_command_line(argv):
     # Pillow keeps every frame until the end, 130 KB each or 560 KB with all heads, and a page of 10,000 steps has 0.7 MB: enough to watch
     short = (suffix != ".mp4" or attention) and not args.evaluate
     kind, wide = " for this kind of file" if short else "", suffix == ".gif" and attention and args.head is None
-    steps, episodes = (2_000, 1) if wide else (10_000, 2) if short else (10**9, 10**6)
+    if wide and args.episodes:
+        parser.error("whole games are too long for a .gif of all heads; give --steps, one --head, or an .mp4")
+    steps, episodes = (2_000 if wide else 10_000, 2) if short else (10**9, 10**6)
     for name, low, high in (("steps", 1, steps), ("episodes", 1, episodes), ("seed", 0, 2**32 - 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:

@@ -182,7 +182,7 @@ def evaluation_of(c, device):
 def check_ranks(run, c):
     """Raises CommandLineError for a run of another number of ranks: rank 0 saved the pages of its own games."""
     if run.state and (ranks := c.NUM_ENVS // len(run.state["obs"])) != RANKS:
-        raise CommandLineError(f"{run.directory} was trained by {ranks} ranks, not {RANKS}; use "
+        raise CommandLineError(f"{run.directory} was trained by {ranks} ranks, not {RANKS}; go on with "
                                f"{launcher(ranks)} train_ppo.py --resume {shlex.quote(str(run.directory))}")  # fmt: skip
 
 

@@ -268,7 +268,7 @@ def train_epochs(agent, directory):
         save_checkpoint(directory / "final.pt", whole)
         if agent.epoch == config.num_epochs:
             log.info("expected reward %.4f of %.4f, %.2f %%", *(agent.evaluate()[name] * factor for name, factor in REPORTED))
-        elif not isinstance(sys.exception(), CommandLineError):  # a loss that is not finite would come again
+        elif not isinstance(sys.exc_info()[1], CommandLineError):  # a loss that is not finite would come again
             log.info("stopped; go on with: python -m algorithms.%s --resume %s", NAME, directory)
         log.handlers[0].close()
 

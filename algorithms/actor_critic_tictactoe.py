@@ -30,7 +30,7 @@ from trainer import Trainer
 # ---------------------------------------------------------------------------------------------------------------------
 # length
 NUM_STEPS = 4_000_000  # moves of the learner
-GAMES = 256  # between two updates, against one opponent; of a few, all may end before the learner moves
+GAMES = 256  # between two updates, against one opponent; with too few, all may end before the learner's first move
 # opponents
 POOL = 16  # older selves, one of which is drawn for each update
 POOL_INTERVAL = 50  # updates between two additions to the pool, each of which drops the oldest
@@ -281,7 +281,8 @@ def build(c):
     return SelfPlay(c, device, {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
 
 
-ALGORITHM = Algorithm("actor_critic_tictactoe", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, fps=1, human=lambda state, seed: play_in_terminal(state), check=check_lr)
+ALGORITHM = Algorithm("actor_critic_tictactoe", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, fps=1, check=check_lr,
+                      human=lambda state, seed: play_in_terminal(state))  # fmt: skip
 
 if __name__ == "__main__":
     run_script(lambda: main(ALGORITHM), "-m algorithms.actor_critic_tictactoe")

@@ -20,7 +20,7 @@ NOOP, FIRE, RIGHT, LEFT = range(4)  # as the game numbers them
 BUTTONS = NOOP, RIGHT, LEFT
 BALL_X, BALL_Y, PADDLE_X = 99, 101, 72  # bytes of the RAM (Anand et al. 2019)
 PADDLE_WIDTH = 16
-PADDLE_CENTRE = 9  # what a ball over the middle of the paddle has more of X than the paddle
+PADDLE_CENTRE = 9  # X of a ball over the middle of the paddle, less the paddle's X
 WIDTH = 96  # bytes, of a text in the vector form
 CHARACTERS = string.ascii_letters + string.digits + " ,:"
 

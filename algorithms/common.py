@@ -152,14 +152,14 @@ def play_or_evaluate(algorithm, argv):
     parser.add_argument("--episodes", type=int, help=f"default 1 to play, {algorithm.episodes} to evaluate")
     parser.add_argument("--seed", type=int, default=1_000_000, help="of the games (default 1000000, far from those of trainings)")
     parser.add_argument("--out", help=f"default {algorithm.name}.gif")
-    parser.add_argument("--human", action="store_true", help="play in a window")
+    parser.add_argument("--human", action="store_true", help="play in a window, or against you in the terminal")
     parser.error = raise_error
     args = parser.parse_args(argv)
     playing = args.play is not None
     in_terminal = playing and algorithm.human and (args.human or not algorithm.frames)
     if not playing and (args.human or args.out):
         raise CommandLineError("--human and --out belong to --play; leave them out")
-    if in_terminal and (args.episodes is not None or args.out):
+    if in_terminal and args.episodes is not None or (in_terminal or args.human) and args.out:
         raise CommandLineError("--episodes and --out belong to a gif; leave them out")
     args.out = args.out or f"{algorithm.name}.gif"
     episodes = (1 if playing else algorithm.episodes) if args.episodes is None else args.episodes

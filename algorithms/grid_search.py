@@ -174,7 +174,11 @@ def train(what, run_dir, values):
     """One run to its end; its output goes to a log beside its directory."""
     if what.finished(run_dir):
         return
-    command = [sys.executable, *map(str, what.command(run_dir, values))]
+    try:
+        command = [sys.executable, *map(str, what.command(run_dir, values))]
+    except CommandLineError as error:  # another search trains there
+        print(error, file=sys.stderr)
+        return
     with open(run_dir.with_name(run_dir.name + ".log"), "a") as log:
         subprocess.run(command, cwd=HERE.parent, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -216,8 +220,11 @@ def main(argv=None):
         begun = what.recorded_constants(run_dir)
         if values.get("EVAL_INTERVAL") == 0:
             raise CommandLineError("without evaluations there is nothing to compare; leave --eval_interval 0 out")
-        if begun is not None and begun | {"RUN_DIR": ""} != what.constants | values | {"RUN_DIR": ""}:
+        free = {name: "" for name in ("RUN_DIR", "DEVICE") if name not in values}  # a GPU may have failed since, and the CPU gone on
+        if begun is not None and begun | free != what.constants | values | free:
             raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
+        if what.finished(run_dir):
+            what.result(run_dir)  # or say now that it has lost its metrics
     out.mkdir(parents=True, exist_ok=True)
     print(f"{len(runs)} runs, {available_cores()} at a time, in {os.path.relpath(out)}", flush=True)
     with ThreadPoolExecutor(available_cores()) as pool:

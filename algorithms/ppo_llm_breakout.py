@@ -58,7 +58,7 @@ VALUE_LOSS_COEF = 0.5
 ENTROPY_COEF = 0.0  # the penalty below does what a bonus would
 REWARD_SCALE = 0.2  # keeps values small: their errors must not drown the policy's gradient in the weights that both share
 # distance from the start
-KL_COEF = 0.01  # weight, at the start, of the divergence from the answers of the model at the start; 0: off, and one forward pass less
+KL_COEF = 0.01  # initial weight of the divergence from the untrained model's answers; 0: off, and one forward pass less
 KL_TARGET = 0.8  # nats: the weight rises while the divergence is above, and falls while it is below
 # optimizer (Adam)
 LR = 1e-3

@@ -231,10 +231,14 @@ def training(num_steps, device):
     with tempfile.TemporaryDirectory() as folder:
         options = "--num_steps", str(num_steps), "--device", str(device), "--run_dir", f"{folder}/run"
         command = sys.executable, "-c", PEAK_OF, sys.executable, ROOT / "train_ppo.py", *options
-        done = subprocess.run(command, stdout=subprocess.PIPE)
-        if done.returncode:
-            raise CommandLineError(f"the training has ended with status {done.returncode}; its reason stands above")
-        peak = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        try:
+            printed, _ = process.communicate()
+        finally:
+            process.wait()  # after Ctrl-C until the training, which saves, has ended
+        if process.returncode:
+            raise CommandLineError(f"the training has ended with status {process.returncode}; its reason stands above")
+        peak = int(printed) * (1 if sys.platform == "darwin" else 1024)
         last = load_checkpoint(Path(folder) / "run")
     return last["global_step"] / last["seconds"], peak / 1e9
 

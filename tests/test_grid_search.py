@@ -67,8 +67,9 @@ def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_proc
     assert training("reinforce_cartpole").finished(lost)
     in_this_process.clear()
     (lost / "last.pt").unlink()
-    with locked(lost), pytest.raises(CommandLineError, match="another process is training this run"):
+    with locked(lost), pytest.raises(CommandLineError, match="1 runs did not finish"):
         main(words)
+    assert "another process is training this run" in capsys.readouterr().err
     assert main(words) == 0 and len(in_this_process) == 1 and "--resume" not in in_this_process[0]
     (lost / "metrics.csv").unlink()
     with pytest.raises(CommandLineError, match="has lost its metrics.csv; delete the directory to train it again"):
@@ -102,6 +103,8 @@ def test_a_search_begun_with_other_constants_is_not_mixed(tmp_path, in_this_proc
     assert main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0 --gamma 0.9".split(), "--out", str(tmp_path)]) == 0
     (run_dir,) = (path for path in tmp_path.iterdir() if path.is_dir())
     config = (run_dir / "config.json").read_text()
+    (run_dir / "config.json").write_text(config.replace('"DEVICE": "auto"', '"DEVICE": "cpu"'))  # a GPU has failed
+    assert main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0 --gamma 0.9".split(), "--out", str(tmp_path)]) == 0
     (run_dir / "config.json").write_text(config.replace('"GAMMA": 0.9', '"GAMMA": 0.5'))
     with pytest.raises(CommandLineError, match="was begun with other constants"):
         main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0 --gamma 0.9".split(), "--out", str(tmp_path)])

@@ -174,7 +174,7 @@ def test_files_that_are_no_model(tmp_path, checkpoint):
 
 @pytest.mark.parametrize("arguments, message", [
     ("--steps 0", "--steps must be from 1 to 10000, not 0"), ("--steps 20000", "for this kind of file, not 20000"),
-    ("--attention --steps 2001", "--steps must be from 1 to 2000 for this kind of file"), ("--attention --episodes 2", "--episodes must be from 1 to 1 "),
+    ("--attention --steps 2001", "--steps must be from 1 to 2000 for this kind of file"), ("--attention --episodes 1", "whole games are too long"),
     ("--seed 99999999999", "--seed must be from 0 to 4294967295"), ("--out x.png", "must end in .gif, .html or .mp4"),
     ("--out nowhere/x.gif", "no directory nowhere"), ("--evaluate --episodes 5", "--episodes goes with --sample"), ("--step 3", "unrecognized arguments: --step"), ("--seed x", "invalid int"),
 ])  # fmt: skip
@@ -195,6 +195,11 @@ def test_mp4(checkpoint, tmp_path):
     main([str(checkpoint), "--out", str(out), "--steps", "30"])
     whole = out.read_bytes()
     assert ffmpeg.count_frames_and_secs(str(out))[0] == 30
+    (tmp_path / "link.mp4").symlink_to("other")
+    main([str(checkpoint), "--out", str(tmp_path / "link.mp4"), "--steps", "2"])
+    assert ffmpeg.count_frames_and_secs(str(tmp_path / "other"))[0] == 2
+    for name in "link.mp4", "other":
+        (tmp_path / name).unlink()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:

@@ -451,7 +451,7 @@ def test_smollm2_is_converted_once_from_a_package_that_cannot_be_imported(tmp_pa
     assert asked == ["small.gguf", None, None]
     shutil.rmtree(tmp_path / "cache")
     (package / "small.gguf").unlink()
-    with pytest.raises(CommandLineError, match="'smollm2' cannot be loaded"):
+    with pytest.raises(CommandLineError, match="--force-reinstall"):
         load_model("smollm2", tokenizer, torch.device("cpu"))
 
 

@@ -262,6 +262,7 @@ def test_keys_slider_and_address(opened, replay):
     assert shown.text_content().startswith(f"Step {max(i for i in range(1, point) if frames[i].score > frames[i - 1].score)} ")
     page.keyboard.press("End")
     assert f"score {frames[-1].score} · lives {frames[-1].lives} · the recording ends here" in shown.text_content()
+    wait_for(page, "location.hash.includes('frame=1000')")  # once nothing has moved for a while
     for key in "lpp":
         page.keyboard.press(key)
     assert shown.text_content().endswith("the recording ends here · no further point") and page.locator("#said").text_content() == "no further point"

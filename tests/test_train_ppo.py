@@ -607,7 +607,7 @@ def test_two_ranks_on_the_command_line(tmp_path):
     assert done.stderr.count("learns Breakout") + done.stdout.count("learns Breakout") == 1  # rank 0 alone prints
     assert [row["global_step"] for row in logged(run_dir)] == [str(32 * i) for i in range(1, 7)]
     assert [bool(row["eval_score"]) for row in logged(run_dir)] == [False, True] * 3
-    with pytest.raises(CommandLineError, match="was trained by 2 ranks, not 1; use torchrun .*train_ppo.py --resume /"):
+    with pytest.raises(CommandLineError, match="was trained by 2 ranks, not 1; go on with torchrun .*train_ppo.py --resume /"):
         main(["--resume", str(run_dir), "--num_steps", "256"])
     assert launch("--resume", str(run_dir), "--num_steps", "256", "--eval_interval", "0").returncode == 0
     assert load_checkpoint(run_dir)["global_step"] == 256
