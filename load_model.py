@@ -121,9 +121,9 @@ def write_mp4(path, pictures):
     import imageio  # here, because a gif can do without
     import imageio_ffmpeg
 
-    format = {"format": "mp4", "output_params": ["-f", "mp4"]}  # whatever the file is called that a link points to
+    as_mp4 = ["-f", "mp4"]  # whatever the file is called that a link points to
     try:
-        with imageio.get_writer(path, **format, fps=1000 / FRAME_MS, macro_block_size=2) as writer:
+        with imageio.get_writer(path, format="mp4", output_params=as_mp4, fps=1000 / FRAME_MS, macro_block_size=2) as writer:
             for frames, picture in enumerate(pictures, 1):
                 writer.append_data(picture)
     except OSError as error:

@@ -58,9 +58,9 @@ def small_weights(gpt):
 
 
 def train_small_weights(argv):
-    """train_ppo.py with `small_weights`, but for a process that goes on with the CPU after a GPU has failed: it loads weights."""
+    """train_ppo.py with `small_weights`. An evaluation loads the weights it is given, so its process need not know of them."""
     GPT.init_weights = small_weights
-    sys.argv = [str(ROOT / "train_ppo.py")]
+    sys.argv = [str(ROOT / "train_ppo.py")]  # what goes on with the CPU, in a fresh process, if the GPU fails
     sys.orig_argv = [sys.executable, *sys.argv]
     return train_ppo.main(argv)
 
@@ -73,7 +73,8 @@ def train(run_dir, variant, seed, more):
     if not (run_dir / "last.pt").exists():
         shutil.rmtree(run_dir, ignore_errors=True)  # killed before there was anything to resume
         where = ["--seed", seed, "--run_dir", run_dir]
-        program = [__file__, "--train_small_weights"] if variant == "small_weights" else program
+        if variant == "small_weights":
+            program = [__file__, "--train_small_weights"]
     command = [sys.executable, *program, *VARIANTS[variant], *more, *where]
     log = log_of(run_dir)
     log.parent.mkdir(parents=True, exist_ok=True)
