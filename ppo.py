@@ -80,7 +80,12 @@ def explained_variance(values, returns):
 
 
 def learning_rate(progress, lr, min_lr):
-    """progress 0..1 of the training: half a cosine from lr down to min_lr."""
+    """Half a cosine from lr, at progress 0, down to min_lr, at progress 1.
+
+    The progress of an update is the share of the training's environment steps that earlier updates have counted. So the first update
+    has lr, also if it is the only one, and min_lr is what an update after the last would have: of K updates of equal length
+    the last has min_lr + (lr - min_lr) * sin(pi / 2K)^2.
+    """
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
@@ -217,7 +222,6 @@ class PPO(Trainer):
         _, last_values = self.act(self.policy.encode(self.obs))
         self.buffer.finish(last_values, self.config.gamma, self.lambd(), self.config.reward_scale)
         self.record_episode_returns()
-        self.global_step += self.samples_per_update
 
     def start_rollout(self):
         """Draw the noise of the rollout ahead, let an env on the device draw its random numbers, and pair environments."""
@@ -293,6 +297,7 @@ class PPO(Trainer):
         if not step_stats.isfinite().all():
             raise FloatingPointError(f"the gradient is not finite in update {self.update_count + 1}; try a lower learning rate")
         self.update_count += 1
+        self.global_step += self.samples_per_update  # only now: learning rate and lambda are those of the steps before this update
         stats = dict(zip(self.stat_names, step_stats.mean(0).tolist()))
         stats["approx_kl_max"] = step_stats[:, self.stat_names.index("approx_kl")].max().item()
         stats["explained_variance"] = explained_variance(self.buffer.samples.old_values, self.buffer.samples.returns).item()

@@ -1,4 +1,6 @@
+import importlib
 import math
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -10,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Callback
 from fast import FastGPT
-from helpers import largest_score, tolerance
+from helpers import device_trainer, largest_score, tolerance
 from load_model import SHIPPED, load_policy
 from model import GPTConfig
 from ppo import (
@@ -245,7 +247,8 @@ def test_learning_rate():
 def test_lambda_rises_over_its_steps():
     ppo, seen = breakout_ppo(lambd=0.5, lambd_end=0.9, lambd_steps=128), []
     ppo.buffer.finish = lambda last_values, gamma, lambd, reward_scale: seen.append(lambd)
-    for _ in range(4):
+    for global_step in (0, 64, 128, 192):
+        ppo.global_step = global_step
         ppo.collect()
     assert seen == pytest.approx([0.5, 0.7, 0.9, 0.9])
 
@@ -294,12 +297,42 @@ def test_numbers_that_are_not_finite_end_the_training_before_it():
         collect()
 
 
-def test_the_learning_rate_falls():
-    ppo, seen = breakout_ppo(num_steps=64 * 3, lr=0.02, min_lr=0.01), []
-    ppo.callbacks = [type("Watch", (Callback,), {"on_update_end": lambda self, ppo: seen.append((ppo.stats["lr"], ppo.lr.item()))})()]
+@pytest.mark.parametrize("make", [breakout_ppo, device_trainer])
+@pytest.mark.parametrize("updates", [1, 4])
+def test_the_learning_rate_falls_and_lambda_rises_from_the_first_update(make, updates):
+    """The first update takes LR and LAMBD, even if it is the only one; the one after the last would take MIN_LR and LAMBD_END."""
+    ppo = make(lr=0.02, min_lr=0.01, lambd=0.5, lambd_end=0.9)
+    ppo.config.num_steps = ppo.config.lambd_steps = updates * ppo.samples_per_update
+    finish, rates, lambdas = ppo.buffer.finish, [], []
+    ppo.buffer.finish = lambda *args: lambdas.append(args[2]) or finish(*args)
+    ppo.callbacks = [type("Watch", (Callback,), {"on_update_end": lambda self, ppo: rates.append((ppo.stats["lr"], ppo.lr.item()))})()]
     ppo.learn()
-    assert [lr for lr, _ in seen] == pytest.approx([learning_rate(i / 3, 0.02, 0.01) for i in (1, 2, 3)]) and all(x == y for x, y in seen)
-    assert ppo.optimizer.param_groups[0]["lr"] is ppo.lr  # which a CUDA graph reads
+    assert [lr for lr, _ in rates] == pytest.approx([0.01 + 0.01 * math.cos(math.pi * i / updates / 2) ** 2 for i in range(updates)])
+    assert lambdas == pytest.approx([0.5 + 0.4 * i / updates for i in range(updates)])
+    assert all(x == y for x, y in rates) and ppo.optimizer.param_groups[0]["lr"] is ppo.lr  # which a CUDA graph reads
+
+
+SMALL_TRAININGS = {
+    "reinforce_cartpole": dict(EPISODES=2, HIDDEN=4, NUM_STEPS=150),
+    "ppo_lunarlander": dict(NUM_ENVS=2, ROLLOUT_STEPS=8, BATCH_SIZE=8, EPOCHS=1, HIDDEN=4, NUM_STEPS=48),
+    "actor_critic_tictactoe": dict(GAMES=8, HIDDEN=4, NUM_STEPS=100),
+    "ppo_llm_breakout": dict(MODEL="mlp", NUM_ENVS=2, ROLLOUT_STEPS=8, BATCH_SIZE=8, EPOCHS=1, NUM_STEPS=48),
+    "dqn_space_invaders": dict(NUM_ENVS=2, UPDATE_STEPS=8, REPLAY_SIZE=100, BURN_IN=20, BATCH_SIZE=2, NUM_STEPS=24),  # no schedule
+}
+
+
+@pytest.mark.parametrize("name", SMALL_TRAININGS)
+def test_every_training_has_the_same_schedule(name):
+    algorithm, seen = importlib.import_module(f"algorithms.{name}").ALGORITHM, []
+    c = SimpleNamespace(**algorithm.constants | SMALL_TRAININGS[name] | {"DEVICE": "cpu", "LR": 1e-3})
+    trainer = algorithm.build(c)
+    watch = {"on_update_end": lambda self, trainer: seen.append((trainer.global_step, trainer.stats["lr"]))}
+    trainer.callbacks = [type("Watch", (Callback,), watch)()]
+    trainer.learn()
+    before = [0, *(step for step, _ in seen[:-1])]
+    assert len(seen) > 2 and seen[-1][0] >= c.NUM_STEPS
+    min_lr = getattr(c, "MIN_LR", c.LR)
+    assert [lr for _, lr in seen] == pytest.approx([min_lr + (c.LR - min_lr) * math.cos(math.pi * x / c.NUM_STEPS / 2) ** 2 for x in before])
 
 
 def test_actions_are_drawn_from_the_policy():
@@ -428,7 +461,7 @@ def rank_of_two(rank, folder):
     alone.collect()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     both = breakout_ppo(seed=rank, max_grad_norm=0.5)  # rank 0's weights count
-    both.policy.index, both.buffer.samples, both.global_step = alone.policy.index, alone.buffer.samples, alone.global_step
+    both.policy.index, both.buffer.samples = alone.policy.index, alone.buffer.samples
 
     def shuffle(buffer, part):
         def cut(*_):
@@ -442,8 +475,8 @@ def rank_of_two(rank, folder):
     torch.testing.assert_close(both.weights, alone.weights, rtol=1e-4, atol=1e-4)  # eight steps of 0.02
     for name in ("policy_loss", "value_loss", "prediction_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"):
         assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-5), name
+    assert alone.global_step == 64 and both.global_step == 2 * 64  # both ranks' steps
     both.collect()
-    assert both.global_step == 64 + 2 * 64  # both ranks' steps
     played = [torch.empty(64) for _ in range(2)]
     dist.all_gather(played, both.buffer.samples.old_logprobs)
     assert not torch.equal(*played)  # each rank has its own games

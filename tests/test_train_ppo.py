@@ -626,13 +626,15 @@ def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    tiny = "train_ppo.py --num_envs 2 --rollout_steps 4 --batch_size 4 --n_head 2 --n_embd 8 --num_steps 16 --eval_interval 0 --device cpu --run_dir"
+    # without pairs: in a minibatch of four, what a pair does not share is often nothing but rounding, which is then normalised
+    tiny = "train_ppo.py --num_envs 2 --rollout_steps 4 --batch_size 4 --n_head 2 --n_embd 8 --num_steps 16 --eval_interval 0 --device cpu"
+    tiny += " --paired_envs false --run_dir"
     out = python(*tiny.split(), "without", cwd=tmp_path)
     assert "pip install matplotlib" in out and "pip install tensorboard" in out and len(logged(tmp_path / "without")) == 2
     assert main([*tiny.split()[1:], str(tmp_path / "with")]) == 0
     slow, quick = (load_checkpoint(tmp_path / name) for name in ("without", "with"))
     assert slow["update_count"] == 2
     for name, x in slow["model"].items():
-        torch.testing.assert_close(x, quick["model"][name], rtol=1e-3, atol=1e-3)  # four steps of 0.002
+        torch.testing.assert_close(x, quick["model"][name], rtol=1e-3, atol=1e-4)  # four steps of 0.002
     plays = "import load_model; assert type(load_model.load_policy('without')[0]) is load_model.GPT; load_model.main(['without', '--steps', '5'])"
     assert "wrote gpt.gif" in python("-c", plays, cwd=tmp_path)
