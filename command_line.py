@@ -26,7 +26,7 @@ import filelock
 
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
 from device import RANK, RANKS, DeviceError, GPUError, out_of_memory, shortened
-from trainer import StopTraining
+from trainer import InputNotFinite, StopTraining
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 TRUTH = {"true": True, "false": False, "1": True, "0": False}
@@ -244,7 +244,7 @@ def train(trainer, run_dir, prog, advice):
                 return 0
             except Exception as error:
                 ignore_signals()  # the end is near, and the run is not saved yet
-                status = give_up(error, received, trainer, run_dir, prog, {**advice, GPUError: " --device cpu"})
+                status = give_up(error, received, trainer, run_dir, prog, {**advice, GPUError: " --device cpu", InputNotFinite: ""})
                 if received or not isinstance(error, GPUError) or RANKS > 1:  # ranks would have to agree
                     return status
     finally:

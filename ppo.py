@@ -20,7 +20,7 @@ from gymnasium.vector import AutoresetMode
 
 from checkpoint import to_numpy
 from rollout_buffer import RolloutBuffer
-from trainer import StopTraining, Trainer
+from trainer import StopTraining, Trainer, check_finite
 
 
 def k3(log_ratio):
@@ -217,11 +217,19 @@ class PPO(Trainer):
         for _ in range(self.config.rollout_steps):
             self.check_stop()
             self.rollout_step()
-        if not self.buffer.fields["logprobs"].isfinite().all():
-            raise FloatingPointError(f"the logits are not finite in update {self.update_count + 1}; try a lower learning rate")
-        _, last_values = self.act(self.policy.encode(self.obs))
+        last_obs = self.policy.encode(self.obs)
+        self.check_rollout(last_obs)
+        _, last_values = self.act(last_obs)
         self.buffer.finish(last_values, self.config.gamma, self.lambd(), self.config.reward_scale)
         self.record_episode_returns()
+
+    def check_rollout(self, last_obs):
+        """Raises FloatingPointError. Observations that are numbers of tokens or of lines are not looked at."""
+        when, fields = f"in update {self.update_count + 1}", self.buffer.fields
+        check_finite(when, rewards=fields["rewards"])
+        if last_obs.is_floating_point():
+            check_finite(when, observations=torch.cat([*fields["obs"], last_obs]))
+        check_finite(when, logits=fields["logprobs"], values=fields["values"])
 
     def start_rollout(self):
         """Draw the noise of the rollout ahead, let an env on the device draw its random numbers, and pair environments."""
@@ -294,8 +302,9 @@ class PPO(Trainer):
         config = self.config
         self.lr.fill_(learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr))
         step_stats = self.average(torch.cat([self.epoch() for _ in range(config.epochs)]))  # (gradient steps, statistics)
-        if not step_stats.isfinite().all():
-            raise FloatingPointError(f"the gradient is not finite in update {self.update_count + 1}; try a lower learning rate")
+        spoiled = step_stats[~step_stats.isfinite().all(1)][:1]  # the first such step: the loss of the next follows from its gradient
+        losses = [name != "grad_norm" for name in self.stat_names]
+        check_finite(f"in update {self.update_count + 1}", loss=spoiled[:, losses], gradient=spoiled)
         self.update_count += 1
         self.global_step += self.samples_per_update  # only now: learning rate and lambda are those of the steps before this update
         stats = dict(zip(self.stat_names, step_stats.mean(0).tolist()))

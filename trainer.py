@@ -3,11 +3,36 @@
 import math
 import time
 
+import torch
+
 from checkpoint import to_plain
 
 
 class StopTraining(Exception):
     """Raised inside `learn` soon after `request_stop`."""
+
+
+class InputNotFinite(FloatingPointError):
+    """What a training is given is not finite, so no learning rate would help."""
+
+
+INPUTS = {
+    "rewards": "mend what gives them, the environment or the reward's function or model",
+    "observations": "mend the environment",
+}
+
+
+def check_finite(when, **quantities):
+    """Raises FloatingPointError for the first of these tensors, arrays or numbers that is not finite, and says what may help.
+
+    quantities: in the order in which one spoils the next, so that the cause is named and not what followed from it.
+    """
+    for name, x in quantities.items():
+        if not torch.as_tensor(x).isfinite().all():
+            reason = f"the {name} {'is' if name in ('loss', 'gradient') else 'are'} not finite {when}"
+            if name in INPUTS:
+                raise InputNotFinite(f"{reason}; {INPUTS[name]}")
+            raise FloatingPointError(f"{reason}; try a lower learning rate")
 
 
 class Trainer:
@@ -44,8 +69,8 @@ class Trainer:
 
     def check_weights(self):
         """Raises FloatingPointError before anybody plays or saves weights that are not finite."""
-        if not all(x.isfinite().all() for x in self.policy.parameters()):
-            raise FloatingPointError(f"the weights are not finite after update {self.update_count}; try a lower learning rate")
+        for weights in self.policy.parameters():
+            check_finite(f"after update {self.update_count}", weights=weights)
 
     def emit(self, event):
         for callback in self.callbacks:

@@ -42,6 +42,7 @@ from algorithms.common import HERE, check_algorithm
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint, to_plain
 from command_line import CommandLineError, ignore_signals, locked, one_line, raise_error, run_script, signals_handled
 from ppo import policy_loss, value_loss
+from trainer import check_finite
 
 STEPS_PER_EPOCH = 200
 SAVE_FREQ = 10  # epochs
@@ -150,15 +151,18 @@ class ActorCriticAgent:
         self.reward_model = RewardModel(config, self.generator)
 
     def update(self):
-        """One gradient step on a batch of random states -> the mean reward and the terms of the loss, floats."""
+        """One gradient step on a batch of random states -> the mean reward and the terms of the loss, floats. Raises FloatingPointError."""
+        when = f"in epoch {self.epoch + 1}"
         states = torch.randn(self.config.batch_size, self.config.input_dim, generator=self.generator)
         all_logprobs, values = self.policy(states), self.value(states)
+        check_finite(when, logits=all_logprobs)
         actions = torch.multinomial(all_logprobs.detach().exp(), 1, generator=self.generator)
         rewards = self.reward_model(states).gather(1, actions).squeeze(1)
         logprobs = all_logprobs.gather(1, actions).squeeze(1)
         # at a ratio of 1, PPO's loss has the gradient of the plain actor-critic
         actor_loss, _ = policy_loss(logprobs, logprobs.detach(), rewards - values.detach(), eps_clip=1.0)
         critic_loss, _ = value_loss(values, values.detach(), rewards)
+        check_finite(when, rewards=rewards, values=values, loss=actor_loss + critic_loss)
         self.optimizer.zero_grad()
         (actor_loss + critic_loss).backward()
         self.optimizer.step()
@@ -253,9 +257,9 @@ def train_epochs(agent, directory):
     try:
         while agent.epoch < config.num_epochs:
             reward, actor_loss, critic_loss = np.mean([agent.update() for _ in range(STEPS_PER_EPOCH)], axis=0)
-            if not math.isfinite(actor_loss + critic_loss):
-                raise CommandLineError(f"the loss is not finite in epoch {agent.epoch + 1}; try a lower learning_rate")
             agent.epoch += 1
+            for weights in (*agent.policy.parameters(), *agent.value.parameters()):
+                check_finite(f"after epoch {agent.epoch}", weights=weights)
             whole = agent.state_dict()
             log.info("epoch %d: reward %.4f, actor loss %.4f, critic loss %.4f", agent.epoch, reward, actor_loss, critic_loss)
             if agent.epoch % SAVE_FREQ == 0:
@@ -268,7 +272,7 @@ def train_epochs(agent, directory):
         save_checkpoint(directory / "final.pt", whole)
         if agent.epoch == config.num_epochs:
             log.info("expected reward %.4f of %.4f, %.2f %%", *(agent.evaluate()[name] * factor for name, factor in REPORTED))
-        elif not isinstance(sys.exc_info()[1], CommandLineError):  # a loss that is not finite would come again
+        elif not isinstance(sys.exc_info()[1], FloatingPointError):  # it would come again
             log.info("stopped; go on with: python -m algorithms.%s --resume %s", NAME, directory)
         log.handlers[0].close()
 

@@ -25,7 +25,7 @@ from command_line import constants_of, run_script
 from device import choose_device, set_threads
 from ppo import entropy_loss, learning_rate, policy_loss, value_loss
 from rollout_buffer import compute_gae
-from trainer import Trainer
+from trainer import Trainer, check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # length
@@ -171,8 +171,7 @@ class SelfPlay(Trainer):
         critic_loss, stats = value_loss(self.policy.critic(obs), values, returns)
         negative_entropy, more = entropy_loss(all_logprobs)
         loss = actor_loss + c.VALUE_LOSS_COEF * critic_loss + c.ENTROPY_COEF * negative_entropy
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is not finite in update {self.update_count + 1}; try a lower learning rate")
+        check_finite(f"in update {self.update_count + 1}", rewards=rewards, logits=all_logprobs, values=values, loss=loss)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -26,6 +26,7 @@ from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest
 from command_line import CommandLineError, load_state, memory_advice, new_run_dir, one_line, raise_error, read_run, train
 from device import RANKS, DeviceError, choose_device
 from ppo import PPOConfig
+from trainer import check_finite
 
 HERE = Path(__file__).parent
 
@@ -214,8 +215,9 @@ def greedy_frames(env, choose, episodes, seed):
 
 
 def summary(scores):
-    """Scores of games -> mean, standard deviation, lowest and highest."""
+    """Scores of games -> mean, standard deviation, lowest and highest. Raises FloatingPointError."""
     scores = np.asarray(scores, float)
+    check_finite("in an evaluation", rewards=scores)
     return {"score": float(scores.mean()), "std": float(scores.std()), "min": float(scores.min()), "max": float(scores.max()),
             "games": len(scores)}  # fmt: skip
 

@@ -26,7 +26,7 @@ from algorithms.common import Algorithm, main, summary
 from checkpoint import to_numpy
 from command_line import CommandLineError, constants_of, run_script
 from device import choose_device
-from trainer import Trainer
+from trainer import Trainer, check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # game
@@ -158,8 +158,8 @@ class DQN(Trainer):
                 values.append(value)
         self.update_count += 1
         loss, value = (torch.stack(x).mean().item() if x else math.nan for x in (losses, values))
-        if not math.isfinite(loss) and losses:
-            raise FloatingPointError(f"the loss is not finite in update {self.update_count}; try a lower learning rate")
+        if losses:
+            check_finite(f"in update {self.update_count}", loss=loss)
         return {"loss": loss, "value": value, "epsilon": self.epsilon, "lr": self.c.LR, "replay": float(len(self.replay)),
                 "episode_return": float(np.mean(self.episode_returns)) if self.episode_returns else math.nan}  # fmt: skip
 
@@ -171,6 +171,7 @@ class DQN(Trainer):
             actions = np.where(at_random, actions, self.policy.greedy(self.stacks.frames))
         seen = self.stacks.frames[:, -1].copy()
         frames, rewards, terminated, truncated, infos = self.envs.step(actions)
+        check_finite(f"in update {self.update_count + 1}", rewards=rewards)
         over = terminated | truncated
         ends = terminated | (self.c.LIFE_LOSS_ENDS & (infos["lives"] < self.lives))
         # rewards are clipped to their sign, so that one learning rate suits all games (Mnih et al. 2015)

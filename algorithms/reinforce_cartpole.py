@@ -15,7 +15,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
-import math
 
 import gymnasium as gym
 import numpy as np
@@ -28,7 +27,7 @@ from command_line import constants_of, run_script
 from device import choose_device, set_threads
 from ppo import entropy_loss, learning_rate
 from rollout_buffer import compute_gae
-from trainer import Trainer
+from trainer import Trainer, check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # length
@@ -109,8 +108,9 @@ class Reinforce(Trainer):
             self.check_stop()
             obs = torch.from_numpy(obs)
             with torch.no_grad():
-                probabilities = self.policy(obs.to(self.device)).softmax(-1).cpu()
-            actions = torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+                logits = self.policy(obs.to(self.device)).cpu()
+            check_finite(f"in update {self.update_count + 1}", observations=obs, logits=logits)
+            actions = torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
             next_obs, rewards, terminated, truncated, _ = self.envs.step(actions.numpy())
             ends = playing & (terminated | truncated)
             steps.append((obs, actions, *map(torch.from_numpy, (rewards * playing, ends, playing.copy()))))
@@ -128,8 +128,7 @@ class Reinforce(Trainer):
         self.optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.get_total_norm([p.grad for p in self.policy.parameters()]).item()
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"the gradient is not finite in update {self.update_count + 1}; try a lower learning rate")
+        check_finite(f"in update {self.update_count + 1}", rewards=rewards, loss=loss, gradient=grad_norm)
         self.optimizer.step()
         self.update_count += 1
         self.global_step += int(played.sum())

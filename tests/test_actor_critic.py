@@ -115,16 +115,24 @@ def test_a_signal_saves_whole_epochs(small, monkeypatch, signum, status):
         main(["--resume", str(directory / "final.pt")])
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(small, monkeypatch):
+@pytest.mark.parametrize("spoiled, message", [
+    ("reward_model", "the rewards are not finite in epoch 2; mend what gives them"),
+    ("policy", "the logits are not finite in epoch 2; try a lower learning rate"),
+    ("value", "the values are not finite in epoch 2; try a lower learning rate"),
+])  # fmt: skip
+def test_what_is_not_finite_is_named_and_ends_the_training(spoiled, message, small, monkeypatch):
     calls, update = [], ActorCriticAgent.update
 
     def diverges(agent):
         calls.append(0)
-        reward, *losses = update(agent)
-        return (reward, *losses) if len(calls) < 6 else (reward, math.nan, math.nan)
+        if len(calls) == 6:
+            part = getattr(agent, spoiled)
+            with torch.no_grad():
+                (part.directions if spoiled == "reward_model" else next(part.parameters()))[0] = math.inf
+        return update(agent)
 
     monkeypatch.setattr(ActorCriticAgent, "update", diverges)
-    with pytest.raises(CommandLineError, match="the loss is not finite in epoch 2; try a lower learning_rate"):
+    with pytest.raises(FloatingPointError, match=message):
         main(["small.json"])
     (directory,) = small.glob("checkpoints_*")
     assert load_checkpoint(directory / "final.pt")["epoch"] == 1 and "--resume" not in (directory / "training.log").read_text()

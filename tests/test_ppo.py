@@ -290,11 +290,19 @@ def test_numbers_that_are_not_finite_end_the_training_before_it():
             ppo.buffer.samples.returns[:] = math.nan
 
     ppo.collect = spoiled
-    with pytest.raises(FloatingPointError, match="gradient is not finite in update 2"):
+    with pytest.raises(FloatingPointError, match="the loss is not finite in update 2; try a lower learning rate"):
         ppo.learn()
     assert ppo.snapshot["update_count"] == 1 and all(x.isfinite().all() for x in ppo.snapshot["model"].values())
-    with pytest.raises(FloatingPointError, match="logits are not finite in update 2"):
+    with pytest.raises(FloatingPointError, match="the logits are not finite in update 2; try a lower learning rate"):
         collect()
+
+
+def test_a_gradient_that_is_not_finite_is_named_though_the_next_loss_is_not_either():
+    ppo = breakout_ppo()
+    ppo.stat_names = ["policy_loss", "approx_kl", "grad_norm"]
+    ppo.epoch = lambda: torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, math.inf], [math.nan, math.nan, math.nan]])
+    with pytest.raises(FloatingPointError, match="the gradient is not finite in update 1"):
+        ppo.update()
 
 
 @pytest.mark.parametrize("make", [breakout_ppo, device_trainer])

@@ -1,12 +1,15 @@
 import math
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from algorithms import common
+from algorithms import actor_critic_tictactoe, common, dqn_space_invaders, ppo_lunarlander, reinforce_cartpole
 from algorithms.reinforce_cartpole import ALGORITHM, PolicyNetwork, evaluate, normalize, reinforce_loss, returns
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 from checkpoint import CheckpointError, save_checkpoint
@@ -106,6 +109,65 @@ def test_faults_of_any_training_here(tmp_path, monkeypatch, without_processes): 
     assert run(ALGORITHM, *SMALL.split(), "--num_steps", 50, "--run_dir", "run") == 0
     with locked(Path("run")), pytest.raises(CommandLineError, match="run: another process is training this run"):
         run(ALGORITHM, "--resume", "run", "--num_steps", 500)
+
+
+def nan_rewards(step):
+    def spoiled(actions):
+        obs, rewards, *rest = step(actions)
+        return obs, rewards * math.nan, *rest
+
+    return spoiled
+
+
+def spoil_rewards(trainer, monkeypatch):
+    if isinstance(trainer, actor_critic_tictactoe.SelfPlay):
+        monkeypatch.setattr(actor_critic_tictactoe, "wins", lambda boards, player: np.full(len(boards), math.nan))
+    else:
+        envs = trainer.env if hasattr(trainer, "env") else trainer.envs
+        envs.step = nan_rewards(envs.step)
+
+
+def spoil_weights(trainer, monkeypatch):
+    for weights in trainer.policy.parameters():
+        weights.data.fill_(1e38)
+
+
+@pytest.mark.parametrize("module, small, result", [
+    (reinforce_cartpole, "--episodes 2", "logits are"), (actor_critic_tictactoe, "--games 8", "logits are"),
+    (ppo_lunarlander, "--num_envs 2 --rollout_steps 32 --batch_size 32", "logits are"),
+    (dqn_space_invaders, "--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4", "loss is"),
+])  # fmt: skip
+def test_what_is_not_finite_is_named(module, small, result, tmp_path, monkeypatch, capsys):
+    """No learning rate is advised for rewards; one is for what weights that are far too large lead to."""
+    for spoil, message in (
+        (spoil_rewards, "the rewards are not finite in update 1; mend what gives them.*--resume [^ ]*spoil_rewards\n"),
+        (spoil_weights, f"the {result} not finite in update 1; try a lower learning rate.*--lr"),
+    ):
+
+        def build(c, spoil=spoil):
+            trainer = module.ALGORITHM.build(c)
+            spoil(trainer, monkeypatch)
+            return trainer
+
+        words = [*small.split(), "--eval_interval", 0, "--device", "cpu", "--run_dir", tmp_path / spoil.__name__]
+        assert run(module.ALGORITHM._replace(build=build), *words) == 1
+        assert re.search(message, capsys.readouterr().err)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("module", [reinforce_cartpole, ppo_lunarlander])
+def test_observations_that_are_not_finite_are_named(module):
+    trainer = module.ALGORITHM.build(SimpleNamespace(**module.ALGORITHM.constants | {"DEVICE": "cpu"}))
+    envs = trainer.env if hasattr(trainer, "env") else trainer.envs
+    step = envs.step
+
+    def spoiled(actions):
+        obs, *rest = step(actions)
+        return obs * np.float32(math.nan), *rest
+
+    envs.step = spoiled
+    with pytest.raises(FloatingPointError, match="the observations are not finite in update 1; mend the environment"):
+        trainer.collect_and_update()
 
 
 def untrained():

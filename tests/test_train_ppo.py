@@ -224,7 +224,9 @@ def test_a_reward_that_is_not_finite_ends_the_training(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(train_ppo.BreakoutAsciiVec, "step", spoiled)
     assert run(tmp_path, "run", "--paired_envs", "false") == 1
-    assert "not finite in update 3" in capsys.readouterr().err and load_checkpoint(tmp_path / "run")["update_count"] == 2
+    printed = capsys.readouterr().err
+    assert re.search("the rewards are not finite in update 3; mend what gives them.*--resume .*run\n", printed) and "--lr" not in printed
+    assert load_checkpoint(tmp_path / "run")["update_count"] == 2
 
 
 def test_models_too_large_are_named_before_they_are_built(monkeypatch, capsys, tmp_path):
@@ -400,7 +402,7 @@ def test_a_gradient_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(PPO, "update", spoiled)
     assert run(tmp_path, "run") == 1
-    assert re.search(f"not finite in update 3.*--resume .*run --lr {CONSTANTS['LR'] / 2:g} --min_lr", capsys.readouterr().err)
+    assert re.search(f"the loss is not finite in update 3.*--resume .*run --lr {CONSTANTS['LR'] / 2:g} --min_lr", capsys.readouterr().err)
     assert load_checkpoint(tmp_path / "run")["update_count"] == 2
 
 
