@@ -23,14 +23,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from breakout_ascii import BreakoutAscii
 from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run, replacing
 from command_line import one_line, run_script
 from device import set_threads
-from drawing import to_image
+from drawing import to_image, write_gif
 from evaluation import evaluate, exact, greedy, sampled, sampling
 from model import GPT, GPTConfig
 from replay import Stage, html, record
@@ -40,7 +39,7 @@ from replay.pictures import pictures as attention_pictures
 HERE = Path(__file__).parent
 fast = importlib.import_module("fast") if (HERE / "fast" / "__init__.py").exists() else None  # it is optional
 SHIPPED = HERE / "pretrained" / "breakout.pt"
-FRAME_MS = 40  # 25 frames a second; gif viewers slow down below 20
+FRAME_MS = 40  # 25 frames a second
 
 
 def make_gpt(config, device):
@@ -109,13 +108,6 @@ def play(policy, steps=1000, episodes=None, seed=0, sample=False):
         page = env.reset()[0] if over else next_page
 
 
-def write_gif(file, pictures, colours=64):
-    """pictures: an iterator of RGB arrays (H, W, 3). One palette for all, so that each frame stores only what moved."""
-    palette = Image.fromarray(next(pictures)).quantize(colours)  # the wall stands: every colour is there
-    rest = (Image.fromarray(picture).quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
-    palette.save(file, "GIF", save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
-
-
 def write_mp4(path, pictures):
     """Raises OSError if the video is not whole: imageio does not look at how ffmpeg, which writes it, has ended."""
     import imageio  # here, because a gif can do without
@@ -176,12 +168,10 @@ def read_command_line(argv):
     args = parser.parse_args(argv)
     suffix = Path(args.out).suffix.lower()
     attention = args.attention or args.head is not None
-    # Pillow keeps every frame until the end, 130 KB each or 560 KB with all heads, and a page of 10,000 steps has 0.7 MB: enough to watch
-    short = (suffix != ".mp4" or attention) and not args.evaluate
-    kind, wide = " for this kind of file" if short else "", suffix == ".gif" and attention and args.head is None
-    if wide and args.episodes:
-        parser.error("whole games are too long for a .gif of all heads; give --steps, one --head, or an .mp4")
-    steps, episodes = (2_000 if wide else 10_000, 2) if short else (10**9, 10**6)
+    # a page of 10,000 steps has 0.7 MB: enough to watch
+    short = suffix == ".html" and not args.evaluate
+    kind = " for an .html" if short else ""
+    steps, episodes = (10_000, 2) if short else (10**9, 10**6)
     for name, low, high in (("steps", 1, steps), ("episodes", 1, episodes), ("seed", 0, 2**32 - 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -201,18 +191,18 @@ def read_command_line(argv):
     return args
 
 
-def write(file, steps, args, path, policy, meta):
+def write(out, steps, args, path, policy, meta):
     """The steps of `play`, as a page, a gif or an mp4."""
     suffix, attention = Path(args.out).suffix.lower(), args.attention or args.head is not None
     if suffix == ".html":
         about = f"{path.name}, trained for {meta.get('global_step', 0):,} steps"
-        file.write(html(record(steps), stages(path, policy, meta), path.name, about).encode())
+        out.write_bytes(html(list(record(steps)), stages(path, policy, meta), path.name, about).encode())
         return
     pictures = attention_pictures(plain_gpt(policy), record(steps), args.head) if attention else (to_image(step.next_page) for step in steps)
     if suffix == ".gif":
-        write_gif(file, pictures, 255 if attention else 64)
+        write_gif(out, pictures, FRAME_MS)
     else:
-        write_mp4(file.name, pictures)
+        write_mp4(str(out), pictures)
 
 
 def main(argv=None):
@@ -236,8 +226,8 @@ def main(argv=None):
                 games.append(step.info)
             yield step
 
-    with replacing(args.out) as unfinished, open(unfinished, "wb") as file:  # an old picture stays whole until the new one is
-        write(file, steps(), args, path, policy, meta)
+    with replacing(args.out) as unfinished:  # an old picture stays whole until the new one is
+        write(unfinished, steps(), args, path, policy, meta)
     for i, info in enumerate(games, 1):
         left = f"{info['bricks']} of 91 bricks left" if info["bricks"] else "the wall is cleared"
         print(f"game {i}: {info['score']} points, {left}, {info['lives']} lives left")

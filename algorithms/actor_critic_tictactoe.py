@@ -280,7 +280,7 @@ def build(c):
     return SelfPlay(c, device, {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
 
 
-ALGORITHM = Algorithm("actor_critic_tictactoe", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, fps=1, check=check_lr,
+ALGORITHM = Algorithm("actor_critic_tictactoe", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, frame_ms=1000, check=check_lr,
                       human=lambda state, seed: play_in_terminal(state))  # fmt: skip
 
 if __name__ == "__main__":

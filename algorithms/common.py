@@ -25,6 +25,7 @@ from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, Progre
 from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run, replacing
 from command_line import CommandLineError, load_state, memory_advice, new_run_dir, one_line, raise_error, read_run, train
 from device import RANKS, DeviceError, choose_device
+from drawing import write_gif
 from ppo import PPOConfig
 from trainer import check_finite
 
@@ -44,7 +45,7 @@ class Algorithm(NamedTuple):
     # policy state, episodes, seed, human -> yields RGB arrays, or None where a window shows the game; may return a dict. None: `human` shows
     frames: Callable | None
     episodes: int = 100  # of an evaluation
-    fps: int = 30
+    frame_ms: int = 40  # between two frames of a gif, as `write_gif` wants it
     levels: dict = {}  # {label: score} for the learning curve
     check: Callable = lambda constants: None  # raises CommandLineError for constants that do not fit together
     callbacks: Callable = lambda constants, run_dir: []  # more of them
@@ -163,8 +164,12 @@ def play_or_evaluate(algorithm, argv):
     if in_terminal and args.episodes is not None or (in_terminal or args.human) and args.out:
         raise CommandLineError("--episodes and --out belong to a gif; leave them out")
     args.out = args.out or f"{algorithm.name}.gif"
+    if not args.out.lower().endswith(".gif"):
+        raise CommandLineError(f"--out must end in .gif, not {args.out!r}")
+    if not Path(args.out).parent.is_dir() or Path(args.out).is_dir():
+        raise CommandLineError(f"--out: {args.out} is a directory, or lies in none")
     episodes = (1 if playing else algorithm.episodes) if args.episodes is None else args.episodes
-    for name, value, high in (("episodes", episodes, 10 if playing else 10**6), ("seed", args.seed, 2**31 - 1)):
+    for name, value, high in (("episodes", episodes, 10**6), ("seed", args.seed, 2**31 - 1)):
         if not (name == "episodes") <= value <= high:
             raise CommandLineError(f"--{name} must be from {int(name == 'episodes')} to {high:,}, not {value}")
     state, path = load_model(algorithm, args.play if playing else args.evaluate)
@@ -236,18 +241,8 @@ def show(algorithm, state, episodes, args):
         for _ in frames():
             pass  # the window shows them
     else:
-        write_gif(args.out, frames(), algorithm.fps)
+        with replacing(args.out) as unfinished:  # an old picture stays whole until the new one is
+            write_gif(unfinished, frames(), algorithm.frame_ms)
         print(f"wrote {args.out} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
     if found:
         print(json.dumps(found))
-
-
-def write_gif(path, frames, fps):
-    """frames: RGB arrays (H, W, 3). Written beside the old file, which stays whole until the new one is."""
-    if not path.lower().endswith(".gif"):
-        raise CommandLineError(f"--out must end in .gif, not {path!r}")
-    if not Path(path).parent.is_dir() or Path(path).is_dir():
-        raise CommandLineError(f"--out: {path} is a directory, or lies in none")
-    imageio = need("imageio", "imageio")
-    with replacing(path) as unfinished, open(unfinished, "wb") as file:
-        imageio.mimsave(file, [np.asarray(frame) for frame in frames], format="gif", duration=1000 / fps, loop=0)

@@ -289,7 +289,7 @@ def build(c):
         raise CommandLineError(error) from None
 
 
-ALGORITHM = Algorithm("dqn_space_invaders", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, fps=15)
+ALGORITHM = Algorithm("dqn_space_invaders", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, frame_ms=60)
 
 if __name__ == "__main__":
     run_script(lambda: main(ALGORITHM), "-m algorithms.dqn_space_invaders")

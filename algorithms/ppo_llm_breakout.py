@@ -27,13 +27,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.breakout_text import ACTIONS, WIDTH, BreakoutTexts, ShapedReward, TextAsBytes, make_env, numbers_of, texts_of
-from algorithms.common import Algorithm, check_ppo, device_of, main, ppo_config, summary, write_gif
+from algorithms.common import Algorithm, check_ppo, device_of, main, ppo_config, summary
 from algorithms.language_model import TINY, load_model, load_tokenizer, reference_to, tokenizer_from, with_lora
 from algorithms.language_policy import LanguagePolicy
 from background import Background
 from callbacks import Callback, say
+from checkpoint import replacing
 from command_line import constants_of, read_run, run_script
 from device import choose_device, shortened
+from drawing import write_gif
 from ppo import PPO, Policy
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ class Video(Callback):
     def warn(self):
         try:
             yield
-        except Exception as error:  # no memory for a second model, a full disk, imageio missing: no reason to stop training
+        except Exception as error:  # no memory for a second model, a full disk: no reason to stop training
             say(f"warning: {self.directory}: no video ({shortened(error) or type(error).__name__}); training goes on")
 
     def close(self):
@@ -292,7 +294,8 @@ class Video(Callback):
 
 def draw_video(state_and_path):
     state, path = state_and_path
-    write_gif(path, frames(state, 1, state["update_count"], human=False), ALGORITHM.fps)
+    with replacing(path) as unfinished:
+        write_gif(unfinished, frames(state, 1, state["update_count"], human=False), ALGORITHM.frame_ms)
 
 
 def verify(argv, steps=20):
@@ -315,7 +318,7 @@ def callbacks_of(c, run_dir):
 
 
 LEVELS = {"following the ball": 62, "random play": 1.7}
-ALGORITHM = Algorithm("ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, fps=15, levels=LEVELS, check=check_ppo,
+ALGORITHM = Algorithm("ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, frame_ms=60, levels=LEVELS, check=check_ppo,
                       callbacks=callbacks_of)  # fmt: skip
 
 if __name__ == "__main__":

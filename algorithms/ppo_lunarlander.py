@@ -154,7 +154,7 @@ def frames(state, episodes, seed, human):
 
 
 LEVELS = {"solved": 200}
-ALGORITHM = Algorithm("ppo_lunarlander", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, fps=50, check=check_ppo)
+ALGORITHM = Algorithm("ppo_lunarlander", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, frame_ms=20, check=check_ppo)
 
 if __name__ == "__main__":
     run_script(lambda: main(ALGORITHM), "-m algorithms.ppo_lunarlander")

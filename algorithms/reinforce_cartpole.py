@@ -173,7 +173,7 @@ def build(c):
 
 
 LEVELS = {"maximum": 500, "solved": 475, "random play": 22}
-ALGORITHM = Algorithm("reinforce_cartpole", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, fps=50, check=check_lr)
+ALGORITHM = Algorithm("reinforce_cartpole", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, frame_ms=20, check=check_lr)
 
 if __name__ == "__main__":
     run_script(lambda: main(ALGORITHM), "-m algorithms.reinforce_cartpole")

@@ -40,19 +40,18 @@ class Stage(NamedTuple):
 
 
 def record(steps):
-    """The steps that load_model.play yields -> a list of frames: each page that was read, and the last of each game."""
-    frames, score, lives = [], 0, LIVES
+    """The steps that load_model.play yields -> yields a `Frame` for each page that was read, and for the last of each game."""
+    score, lives = 0, LIVES
     for step in steps:
-        frames.append(Frame(step.page, step.action, score, lives))
+        yield Frame(step.page, step.action, score, lives)
         score, lives = step.info["score"], step.info["lives"]
         if step.last:
-            frames.append(Frame(step.next_page, GAME_OVER if step.over else RECORDING_ENDS, score, lives))
+            yield Frame(step.next_page, GAME_OVER if step.over else RECORDING_ENDS, score, lives)
             score, lives = 0, LIVES
-    return frames
 
 
 def html(frames, stages, name, about):
-    """frames: of `record`. stages: of one architecture; the last one played. name, about: of the model, any text. -> the file's text."""
+    """frames: a list of what `record` yields. stages: of one architecture; the last one played. name, about: of the model, any text. -> the file's text."""
     pages = np.stack([frame.page for frame in frames])
     data = {
         "name": name, "about": about, "game": GAME, "actions": ACTIONS, "things": THINGS, "config": vars(stages[-1].policy.config),

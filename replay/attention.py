@@ -1,5 +1,7 @@
 """Where a GPT looks: the attention of its last position, in its last block, and what that amounts to over a game."""
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -31,9 +33,10 @@ def attention(gpt, tokens):
 
 
 def attention_of_pages(gpt, pages):
-    """Yields `attention` of each of the pages (n, 1944), an array (H, 1944)."""
-    for first in range(0, len(pages), PAGES_AT_ONCE):
-        yield from attention(gpt, pages[first : first + PAGES_AT_ONCE]).numpy()
+    """Yields `attention` of each page, an array (H, 1944). pages: an array (n, 1944), or an iterator over pages of any number."""
+    pages = iter(pages)
+    while batch := list(itertools.islice(pages, PAGES_AT_ONCE)):
+        yield from attention(gpt, np.stack(batch)).numpy()
 
 
 def things_on(pages):

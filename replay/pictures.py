@@ -1,5 +1,6 @@
 """Pages with the attention of a head as heat behind the characters, as pictures for gif and mp4."""
 
+import itertools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from replay.attention import attention_of_pages, name_of, shares, spread
 
 HOT = np.array([255, 140, 0])  # RGB, of a weight of 1; the page itself is grey
 LABEL = 14  # height of the line that names a head
+NAMED_BY = 1000  # pages, the first ones: what a head looks at on them names it
 
 
 def heat(weights):
@@ -20,14 +22,17 @@ def heat(weights):
 
 
 def pictures(gpt, frames, head=None):
-    """A plain GPT, the frames of a replay -> yields RGB pictures: all heads side by side, or one, each named by what it looks at most."""
-    pages = np.stack([frame.page for frame in frames])
+    """A plain GPT, an iterable of the frames of a replay -> yields RGB pictures: all heads side by side, or one, each named by what it
+    looks at most."""
+    pages = (frame.page for frame in frames)
+    first = list(itertools.islice(pages, NAMED_BY))
+    pages, read = itertools.tee(itertools.chain(first, pages))
     heads, smaller = (range(gpt.config.n_head), 2) if head is None else ([head], 1)
-    names = [name_of(head_shares) for head_shares in shares(gpt, spread(pages))]
+    names = [name_of(head_shares) for head_shares in shares(gpt, spread(np.stack(first)))]
     labels = [label(f"head {i}: {names[i][0]} {100 * names[i][1]:.0f} %", 480 // smaller) for i in heads]
     across = math.ceil(math.sqrt(len(heads)))
     rows, columns = np.arange(0, 264, smaller) // 11, np.arange(0, 480, smaller) // 6  # of the page, for each line and dot
-    for page, weights in zip(pages, attention_of_pages(gpt, pages)):
+    for page, weights in zip(pages, attention_of_pages(gpt, read)):
         # the brightest of four dots stays, so that thin strokes do
         image = to_image(page).max(2).reshape(len(rows), smaller, len(columns), smaller).max((1, 3))[..., None] // 4 * 3
         tiles = [np.concatenate([name, heated(image, heat(weights[i])[rows][:, columns], ink=255 if head is None else 90)]) for i, name in zip(heads, labels)]

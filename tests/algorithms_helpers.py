@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image, ImageSequence
 
 import callbacks
 from algorithms.common import main
@@ -38,6 +39,12 @@ class Done:
 @pytest.fixture
 def without_processes(monkeypatch):
     monkeypatch.setattr(callbacks, "Background", NoProcess)
+
+
+def durations(path):
+    """How many milliseconds a gif shows each of its frames."""
+    with Image.open(path) as gif:
+        return [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
 
 
 def run(algorithm, *words):

@@ -1,10 +1,13 @@
-"""The pictures of pages."""
+"""The pictures of pages, and gifs."""
+
+import weakref
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from breakout_ascii import BreakoutAsciiVec
-from drawing import to_image
+from drawing import to_image, write_gif
 
 
 def test_to_image():
@@ -24,3 +27,66 @@ def test_to_image():
 def test_only_pages_have_pictures(tokens):
     with pytest.raises(ValueError, match="tokens must"):
         to_image(tokens)
+
+
+def decoded(path):
+    """-> the pictures of a gif, and how many milliseconds each is shown."""
+    pictures, durations = [], []
+    with Image.open(path) as gif:
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            pictures.append(np.array(gif.convert("RGB")))
+            durations.append(gif.info["duration"])
+        assert gif.info["loop"] == 0
+    return pictures, durations
+
+
+def test_a_gif_shows_exactly_what_it_was_given(tmp_path):
+    """Colours that come later, single pixels at the edges, new pictures of 255 colours, pictures that repeat, also first and last, and one that returns."""
+    rng = np.random.default_rng(0)
+    still = np.full((9, 31, 3), 7, np.uint8)
+    dot, corner = still.copy(), still.copy()
+    dot[4, 5], corner[8, 30] = (255, 0, 1), (0, 3, 255)
+    noise = [rng.integers(0, 256, (255, 3), np.uint8)[rng.integers(0, 255, (9, 31))] for _ in range(5)]
+    pictures = [still, still, dot, corner, *noise, still, corner, corner, corner]
+    write_gif(tmp_path / "x.gif", iter(pictures), 20)
+    shown, durations = decoded(tmp_path / "x.gif")
+    assert durations == [40, *[20] * 8, 60]
+    for given, read in zip(pictures[1:-2], shown, strict=True):
+        np.testing.assert_array_equal(given, read)
+
+
+def test_a_gif_of_more_colours_than_it_can_hold_is_close(tmp_path):
+    y, x = np.mgrid[:64, :64]
+    pictures = [np.stack([4 * y, 4 * x, 0 * x + blue], 2).astype(np.uint8) for blue in (0, 90)]
+    write_gif(tmp_path / "x.gif", pictures, 100)
+    for given, read in zip(pictures, decoded(tmp_path / "x.gif")[0], strict=True):
+        assert np.abs(given.astype(int) - read).max() <= 32
+
+
+def test_a_gif_keeps_no_picture(tmp_path):
+    """Only the one that waits for its duration, the one before it, and the one that comes."""
+    alive, most = weakref.WeakSet(), 0
+
+    class Picture(np.ndarray):
+        """An array can have no weak references of a WeakSet, because it has no hash."""
+
+        __hash__ = object.__hash__
+
+    def pictures():
+        nonlocal most
+        for i in range(100):
+            picture = np.full((4, 4, 3), i // 2, np.uint8).view(Picture)
+            alive.add(picture)
+            most = max(most, len(alive))
+            yield picture
+
+    write_gif(tmp_path / "x.gif", pictures(), 20)
+    assert most <= 4 and decoded(tmp_path / "x.gif")[1] == [40] * 50
+
+
+def test_a_picture_may_stay_longer_than_a_frame_can(tmp_path):
+    """A gif counts a frame's hundredths of a second in two bytes: 11 minutes."""
+    picture = np.full((3, 3, 3), 9, np.uint8)
+    write_gif(tmp_path / "x.gif", (picture for _ in range(30_000)), 40)
+    assert sum(decoded(tmp_path / "x.gif")[1]) == 30_000 * 40

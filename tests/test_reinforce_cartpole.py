@@ -1,3 +1,4 @@
+import importlib
 import math
 import re
 import sys
@@ -11,9 +12,10 @@ from PIL import Image
 
 from algorithms import actor_critic_tictactoe, common, dqn_space_invaders, ppo_lunarlander, reinforce_cartpole
 from algorithms.reinforce_cartpole import ALGORITHM, PolicyNetwork, evaluate, normalize, reinforce_loss, returns
-from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
+from algorithms_helpers import durations, evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 from checkpoint import CheckpointError, save_checkpoint
 from command_line import CommandLineError, locked
+from drawing import write_gif
 
 SMALL = "--episodes 2 --hidden 4 --eval_interval 2 --lr 0.01 --min_lr 0.01 --save_freq 1"
 
@@ -66,6 +68,15 @@ def test_play(tmp_path, monkeypatch):
     assert run(ALGORITHM, "--play", "model.pt") == 0
     with Image.open("reinforce_cartpole.gif") as gif:
         assert gif.n_frames > 5 and gif.size == (600, 400)
+    assert {ms % 20 for ms in durations("reinforce_cartpole.gif")} == {0}  # 50 frames a second, as Gymnasium shows it
+
+
+@pytest.mark.parametrize("name", [file.stem for file in Path(common.__file__).parent.glob("*.py") if "\nALGORITHM = " in file.read_text(encoding="utf-8")])
+def test_a_gif_can_hold_every_frame_time(name, tmp_path):
+    """It counts hundredths of a second, and browsers slow down what is faster than 50 frames a second."""
+    frame_ms = importlib.import_module(f"algorithms.{name}").ALGORITHM.frame_ms
+    write_gif(tmp_path / "x.gif", [np.full((2, 2, 3), i, np.uint8) for i in range(3)], frame_ms)
+    assert durations(tmp_path / "x.gif") == [frame_ms] * 3 and frame_ms >= 20
 
 
 def test_a_window_needs_a_screen(monkeypatch):
@@ -103,9 +114,6 @@ def test_faults_of_any_training_here(tmp_path, monkeypatch, without_processes): 
             run(ALGORITHM, "--evaluate", "model.pt")
         assert "\n" not in str(caught.value)
     save_checkpoint("model.pt", good)
-    monkeypatch.setitem(sys.modules, "imageio", None)
-    with pytest.raises(CommandLineError, match="^needs imageio: pip install imageio$"):
-        run(ALGORITHM, "--play", "model.pt")
     assert run(ALGORITHM, *SMALL.split(), "--num_steps", 50, "--run_dir", "run") == 0
     with locked(Path("run")), pytest.raises(CommandLineError, match="run: another process is training this run"):
         run(ALGORITHM, "--resume", "run", "--num_steps", 500)

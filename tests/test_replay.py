@@ -75,7 +75,7 @@ def test_the_file_holds_the_game(tmp_path):
     """All frames, the last page of each game too, and nothing that a hostile name could turn into markup or a template's placeholder."""
     policy, _ = load_policy(SHIPPED)
     steps = list(play(policy, episodes=2, sample=True, seed=1))
-    frames = record(steps)
+    frames = list(record(steps))
     hostile = "</script><img src=x onerror=alert(1)>$data ${script}"
     text = html(frames, [Stage(hostile, policy)], hostile, hostile)
     data = data_of(text)
@@ -117,7 +117,7 @@ def test_stages_of_a_run(tmp_path, capsys):
 def test_pictures_show_attention(tmp_path):
     """A head that looks at the ball alone: its cell is hot, the others are grey. All heads are smaller, and side by side."""
     policy, _ = load_policy(SHIPPED)
-    gpt, frames = plain_gpt(policy), record(play(policy, 30))
+    gpt, frames = plain_gpt(policy), list(record(play(policy, 30)))
     head = int(attention(gpt, frames[20].page[None])[0, :, int((frames[20].page == ord("O")).argmax())].argmax())
     one = list(pictures(gpt, frames, head))
     row, column = divmod(int((frames[20].page == ord("O")).argmax()), 81)
@@ -161,7 +161,7 @@ def replay(tmp_path_factory):
     policy, _ = load_policy(SHIPPED)
     torch.manual_seed(0)
     untrained = make_gpt(policy.config, CPU)
-    frames = record(play(policy, 1000))
+    frames = list(record(play(policy, 1000)))
     path = tmp_path_factory.mktemp("replay") / "replay.html"
     hostile = "<img src=x onerror=alert(1)>"
     path.write_text(html(frames, [Stage("start", untrained), Stage(hostile, policy)], hostile, hostile))
@@ -232,7 +232,7 @@ def test_the_browser_computes_what_pytorch_computes(opened, replay):
 def test_more_layers(opened, tmp_path):
     torch.manual_seed(0)
     policy = make_gpt(GPTConfig(n_layer=2, n_head=2, n_embd=8), CPU)
-    frames = record(play(policy, 3))
+    frames = list(record(play(policy, 3)))
     (tmp_path / "deep.html").write_text(html(frames, [Stage("", policy)], "", ""))
     page = opened(path=tmp_path / "deep.html")
     for one, *expected in zip(page.evaluate(READ, [0, [bytes(frame.page).decode() for frame in frames]]),
