@@ -457,7 +457,8 @@ class Checkpoints(Callback):
         def written(file):
             return update(file) == current, file.stat().st_mtime_ns, update(file)
 
-        files = [f for f in self.run_dir.glob("checkpoint_*.pt") if f.stem.removeprefix("checkpoint_").isdecimal() and update(f) not in kept]
+        files = filter(Path.is_file, self.run_dir.glob("checkpoint_*.pt"))  # links to nothing, and directories, are not ours
+        files = [f for f in files if f.stem.removeprefix("checkpoint_").isdecimal() and update(f) not in kept]
         for file in sorted(files, key=written, reverse=True)[self.keep :]:
             with contextlib.suppress(OSError):  # one file too many is no reason to stop
                 file.unlink()

@@ -68,7 +68,7 @@ def read_command_line(argv, prog, doc, defaults, ranges):
         prog=prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.error = raise_error
-    parser.add_argument("--resume", metavar="RUN", help="a run directory, or a checkpoint in it to resume from")
+    parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run directory, or a checkpoint in it to resume from")
     for name, value in defaults.items():
         parser.add_argument(f"--{name.lower()}", metavar=kind_of(name, defaults, ranges).__name__, help=f"default {value!r}")
     args, unknown = parser.parse_known_args(argv)
@@ -82,6 +82,18 @@ def read_command_line(argv, prog, doc, defaults, ranges):
 
 def raise_error(message):
     raise CommandLineError(message)
+
+
+def given_path(text):
+    """The type of an option that names a file or a directory, for argparse. A leading ~ is the home directory."""
+    if not text:  # what an unset variable of the shell leaves; the default would be another file than the one that is meant
+        raise argparse.ArgumentTypeError("is empty; name a file or a directory")
+    return os.path.expanduser(text)
+
+
+def expand_home(constants):
+    """A copy of the constants, in which a leading ~ is the home directory."""
+    return {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in constants.items()}
 
 
 def convert(name, text, kind):
@@ -111,6 +123,8 @@ def read_run(argv, prog, doc, defaults, ranges, kept=(), check=lambda constants:
     kept: constants that a resumed run keeps. check(constants) raises CommandLineError for values that do not fit together.
     """
     resume, given = read_command_line(argv, prog, doc, defaults, ranges)
+    defaults = expand_home(defaults)
+    given = expand_home(given)
     run = Run(defaults | given, None, None) if resume is None else read_resumed(resume, given, defaults, kept)
     check_constants(run.constants, defaults, ranges)
     check(run.constants)
@@ -119,7 +133,7 @@ def read_run(argv, prog, doc, defaults, ranges, kept=(), check=lambda constants:
 
 def read_resumed(name, given, defaults, kept):
     if (Path(name) / "config.json").exists() and not any(Path(name).glob("*.pt")):
-        raise CommandLineError(f"{name} was stopped before its first checkpoint; begin it again with --run_dir {shlex.quote(name)}")
+        raise CommandLineError(f"{name} was stopped before its first checkpoint; begin it again with --run_dir {quoted(name)}")
     path = find_checkpoint(name)
     in_a_run = RANK == 0 and (path.parent / "config.json").exists()
     with locked(path.parent) if in_a_run else contextlib.nullcontext():  # or it would soon be out of date
@@ -150,12 +164,13 @@ def new_run_dir(name, parent="runs"):
             if not any(map(worth_keeping, run_dir.iterdir())):
                 return run_dir
         except FileExistsError:
-            pass
+            if not run_dir.exists():
+                raise CommandLineError(f"{run_dir} cannot be made: a link in this path leads nowhere; name another --run_dir") from None
         except OSError as error:
             raise CommandLineError(f"{run_dir} cannot be made ({error.strerror}); name another --run_dir") from None
         if name:
             break
-    raise CommandLineError(f"{run_dir} is in use already; name another --run_dir, or --resume {run_dir}")
+    raise CommandLineError(f"{run_dir} is in use already; name another --run_dir, or --resume {quoted(run_dir)}")
 
 
 def worth_keeping(file):
@@ -256,7 +271,7 @@ def train(trainer, run_dir, prog, advice):
 def go_on_with_cpu(run_dir):
     """Resume a run in a fresh process -> its exit status. What a terminal sends reaches both processes, SIGTERM is passed on."""
     script = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]  # its name, or -m and its module, without its options
-    process = subprocess.Popen([sys.executable, *script, "--resume", str(run_dir), "--device", "cpu"])
+    process = subprocess.Popen([sys.executable, *script, f"--resume={run_dir}", "--device", "cpu"])
     ignore_signals()
     signal.signal(signal.SIGTERM, lambda signum, frame: process.terminate())
     return process.wait()
@@ -279,7 +294,7 @@ def give_up(error, received, trainer, run_dir, prog, advice):
         save_checkpoint(run_dir / "last.pt", trainer.snapshot)
         with contextlib.suppress(OSError):  # the terminal may be gone
             how = "going on with" if isinstance(error, GPUError) and RANKS == 1 and not received else "go on with"
-            print(f"\n{reason}; {how}: {launcher(RANKS)} {prog} --resume {shlex.quote(str(run_dir))}{help_with}", file=sys.stderr)
+            print(f"\n{reason}; {how}: {resume_command(prog, run_dir, RANKS)}{help_with}", file=sys.stderr)
     elif reason != "stopped":
         print(f"rank {RANK}: {reason}", file=sys.stderr)
     if reason != "stopped" and not isinstance(error, ChildProcessError) and kind not in advice:
@@ -300,8 +315,24 @@ def memory_advice(advice):
         raise CommandLineError(advice) from None
 
 
-def launcher(ranks):
-    return "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
+def resume_command(prog, run_dir, ranks):
+    """The command that goes on with a run, to be pasted into a shell in this directory."""
+    launcher = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
+    script = prog if prog.startswith("-m ") else quoted(shown(Path(__file__).parent / prog))
+    return f"{launcher} {script} --resume {quoted(run_dir)}"
+
+
+def quoted(path):
+    """A path as one word of a shell's command, which is no option even if it begins with a dash."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+
+
+def shown(path):
+    """A path as it is printed: from the working directory, or as it stands where no way leads there from it."""
+    try:
+        return os.path.relpath(path)
+    except (ValueError, OSError):  # it is on another drive of Windows; the working directory has been removed
+        return str(path)
 
 
 def one_line(error):
@@ -318,6 +349,8 @@ def run_script(main, prog):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main() or 0
+    except BrokenPipeError:  # the reader of the output has left (`| head`)
+        status = 141  # 128 + SIGPIPE
     except (CommandLineError, DeviceError, GPUError, CheckpointError, FloatingPointError, OSError) as error:
         rank = f"rank {RANK}: " if RANKS > 1 else ""
         line = one_line(error) if isinstance(error, OSError) else error

@@ -71,7 +71,7 @@ def terminal_problem():
     """-> one line that says why nobody can play here, or None."""
     if curses is None:
         return "Python's curses module is missing (on Windows: pip install windows-curses)"
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):  # None: it has been closed
         return "input and output must be a terminal"
     if os.name == "nt":
         return None  # curses has no description of terminals there

@@ -6,7 +6,6 @@ Several cores or GPUs, each with its own games:    torchrun --standalone --nproc
 """
 
 import os
-import shlex
 import signal
 import sys
 
@@ -25,7 +24,7 @@ import torch
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
 from command_line import (
-    CommandLineError, constants_of, launcher, load_state, memory_advice, new_run_dir, read_run, run_script, train,
+    CommandLineError, constants_of, load_state, memory_advice, new_run_dir, read_run, resume_command, run_script, train,
 )  # fmt: skip
 from device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
 from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
@@ -183,7 +182,7 @@ def check_ranks(run, c):
     """Raises CommandLineError for a run of another number of ranks: rank 0 saved the pages of its own games."""
     if run.state and (ranks := c.NUM_ENVS // len(run.state["obs"])) != RANKS:
         raise CommandLineError(f"{run.directory} was trained by {ranks} ranks, not {RANKS}; go on with "
-                               f"{launcher(ranks)} train_ppo.py --resume {shlex.quote(str(run.directory))}")  # fmt: skip
+                               f"{resume_command('train_ppo.py', run.directory, ranks)}")  # fmt: skip
 
 
 def main(argv=None):

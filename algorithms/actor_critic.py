@@ -40,7 +40,9 @@ import torch.nn.functional as F
 
 from algorithms.common import HERE, check_algorithm
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint, to_plain
-from command_line import CommandLineError, ignore_signals, locked, one_line, raise_error, run_script, signals_handled
+from command_line import (
+    CommandLineError, given_path, ignore_signals, locked, one_line, raise_error, resume_command, run_script, signals_handled,
+)  # fmt: skip
 from ppo import policy_loss, value_loss
 from trainer import check_finite
 
@@ -234,6 +236,7 @@ def logger_to(path):
 
     logger = logging.getLogger(NAME)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # or a handler of the root logger, which other packages install, would print each line again
     logger.handlers = [logging.FileHandler(path), logging.StreamHandler()]
     logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.handlers[0].handleError, logger.handlers[1].handleError = warn, lambda record: None
@@ -273,17 +276,17 @@ def train_epochs(agent, directory):
         if agent.epoch == config.num_epochs:
             log.info("expected reward %.4f of %.4f, %.2f %%", *(agent.evaluate()[name] * factor for name, factor in REPORTED))
         elif not isinstance(sys.exc_info()[1], FloatingPointError):  # it would come again
-            log.info("stopped; go on with: python -m algorithms.%s --resume %s", NAME, directory)
+            log.info("stopped; go on with: %s", resume_command(f"-m algorithms.{NAME}", directory, ranks=1))
         log.handlers[0].close()
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog=f"-m algorithms.{NAME}", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("config", nargs="?", default="config.json")
-    parser.add_argument("--resume", metavar="RUN", help="a run's directory, or a checkpoint in it")
-    parser.add_argument("--directory", default=".", help="where the run's directory is made (default: here)")
-    parser.add_argument("--evaluate", nargs="?", const=HERE / "pretrained" / f"{NAME}.pt", metavar="CHECKPOINT")
+    parser.add_argument("config", nargs="?", type=given_path, default="config.json")
+    parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run's directory, or a checkpoint in it")
+    parser.add_argument("--directory", type=given_path, default=".", help="where the run's directory is made (default: here)")
+    parser.add_argument("--evaluate", type=given_path, nargs="?", const=HERE / "pretrained" / f"{NAME}.pt", metavar="CHECKPOINT")
     parser.error = raise_error
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # small networks

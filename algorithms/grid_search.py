@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from algorithms import actor_critic
 from callbacks import read_metrics
 from checkpoint import CheckpointError, load_checkpoint
-from command_line import CommandLineError, check_constants, convert, kind_of, locked, raise_error, run_script
+from command_line import CommandLineError, check_constants, convert, given_path, kind_of, locked, raise_error, run_script, shown
 from device import available_cores
 
 HERE = Path(__file__).parent
@@ -202,12 +202,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="-m algorithms.grid_search", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("training", choices=TRAININGS, metavar="TRAINING", help=", ".join(TRAININGS))
-    parser.add_argument("--out", type=Path, help="default runs/grid/TRAINING")
+    parser.add_argument("--out", type=given_path, help="default runs/grid/TRAINING")
     parser.add_argument("--map", nargs=2, metavar="CONSTANT", help="two constants for a heat map, grid.png")
     parser.add_argument("--fresh", type=int, metavar="EPISODES", help="also score each best model in so many fresh games")
     parser.error = raise_error
     args, words = parser.parse_known_args(argv)
-    what, out = training(args.training), (args.out or Path("runs/grid") / args.training).resolve()
+    what, out = training(args.training), Path(args.out or f"runs/grid/{args.training}").resolve()
     grid = read_grid(words, what)
     if args.fresh is not None and not (what.evaluate and args.fresh > 0):
         raise CommandLineError("--fresh must be 1 or more" if what.evaluate else f"--fresh: {args.training} cannot be scored in fresh games; leave it out")
@@ -226,7 +226,7 @@ def main(argv=None):
         if what.finished(run_dir):
             what.result(run_dir)  # or say now that it has lost its metrics
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(runs)} runs, {available_cores()} at a time, in {os.path.relpath(out)}", flush=True)
+    print(f"{len(runs)} runs, {available_cores()} at a time, in {shown(out)}", flush=True)
     with ThreadPoolExecutor(available_cores()) as pool:
         try:
             list(pool.map(lambda run_dir: train(what, run_dir, runs[run_dir]), runs))
@@ -246,7 +246,7 @@ def main(argv=None):
         print("| " + " | ".join(f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
     if axes:
         heat_map(rows, *axes).savefig(out / "grid.png", dpi=120)
-        print(f"wrote {os.path.relpath(out / 'grid.png')}")
+        print(f"wrote {shown(out / 'grid.png')}")
     return 0
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from breakout_ascii import TOKENS, BreakoutAsciiVec  # noqa: E402
-from command_line import CommandLineError, check_constants, raise_error, run_script  # noqa: E402
+from command_line import CommandLineError, check_constants, given_path, raise_error, run_script  # noqa: E402
 from device import set_threads  # noqa: E402
 from evaluation import exact  # noqa: E402
 from ppo import Policy, lost_lives  # noqa: E402
@@ -101,12 +101,12 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--num_steps", type=int, default=NUM_STEPS, help=f"environment steps in all (default {NUM_STEPS})")
-    parser.add_argument("--out", type=Path, default=Path("runs/baseline"), help="default runs/baseline")
+    parser.add_argument("--out", type=given_path, default="runs/baseline", help="default runs/baseline")
     parser.error = raise_error
     args = parser.parse_args(argv)
     check_constants({"SEED": args.seed, "NUM_STEPS": args.num_steps}, CONSTANTS, RANGES)
-    path, scores = args.out / f"seed{args.seed}.csv", []
-    args.out.mkdir(parents=True, exist_ok=True)
+    path, scores = Path(args.out, f"seed{args.seed}.csv"), []
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = open(path, "x", newline="")
     except FileExistsError:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import train_ppo  # noqa: E402
 from callbacks import read_metrics  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
-from command_line import CommandLineError, check_constants, raise_error, read_command_line, run_script  # noqa: E402
+from command_line import CommandLineError, check_constants, given_path, raise_error, read_command_line, run_script  # noqa: E402
 from device import available_cores  # noqa: E402
 from evaluation import CLEARED_SCORE, RANDOM_SCORE  # noqa: E402
 from model import GPT  # noqa: E402
@@ -208,13 +208,14 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["recipe"], help="default recipe")
-    parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="default runs/learning")
+    parser.add_argument("--out", type=given_path, default="runs/learning", help="default runs/learning")
     parser.error = raise_error
     args, more = parser.parse_known_args(argv)
-    runs = {(variant, seed): args.out / variant / f"seed{seed}" for variant in args.variants for seed in args.seeds}
+    out = Path(args.out)
+    runs = {(variant, seed): out / variant / f"seed{seed}" for variant in args.variants for seed in args.seeds}
     for (variant, seed), run_dir in runs.items():
         check(run_dir, variant, seed, more)
-    args.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(available_cores()) as pool:
         try:
             list(pool.map(lambda run: train(runs[run], *run, more), runs))
@@ -226,8 +227,8 @@ def main(argv=None):
     curves = {variant: {seed: evaluations(runs[variant, seed]) for seed in args.seeds} for variant in args.variants}
     tables = [[seed_row(variant, seed, curve) for seed, curve in seeds.items()] for variant, seeds in curves.items()]
     rows = [row for table in tables for row in table]
-    write(args.out / "learning.csv", rows)
-    draw(curves[args.variants[0]]).savefig(args.out / "learning.png", dpi=120)
+    write(out / "learning.csv", rows)
+    draw(curves[args.variants[0]]).savefig(out / "learning.png", dpi=120)
     show(rows)
     show([summary_row(table, "median", statistics.median) for table in tables])
     show([summary_row(table, name, statistic) for table in tables for name, statistic in (("min", min), ("max", max))])

@@ -11,7 +11,6 @@ with one --seed, and score the one you choose with another.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from breakout_ascii import BRICK_POINTS, CLEAR_POINTS, LIVES, draw_numbers, new_games, standard_serves  # noqa: E402
-from command_line import CommandLineError, raise_error, run_script  # noqa: E402
+from command_line import CommandLineError, given_path, raise_error, run_script, shown  # noqa: E402
 from device import set_threads  # noqa: E402
 from evaluation import GAMES_AT_ONCE, SERVES, Results, greedy, play_games, sampling, tracker  # noqa: E402
 from load_model import SHIPPED, load_policy  # noqa: E402
@@ -78,7 +77,7 @@ def show_rows(name, make_player, deterministic, num_games, seed):
 def read_command_line(argv):
     parser = argparse.ArgumentParser(prog="robustness.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("models", nargs="*", type=Path, default=[SHIPPED], help="checkpoints or runs (default: the shipped one)")
+    parser.add_argument("models", nargs="*", type=given_path, default=[SHIPPED], help="checkpoints or runs (default: the shipped one)")
     parser.add_argument("--games", type=int, default=200, help="games for each row (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
     parser.error = raise_error
@@ -91,7 +90,7 @@ def read_command_line(argv):
 
 def main(argv=None):
     args = read_command_line(argv)
-    models = {os.path.relpath(path): load_policy(path) for path in args.models}
+    models = {shown(path): load_policy(path) for path in args.models}
     set_threads(max(policy.config.n_layer for policy, _ in models.values()))
     for name, (_, meta) in models.items():
         print(f"{name}: trained for {meta.get('global_step', 0):,} steps")

@@ -646,6 +646,13 @@ def test_checkpoints_left_from_before_a_resume_do_not_push_out_new_ones(tmp_path
         "checkpoint_4.pt", "checkpoint_5.pt", "checkpoint_mine.pt"]  # fmt: skip
 
 
+def test_links_to_nothing_and_directories_among_the_checkpoints_stop_nothing(tmp_path):
+    (tmp_path / "checkpoint_9.pt").symlink_to("gone")
+    (tmp_path / "checkpoint_8.pt").mkdir()
+    FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)]).learn(until=5)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint_*")) == [f"checkpoint_{i}.pt" for i in (4, 5, 8, 9)]
+
+
 def test_the_newest_checkpoint_stays_when_the_clock_has_been_set_back(tmp_path):
     ppo = FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)])
     ppo.learn(until=2)

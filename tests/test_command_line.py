@@ -1,8 +1,10 @@
 import math
 import os
 import re
+import shlex
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,14 +12,16 @@ import pytest
 import command_line
 from algorithms.grid_search import TRAININGS, training
 from checkpoint import atomic_write
-from command_line import CommandLineError, check_constants, constants_of, finish_output, new_run_dir, one_line, read_command_line, run_script
+from command_line import (
+    CommandLineError, check_constants, constants_of, finish_output, new_run_dir, one_line, read_command_line, read_run, resume_command, run_script,
+)  # fmt: skip
 
 DEFAULTS = {"NUM_STEPS": 100, "GAMMA": 0.9, "PAIRED": True, "NAME": "a", "DROPOUT": 0.1}
 RANGES = {"NUM_STEPS": (1, 10**12), "GAMMA": (0.0, 1.0)}
 
 
 def read(text, defaults=DEFAULTS):
-    return read_command_line(text.split(), "script.py", "what it does", defaults, RANGES)
+    return read_command_line(text.split() if isinstance(text, str) else text, "script.py", "what it does", defaults, RANGES)
 
 
 def test_constants_are_what_a_script_assigns(tmp_path):
@@ -95,6 +99,49 @@ def test_a_directory_is_free_if_it_has_only_what_a_run_without_a_checkpoint_leav
     (tmp_path / "metrics.csv").touch()
     with pytest.raises(CommandLineError, match="is in use already"):
         new_run_dir(str(tmp_path))
+
+
+def test_a_path_through_a_link_that_leads_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("gone", "runs")
+    for name in ("", "runs", "runs/a"):
+        with pytest.raises(CommandLineError, match="^runs.* cannot be made: a link in this path leads nowhere; name another --run_dir"):
+            new_run_dir(name)
+    assert not os.path.exists("gone")
+
+
+def test_a_tilde_is_the_home_directory_and_nothing_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    defaults = {"RUN_DIR": "~/a", "SEED": 0}
+    assert read_run([], "script.py", "", defaults, {}).constants["RUN_DIR"] == f"{tmp_path}/a"
+    assert read_run(["--run_dir=~/b"], "script.py", "", defaults, {}).constants["RUN_DIR"] == f"{tmp_path}/b"
+    with pytest.raises(CommandLineError, match="--resume: is empty; name a file or a directory"):
+        read_run(["--resume", ""], "script.py", "", defaults, {})
+
+
+@pytest.mark.parametrize("name", ["run", "-run", "a b", "it's; $(rm) `x` \\ \"q\"", "über", "a\nb"])
+@pytest.mark.parametrize("prog", ["train_ppo.py", "-m algorithms.grpo_text"])
+def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, name, prog):
+    """From whatever directory: the script is found, and the run is read as it was named."""
+    monkeypatch.chdir(tmp_path)
+    python, *script, resume, run_dir = shlex.split(resume_command(prog, Path(name), ranks=1))
+    assert (python, resume, Path(run_dir)) == ("python", "--resume", Path(name))
+    assert script == prog.split() if prog.startswith("-m") else os.path.samefile(script[0], Path(command_line.__file__).parent / prog)
+    assert Path(read(["--resume", run_dir])[0]) == Path(name)
+    Path(name).mkdir()
+    (Path(name) / "metrics.csv").touch()
+    with pytest.raises(CommandLineError, match="is in use already") as error:
+        new_run_dir(name)
+    assert Path(shlex.split(str(error.value).partition("; ")[2])[-1]) == Path(name)
+
+
+def test_a_reader_that_has_left_ends_a_script_quietly(capsys):
+    def broken():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(SystemExit, match="141"):
+        run_script(broken, "script.py")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_full_disk_names_the_file(tmp_path):

@@ -88,6 +88,14 @@ def test_play_without_a_terminal_is_one_line():
     assert run.returncode == 1 and run.stderr == "play_in_terminal.py: input and output must be a terminal\n"
 
 
+@pytest.mark.parametrize("name", ["stdin", "stdout"])
+def test_input_or_output_that_is_closed_is_no_terminal(monkeypatch, name):
+    """<&- and >&-: Python has None for it then."""
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(play_in_terminal, "sys", SimpleNamespace(**{"stdin": terminal, "stdout": terminal} | {name: None}))
+    assert play_in_terminal.terminal_problem() == "input and output must be a terminal"
+
+
 def test_play_without_curses(monkeypatch):
     monkeypatch.setattr(play_in_terminal, "curses", None)
     assert "pip install windows-curses" in play_in_terminal.terminal_problem()
