@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 FORMAT_VERSION = 1  # raise it when a change makes older code misread the file
+PLAYED = ("best_model.pt", "last.pt")  # what is played of a run: the first of them that it has
 PLAIN_TYPES = (type(None), bool, int, float, str)
 
 
@@ -240,13 +241,48 @@ def find_checkpoint(path, names=("last.pt",)):
     raise CheckpointError(f"{path}: there is no such file; check the path{_newest_good(path.parent)}")
 
 
-def newest_run(runs_dir, name="best_model.pt"):
-    """The directory in `runs_dir` whose file `name` was written last, or None if no run has one."""
-    def written(file):
-        return file.stat().st_mtime_ns, file.parent.name  # names are dates: they settle a tie
+def model_to_play(name, shipped, is_mine):
+    """Find the checkpoint to play: the file or run that was named, else the newest run, else the shipped model.
 
-    files = [file for file in Path(runs_dir).glob(f"*/{name}") if file.is_file()]
-    return max(files, key=written).parent if files else None
+    Returns its path, and a remark that says why it was taken where none was named (None). is_mine: as for `newest_run`.
+    Raises CheckpointError if there is no such model.
+    """
+    if name is not None:
+        return find_checkpoint(name, PLAYED), ""
+    run_dir = newest_run("runs", is_mine)
+    if run_dir is not None:
+        path = find_checkpoint(run_dir, PLAYED)
+        return path, " (the newest run)" if path.name == PLAYED[0] else " (the newest run; it has no best model yet)"
+    if shipped.exists():
+        return shipped, " (the shipped model, because there is no run)"
+    raise CheckpointError(f"no model of {shipped.stem} is shipped, and there is no run; train one, or name one")
+
+
+def newest_run(runs_dir, is_mine):
+    """The directory, up to four levels below `runs_dir`, of the run of one program that was written last, or None.
+
+    is_mine: takes the state in a checkpoint, its tensors not yet read, and says whether that program wrote it. A run of which
+    nothing can be read counts too, because it may be the one that is meant: who loads it hears what is wrong.
+    """
+    written = {}
+    for pattern in (depth * "*/" + name for depth in range(1, 5) for name in PLAYED):
+        for file in filter(Path.is_file, Path(runs_dir).glob(pattern)):
+            with contextlib.suppress(OSError):  # it has just been deleted
+                written[file.parent] = max(file.stat().st_mtime_ns, written.get(file.parent, 0))
+    for run_dir in sorted(written, key=lambda run_dir: (written[run_dir], run_dir.name), reverse=True):  # a date settles a tie
+        states = [state for name in PLAYED if (state := _peek(run_dir / name)) is not None]
+        if is_mine(states[0]) if states else (run_dir / "config.json").exists():
+            return run_dir
+    return None
+
+
+def _peek(path):
+    """The state in a checkpoint, its tensors left on the disk; None if it cannot be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torch raises whatever its reader met
+        return None
+    return state if isinstance(state, dict) else {}
 
 
 # --- numpy ------------------------------------------------------------------------------------------------------------

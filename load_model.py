@@ -1,8 +1,9 @@
 """Watch a trained GPT play:  python load_model.py
 
-Plays the newest run's best model, or the shipped one, and draws what it reads as a gif. Name a checkpoint or a run
-directory to play another; --out replay.html writes a page for the browser that replays the game with the model's attention,
-and lets one edit what it reads; --evaluate plays all 32 possible games and prints the exact score as JSON.
+Plays the best model of the newest run, its last if it has none yet, or the shipped one where there is no run, and draws
+what it reads as a gif. Name a checkpoint or a run directory to play another; --out replay.html writes a page for the browser
+that replays the game with the model's attention, and lets one edit what it reads; --evaluate plays all 32 possible games and
+prints the exact score as JSON.
 """
 
 import signal
@@ -26,8 +27,8 @@ import torch
 from tqdm import tqdm
 
 from breakout_ascii import BreakoutAscii
-from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run, replacing
-from command_line import one_line, run_script
+from checkpoint import CheckpointError, load_checkpoint, model_to_play, replacing
+from command_line import given_path, one_line, run_script, shown
 from device import set_threads
 from drawing import to_image, write_gif
 from evaluation import evaluate, exact, greedy, sampled, sampling
@@ -52,7 +53,7 @@ def load_policy(path, device="cpu"):
 
     The GPT maps (B, 1944) uint8 tokens to logits (B, 3) and values (B,). Raises CheckpointError with a message of one line.
     """
-    path = find_model(path)
+    path, _ = find_model(path)
     meta = load_checkpoint(path)
     try:
         policy = policy_of(meta, device)
@@ -144,19 +145,18 @@ def stages(path, policy, meta):
 
 
 def find_model(name):
-    """The checkpoint or run directory that was named, else the newest run, else the shipped model."""
-    return find_checkpoint(name or newest_run("runs") or SHIPPED, ("best_model.pt", "last.pt"))
+    """The checkpoint or run directory that was named, else the newest run of a GPT, else the shipped model -> its path, and why it is that."""
+    return model_to_play(name, SHIPPED, lambda state: "gpt_config" in state)
 
 
 def read_command_line(argv):
     parser = argparse.ArgumentParser(prog="load_model.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument(
-        "model", nargs="?", help="a checkpoint or a run directory (default: the newest run, else the shipped model)"
-    )
+    parser.add_argument("model", nargs="?", type=given_path,
+                        help="a checkpoint or a run directory (default: the newest run, else the shipped model)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=1000, help="steps to play (default 1000)")
     parser.add_argument("--episodes", type=int, help="whole games to play, instead of --steps")
-    parser.add_argument("--out", default="gpt.gif",
+    parser.add_argument("--out", default="gpt.gif", type=given_path,
                         help="a .gif, an .html to look into the model, or an .mp4 if imageio-ffmpeg is installed (default gpt.gif)")  # fmt: skip
     parser.add_argument("--attention", action="store_true", help="draw behind the characters what each head looks at")
     parser.add_argument("--head", type=int, help="the same for one head")
@@ -207,10 +207,10 @@ def write(out, steps, args, path, policy, meta):
 
 def main(argv=None):
     args = read_command_line(argv)
-    path = find_model(args.model)
+    path, why = find_model(args.model)
     policy, meta = load_policy(path)
     set_threads(policy.config.n_layer)
-    print(f"{os.path.relpath(path)}: trained for {meta.get('global_step', 0):,} steps")
+    print(f"{shown(path)}: trained for {meta.get('global_step', 0):,} steps{why}")
     if args.evaluate:
         result = sampled(policy, args.episodes or 1000, args.seed) if args.sample else exact(policy)
         print(json.dumps({name: result[name] for name in ("score", "min", "max", "cleared", "games")}))

@@ -4,7 +4,7 @@
     python -m algorithms.NAME --play [MODEL] [--episodes 1] [--out NAME.gif]    shows games; --human opens a window instead
     python -m algorithms.NAME --evaluate [MODEL] [--episodes 100]               prints the score of fresh games as JSON
 
-MODEL is a run or a checkpoint; without one it is the model that algorithms/pretrained/ ships, or else the newest run.
+MODEL is a run or a checkpoint; without one it is the newest run, or else the model that algorithms/pretrained/ ships.
 """
 
 import argparse
@@ -22,8 +22,10 @@ from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import SyncVectorEnv
 
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
-from checkpoint import CheckpointError, find_checkpoint, load_checkpoint, newest_run, replacing
-from command_line import CommandLineError, load_state, memory_advice, new_run_dir, one_line, raise_error, read_run, train
+from checkpoint import CheckpointError, load_checkpoint, model_to_play, replacing
+from command_line import (
+    CommandLineError, given_path, load_state, memory_advice, new_run_dir, one_line, raise_error, read_run, shown, train,
+)  # fmt: skip
 from device import RANKS, DeviceError, choose_device
 from drawing import write_gif
 from ppo import PPOConfig
@@ -77,7 +79,7 @@ def main(algorithm, argv=None):
     if any(argument.split("=")[0] in ("--play", "--evaluate") for argument in argv):
         return play_or_evaluate(algorithm, argv)
     program = f"-m algorithms.{algorithm.name}"
-    doc = algorithm.doc + f"\nTo watch or to score: python {program} --play --help"
+    doc = (algorithm.doc or "") + f"\nTo watch or to score: python {program} --play --help"
     run = read_run(argv, program, doc, algorithm.constants, algorithm.ranges, algorithm.kept, algorithm.check)
     c = SimpleNamespace(**run.constants)
     if run.state:
@@ -133,27 +135,25 @@ def check_algorithm(name, state, path):
         raise CheckpointError(f"{path}: is no model of {name}; it was trained by {state.get('algorithm', 'another program')}")
 
 
-def load_model(algorithm, name=""):
-    """A checkpoint, a run, or "" for the shipped model, or else the newest run -> its policy state, its path. Raises CheckpointError."""
+def load_model(algorithm, name):
+    """The model that `checkpoint.model_to_play` finds for this name -> its policy state, its path, and why it is that. Raises CheckpointError."""
     shipped = HERE / "pretrained" / f"{algorithm.name}.pt"
-    name = name or (shipped if shipped.exists() else newest_run(f"runs/{algorithm.name}"))
-    if not name:
-        raise CheckpointError(f"no model of {algorithm.name} is shipped, and there is no run; train one, or name one")
-    path = find_checkpoint(name, ("best_model.pt", "last.pt"))
+    path, why = model_to_play(name, shipped, lambda state: state.get("algorithm") == algorithm.name)
     state = load_checkpoint(path)
     check_algorithm(algorithm.name, state, path)
-    return state, path
+    return state, path, why
 
 
 def play_or_evaluate(algorithm, argv):
     parser = argparse.ArgumentParser(prog=f"-m algorithms.{algorithm.name}", description=algorithm.doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--play", nargs="?", const="", metavar="MODEL", help="draw games (default: of the shipped model)")
-    what.add_argument("--evaluate", nargs="?", const="", metavar="MODEL", help="score fresh games")
+    what.add_argument("--play", type=given_path, nargs="?", const=True, metavar="MODEL",
+                      help="draw games (default: of the newest run, else of the shipped model)")  # fmt: skip
+    what.add_argument("--evaluate", type=given_path, nargs="?", const=True, metavar="MODEL", help="score fresh games")
     parser.add_argument("--episodes", type=int, help=f"default 1 to play, {algorithm.episodes} to evaluate")
     parser.add_argument("--seed", type=int, default=1_000_000, help="of the games (default 1000000, far from those of trainings)")
-    parser.add_argument("--out", help=f"default {algorithm.name}.gif")
+    parser.add_argument("--out", type=given_path, help=f"default {algorithm.name}.gif")
     parser.add_argument("--human", action="store_true", help="play in a window, or against you in the terminal")
     parser.error = raise_error
     args = parser.parse_args(argv)
@@ -172,9 +172,10 @@ def play_or_evaluate(algorithm, argv):
     for name, value, high in (("episodes", episodes, 10**6), ("seed", args.seed, 2**31 - 1)):
         if not (name == "episodes") <= value <= high:
             raise CommandLineError(f"--{name} must be from {int(name == 'episodes')} to {high:,}, not {value}")
-    state, path = load_model(algorithm, args.play if playing else args.evaluate)
+    named = args.play if playing else args.evaluate
+    state, path, why = load_model(algorithm, None if named is True else named)
     try:
-        print(f"{os.path.relpath(path)}: trained for {state['global_step']:,} steps", file=sys.stderr)
+        print(f"{shown(path)}: trained for {state['global_step']:,} steps{why}", file=sys.stderr)
         with memory_advice("does not fit into memory; try fewer --episodes"):
             if not playing:
                 print(json.dumps(algorithm.evaluate(state, episodes, args.seed)))

@@ -122,7 +122,7 @@ def ask(board):
     while True:
         try:
             text = input("Your cell: ").strip()
-        except EOFError:
+        except (EOFError, RuntimeError):  # the input has ended, or was closed from the start
             return None
         if text.lower() == "q":
             return None

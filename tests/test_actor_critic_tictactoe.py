@@ -1,5 +1,6 @@
 import functools
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -119,12 +120,13 @@ def minimax(b, turn):
     return max(results) if turn == X else min(results)
 
 
-def test_the_shipped_model_never_loses_and_minimax_draws(capsys):
+def test_the_shipped_model_never_loses_and_minimax_draws(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     result = evaluated(ALGORITHM, None, capsys)
     assert result["lost"] == 0 and result["lines"] > 500
     for side in "XO":
         assert result[f"as_{side}"] >= 0.99 * result[f"optimum_as_{side}"]
-    state, _ = load_model(ALGORITHM)
+    state, _, _ = load_model(ALGORITHM, None)
     moves = greedy(policy_of(state))
     for player in (X, O):
         b, turn = EMPTY, X
@@ -164,12 +166,20 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):  # 
     assert same(straight, resumed) and straight[0]["update_count"] > 4
 
 
-def test_a_person_plays(monkeypatch, capsys):
+def test_a_person_plays(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     answers = iter(["5", "5", "x", "1", "2", "3", "4", "6", "7", "8", "9", *"123456789" * 3, "q"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(answers, "q"))
     assert run(ALGORITHM, "--play", "--human") == 0
     out = capsys.readouterr().out
     assert "It expects" in out and "'5' is no empty cell" in out and "'x' is no empty cell" in out and "You win" not in out
+
+
+def test_a_person_who_has_closed_the_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for error in (EOFError(), RuntimeError("input(): lost sys.stdin")):  # </dev/null and <&-
+        monkeypatch.setattr("builtins.input", Mock(side_effect=error))
+        assert run(ALGORITHM, "--play", "--human") == 0
 
 
 def test_play(tmp_path, monkeypatch):

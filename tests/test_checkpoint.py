@@ -374,14 +374,18 @@ def test_find_checkpoint(tmp_path):
 
 
 def test_newest_run(tmp_path):
-    assert newest_run(tmp_path / "missing") is None and newest_run(tmp_path) is None
+    assert newest_run(tmp_path / "missing", lambda state: True) is None and newest_run(tmp_path, lambda state: True) is None
     for name, when in (("a", 100), ("b", 300), ("c", 200), ("d", 300)):
         (tmp_path / name).mkdir()
-        save_checkpoint(tmp_path / name / "best_model.pt", {})
+        save_checkpoint(tmp_path / name / "best_model.pt", {"name": name})
         os.utime(tmp_path / name / "best_model.pt", (when, when))
     (tmp_path / "e").mkdir()  # newest of all, but nothing in it
-    assert newest_run(tmp_path) == tmp_path / "d"
-    assert newest_run(tmp_path, "last.pt") is None
+    (tmp_path / "e" / "last.pt").symlink_to("nowhere")
+    assert newest_run(tmp_path, lambda state: True) == tmp_path / "d"
+    assert newest_run(tmp_path, lambda state: state["name"] in "ac") == tmp_path / "c"
+    assert newest_run(tmp_path, lambda state: False) is None
+    save_checkpoint(tmp_path / "a" / "last.pt", {"name": "a"})  # a run is as new as what it wrote last
+    assert newest_run(tmp_path, lambda state: True) == tmp_path / "a"
 
 
 # --- numpy and random states ------------------------------------------------------------------------------------------

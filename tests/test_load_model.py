@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -137,18 +138,58 @@ def test_evaluate_prints_json_last(checkpoint, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["games"] == 10
 
 
-def test_the_newest_run_else_the_shipped_model(tmp_path, monkeypatch):
+def test_the_newest_run_of_a_gpt_else_the_shipped_model(tmp_path, monkeypatch, checkpoint, capsys):
+    """Whatever it has of a model, wherever it lies, and whoever else has written a run since."""
     monkeypatch.chdir(tmp_path)
-    assert find_model(None) == SHIPPED
-    for age, name in ((100, "b"), (50, "a"), (10, "unfinished")):
+    assert find_model(None) == (SHIPPED, " (the shipped model, because there is no run)")
+    gpt, pole = load_checkpoint(checkpoint), {"algorithm": "reinforce_cartpole", "global_step": 1}
+    runs = {"b/best_model.pt": gpt, "a/best_model.pt": gpt, "grid/train_ppo/seed=0/last.pt": gpt, "x/best_model.pt": pole}
+    for i, (name, state) in enumerate(runs.items()):
+        file = tmp_path / "runs" / name
+        file.parent.mkdir(parents=True)
+        save_checkpoint(file, state)
+        os.utime(file, (1e9 + i, 1e9 + i))
+    (tmp_path / "runs" / "notes").mkdir()
+    (tmp_path / "runs" / "notes" / "best_model.pt").write_text("of another project")
+    newest = Path("runs/grid/train_ppo/seed=0/last.pt")
+    assert find_model(None) == (newest, " (the newest run; it has no best model yet)")
+    main(["--steps", "1"])
+    assert capsys.readouterr().out.startswith(f"{newest}: trained for 5 steps (the newest run; it has no best model yet)\n")
+    main(["runs/b", "--steps", "1"])
+    assert capsys.readouterr().out.startswith("runs/b/best_model.pt: trained for 5 steps\n")
+    newest.unlink()
+    assert find_model(None) == (Path("runs/a/best_model.pt"), " (the newest run)")
+
+
+def test_a_newest_run_that_is_damaged_is_named(tmp_path, monkeypatch, checkpoint):
+    """No older one is taken for it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("older", "newer"):
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
-        best = run / ("last.pt" if name == "unfinished" else "best_model.pt")
-        best.touch()
-        os.utime(best, (1e9 - age, 1e9 - age))
-    assert find_model(None) == Path("runs/a/best_model.pt")
-    assert find_model("runs/b") == Path("runs/b/best_model.pt")
-    assert find_model("runs/unfinished") == Path("runs/unfinished/last.pt")
+        (run / "config.json").touch()
+        (run / "best_model.pt").write_bytes(checkpoint.read_bytes())
+        os.utime(run / "best_model.pt", (1e9, 1e9))
+    (tmp_path / "runs" / "newer" / "best_model.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="runs/newer/best_model.pt: is empty"):
+        main([])
+
+
+def test_no_way_leads_to_the_model_from_the_working_directory(tmp_path, monkeypatch, checkpoint, capsys):
+    """On Windows it may be on another drive; and the working directory may have been removed."""
+    for error in (ValueError("path is on mount 'D:', start on mount 'C:'"), FileNotFoundError(2, "No such file or directory")):
+        monkeypatch.setattr(os.path, "relpath", Mock(side_effect=error))
+        main([str(checkpoint), "--steps", "1", "--out", str(tmp_path / "a.gif")])
+        assert capsys.readouterr().out.startswith(f"{checkpoint}: trained for")
+
+
+def test_a_path_that_is_empty_or_begins_with_the_home_directory(tmp_path, monkeypatch, checkpoint):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main([f"~/{checkpoint.relative_to(tmp_path)}", "--steps", "1", "--out=~/a.gif"])
+    assert (tmp_path / "a.gif").exists()
+    for arguments in ([""], [str(checkpoint), "--out", ""]):
+        with pytest.raises(SystemExit, match="is empty; name a file or a directory"):
+            main(arguments)
 
 
 def test_files_that_are_no_model(tmp_path, checkpoint):

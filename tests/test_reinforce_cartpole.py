@@ -1,5 +1,6 @@
 import importlib
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -58,7 +59,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):  # 
     assert same(straight, resumed) and straight[0]["update_count"] > 3
 
 
-def test_the_shipped_model_balances_the_pole(capsys):
+def test_the_shipped_model_balances_the_pole(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert evaluated(ALGORITHM, None, capsys, "--episodes", 20)["score"] >= 475
 
 
@@ -79,7 +81,8 @@ def test_a_gif_can_hold_every_frame_time(name, tmp_path):
     assert durations(tmp_path / "x.gif") == [frame_ms] * 3 and frame_ms >= 20
 
 
-def test_a_window_needs_a_screen(monkeypatch):
+def test_a_window_needs_a_screen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
@@ -95,6 +98,26 @@ def test_without_a_shipped_model_the_newest_run_plays(tmp_path, monkeypatch, cap
     Path("runs/reinforce_cartpole/now").mkdir(parents=True)
     save_checkpoint("runs/reinforce_cartpole/now/best_model.pt", {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0})
     assert evaluated(ALGORITHM, None, capsys, "--episodes", 2)["games"] == 2
+
+
+def test_the_newest_run_goes_before_the_shipped_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(ALGORITHM, "--evaluate", "--episodes", 1)
+    assert capsys.readouterr().err.endswith("steps (the shipped model, because there is no run)\n")
+    mine = {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 7}
+    for i, (name, state) in enumerate((("mine", mine), ("another", {"gpt_config": {}, "global_step": 9}))):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        save_checkpoint(tmp_path / "runs" / name / "last.pt", state)
+        os.utime(tmp_path / "runs" / name / "last.pt", (1e9 + i, 1e9 + i))
+    run(ALGORITHM, "--evaluate", "--episodes", 1)
+    assert capsys.readouterr().err == "runs/mine/last.pt: trained for 7 steps (the newest run; it has no best model yet)\n"
+
+
+def test_help_without_docstrings(capsys):
+    """python -OO leaves them out."""
+    with pytest.raises(SystemExit, match="0"):
+        run(ALGORITHM._replace(doc=None), "--help")
+    assert "--play --help" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_named(monkeypatch):
@@ -194,6 +217,10 @@ def test_an_evaluation_does_not_depend_on_how_many_play_side_by_side():
     ("--lr fast", CommandLineError, "--lr needs a number"),
     ("--resume nowhere", CheckpointError, "no such file"),
     ("--play nowhere", CheckpointError, "no such file"),
+    ("--play=", CommandLineError, "--play: is empty"),
+    ("--evaluate=", CommandLineError, "--evaluate: is empty"),
+    ("--resume=", CommandLineError, "--resume: is empty"),
+    ("--play --out=", CommandLineError, "--out: is empty"),
     ("--play --out game.mp4", CommandLineError, "--out must end in .gif"),
     ("--play --out nowhere/game.gif", CommandLineError, "is a directory, or lies in none"),
     ("--evaluate --human", CommandLineError, "--human and --out belong to --play"),
