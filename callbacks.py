@@ -11,21 +11,24 @@ A trainer is anything that has this, most of which `Trainer` brings (trainer.py)
     evaluation_end(state, evaluation)           tells the trainer, and by it all callbacks, what came of an evaluation
     check_stop()                                raises StopTraining if somebody asked for it
 
-The trainer calls the on_... methods of every callback, in the order of its list; whoever called `learn` calls `close` afterwards,
-as `train` in command_line.py does. No callback changes what is learned. Put `Evaluation` first, so that the others hear of a
-result before they hear of the update that waited for it. Put `MetricsCSV` before `LearningCurve`, which draws its file, and
-before `Checkpoints`, so that a resume point never knows of an update that metrics.csv does not. A full disk costs files, not the
-training.
+The trainer tells every callback of each event, in the order of its list; whoever called `learn` tells them to close afterwards, as
+`train` in command_line.py does. No callback changes what is learned, and one that only draws, logs or prints never ends a training:
+whatever it raises becomes a warning. `Evaluation` and `Checkpoints` may end it. Put `Evaluation` first, so that the others hear of a
+result before they hear of the update that waited for it. Put `MetricsCSV` before `LearningCurve`, which draws its file, and before
+`Checkpoints`, so that a resume point never knows of an update that metrics.csv does not.
 """
 
+import codecs
 import contextlib
 import csv
 import io
+import itertools
 import math
+import os
 import sys
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -33,14 +36,33 @@ from tqdm import tqdm
 
 from background import Background
 from checkpoint import CheckpointError, atomic_write, save_checkpoint
-from device import first_line, unavailable
+from device import first_line, shortened, unavailable
+from trainer import StopTraining
 
 CHARTS = ("lr", "steps_per_second", "episode_return")  # the other statistics are losses
+PROGRESS = ("update", "global_step", "seconds")  # the columns of metrics.csv that are no statistics
 PLAIN_INTERVAL = 10  # seconds between progress lines where no bar can be drawn
 
 
 class Callback:
     """Does nothing at any event."""
+
+    cost = ""  # what is lost if it fails, for a warning; "" if a failure ends the training
+    warnings = frozenset()  # the lines that have been printed
+
+    def hear(self, event, *arguments):
+        """Call the method of this name. If the callback has a `cost`, whatever that raises is printed, the same line but once."""
+        try:
+            getattr(self, event)(*arguments)
+        except StopTraining:
+            raise
+        except Exception as error:
+            if not self.cost:
+                raise
+            line = f"warning: {self.cost} ({reason(error)}); training goes on"
+            if line not in self.warnings:
+                say(line)
+            self.warnings |= {line}
 
     # fmt: off
     def on_training_start(self, trainer): pass
@@ -113,9 +135,18 @@ class Evaluation(Callback):
         self.background.close()
 
 
+def reason(error):
+    """An error of any kind -> why it came, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, ModuleNotFoundError):
+        return f"{shortened(error)}; install it with pip"
+    return f"{type(error).__name__}: {shortened(error)}"
+
+
 def say(line):
     """Print a line without tearing a progress bar. Where nobody reads (`| head`) or the disk is full, training goes on."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(Exception):
         tqdm.write(line)
         sys.stdout.flush()
 
@@ -149,6 +180,8 @@ def evaluation_line(trainer):
 
 class ProgressBar(Callback):
     """A bar on a terminal, otherwise a line every few seconds; in both cases a line for each evaluation."""
+
+    cost = "the progress is not shown"
 
     def __init__(self, plan="", first_is_slow=False):
         """plan: a line to print first, on what is about to happen. first_is_slow: the first update says nothing about the pace of the rest."""
@@ -208,23 +241,74 @@ class ProgressBar(Callback):
 
 
 def read_metrics(path):
-    """metrics.csv -> (columns, rows), lists of str. No file: empty. What a kill or a full disk tore is left out."""
-    path = Path(path)
-    text = path.read_text(errors="replace") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # a line without its end is torn, even if it parses
-    columns, *rows = list(csv.reader(whole.split("\n")[:-1])) or [[]]
-    if columns[:1] != ["update"]:
-        return [], []
-    return columns, [row for row in rows if len(row) == len(columns) and row[0].isdecimal()]
+    """metrics.csv -> its rows, each {column: number}. A cell without a number, and a missing column, is nan. No file: no rows."""
+    _, rows, _, _ = read_table(path)
+    return [defaultdict(lambda: math.nan, {name: number(cell) for name, cell in row.items()}) for row in rows]
+
+
+def number(cell):
+    """"3" -> 3, "81.25" -> 81.25; what is no number, as "" and "n/a" -> nan."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(cell)
+    return math.nan
+
+
+def read_table(path):
+    """metrics.csv, also as a spreadsheet or pandas saves it -> columns, rows, lines that are not understood, and a torn last line.
+
+    They may write a byte order mark or UTF-16, semicolons or tabs and then decimal commas, and a column without a name. A line without
+    its end was torn by a kill or a full disk, even if it parses.
+    """
+    data = Path(path).read_bytes() if Path(path).exists() else b""
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16", "replace") if utf_16 else data.decode("utf-8-sig", "surrogateescape")
+    *lines, torn = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    header = lines[0] if lines else ""
+    delimiter = max(",;\t", key=header.count)
+    columns = cells_of(header, delimiter)
+    if "update" not in columns:
+        return [], [], list(filter(None, lines)), torn
+    rows, odd = rows_of(lines[1:], columns, delimiter)
+    return list(filter(None, columns)), rows, odd, torn
+
+
+def rows_of(lines, columns, delimiter):
+    """-> rows, {column: text} but for "update", an int, in the order of their updates; and the lines that are not understood."""
+    rows, odd = {}, []
+    for line in lines:
+        cells = cells_of(line, delimiter)
+        row = dict(zip(columns, cells))
+        update = number(row.get("update", ""))
+        if len(cells) == len(columns) and update > 0 and update % 1 == 0 and update not in rows:
+            rows[update] = {name: cell for name, cell in row.items() if name} | {"update": int(update)}
+        elif any(cells):
+            odd.append(line)
+    return [rows[update] for update in sorted(rows)], odd
+
+
+def cells_of(line, delimiter):
+    """One line of a table, because a stray quotation mark must not swallow those that follow."""
+    try:
+        (cells,) = csv.reader([line], delimiter=delimiter)
+    except csv.Error:
+        return [line]
+    return [cell.strip() if delimiter == "," else cell.strip().replace(",", ".") for cell in cells]
 
 
 class MetricsCSV(Callback):
-    """One row per update; what a full disk refuses is written with the next. A resumed run drops the rows after its checkpoint, and goes
-    on as if never stopped."""
+    """One row per update; what cannot be written is written with the next. A resumed run drops the rows after its checkpoint, and goes
+    on as if never stopped. Where somebody has changed the file, what is understood stays, and the whole is copied before the rest goes.
+    """
 
     def __init__(self, path, evaluation=("score",)):
         """evaluation: the names of an evaluation that get a column, with `eval_` before them."""
-        self.path, self.evaluation, self.columns, self.unwritten = Path(path), evaluation, None, []
+        self.path, self.evaluation = Path(path), evaluation
+        self.cost = f"{path}: not written"
+        self.unwritten = []  # rows that belong behind what the file keeps
+        self.columns = []
+        self.kept = 0  # bytes of the file that stay as they are; 0: it is written anew
+        self.left = ()  # the file's size and time as we left it, None for no file; () is neither
 
     def on_training_start(self, trainer):
         self.last = trainer.update_count  # rows behind it are not of this run
@@ -234,48 +318,93 @@ class MetricsCSV(Callback):
         row = {"update": trainer.update_count, "global_step": trainer.global_step, "seconds": round(trainer.seconds, 2)}
         row |= trainer.stats | dict.fromkeys([f"eval_{name}" for name in self.evaluation], "")
         self.unwritten.append(row)
-        with self.warn_and_continue(f"row {trainer.update_count}"):
-            self.write()
+        self.write()
 
     def on_evaluation_end(self, trainer):
         update, evaluation = trainer.evaluated["update_count"], trainer.evaluated["evaluation"]
-        with self.warn_and_continue(f"the evaluation of row {update}"):
-            first = min([int(row["update"]) for row in self.unwritten], default=self.last + 1)
-            if update < first:
-                columns, rows = read_metrics(self.path)
-                self.unwritten[:0] = [dict(zip(columns, row)) for row in rows if update <= int(row[0]) < first]
-                self.columns = None
-            for row in self.unwritten:
-                if int(row["update"]) == update:
-                    row |= {f"eval_{name}": evaluation[name] for name in self.evaluation}
-            self.write()
+        self.take_back(update)
+        for row in self.unwritten:
+            if row["update"] == update:
+                row |= {f"eval_{name}": evaluation[name] for name in self.evaluation}
+        self.write()
 
     def write(self):
-        """Append the unwritten rows, or write the whole file if it may be torn or lacks a column."""
         if not self.unwritten:
             return
-        if self.columns is None:
-            columns, rows = read_metrics(self.path)
-            rows = [dict(zip(columns, row)) for row in rows if int(row[0]) < int(self.unwritten[0]["update"])] + self.unwritten
-            columns += [name for name in self.unwritten[-1] if name not in columns]
-            table = io.StringIO()
-            csv.writer(table, lineterminator="\n").writerow(columns)
-            csv.DictWriter(table, columns, lineterminator="\n").writerows(rows)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.path, table.getvalue().encode())
-            self.columns = columns
+        if self.outdated():
+            self.take_all_back()
+        if self.kept:
+            with open(self.path, "r+b") as file:
+                file.seek(self.kept)
+                file.write(self.as_csv(self.unwritten))
+                file.truncate()
         else:
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerows(self.unwritten)
+            self.columns = list(dict.fromkeys(["update", *self.columns, *self.unwritten[-1]]))
+            atomic_write(self.path, self.as_csv([dict(zip(self.columns, self.columns)), *self.unwritten]))
+        self.left = self.found()
+        self.kept = self.path.stat().st_size
         self.unwritten = []
 
-    @contextlib.contextmanager
-    def warn_and_continue(self, what):
-        try:
-            yield
-        except OSError as error:
-            self.columns = None  # the next update starts again, which repairs what this one tore
-            say(f"warning: {self.path}: {what} not written ({error.strerror}); training goes on")
+    def as_csv(self, rows):
+        table = io.StringIO(newline="")
+        csv.DictWriter(table, self.columns, lineterminator="\n").writerows(rows)
+        return table.getvalue().encode("utf-8", "surrogateescape")
+
+    def outdated(self):
+        """Whether the file must be read: at first, where a write tore it or somebody changed it, and if a column is new."""
+        new_column = self.unwritten and not self.unwritten[-1].keys() <= set(self.columns)
+        return self.found() != self.left or (self.kept > 0 and new_column)
+
+    def found(self):
+        """-> the file's size and time."""
+        stat = self.path.stat() if self.path.exists() else None
+        return stat and (stat.st_size, stat.st_mtime_ns)
+
+    def take_back(self, update):
+        """Make the rows from this update on unwritten again, because one of them is to change."""
+        if self.outdated():
+            self.take_all_back()
+        elif update < self.first_unwritten():
+            size = 10_000  # bytes: most evaluations are of one of the last rows
+            while (start := self.read_end(size).rfind(b"\n%d," % update)) < 0 and size < self.kept:
+                size *= 4
+            if start >= 0:
+                end = self.read_end(size)[start + 1 :]
+                rows, _ = rows_of(end.decode("utf-8", "surrogateescape").splitlines(), self.columns, ",")
+                self.unwritten[:0] = rows
+                self.kept -= len(end)
+
+    def read_end(self, size):
+        """-> the last bytes of those that the file keeps."""
+        with open(self.path, "rb") as file:
+            file.seek(max(self.kept - size, 0))
+            return file.read(min(size, self.kept))
+
+    def first_unwritten(self):
+        return self.unwritten[0]["update"] if self.unwritten else self.last + 1
+
+    def take_all_back(self):
+        """Make all rows before the unwritten ones unwritten too. A copy keeps what is not understood, and a line says so."""
+        first = self.first_unwritten()
+        self.left = self.found()
+        self.columns, rows, odd, torn = read_table(self.path)
+        rows = [row for row in rows if row["update"] < first]
+        missing = first - 1 - len(rows)
+        if missing and torn:  # by no kill: that would have torn a later row
+            odd.append(torn)
+        if missing or odd:
+            copy = f"; the file as it was: {keep_copy(self.path)}" if odd else ""
+            say(f"warning: {self.path}: earlier rows missing: {missing}, lines not understood: {len(odd)}{copy}")
+        self.unwritten[:0] = rows
+        self.kept = 0
+
+
+def keep_copy(path):
+    """metrics.csv -> metrics.copy-1.csv, or the first such name that is free, with the same contents."""
+    names = (path.with_stem(f"{path.stem}.copy-{number}") for number in itertools.count(1))
+    copy = next(name for name in names if not name.exists())
+    atomic_write(copy, path.read_bytes())
+    return copy
 
 
 class TensorBoard(Callback):
@@ -283,52 +412,43 @@ class TensorBoard(Callback):
 
     def __init__(self, run_dir):
         self.run_dir, self.writer, self.excepthook = run_dir, None, threading.excepthook
+        self.cost = f"{run_dir}: no more TensorBoard events"
 
     def on_training_start(self, trainer):
         threading.excepthook = self.thread_ended
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # here, because the training can do without
-        except ImportError:
-            say("warning: tensorboard is not installed, so there are no event files (pip install tensorboard)")
-            return
-        # purge_step hides what an interrupted run logged after the checkpoint that this one goes on from
-        purge_step = trainer.global_step + 1 if trainer.global_step else None
-        with self.warn_and_give_up():
-            self.writer = SummaryWriter(self.run_dir, purge_step=purge_step)
+        from torch.utils.tensorboard import SummaryWriter  # here, because the training can do without
+
+        # purge_step hides what an interrupted run logged after the checkpoint that this one goes on from, and since the evaluations that
+        # this one repeats; of the latter, what is not repeated is logged again
+        first = min([state["global_step"] for state in trainer.pending], default=trainer.global_step + 1)
+        self.writer = SummaryWriter(self.run_dir, purge_step=first if trainer.global_step else None)
+        for row in read_metrics(Path(self.run_dir, "metrics.csv")):
+            if first <= row["global_step"] <= trainer.global_step:
+                self.add_stats({name: x for name, x in row.items() if name not in PROGRESS and not name.startswith("eval_")}, row["global_step"])
 
     def on_update_end(self, trainer):
-        self.add(
-            {f"{'charts' if name in CHARTS else 'losses'}/{name}": x for name, x in trainer.stats.items()}, trainer.global_step
-        )
+        self.add_stats(trainer.stats, trainer.global_step)
+
+    def add_stats(self, stats, step):
+        self.add({f"{'charts' if name in CHARTS else 'losses'}/{name}": x for name, x in stats.items()}, step)
 
     def on_evaluation_end(self, trainer):
         self.add({f"eval/{name}": x for name, x in trainer.evaluated["evaluation"].items()}, trainer.evaluated["global_step"])
 
+    def add(self, scalars, step):
+        if self.writer is not None:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+
     def thread_ended(self, args):
-        """The writer's thread ends with its first error, which the next call raises again: a traceback would say no more."""
-        if not (isinstance(args.exc_value, OSError) and "tensorboard" in type(args.thread).__module__):
+        """The writer's thread ends with its first error, which every later call raises again: a traceback would say no more."""
+        if "tensorboard" not in type(args.thread).__module__:
             self.excepthook(args)
 
     def close(self):
         threading.excepthook = self.excepthook
         if self.writer is not None:
-            with self.warn_and_give_up():
-                self.writer.close()
-
-    def add(self, scalars, step):
-        if self.writer is not None:
-            with self.warn_and_give_up():
-                for name, value in scalars.items():
-                    self.writer.add_scalar(name, value, step)
-
-    @contextlib.contextmanager
-    def warn_and_give_up(self):
-        try:
-            yield
-        except (OSError, UnicodeError) as error:  # the latter for a directory whose name is not UTF-8
-            self.writer = None  # its thread ends with the first error
-            reason = error.strerror if isinstance(error, OSError) else error.reason
-            say(f"warning: {self.run_dir}: no more TensorBoard events ({reason}); training goes on")
+            self.writer.close()
 
 
 class LearningCurve(Callback):
@@ -336,8 +456,9 @@ class LearningCurve(Callback):
 
     def __init__(self, path, csv_path, levels=None):
         """levels: {label: score} to compare with, drawn as lines."""
-        self.path, self.csv_path, self.levels, self.missing = Path(path), csv_path, levels or {}, False
+        self.path, self.csv_path, self.levels = Path(path), csv_path, levels or {}
         self.next_at, self.out_of_date = -math.inf, False
+        self.cost = f"{path}: not drawn"
 
     def on_evaluation_end(self, trainer):
         self.out_of_date = True
@@ -354,27 +475,29 @@ class LearningCurve(Callback):
     def draw(self):
         start, self.out_of_date = time.monotonic(), False
         try:
-            columns, rows = read_metrics(self.csv_path)
             image = io.BytesIO()
-            learning_curve([dict(zip(columns, row)) for row in rows], self.levels).savefig(image, format="png", dpi=120)
+            learning_curve(read_metrics(self.csv_path), self.levels).savefig(image, format="png", dpi=120)
             atomic_write(self.path, image.getvalue())
-        except OSError as error:
-            say(f"warning: {self.path}: not drawn ({error.strerror}); training goes on")
-        except ImportError as error:
-            if not self.missing:
-                say(f"warning: {error.name} is not installed, so there is no learning curve (pip install matplotlib)")
-            self.missing = True
-        end = time.monotonic()
-        self.next_at = end + 20 * (end - start)  # on a GPU evaluations end faster than a curve is drawn
+        finally:
+            end = time.monotonic()
+            self.next_at = end + 20 * (end - start)  # on a GPU evaluations end faster than a curve is drawn
+
+
+def new_figure(width, height):
+    """-> a matplotlib Figure of so many inches. It is not of pyplot, which keeps global state and may want a screen."""
+    try:
+        from matplotlib.figure import Figure  # here, because the training can do without
+    except ValueError:  # MPLBACKEND names a backend that is not installed; a file needs none
+        os.environ.pop("MPLBACKEND", None)
+        from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def learning_curve(rows, levels):
-    """Rows of metrics.csv (dicts of str), {label: score} -> a Figure: scores over steps, and over minutes. Raises ImportError."""
-    from matplotlib.figure import Figure  # here, because the training can do without
-
-    figure = Figure(figsize=(12, 4.8), layout="constrained")  # no pyplot: it keeps global state and may want a screen
+    """Rows of metrics.csv, {label: score} -> a Figure: scores over steps, and over minutes."""
+    figure = new_figure(12, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
-    steps = max((int(row["global_step"]) for row in rows), default=0)
+    steps = max((row["global_step"] for row in rows if math.isfinite(row["global_step"])), default=0)
     unit, name = (1e6, "million environment steps") if steps >= 1_000_000 else (1e3, "thousand environment steps") if steps >= 1000 else (1, "steps")
     draw_scores(left, rows, levels, "global_step", unit, name)
     draw_scores(right, rows, levels, "seconds", 60, "minutes")
@@ -385,13 +508,13 @@ def learning_curve(rows, levels):
 
 def draw_scores(axes, rows, levels, column, unit, label):
     """The scores of `rows` over `column` / `unit`, and the levels to compare with."""
-    evaluated = [row for row in rows if row["eval_score"]]
+    evaluated = [row for row in rows if math.isfinite(row["eval_score"])]
     for (name, level), color, style in zip(levels.items(), ("tab:green", "gray", "tab:orange"), ("--", ":", "-.")):
         axes.axhline(level, color=color, linestyle=style, linewidth=1.3, label=f"{name}: {level:g}")
-    scores = [float(row["eval_score"]) for row in evaluated]
-    axes.plot([float(row[column]) / unit for row in evaluated], scores,
+    scores = [row["eval_score"] for row in evaluated]
+    axes.plot([row[column] / unit for row in evaluated], scores,
               color="tab:blue", linewidth=2, marker="o", markersize=3.5, zorder=3, label="evaluation")  # fmt: skip
-    axes.plot([float(row[column]) / unit for row in rows], [float(row.get("episode_return") or "nan") for row in rows],
+    axes.plot([row[column] / unit for row in rows], [row["episode_return"] for row in rows],
               color="tab:blue", linewidth=1, alpha=0.4, label="training episodes: actions are sampled")  # fmt: skip
     axes.set(xlabel=label)
     axes.set_xlim(left=0)

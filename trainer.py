@@ -74,7 +74,7 @@ class Trainer:
 
     def emit(self, event):
         for callback in self.callbacks:
-            getattr(callback, event)(self)
+            callback.hear(event, self)
 
     def tick(self):
         """Update the clock: everything since `learn` started counts, callbacks and waiting too."""

@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from algorithms import actor_critic
-from callbacks import read_metrics
+from callbacks import new_figure, read_metrics, reason
 from checkpoint import CheckpointError, load_checkpoint
 from command_line import CommandLineError, check_constants, convert, given_path, kind_of, locked, raise_error, run_script, shown
 from device import available_cores
@@ -77,13 +76,12 @@ class Training(NamedTuple):
 
     def result(self, run_dir):
         """-> the best and the last score of a run, its steps and minutes."""
-        columns, rows = read_metrics(run_dir / "metrics.csv")
-        rows = [dict(zip(columns, row)) for row in rows]
+        rows = read_metrics(run_dir / "metrics.csv")
         if not rows:
             raise CommandLineError(f"{run_dir}: has lost its metrics.csv; delete the directory to train it again")
-        scores = [float(row["eval_score"]) for row in rows if row["eval_score"]]
+        scores = [row["eval_score"] for row in rows if math.isfinite(row["eval_score"])]
         best, last = (max(scores), scores[-1]) if scores else (math.nan, math.nan)
-        return {"best": best, "last": last, "steps": int(rows[-1]["global_step"]), "minutes": round(float(rows[-1]["seconds"]) / 60, 2)}
+        return {"best": best, "last": last, "steps": rows[-1]["global_step"], "minutes": round(rows[-1]["seconds"] / 60, 2)}
 
     def fresh(self, run_dir, episodes):
         """-> the score of the best model in fresh games, and the lowest of them, if asked for."""
@@ -187,7 +185,7 @@ def heat_map(rows, x, y):
     """The mean of the best scores over two constants -> a Figure."""
     xs, ys = (sorted({row[name] for row in rows}) for name in (x, y))
     means = np.array([[np.mean([row["best"] for row in rows if (row[x], row[y]) == (a, b)]) for a in xs] for b in ys])
-    figure = Figure(figsize=(2.5 + len(xs), 2 + 0.7 * len(ys)), layout="constrained")
+    figure = new_figure(2.5 + len(xs), 2 + 0.7 * len(ys))
     axes = figure.subplots()
     image = axes.imshow(means, cmap="viridis", aspect="auto", origin="lower")
     middle = (np.nanmin(means) + np.nanmax(means)) / 2
@@ -245,7 +243,10 @@ def main(argv=None):
     for row in rows:
         print("| " + " | ".join(f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
     if axes:
-        heat_map(rows, *axes).savefig(out / "grid.png", dpi=120)
+        try:
+            heat_map(rows, *axes).savefig(out / "grid.png", dpi=120)
+        except Exception as error:  # the runs are not lost
+            raise CommandLineError(f"{out / 'grid.png'}: not drawn ({reason(error)}); start again to draw it") from None
         print(f"wrote {shown(out / 'grid.png')}")
     return 0
 

@@ -30,7 +30,7 @@ from algorithms.language_model import (
     TINY, TrainedOnly, check_scores, from_pretrained, is_adapter, load_model, load_tokenizer, reference_to, transformer, with_lora,
 )  # fmt: skip
 from callbacks import Callback, say
-from command_line import CommandLineError, constants_of, one_line, run_script
+from command_line import CommandLineError, constants_of, run_script
 from device import choose_device
 from ppo import k3, policy_loss
 from trainer import Trainer
@@ -288,6 +288,8 @@ class GRPO(Trainer):
 class Answers(Callback):
     """Prints the best and the worst answer of each step."""
 
+    cost = "the answers are not shown"
+
     def on_update_end(self, trainer):
         say(f"step {trainer.update_count}: mean reward {trainer.stats['episode_return']:.3f}, kl {trainer.stats['kl_reference']:.4f}")
         for name, (reward, prompt, answer) in (("best", trainer.examples[0]), ("worst", trainer.examples[-1])):
@@ -311,18 +313,25 @@ class SavePretrained(Callback):
 
 
 class WeightsAndBiases(Callback):
+    """The statistics of each step, for a project of wandb.ai."""
+
+    cost = "no more goes to Weights & Biases"
+
     def __init__(self, project, constants):
-        wandb = need("wandb", "wandb")
-        try:
-            self.run = wandb.init(project=project, config=constants)
-        except wandb.errors.Error as error:
-            raise CommandLineError(f"Weights & Biases: {one_line(error)}; log in by `wandb login`, or set WANDB_MODE=offline") from None
+        self.project, self.constants, self.run = project, constants, None
+
+    def on_training_start(self, trainer):
+        import wandb  # here, because the training can do without
+
+        self.run = wandb.init(project=self.project, config=self.constants)
 
     def on_update_end(self, trainer):
-        self.run.log(trainer.stats, step=trainer.update_count)
+        if self.run is not None:
+            self.run.log(trainer.stats, step=trainer.update_count)
 
     def close(self):
-        self.run.finish()
+        if self.run is not None:
+            self.run.finish()
 
 
 def callbacks_of(c, run_dir):

@@ -15,7 +15,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
-import contextlib
 import math
 import random
 import sys
@@ -31,10 +30,10 @@ from algorithms.common import Algorithm, check_ppo, device_of, main, ppo_config,
 from algorithms.language_model import TINY, load_model, load_tokenizer, reference_to, tokenizer_from, with_lora
 from algorithms.language_policy import LanguagePolicy
 from background import Background
-from callbacks import Callback, say
+from callbacks import Callback
 from checkpoint import replacing
 from command_line import constants_of, read_run, run_script
-from device import choose_device, shortened
+from device import choose_device
 from drawing import write_gif
 from ppo import PPO, Policy
 
@@ -259,37 +258,33 @@ def frames(state, episodes, seed, human):
 
 
 class Video(Callback):
-    """Every so many updates a game of the policy as a gif, drawn in another process while training goes on. If that fails, a warning says so."""
+    """Every so many updates a game of the policy as a gif, drawn in another process while training goes on."""
 
     def __init__(self, directory, interval):
-        self.directory, self.interval, self.background, self.under_way = directory, interval, Background(draw_video), None
+        self.directory, self.interval, self.background, self.under_way = directory, interval, None, None
+        self.cost = f"{directory}: no video"
+
+    def on_training_start(self, trainer):
+        self.background = Background(draw_video)
 
     def on_update_end(self, trainer):
-        if trainer.update_count % self.interval == 0 and (self.under_way is None or self.under_way.done()):
+        if self.background and trainer.update_count % self.interval == 0 and (self.under_way is None or self.under_way.done()):
             self.finish()
-            with self.warn():
-                self.directory.mkdir(exist_ok=True)
-                path = self.directory / f"update_{trainer.update_count}.gif"
-                self.under_way = self.background.submit((trainer.policy_state(), str(path)))
+            self.directory.mkdir(exist_ok=True)
+            path = self.directory / f"update_{trainer.update_count}.gif"
+            self.under_way = self.background.submit((trainer.policy_state(), str(path)))
 
     def on_training_end(self, trainer):
         self.finish()
 
     def finish(self):
         if self.under_way is not None:
-            with self.warn():
-                self.background.result(self.under_way)
-            self.under_way = None
-
-    @contextlib.contextmanager
-    def warn(self):
-        try:
-            yield
-        except Exception as error:  # no memory for a second model, a full disk: no reason to stop training
-            say(f"warning: {self.directory}: no video ({shortened(error) or type(error).__name__}); training goes on")
+            future, self.under_way = self.under_way, None
+            self.background.result(future)
 
     def close(self):
-        self.background.close()
+        if self.background:
+            self.background.close()
 
 
 def draw_video(state_and_path):

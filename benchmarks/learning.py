@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_ppo  # noqa: E402
-from callbacks import read_metrics  # noqa: E402
+from callbacks import new_figure, read_metrics, reason  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from command_line import CommandLineError, check_constants, given_path, raise_error, read_command_line, run_script  # noqa: E402
 from device import available_cores  # noqa: E402
@@ -117,10 +116,9 @@ def check(run_dir, variant, seed, more):
 
 def evaluations(run_dir):
     """metrics.csv -> (evaluations, 4): steps, minutes, score, games cleared. Raises CommandLineError if there are none."""
-    columns, rows = read_metrics(run_dir / "metrics.csv")
-    rows = [dict(zip(columns, row)) for row in rows]
-    curve = [[int(r["global_step"]), float(r["seconds"]) / 60, float(r["eval_score"]), int(r["eval_cleared"])]
-             for r in rows if r["eval_score"]]  # fmt: skip
+    curve = [[row["global_step"], row["seconds"] / 60, row["eval_score"], row["eval_cleared"]]
+             for row in read_metrics(run_dir / "metrics.csv")]  # fmt: skip
+    curve = [evaluation for evaluation in curve if all(map(math.isfinite, evaluation))]
     if not curve:
         raise CommandLineError(f"{run_dir / 'metrics.csv'} has no evaluations; name another --out")
     return np.array(curve)
@@ -177,7 +175,7 @@ def interquartile_mean(scores):
 
 def draw(curves):
     """{seed: (evaluations, 4)} -> a Figure: every seed thin, the interquartile mean thick with a 95 % bootstrap interval."""
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    figure = new_figure(12, 4.8)
     shortest = min(map(len, curves.values()))  # a full disk may have cost one a row
     data = np.array([curve[:shortest] for curve in curves.values()])  # (seeds, evaluations, 4)
     scores = data[:, :, 2].T  # (evaluations, seeds)
@@ -228,10 +226,13 @@ def main(argv=None):
     tables = [[seed_row(variant, seed, curve) for seed, curve in seeds.items()] for variant, seeds in curves.items()]
     rows = [row for table in tables for row in table]
     write(out / "learning.csv", rows)
-    draw(curves[args.variants[0]]).savefig(out / "learning.png", dpi=120)
     show(rows)
     show([summary_row(table, "median", statistics.median) for table in tables])
     show([summary_row(table, name, statistic) for table in tables for name, statistic in (("min", min), ("max", max))])
+    try:
+        draw(curves[args.variants[0]]).savefig(out / "learning.png", dpi=120)
+    except Exception as error:  # the tables are not lost
+        raise CommandLineError(f"{out / 'learning.png'}: not drawn ({reason(error)}); start again to draw it") from None
 
 
 if __name__ == "__main__":

@@ -41,8 +41,7 @@ def soak(minutes, arguments):
         finally:
             process.terminate()
             process.wait()
-        columns, rows = read_metrics(f"{folder}/run/metrics.csv")
-        return looks, [float(row[columns.index("steps_per_second")]) for row in rows]
+        return looks, [row["steps_per_second"] for row in read_metrics(f"{folder}/run/metrics.csv")]
 
 
 def ends(values):

@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import errno
 import io
 import math
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 import callbacks
 from callbacks import Callback, Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard, duration, read_metrics
 from checkpoint import CheckpointError, load_checkpoint
+from trainer import StopTraining
 
 STATS = ("policy_loss value_loss entropy prediction_loss approx_kl approx_kl_max clipfrac explained_variance grad_norm "
          "lr").split()  # fmt: skip
@@ -33,12 +35,12 @@ class FakeTrainer:
         self.callbacks, self.num_steps, self.seconds_per_update = callbacks, 100 * updates, seconds_per_update
         self.delay, self.evaluating = delay, None
         self.update_count, self.global_step, self.seconds = start, 100 * start, start * 1.5
-        self.evaluated, self.stats, self.is_best = None, {}, False
+        self.evaluated, self.stats, self.is_best, self.pending = None, {}, False, []
         self.best_score = max([s for u, s in SCORES.items() if u <= start], default=-math.inf)
 
     def emit(self, event):
         for callback in self.callbacks:
-            getattr(callback, event)(self)
+            callback.hear(event, self)
 
     def learn(self, until=None):
         self.emit("on_training_start")
@@ -59,17 +61,18 @@ class FakeTrainer:
         self.finish_evaluation()
         self.emit("on_training_end")
         for callback in self.callbacks:
-            callback.close()
+            callback.hear("close")
         return self
 
     def begin_evaluation(self, score):
         evaluation = {"score": score, "min": score - 80, "max": score + 90, "cleared": 0, "games": 32, "length": 812.5,
                       "returned": 0.71}  # fmt: skip
         self.evaluating = {**self.policy_state(), "global_step": self.global_step, "seconds": self.seconds, "evaluation": evaluation}
+        self.pending = [self.evaluating]
 
     def finish_evaluation(self):
         if self.evaluating:
-            self.evaluated, self.evaluating = self.evaluating, None
+            self.evaluated, self.evaluating, self.pending = self.evaluating, None, []
             score = self.evaluated["evaluation"]["score"]
             self.is_best = score > self.best_score
             self.best_score = max(self.best_score, score)
@@ -285,6 +288,46 @@ def test_a_full_disk_during_training_costs_files_only(tmp_path, monkeypatch, cap
         ppo.emit("on_training_end")
 
 
+@pytest.mark.parametrize("event", ["on_training_start", "on_update_end", "on_evaluation_end", "on_training_end", "close"])
+def test_what_only_draws_or_logs_ends_no_training(tmp_path, monkeypatch, capsys, event):
+    """Whatever it raises: one warning for one reason, and every other callback hears all events."""
+
+    def broken(*args):
+        raise SystemError("initialization of _pywrap failed\nwithout raising an exception")
+
+    watching = [callback for callback in all_callbacks(tmp_path) if callback.cost]
+    assert [type(callback) for callback in watching] == [ProgressBar, MetricsCSV, TensorBoard, LearningCurve]
+    for callback in watching:
+        monkeypatch.setattr(callback, event, broken)
+    FakeTrainer([*watching, Checkpoints(tmp_path, save_freq=3)]).learn()
+    assert updates(tmp_path)["best_model.pt"] == updates(tmp_path)["last.pt"] == 8
+    out = capsys.readouterr().out
+    for callback in watching:
+        reason = "SystemError: initialization of _pywrap failed without raising an exception"
+        assert out.count(f"warning: {callback.cost} ({reason}); training goes on\n") == 1
+
+
+def test_a_stop_and_a_failing_checkpoint_end_the_training():
+    class Raising(Callback):
+        def __init__(self, error, cost):
+            self.error, self.cost = error, cost
+
+        def on_update_end(self, trainer):
+            raise self.error
+
+    for error, cost in ((StopTraining(), "not drawn"), (ValueError("broken"), "")):
+        with pytest.raises(type(error)):
+            FakeTrainer([Raising(error, cost)]).learn()
+
+
+def test_another_reason_is_another_warning(capsys):
+    watching = type("Watching", (Callback,), {"cost": "nothing is drawn", "on_update_end": lambda self, error: (_ for _ in ()).throw(error)})()
+    for error in (OSError(errno.ENOSPC, "No space left on device"), MemoryError(), OSError(errno.ENOSPC, "No space left on device")):
+        watching.hear("on_update_end", error)
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: nothing is drawn (No space left on device); training goes on", "warning: nothing is drawn (MemoryError: ); training goes on"]  # fmt: skip
+
+
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
@@ -364,9 +407,9 @@ def test_bar_on_a_terminal(monkeypatch, capsys):
 
 
 def table(path):
-    """metrics.csv as a list of dicts without the timings."""
-    columns, rows = read_metrics(path)
-    rows = [dict(zip(columns, row)) for row in rows]
+    """metrics.csv as a list of dicts of text, without the timings."""
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
     for row in rows:
         row.pop("seconds"), row.pop("steps_per_second")
     return rows
@@ -379,9 +422,10 @@ def straight(tmp_path):
 
 
 def test_metrics(tmp_path):
-    path = tmp_path / "new" / "metrics.csv"
+    path = tmp_path / "metrics.csv"
     FakeTrainer([MetricsCSV(path, EVALUATED)]).learn()
-    columns, rows = read_metrics(path)
+    with open(path) as file:
+        columns, *rows = csv.reader(file)
     assert columns == ["update", "global_step", "seconds", *STATS, "steps_per_second", "episode_return", "eval_score",
                        "eval_min", "eval_max", "eval_cleared", "eval_length", "eval_returned"]  # fmt: skip
     assert [row[0] for row in rows] == list("12345678")
@@ -432,16 +476,17 @@ def test_an_evaluation_of_before_the_stop_brings_no_stale_rows_back(tmp_path, st
     assert table(path) == straight
 
 
-def test_torn_last_line(tmp_path, straight):
+def test_torn_last_line(tmp_path, straight, capsys):
     path = tmp_path / "metrics.csv"
     FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=5)
     whole = path.read_bytes()
     last_line = whole.rindex(b"\n", 0, -1) + 1
     for cut in (last_line + 1, last_line + 30, len(whole) - 1):  # the last has all its commas, but no end
         path.write_bytes(whole[:cut])
-        assert [row["update"] for row in table(path)] == list("1234")
+        assert [row["update"] for row in read_metrics(path)] == [1, 2, 3, 4]
         FakeTrainer([MetricsCSV(path, EVALUATED)], start=4).learn()
         assert table(path) == straight
+    assert capsys.readouterr().out == "" and not list(tmp_path.glob("*copy*"))
 
 
 def test_garbage_or_nothing_in_the_file(tmp_path, straight):
@@ -456,7 +501,11 @@ def test_a_new_statistic_after_a_resume_gets_a_column(tmp_path, monkeypatch):
     path = tmp_path / "metrics.csv"
     FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=2)
     monkeypatch.setattr(sys.modules[__name__], "STATS", STATS + ["new"])
-    FakeTrainer([MetricsCSV(path, EVALUATED)], start=2).learn(until=3)
+    resumed = FakeTrainer([MetricsCSV(path, EVALUATED)], start=2)
+    resumed.begin_evaluation(SCORES[2])
+    resumed.callbacks[0].on_training_start(resumed)
+    resumed.finish_evaluation()  # before there is a row with the new column
+    resumed.learn(until=3)
     assert [bool(row["new"]) for row in table(path)] == [False, False, True]
 
 
@@ -466,14 +515,104 @@ def test_rows_after_a_full_disk(tmp_path, monkeypatch, straight, capsys):
     ppo.learn(until=3)
     with open(path, "a") as file:
         file.write("4,400,0.")  # a write that failed half-way
-    ppo.callbacks[0].columns = None
     with monkeypatch.context() as patch:
         patch.setattr(callbacks, "atomic_write", disk_full)
         ppo.learn(until=5)
-    assert "row 4 not written (No space left on device)" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"warning: {path}: not written (No space left on device); training goes on\n"
     ppo.learn()
     assert [row["update"] for row in table(path)] == list("12345678")
     assert [row for row in table(path) if row["update"] not in "45"] == [row for row in straight if row["update"] not in "45"]
+
+
+def semicolons(text):
+    return text.replace(".", "@").replace(",", ";").replace("@", ",")
+
+
+def as_pandas(text):
+    """With an index, and with a decimal point in what were integers."""
+    lines = text.splitlines()
+    return "\n".join([f",{lines[0]}"] + [f"{i},{line.replace(',', '.0,', 2)}" for i, line in enumerate(lines[1:])]) + "\n"
+
+
+SAVED_BY_OTHERS = {
+    "byte order mark": lambda text: text.encode("utf-8-sig"),
+    "CRLF": lambda text: text.replace("\n", "\r\n").encode(),
+    "CR": lambda text: text.replace("\n", "\r").encode(),
+    "semicolons and decimal commas": lambda text: semicolons(text).encode("utf-8-sig"),
+    "UTF-16 and tabs": lambda text: text.replace(",", "\t").replace("\n", "\r\n").encode("utf-16"),
+    "quotation marks": lambda text: ('"' + text[:-1].replace(",", '","').replace("\n", '"\n"') + '"\n').encode(),
+    "empty lines": lambda text: (text + ",,,\n\n").encode(),
+    "sorted": lambda text: "".join([*text.splitlines(True)[:1], *sorted(text.splitlines(True)[1:], reverse=True)]).encode(),
+    "pandas": lambda text: as_pandas(text).encode(),
+}
+
+
+@pytest.mark.parametrize("saved", SAVED_BY_OTHERS.values(), ids=SAVED_BY_OTHERS)
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_file_that_a_spreadsheet_has_saved_keeps_its_rows(tmp_path, straight, capsys, saved, resumed):
+    """Between two runs, or while the training goes on."""
+    path = tmp_path / "metrics.csv"
+    trainer = FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=5)
+    path.write_bytes(saved(path.read_text()))
+    if resumed:
+        trainer = FakeTrainer([MetricsCSV(path, EVALUATED)], start=5)
+    trainer.learn()
+    columns = {name: list(range(8)) for name in straight[0]}
+    assert [{name: callbacks.number(row[name]) for name in columns} for row in table(path)] == [
+        pytest.approx({name: callbacks.number(row[name]) for name in columns}, nan_ok=True) for row in straight]  # fmt: skip
+    assert capsys.readouterr().out == "" and sorted(os.listdir(tmp_path)) == ["metrics.csv", "straight.csv"]
+
+
+@pytest.mark.parametrize("change, missing, odd", [
+    (lambda text: text.replace("3,300,", '"3,300,'), 1, 1), (lambda text: text.replace("update,", "upd,"), 5, 6),
+    (lambda text: text.replace("2,200,", "2nd,200,"), 1, 1), (lambda text: text + "looks good from here\n", 0, 1),
+    (lambda text: text[:-9], 1, 1), (lambda text: text + text.splitlines()[2] + ",9\n", 0, 1), (lambda text: "", 5, 0),
+    (lambda text: text[: text.index("\n4,") + 1], 2, 0), (lambda text: text.replace("1,100,", "1," + "9" * 200_000), 1, 1),
+    (lambda text: text + text.splitlines()[2] + "\n", 0, 1),
+])  # fmt: skip
+def test_what_is_not_understood_stays_in_a_copy(tmp_path, straight, capsys, change, missing, odd):
+    path = tmp_path / "metrics.csv"
+    FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=5)
+    changed = change(path.read_text())
+    for number in (1, 2):
+        path.write_text(changed)
+        FakeTrainer([MetricsCSV(path, EVALUATED)], start=5).learn()
+        copy = path.with_name(f"metrics.copy-{number}.csv")
+        kept = f"; the file as it was: {copy}" if odd else ""
+        assert capsys.readouterr().out == f"warning: {path}: earlier rows missing: {missing}, lines not understood: {odd}{kept}\n"
+        assert copy.exists() == bool(odd) and (not odd or copy.read_text() == changed)
+        rows = table(path)
+        assert len(rows) == 8 - missing and all(row in straight for row in rows)
+
+
+def test_a_file_that_is_deleted_while_training(tmp_path, straight, capsys):
+    path = tmp_path / "metrics.csv"
+    trainer = FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=3)
+    path.unlink()
+    trainer.learn()
+    assert table(path) == straight[3:]
+    assert capsys.readouterr().out == f"warning: {path}: earlier rows missing: 3, lines not understood: 0\n"
+
+
+def test_a_column_of_the_users_stays(tmp_path, straight):
+    path = tmp_path / "metrics.csv"
+    FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=2)
+    path.write_bytes(path.read_bytes().replace(b"\n", b",n\xf6te\n").replace(b"n\xf6te", b"note", 1))  # in Latin-1
+    FakeTrainer([MetricsCSV(path, EVALUATED)], start=2).learn()
+    with open(path, encoding="latin-1") as file:
+        assert [row.pop("note") for row in csv.DictReader(file)] == ["n\xf6te"] * 2 + [""] * 6
+
+
+def test_a_late_evaluation_leaves_the_rows_before_it_alone(tmp_path, monkeypatch, straight):
+    path = tmp_path / "metrics.csv"
+    written, real = [], callbacks.atomic_write
+    monkeypatch.setattr(callbacks, "atomic_write", lambda path, data: (written.append(path), real(path, data)))
+    FakeTrainer([MetricsCSV(path, EVALUATED)], delay=1).learn()
+    assert table(path) == straight and written == [path]  # at the first row
+    monkeypatch.setitem(SCORES, 12, 50.0)
+    trainer = FakeTrainer([MetricsCSV(path, EVALUATED)], updates=500, delay=400).learn()
+    assert [int(row["update"]) for row in table(path) if row["eval_score"]] == list(SCORES) and len(written) == 2
+    assert len(trainer.callbacks[0].path.read_text().splitlines()) == 501
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
@@ -485,12 +624,20 @@ def events_of(run_dir):
     return EventAccumulator(str(run_dir)).Reload()
 
 
+def close_as_older(tensorboard):
+    """Event files are read in the order of their names, which begin with the second."""
+    tensorboard.close()
+    (file,) = tensorboard.run_dir.glob("events*")
+    file.rename(file.with_name("events.out.tfevents.1"))
+
+
 def eval_scores(run_dir):
     return [(e.step, e.value) for e in events_of(run_dir).Scalars("eval/score")]
 
 
 def test_tensorboard(tmp_path):
-    FakeTrainer([TensorBoard(tmp_path)]).learn(until=5)  # killed; its last checkpoint is of update 3
+    killed = FakeTrainer([TensorBoard(tmp_path)]).learn(until=5)  # its last checkpoint is of update 3
+    close_as_older(killed.callbacks[0])
     FakeTrainer([TensorBoard(tmp_path)], start=3).learn()
     events = events_of(tmp_path)
     tags = events.Tags()["scalars"]
@@ -502,25 +649,40 @@ def test_tensorboard(tmp_path):
     assert [e.step for e in events.Scalars("charts/lr")] == [100 * u for u in range(1, 9)]  # none twice
 
 
+def test_an_evaluation_that_a_resumed_run_repeats_is_logged_once(tmp_path):
+    def watching():
+        return [MetricsCSV(tmp_path / "metrics.csv", EVALUATED), TensorBoard(tmp_path)]
+
+    killed = FakeTrainer(watching(), delay=1).learn(until=5)  # the result of update 4 has come; the last checkpoint still waits for it
+    close_as_older(killed.callbacks[1])
+    assert (400, SCORES[4]) in eval_scores(tmp_path)
+    resumed = FakeTrainer(watching(), start=4, delay=1)
+    resumed.begin_evaluation(SCORES[4])
+    resumed.learn()
+    assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
+    assert [(e.step, e.value) for e in events_of(tmp_path).Scalars("losses/entropy")] == [(100 * u, pytest.approx(u / 5)) for u in range(1, 9)]
+
+
 def test_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     FakeTrainer([MetricsCSV(tmp_path / "metrics.csv"), LearningCurve(tmp_path / "curve.png", tmp_path / "metrics.csv")]).learn()
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "pip install matplotlib" in out and os.listdir(tmp_path) == ["metrics.csv"]
+    assert out.count("\n") == 1 and "import of matplotlib.figure halted" in out and "install it with pip" in out
+    assert os.listdir(tmp_path) == ["metrics.csv"]
 
 
 def test_without_tensorboard(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     FakeTrainer([TensorBoard(tmp_path)]).learn()
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "pip install tensorboard" in out
+    assert out.count("\n") == 1 and "import of torch.utils.tensorboard halted" in out and "install it with pip" in out
     assert not os.listdir(tmp_path)
 
 
 def test_tensorboard_on_a_full_disk(tmp_path, capsys):
     ppo = FakeTrainer([TensorBoard(tmp_path)])
     ppo.emit("on_training_start")
-    ppo.callbacks[0].writer = SimpleNamespace(add_scalar=disk_full)
+    ppo.callbacks[0].writer = SimpleNamespace(add_scalar=disk_full, close=disk_full)
     ppo.stats = {"lr": 1.0}
     ppo.emit("on_update_end")
     ppo.emit("on_update_end")
@@ -570,8 +732,8 @@ def test_learning_curve_is_not_drawn_all_the_time(tmp_path, monkeypatch):
 def test_learning_curve_shows_the_scores(tmp_path):
     csv = tmp_path / "metrics.csv"
     FakeTrainer([MetricsCSV(csv, EVALUATED)]).learn()
-    columns, rows = read_metrics(csv)
-    figure = callbacks.learning_curve([dict(zip(columns, row)) for row in rows], LEVELS)
+    rows = read_metrics(csv)
+    figure = callbacks.learning_curve(rows, LEVELS)
     steps, minutes = figure.axes
     lines = {line.get_label().split(":")[0]: line for line in steps.get_lines()}
     assert set(lines["random play"].get_ydata()) == {82}
@@ -580,10 +742,33 @@ def test_learning_curve_shows_the_scores(tmp_path):
     assert minutes.get_lines()[2].get_xdata().tolist() == pytest.approx([u * 1.5 / 60 for u in SCORES])
     assert steps.get_ylim() == minutes.get_ylim() and steps.get_ylim()[0] == 0 and steps.get_ylim()[1] > 960
     assert (steps.get_xlabel(), minutes.get_xlabel()) == ("steps", "minutes")
-    for row in (rows := [dict(zip(columns, row)) for row in rows]):
-        row["global_step"] += "00"
+    for row in rows:
+        row["global_step"] *= 100
     steps = callbacks.learning_curve(rows, LEVELS).axes[0]
     assert steps.get_xlabel() == "thousand environment steps" and steps.get_lines()[2].get_xdata().tolist() == [10 * u for u in SCORES]
+
+
+def test_a_cell_that_holds_no_number_is_left_out_of_the_curve(tmp_path):
+    path = tmp_path / "metrics.csv"
+    FakeTrainer([MetricsCSV(path, EVALUATED)]).learn()
+    for old, new in ((",90.0,", ',"81,25",'), (",250.0,", ",n/a,"), (",300.0,", ",inf,"), ("\n5,500,", "\n5,,"), (",70.0,", ",yes,")):
+        path.write_text(path.read_text().replace(old, new))
+    steps = callbacks.learning_curve(read_metrics(path), LEVELS).axes[0]
+    assert steps.get_lines()[2].get_xydata().tolist() == [[800, 400]]
+    LearningCurve(tmp_path / "curve.png", path).draw()
+    FakeTrainer([MetricsCSV(path, EVALUATED)], updates=9, start=8).learn()
+    assert [row["eval_score"] for row in table(path)] == ["", "81,25", "", "inf", "", "n/a", "", "400.0", ""]  # the cells stay as they are
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_a_figure_needs_no_backend(monkeypatch, backend):
+    """matplotlib refuses to be imported with one that is not installed."""
+    monkeypatch.setenv("MPLBACKEND", backend)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    image = io.BytesIO()
+    callbacks.new_figure(1, 1).savefig(image, format="png")
+    assert image.getvalue().startswith(b"\x89PNG")
 
 
 def test_learning_curve_of_nothing(tmp_path):

@@ -1,5 +1,6 @@
 import csv
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,13 @@ def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_proc
         main(words)
 
 
+def test_cells_that_hold_no_number_are_left_out(tmp_path):
+    """Of a metrics.csv that a spreadsheet has saved."""
+    text = 'update;global_step;seconds;eval_score\n1;10;30;2,5\n2;20;60;n/a\n3;30;90;"1.000,5"\n4;40,0;120;1,5\n5;50;150;\n'
+    (tmp_path / "metrics.csv").write_bytes(text.encode("utf-8-sig"))
+    assert training("reinforce_cartpole").result(tmp_path) == {"best": 2.5, "last": 1.5, "steps": 50, "minutes": 2.5}
+
+
 @pytest.mark.parametrize("words, message", [
     ("reinforce_cartpole", "name at least one constant"), ("reinforce_cartpole --lrr 1", "--lrr: is no constant to search"),
     ("reinforce_cartpole 3", "'3' stands before any constant"), ("reinforce_cartpole --lr", "--lr needs at least one value"),
@@ -122,7 +130,8 @@ def test_the_training_with_a_config_file(tmp_path, monkeypatch, in_this_process)
 
 def test_on_the_command_line():
     command = [sys.executable, "-m", "algorithms.grid_search", "reinforce_cartpole", "--lr"]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as notebooks set it, here without that package
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "-m algorithms.grid_search: --lr needs at least one value\n")
 
 

@@ -366,7 +366,7 @@ def test_a_video_that_cannot_be_drawn_stops_nothing(tmp_path, monkeypatch, capsy
         return future
 
     monkeypatch.setattr(ppo_llm_breakout, "Background", lambda function: SimpleNamespace(submit=submit, result=lambda x: x.result(), close=lambda: None))
-    assert run(ALGORITHM, *SMALL.replace("--video_freq 0", "--video_freq 1").split(), "--num_steps", 32, "--run_dir", tmp_path / "run") == 0
+    assert run(ALGORITHM, *SMALL.replace("--video_freq 0", "--video_freq 1").split(), "--num_steps", 48, "--run_dir", tmp_path / "run") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "no video" in line]
     assert len(lines) == 2 and "out of memory in a kernel" in lines[0] and "a process has died" in lines[1]
 

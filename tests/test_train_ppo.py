@@ -616,12 +616,12 @@ def test_two_ranks_on_the_command_line(tmp_path):
 
 
 def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
-    """Delete fast/: two small updates, then a game. The same numbers as with it, but for rounding. Nor is there anything to draw with."""
+    """Delete fast/: two small updates, then a game. The same numbers as with it, but for rounding. Nor does anything work that draws."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
     shutil.copytree(ROOT / "replay", tmp_path / "replay")
-    for name in ("imageio", "matplotlib", "tensorboard"):
-        (tmp_path / f"{name}.py").write_text(f"raise ImportError('there is no {name}')")
+    for name, error in (("imageio", "ImportError('absent')"), ("matplotlib", "AttributeError('no _ARRAY_API')"), ("tensorboard", "TypeError('protobuf')")):
+        (tmp_path / f"{name}.py").write_text(f"raise {error}")
 
     def python(*command, cwd):
         result = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=120)
@@ -632,7 +632,9 @@ def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
     tiny = "train_ppo.py --num_envs 2 --rollout_steps 4 --batch_size 4 --n_head 2 --n_embd 8 --num_steps 16 --eval_interval 0 --device cpu"
     tiny += " --paired_envs false --run_dir"
     out = python(*tiny.split(), "without", cwd=tmp_path)
-    assert "pip install matplotlib" in out and "pip install tensorboard" in out and len(logged(tmp_path / "without")) == 2
+    assert len(logged(tmp_path / "without")) == 2 and [line for line in out.splitlines() if "warning" in line] == [
+        "warning: without: no more TensorBoard events (TypeError: protobuf); training goes on",
+        "warning: without/learning_curve.png: not drawn (AttributeError: no _ARRAY_API); training goes on"]  # fmt: skip
     assert main([*tiny.split()[1:], str(tmp_path / "with")]) == 0
     slow, quick = (load_checkpoint(tmp_path / name) for name in ("without", "with"))
     assert slow["update_count"] == 2
