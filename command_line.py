@@ -264,7 +264,7 @@ def train(trainer, run_dir, prog, advice):
                     return status
     finally:
         for callback in trainer.callbacks:
-            callback.close()
+            callback.hear("close")
     return go_on_with_cpu(run_dir)
 
 
@@ -291,10 +291,12 @@ def give_up(error, received, trainer, run_dir, prog, advice):
         reason = one_line(error) or ("out of memory" if kind is MemoryError else kind.__name__)
         help_with = advice.get(kind, "")
     if RANK == 0:
-        save_checkpoint(run_dir / "last.pt", trainer.snapshot)
+        how = "going on with" if isinstance(error, GPUError) and RANKS == 1 and not received else "go on with"
+        command = f"{how}: {resume_command(prog, run_dir, RANKS)}{help_with}"
+        saved, next_step = save_snapshot(trainer, run_dir, command, help_with)
+        status = status if saved else 1
         with contextlib.suppress(OSError):  # the terminal may be gone
-            how = "going on with" if isinstance(error, GPUError) and RANKS == 1 and not received else "go on with"
-            print(f"\n{reason}; {how}: {resume_command(prog, run_dir, RANKS)}{help_with}", file=sys.stderr)
+            print(f"\n{reason}{next_step}", file=sys.stderr)
     elif reason != "stopped":
         print(f"rank {RANK}: {reason}", file=sys.stderr)
     if reason != "stopped" and not isinstance(error, ChildProcessError) and kind not in advice:
@@ -302,6 +304,17 @@ def give_up(error, received, trainer, run_dir, prog, advice):
             raise error
         traceback.print_exception(error)  # not raised: it may be but the end of another rank
     return status
+
+
+def save_snapshot(trainer, run_dir, command, help_with):
+    """Save what a resume needs -> whether there is something to resume now, and what to do, to follow the reason why the run ended."""
+    if trainer.snapshot is None:  # the first state could not be taken, so nothing is lost, and what a resumed run has stays
+        return False, f"; try{help_with}" if help_with else ""
+    try:
+        save_checkpoint(run_dir / "last.pt", trainer.snapshot)
+    except Exception as failure:  # it must not hide the reason
+        return False, f"; {one_line(failure) or type(failure).__name__}; then {command}"
+    return True, f"; {command}"
 
 
 @contextlib.contextmanager

@@ -1,3 +1,4 @@
+import errno
 import math
 import os
 import re
@@ -8,13 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import checkpoint
 import command_line
 from algorithms.grid_search import TRAININGS, training
 from checkpoint import atomic_write
 from command_line import (
-    CommandLineError, check_constants, constants_of, finish_output, new_run_dir, one_line, read_command_line, read_run, resume_command, run_script,
+    CommandLineError, check_constants, constants_of, finish_output, new_run_dir, one_line, read_command_line, read_run, resume_command, run_script, train,
 )  # fmt: skip
+from trainer import Trainer
 
 DEFAULTS = {"NUM_STEPS": 100, "GAMMA": 0.9, "PAIRED": True, "NAME": "a", "DROPOUT": 0.1}
 RANGES = {"NUM_STEPS": (1, 10**12), "GAMMA": (0.0, 1.0)}
@@ -181,3 +185,43 @@ def test_a_warning_is_one_line(monkeypatch, capsys):
         run_script(lambda: warnings.warn("no compiler:\n" + "x" * 1000), "a.py")
     line = capsys.readouterr().err
     assert re.fullmatch(r"warning: no compiler: x+ \.\.\.\n", line) and len(line) < 320
+
+
+class Failing(Trainer):
+    """Its first state, or its first update, fails."""
+
+    def __init__(self, first_state=None, update=None):
+        super().__init__(torch.nn.Linear(1, 1), metadata={"constants": {}})
+        self.num_steps, self.first_state, self.update = 1, first_state, update
+
+    def state_dict(self):
+        if self.first_state:
+            raise self.first_state
+        return self.training_state()
+
+    def collect_and_update(self):
+        raise self.update
+
+
+@pytest.mark.parametrize("error, advice", [(RuntimeError("environment cannot be saved"), ""), (MemoryError(), "\nout of memory; try --small 1\n")])
+def test_where_the_first_state_cannot_be_taken_the_error_is_that_one(tmp_path, capsys, error, advice):
+    """And the last.pt of a resumed run stays as it is."""
+    (tmp_path / "last.pt").write_bytes(b"an earlier one")
+    if advice:
+        assert train(Failing(error), tmp_path, "script.py", {MemoryError: " --small 1"}) == 1
+    else:
+        with pytest.raises(RuntimeError, match="environment cannot be saved"):
+            train(Failing(error), tmp_path, "script.py", {})
+    assert (tmp_path / "last.pt").read_bytes() == b"an earlier one"
+    assert capsys.readouterr().err == (advice or "\nenvironment cannot be saved\n")
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("no memory to save in")])
+def test_a_run_that_cannot_be_saved_still_says_why_it_ended(tmp_path, monkeypatch, capsys, failure):
+    def fail(*args):
+        raise failure
+
+    monkeypatch.setattr(checkpoint, "atomic_write", fail)
+    assert train(Failing(update=FloatingPointError("the gradient is not finite")), tmp_path, "script.py", {FloatingPointError: " --lr 1"}) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("the gradient is not finite; ") and str(failure.args[-1]) in line and line.endswith(f"--resume {tmp_path} --lr 1")
