@@ -670,6 +670,12 @@ def test_to_text_is_the_page_and_refuses_anything_else():
             to_text(bad)
 
 
+def test_recording_a_video_names_the_package_that_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    with pytest.raises(gym.error.DependencyNotInstalled, match="moviepy"):
+        gym.wrappers.RecordVideo(BreakoutAscii(render_mode="rgb_array"), str(tmp_path))
+
+
 def test_render_modes(capsys):
     for mode, kind in (("ansi", str), ("rgb_array", np.ndarray), (None, type(None))):
         single, vec = BreakoutAscii(render_mode=mode), BreakoutAsciiVec(2, render_mode=mode)

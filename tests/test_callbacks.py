@@ -284,6 +284,8 @@ def test_a_full_disk_during_training_costs_files_only(tmp_path, monkeypatch, cap
     for name in ("metrics.csv", "learning_curve.png", "last.pt", "best_model.pt"):
         lines = [line for line in out.splitlines() if name in line]
         assert lines and all("No space left" in line and "training goes on" in line for line in lines)
+    for name, cost in (("metrics.csv", "not written"), ("learning_curve.png", "not drawn"), ("last.pt", "not saved")):
+        assert f"{name}: {cost} (No space left" in out
     with pytest.raises(CheckpointError, match="No space left"):
         ppo.emit("on_training_end")
 
@@ -797,6 +799,12 @@ def test_stages_of_a_training_stay(tmp_path):
     FakeTrainer([Checkpoints(tmp_path, save_freq=3, keep=1, keep_stages=True)], updates=40).learn()
     assert {"checkpoint_0.pt": 0, "checkpoint_6.pt": 6, "checkpoint_39.pt": 39}.items() <= updates(tmp_path).items()
     assert len(list(tmp_path.glob("checkpoint_*.pt"))) == 3
+
+
+def test_the_newest_three_checkpoints_stay_and_without_evaluations_there_is_no_best_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "SCORES", {})
+    FakeTrainer([Checkpoints(tmp_path, save_freq=1)], updates=5).learn()
+    assert updates(tmp_path) == {"last.pt": 5, "checkpoint_3.pt": 3, "checkpoint_4.pt": 4, "checkpoint_5.pt": 5}
 
 
 def test_last_is_saved_at_the_end(tmp_path):

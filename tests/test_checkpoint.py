@@ -222,7 +222,7 @@ BAD_FILES = {
     "text": (b"hello, I am no checkpoint\n", "not a checkpoint"),
     "zeros": (bytes(1000), "not a checkpoint"),
     "zip": (zip_bytes(), "not a PyTorch file"),
-    "truncated": (torch_bytes({"format_version": 1, "x": torch.ones(1000)})[:3000], "cut off or damaged"),
+    "truncated": (torch_bytes({"format_version": 1, "x": torch.ones(1000)})[:3000], "is cut off or damaged"),
     "state_dict": (torch_bytes(torch.nn.Linear(2, 2).state_dict()), "another kind"),
     "list": (torch_bytes([1, 2]), "another kind"),
     "odd version": (torch_bytes({"format_version": "1"}), "another kind"),

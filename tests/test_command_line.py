@@ -3,6 +3,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -158,6 +159,19 @@ def test_a_full_disk_names_the_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert one_line(error.value).startswith(f"{tmp_path}/config.json: File too large; ") and not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_what_nohup_ignores_stays_ignored(monkeypatch):
+    ended = []
+    for before, seen in ((signal.SIG_IGN, []), (signal.SIG_DFL, [signal.SIGHUP])):
+        own = signal.signal(signal.SIGHUP, before)
+        try:
+            with command_line.signals_handled(lambda signum, frame: ended.append(signum)):
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert ended == seen and signal.getsignal(signal.SIGHUP) == before
+        finally:
+            signal.signal(signal.SIGHUP, own)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

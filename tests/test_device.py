@@ -66,3 +66,25 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch):
     assert available_cores() == 1
     monkeypatch.delattr(os, "sched_getaffinity")
     assert available_cores() == os.cpu_count()
+
+
+def test_one_layer_trains_on_one_thread(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    device.set_threads(n_layer=1)
+    device.set_threads(n_layer=2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    device.set_threads(n_layer=1)
+    assert threads == [1]
+
+
+def test_each_rank_has_a_gpu_of_its_own_or_all_have_the_cpu(monkeypatch):
+    monkeypatch.setattr(device, "RANKS", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(device, "try_out", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for gpus, chosen in ((1, "cpu"), (2, "cuda:1")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        assert choose_device("auto") == torch.device(chosen)

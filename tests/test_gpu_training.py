@@ -15,7 +15,7 @@ import command_line
 from breakout_ascii import BreakoutAsciiVec, Games
 from checkpoint import load_checkpoint
 from device import GPUError
-from fast import FastGPT, gpu_training, one_layer, prefixes, run_on_gpu
+from fast import FastGPT, gpu_training, one_layer, prefixes, run_on_gpu, self_test
 from fast.shortcuts import BF16, COMPILE, GRAPHS, Compiled, GraphRunner, ShortcutFailed
 from fast.device_breakout import TensorGames
 from fast.device_gpt import DeviceGPT
@@ -364,6 +364,17 @@ def test_a_deeper_model_goes_on_without_a_compiler(monkeypatch):
         ppo.learn()
     assert (ppo.policy.compile_blocks, ppo.policy.bf16) == (False, True) and ppo.update_count == 2
     assert failing(ppo.collect_and_update.checks) == set() and {check.name[0] for check in ppo.collect_and_update.checks} == {"D", "E"}
+
+
+def test_a_deeper_model_goes_on_without_bfloat16(monkeypatch):
+    """Where its rounding is more than what is allowed."""
+    monkeypatch.setattr(self_test, "BF16_MARGIN", 0)
+    config = device_trainer(num_steps=4, rollout_steps=2, batch_size=4, paired_envs=False, prediction_coef=0.0).config
+    ppo = PPO(make_gpt(kind=FastGPT, n_layer=2, n_head=2, n_embd=8), BreakoutAsciiVec(2), config)
+    run_on_gpu(ppo, [BF16])
+    with pytest.warns(UserWarning, match="^wrong results on cpu.*E every token.*going on without bfloat16$"):
+        ppo.learn()
+    assert not ppo.policy.bf16 and ppo.update_count == 1
 
 
 def test_lack_of_memory_is_not_blamed_on_a_shortcut(monkeypatch):

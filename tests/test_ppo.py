@@ -448,7 +448,7 @@ def test_returns_of_episodes_are_in_points():
     ppo.buffer.fields["has_next"][:] = True
     ppo.buffer.fields["has_next"][0, 1] = False
     ppo.record_episode_returns()
-    assert list(ppo.episode_returns) == pytest.approx([60.0, 10.0])
+    assert list(ppo.episode_returns) == pytest.approx([60.0, 10.0]) and ppo.episode_returns.maxlen == 100
     assert ppo.return_so_far.tolist() == pytest.approx([60.0, 10.0] + [20.0] * 6)
 
 

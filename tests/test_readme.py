@@ -2,9 +2,14 @@ import ast
 import re
 from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageSequence
+
+import load_model
 import train_ppo
 from algorithms.grid_search import TRAININGS, training
 from command_line import kind_of
+from drawing import BRICK_COLOURS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "algorithms" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,3 +49,45 @@ def test_ci_runs_the_command_of_the_readme():
 def test_the_readme_is_short_and_has_its_command_early():
     words = re.sub(r"^```.*?^```", lambda block: block[0] if "train_ppo.py" in block[0] else "", PAGES[0].read_text(), flags=re.M | re.S).split()
     assert len(words) <= 1000 and any("train_ppo.py" in word for word in words[:150])
+
+
+def test_the_gif_of_the_readme_is_a_whole_game_that_clears_the_wall():
+    def bricks(frame):
+        return (np.array(frame.convert("RGB"))[..., None, :] == np.uint8(BRICK_COLOURS)).all(-1).any()
+
+    with Image.open(ROOT / "images" / "gpt.gif") as gif:
+        had_bricks = [bricks(frame) for i, frame in enumerate(ImageSequence.Iterator(gif)) if i in (0, gif.n_frames - 2, gif.n_frames - 1)]
+    assert had_bricks == [True, True, False]
+
+
+def test_messages_that_troubleshooting_explains_are_provoked():
+    """A test expects each of them, up to the backslashes of regular expressions."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    others = {"externally-managed-environment", "No module named torch"}  # what Python and pip say
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py")).replace("\\", "")
+    leads = re.findall(r"^- \*\*(.*?)\*\*", page, re.M)
+    messages = {message for lead in leads for message in re.findall("`([^-`][^`]*)`", lead)} - others
+    assert len(messages) > 20
+    for part in {part.strip() for message in messages for part in message.split("…")} - {""}:
+        assert part in tests, f"no test provokes {part!r}"
+
+
+def test_pages_name_the_versions_that_are_installed():
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    named = {version for page in PAGES for version in re.findall(r"\b[a-z]+==[0-9.]+[0-9]", page.read_text(encoding="utf-8"))}
+    assert named and named <= set(requirements)
+
+
+def test_what_a_resumed_run_keeps_is_listed():
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+    assert re.findall("`([A-Z_]+)`", re.search(r"you can change all but (.*?)\. To train", page, re.S)[1]) == train_ppo.KEPT
+
+
+def test_python_on_the_pages_runs(monkeypatch, capsys):
+    """With an evaluation that costs nothing."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(load_model, "exact", lambda policy: {"score": policy.config.n_head})
+    blocks = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)]
+    for block in blocks:
+        exec(block, {})
+    assert blocks and "15 16\n" in capsys.readouterr().out

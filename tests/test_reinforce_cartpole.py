@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -88,6 +89,23 @@ def test_a_window_needs_a_screen(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     with pytest.raises(CommandLineError, match="--human needs a screen"):
         run(ALGORITHM, "--play", "--human")
+
+
+def test_a_window_shows_the_game(tmp_path, monkeypatch):
+    """SDL's dummy driver draws it nowhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    save_checkpoint("model.pt", {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0})
+    assert run(ALGORITHM, "--play", "model.pt", "--human") == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_random_play():
+    """Episodes of random play last 22 steps on average: five standard errors of 500 are 2.7."""
+    rng = np.random.default_rng(0)
+    scores = common.greedy_returns(lambda: gym.make("CartPole-v1"), lambda obs: rng.integers(2, size=len(obs)), 500, seed=0)
+    assert np.mean(scores) == pytest.approx(ALGORITHM.levels["random play"], abs=2.7)
 
 
 def test_without_a_shipped_model_the_newest_run_plays(tmp_path, monkeypatch, capsys):

@@ -174,7 +174,7 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_begun_again(straight, t
     run_dir.mkdir()
     for name in ("config.json", "run.lock", "events.out.tfevents.1", "last.pt.tmp"):
         (run_dir / name).write_bytes(b"{}")
-    with pytest.raises(CommandLineError, match=f"stopped before its first checkpoint; begin it again with --run_dir {run_dir}"):
+    with pytest.raises(CommandLineError, match=f"was stopped before its first checkpoint; begin it again with --run_dir {run_dir}"):
         main(["--resume", str(run_dir)])
     assert run(tmp_path, "run") == 0
     assert_the_same_run(straight, run_dir)
@@ -256,8 +256,9 @@ def test_what_a_run_leaves(tmp_path):
     best = load_checkpoint(tmp_path / "run" / "best_model.pt")
     assert best["evaluation"]["score"] == max(float(row["eval_score"] or 0) for row in logged(tmp_path / "run"))
     assert "optimizer" not in best and best["constants"] == constants
-    page = (ROOT / "docs" / "runs.md").read_text()
-    assert [column for column in logged(tmp_path / "run")[0] if f"`{column}`" not in page] == []
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8").split("## Columns")[1].split("## Stopping")[0]
+    documented = set(re.findall(r"^\| `(.*?)` \|", page, re.M))
+    assert documented == {*logged(tmp_path / "run")[0], "seconds", "steps_per_second"}
 
 
 def test_one_seed_one_run(tmp_path):
@@ -266,10 +267,26 @@ def test_one_seed_one_run(tmp_path):
     assert logged(tmp_path / "a") == logged(tmp_path / "b") != logged(tmp_path / "c")
 
 
-def test_a_finished_run_can_be_made_longer(tmp_path):
+def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch):
+    """Its learning rate jumps to that of the longer training, its seconds go on counting, and no constant that was edited meanwhile reaches it."""
     run(tmp_path, "run")
+    monkeypatch.setitem(train_ppo.CONSTANTS, "GAMMA", 0.5)
     assert main(["--resume", str(tmp_path / "run"), "--num_steps", str(8 * 32), "--num_envs", "4"]) == 0
-    assert [row["update"] for row in logged(tmp_path / "run")] == [str(i) for i in range(1, 9)]
+    rows = logged(tmp_path / "run")
+    assert [row["update"] for row in rows] == [str(i) for i in range(1, 9)]
+    lr, min_lr = CONSTANTS["LR"], CONSTANTS["MIN_LR"]
+    planned = [min_lr + (lr - min_lr) * math.cos(math.pi / 2 * i / (6 if i < 6 else 8)) ** 2 for i in range(8)]
+    assert [float(row["lr"]) for row in rows] == pytest.approx(planned, rel=1e-4)
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    assert load_checkpoint(tmp_path / "run")["constants"]["GAMMA"] == json.loads((tmp_path / "run" / "config.json").read_text())["GAMMA"] == 0.995
+
+
+def test_the_readme_shows_what_is_printed():
+    c = SimpleNamespace(**CONSTANTS)
+    printed = train_ppo.plan(c, train_ppo.build(c, torch.device("cpu")), "runs/2026-01-31_12-00-00")
+    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def another(name, value):
@@ -475,9 +492,9 @@ def test_a_run_directory_in_use_is_not_touched(tmp_path):
 def test_what_cannot_be_resumed(tmp_path):
     run(tmp_path, "run")
     last = tmp_path / "run" / "last.pt"
-    with pytest.raises(CheckpointError, match="best_model.pt: holds a model to play.*last.pt"):
+    with pytest.raises(CheckpointError, match="best_model.pt: holds a model to play, not a run to resume; .*last.pt"):
         main(["--resume", str(tmp_path / "run" / "best_model.pt")])
-    with pytest.raises(CommandLineError, match="--n_embd cannot change"):
+    with pytest.raises(CommandLineError, match="--n_embd cannot change in a resumed run"):
         main(["--resume", str(last), "--n_embd", "32"])
     state = load_checkpoint(last)
     del state["model"]["wte.weight"]
@@ -595,6 +612,8 @@ def test_what_two_ranks_cannot_share(monkeypatch, edit):
     check(CONSTANTS | {"NUM_ENVS": 8, "ROLLOUT_STEPS": 4, "BATCH_SIZE": 16})
     with pytest.raises(CommandLineError, match="NUM_ENVS and BATCH_SIZE are shared by 2 ranks"):
         check(CONSTANTS | edit)
+    with pytest.raises(CommandLineError, match="PAIRED_ENVS needs an even number of games on each rank"):
+        check(CONSTANTS | {"NUM_ENVS": 6, "ROLLOUT_STEPS": 4, "BATCH_SIZE": 12})
 
 
 @pytest.mark.faults
@@ -613,6 +632,23 @@ def test_two_ranks_on_the_command_line(tmp_path):
         main(["--resume", str(run_dir), "--num_steps", "256"])
     assert launch("--resume", str(run_dir), "--num_steps", "256", "--eval_interval", "0").returncode == 0
     assert load_checkpoint(run_dir)["global_step"] == 256
+
+
+@pytest.mark.faults
+def test_ctrl_c_stops_all_ranks(tmp_path):
+    """It reaches the launcher and every rank at once, as a terminal sends it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_ppo.py")]
+    command = [*launcher, *SMALL.split(), "--num_steps", "100000000", "--eval_interval", "0", "--run_dir", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for("run/checkpoint_[1-9]*.pt", tmp_path)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0 and "stopped; go on with: torchrun --standalone --nproc_per_node=2 train_ppo.py --resume run" in err
+    assert load_checkpoint(tmp_path / "run")["update_count"] > 0
 
 
 def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
