@@ -1,15 +1,25 @@
 """A function that is called in processes of its own."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
+import types
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
+
+from command_line import signals_handled
+from device import first_line
+
+
+class CannotStart(RuntimeError):
+    """No process can be started here, or none that finds the function; in one line."""
 
 
 class Background:
@@ -23,29 +33,46 @@ class Background:
 
     def __init__(self, function, processes=1):
         self.function, self.processes = function, processes
-        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        reader, self.writer = context.Pipe(duplex=False)
-        self.pool = ProcessPoolExecutor(processes, context, initializer=prepare, initargs=(reader,))
-        with sigint_ignored():  # inherited: until `prepare`, Ctrl-C would print tracebacks
-            self.pool.submit(os.getpid)  # the imports take seconds: start one process now
+        self.context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self.reader, self.writer = self.context.Pipe(duplex=False)
+        self.started = self.run(pickle.loads)  # the imports take seconds: start one process now, and let it find the function
+
+    @functools.cached_property
+    def pool(self):
+        return ProcessPoolExecutor(self.processes, self.context, initializer=prepare, initargs=(self.reader,))
 
     def submit(self, x):
-        """-> a future for `result`. Raises ChildProcessError if a process has died."""
-        # pickled here: the pool would move tensors into shared memory
-        with sigint_ignored(), child_errors():
-            return self.pool.submit(call, self.function, pickle.dumps(x))
+        """-> a future for `result`."""
+        return self.run(call, pickle.dumps(x))  # pickled here: the pool would move tensors into shared memory
+
+    def run(self, job, *args):
+        """-> the future of job(function, pickled, *args), also where it cannot be started: `result` then says why."""
+        try:
+            function = pickle.dumps(self.function)
+            with sigint_ignored(), contextlib.nullcontext() if b"__main__" in function else main_hidden():
+                return self.pool.submit(job, function, *args)
+        except Exception as error:
+            future = Future()
+            future.set_exception(error)
+            return future
 
     def result(self, future):
-        """Raises what function raised, ChildProcessError if its process has died."""
-        with child_errors():
+        """Raises what function raised, CannotStart if nothing can run, ChildProcessError if a process has died since the start."""
+        try:
+            self.started.result()
+        except Exception as error:
+            raise CannotStart(f"no other process can run it: {first_line(error)}") from error
+        try:
             return future.result()
+        except BrokenProcessPool:
+            raise ChildProcessError("a background process has died: what it wrote stands above, or memory ran out") from None
 
     def close(self):
         self.writer.close()
 
 
 def call(function, x):
-    return function(pickle.loads(x))
+    return pickle.loads(function)(pickle.loads(x))
 
 
 def prepare(reader):
@@ -61,18 +88,17 @@ def end_with_parent(reader):
     os._exit(0)
 
 
-@contextlib.contextmanager
 def sigint_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Inherited by a process that starts within: until `prepare`, Ctrl-C would print tracebacks."""
+    return signals_handled(signal.SIG_IGN, [signal.SIGINT])
+
+
+@contextlib.contextmanager
+def main_hidden():
+    """A process that starts within does not run the main script again, which would train there too if it has no main guard."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def child_errors():
-    try:
-        yield
-    except BrokenProcessPool:
-        raise ChildProcessError("a background process has died: what it wrote stands above, or memory ran out") from None
+        sys.modules["__main__"] = main

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from background import Background
+from background import Background, CannotStart
 from checkpoint import CheckpointError, atomic_write, save_checkpoint
 from device import first_line, shortened, unavailable
 from trainer import StopTraining
@@ -76,8 +76,8 @@ class Callback:
 class Evaluation(Callback):
     """Every so many updates, and after the last, the policy is evaluated in another process while training goes on.
 
-    At most `processes` evaluations run at once: when one more is due, training waits for the oldest. Where the other process lacks
-    memory, or may not share the GPU, training and evaluation take turns in this one. An evaluation that a stop interrupts is started
+    At most `processes` evaluations run at once: when one more is due, training waits for the oldest. Where there can be no other
+    process, or it lacks memory, or may not share the GPU, training and evaluation take turns in this one. An evaluation that a stop interrupts is started
     again when the run is resumed: its policy state stays in `trainer.pending`, which has one for each of our futures.
     """
 
@@ -114,7 +114,7 @@ class Evaluation(Callback):
             try:
                 evaluation = self.background.result(self.futures[0])
             except Exception as error:
-                if not unavailable(error):
+                if not (unavailable(error) or isinstance(error, CannotStart)):
                     raise
                 if not self.take_turns:
                     say(f"warning: no evaluation beside the training ({first_line(error)}); from now on they take turns")

@@ -16,9 +16,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,12 +51,31 @@ class Run(NamedTuple):
 # --- constants --------------------------------------------------------------------------------------------------------
 
 
-def constants_of(script):
-    """globals() of a script -> the constants that it assigns at its top level: {"NUM_STEPS": 4000000, ...}"""
-    statements = ast.parse(Path(script["__file__"]).read_text(encoding="utf-8")).body
-    targets = [target for node in statements if isinstance(node, ast.Assign) for target in node.targets]
-    names = [target.id for target in targets if isinstance(target, ast.Name)]
-    return {name: script[name] for name in names if name.isupper() and type(script.get(name)) in KINDS}
+class Constants(Mapping):
+    """The constants that a script assigns at its top level: {"NUM_STEPS": 4000000, ...}. What is assigned to one later, as in
+    `train_ppo.NUM_STEPS = 1024`, counts from then on."""
+
+    def __init__(self, script):
+        """script: its globals()."""
+        statements = ast.parse(Path(script["__file__"]).read_text(encoding="utf-8")).body
+        targets = [target for node in statements if isinstance(node, ast.Assign) for target in node.targets]
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        self.script = script
+        self.names = [name for name in names if name.isupper() and type(script.get(name)) in KINDS]
+
+    def __getitem__(self, name):
+        if name not in self.names:
+            raise KeyError(name)
+        return self.script[name]
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __or__(self, changes):
+        return {**self, **changes}
 
 
 def kind_of(name, defaults, ranges):
@@ -71,7 +92,7 @@ def read_command_line(argv, prog, doc, defaults, ranges):
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run directory, or a checkpoint in it to resume from")
     for name, value in defaults.items():
         parser.add_argument(f"--{name.lower()}", metavar=kind_of(name, defaults, ranges).__name__, help=f"default {value!r}")
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(list(map(str, argv)))  # a program may give numbers and paths
     if unknown:
         names = [f"--{name.lower()}" for name in defaults] + ["--resume"]
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1, cutoff=0.4)
@@ -217,22 +238,28 @@ def load_state(trainer, run):
 
 
 @contextlib.contextmanager
-def signals_handled(handler):
-    """Within, the signals that stop a run go to handler(signum, frame), but for SIGHUP under nohup."""
+def signals_handled(handler, signals=STOP_SIGNALS):
+    """Within, the signals, of those that stop a run, go to handler(signum, frame), but for SIGHUP under nohup."""
     before = {}
     try:
-        for signum in STOP_SIGNALS:
+        for signum in signals:
             if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
-                before[signum] = signal.signal(signum, handler)
+                before[signum] = set_handler(signum, handler)
         yield
     finally:
         for signum, old in before.items():
-            signal.signal(signum, old)
+            set_handler(signum, old)
+
+
+def set_handler(signum, handler):
+    """signal.signal, but for a training in a thread: signals are the main thread's."""
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(signum, handler)
 
 
 def ignore_signals():
     for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+        set_handler(signum, signal.SIG_IGN)
 
 
 def train(trainer, run_dir, prog, advice):
@@ -265,16 +292,15 @@ def train(trainer, run_dir, prog, advice):
     finally:
         for callback in trainer.callbacks:
             callback.hear("close")
-    return go_on_with_cpu(run_dir)
+    return go_on_with_cpu(run_dir, prog)
 
 
-def go_on_with_cpu(run_dir):
+def go_on_with_cpu(run_dir, prog):
     """Resume a run in a fresh process -> its exit status. What a terminal sends reaches both processes, SIGTERM is passed on."""
-    script = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]  # its name, or -m and its module, without its options
+    script = [str(Path(__file__).with_name(prog))] if prog.endswith(".py") else prog.split()  # "train_ppo.py", or -m and its module
     process = subprocess.Popen([sys.executable, *script, f"--resume={run_dir}", "--device", "cpu"])
-    ignore_signals()
-    signal.signal(signal.SIGTERM, lambda signum, frame: process.terminate())
-    return process.wait()
+    with signals_handled(lambda signum, frame: signum == signal.SIGTERM and process.terminate()):
+        return process.wait()
 
 
 def give_up(error, received, trainer, run_dir, prog, advice):
@@ -356,12 +382,12 @@ def one_line(error):
 
 
 def run_script(main, prog):
-    """main() -> the end of the program: its exit status, or one line that says what was wrong."""
+    """main(words of the command line) -> the end of the program: its exit status, or one line that says what was wrong."""
     prepare_output()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {shortened(message, 300)}\n"  # without its code
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        status = main() or 0
+        status = main(sys.argv[1:]) or 0
     except BrokenPipeError:  # the reader of the output has left (`| head`)
         status = 141  # 128 + SIGPIPE
     except (CommandLineError, DeviceError, GPUError, CheckpointError, FloatingPointError, OSError) as error:

@@ -18,7 +18,6 @@ import importlib.util
 import itertools
 import json
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from breakout_ascii import BreakoutAscii
 from checkpoint import CheckpointError, load_checkpoint, model_to_play, replacing
-from command_line import given_path, one_line, run_script, shown
+from command_line import CommandLineError, given_path, one_line, raise_error, run_script, shown
 from device import set_threads
 from drawing import to_image, write_gif
 from evaluation import evaluate, exact, greedy, sampled, sampling
@@ -164,8 +163,8 @@ def read_command_line(argv):
     parser.add_argument("--sample", action="store_true", help="draw the actions instead of taking the most probable")
     parser.add_argument("--evaluate", action="store_true",
                         help="no picture: the exact score over all 32 games; with --sample, the mean of --episodes games (1000)")  # fmt: skip
-    parser.error = lambda message: sys.exit(f"load_model.py: {message}")
-    args = parser.parse_args(argv)
+    parser.error = raise_error
+    args = parser.parse_args(list(map(str, argv)))
     suffix = Path(args.out).suffix.lower()
     attention = args.attention or args.head is not None
     # a page of 10,000 steps has 0.7 MB: enough to watch
@@ -205,7 +204,7 @@ def write(out, steps, args, path, policy, meta):
         write_mp4(str(out), pictures)
 
 
-def main(argv=None):
+def main(argv=()):
     args = read_command_line(argv)
     path, why = find_model(args.model)
     policy, meta = load_policy(path)
@@ -214,9 +213,9 @@ def main(argv=None):
     if args.evaluate:
         result = sampled(policy, args.episodes or 1000, args.seed) if args.sample else exact(policy)
         print(json.dumps({name: result[name] for name in ("score", "min", "max", "cleared", "games")}))
-        return
+        return 0
     if args.head is not None and not 0 <= args.head < policy.config.n_head:
-        sys.exit(f"load_model.py: --head must be from 0 to {policy.config.n_head - 1}, not {args.head}")
+        raise CommandLineError(f"--head must be from 0 to {policy.config.n_head - 1}, not {args.head}")
     games = []
 
     def steps():
@@ -232,6 +231,7 @@ def main(argv=None):
         left = f"{info['bricks']} of 91 bricks left" if info["bricks"] else "the wall is cleared"
         print(f"game {i}: {info['score']} points, {left}, {info['lives']} lives left")
     print(f"wrote {args.out} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
 from command_line import (
-    CommandLineError, constants_of, load_state, memory_advice, new_run_dir, read_run, resume_command, run_script, train,
+    CommandLineError, Constants, load_state, memory_advice, new_run_dir, read_run, resume_command, run_script, train,
 )  # fmt: skip
 from device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
 from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
@@ -71,7 +71,7 @@ EVAL_INTERVAL = 8  # updates between two evaluations; never if 0
 SAVE_FREQ = 8  # updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONSTANTS = constants_of(globals())
+CONSTANTS = Constants(globals())
 RANGES = {  # lowest and highest value; integers if the constant is one. A constant without a range may have any value
     "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 65536), "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (2, 10**7),
     "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "LAMBD_END": (0.0, 1.0), "LAMBD_STEPS": (1, 10**12), "EPS_CLIP": (1e-9, 1.0),
@@ -185,7 +185,8 @@ def check_ranks(run, c):
                                f"{resume_command('train_ppo.py', run.directory, ranks)}")  # fmt: skip
 
 
-def main(argv=None):
+def main(argv=()):
+    """Train, with these words of a command line -> exit status. Raises CommandLineError, DeviceError or CheckpointError for a wrong one."""
     run = read_run(argv, "train_ppo.py", __doc__, CONSTANTS, RANGES, KEPT, check)
     c = SimpleNamespace(**run.constants)
     check_ranks(run, c)

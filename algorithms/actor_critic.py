@@ -244,13 +244,17 @@ def logger_to(path):
 
 
 def train(agent, directory):
-    """To the end of its epochs. A signal to stop saves the last whole epoch, from which a resume goes on, and leaves by SystemExit."""
+    """To the end of its epochs -> exit status. A signal to stop saves the last whole epoch, from which a resume goes on."""
 
     def stop(signum, frame):
-        raise SystemExit(128 + signum)
+        raise SystemExit(128 + signum)  # no Exception: what is under way might catch that
 
-    with locked(directory), signals_handled(stop):
-        train_epochs(agent, directory)
+    try:
+        with locked(directory), signals_handled(stop):
+            train_epochs(agent, directory)
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
 
 
 def train_epochs(agent, directory):
@@ -280,7 +284,7 @@ def train_epochs(agent, directory):
         log.handlers[0].close()
 
 
-def main(argv=None):
+def main(argv=()):
     parser = argparse.ArgumentParser(prog=f"-m algorithms.{NAME}", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("config", nargs="?", type=given_path, default="config.json")
@@ -288,17 +292,17 @@ def main(argv=None):
     parser.add_argument("--directory", type=given_path, default=".", help="where the run's directory is made (default: here)")
     parser.add_argument("--evaluate", type=given_path, nargs="?", const=HERE / "pretrained" / f"{NAME}.pt", metavar="CHECKPOINT")
     parser.error = raise_error
-    args = parser.parse_args(argv)
+    args = parser.parse_args(list(map(str, argv)))
     torch.set_num_threads(1)  # small networks
     if args.evaluate:
         print(json.dumps(load_agent(args.evaluate).evaluate()))
-    elif args.resume:
+        return 0
+    if args.resume:
         agent = load_agent(args.resume)
         if agent.epoch >= agent.config.num_epochs:
             raise CommandLineError(f"{args.resume} has done all of its {agent.epoch} epochs already")
-        train(agent, find_checkpoint(args.resume, ("final.pt",)).parent)
-    else:
-        train(ActorCriticAgent(read_config(args.config)), new_directory(args.directory))
+        return train(agent, find_checkpoint(args.resume, ("final.pt",)).parent)
+    return train(ActorCriticAgent(read_config(args.config)), new_directory(args.directory))
 
 
 if __name__ == "__main__":

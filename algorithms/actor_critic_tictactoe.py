@@ -17,11 +17,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.common import Algorithm, check_lr, main
+from algorithms.common import Algorithm, check_lr, run_algorithm
 from algorithms.reinforce_cartpole import normalize
 from algorithms.tictactoe import O, TicTacToe, X, ask, best_score, every_line, observations, over, picture, print_board, wins
 from checkpoint import to_plain
-from command_line import constants_of, run_script
+from command_line import Constants, run_script
 from device import choose_device, set_threads
 from ppo import entropy_loss, learning_rate, policy_loss, value_loss
 from rollout_buffer import compute_gae
@@ -54,7 +54,7 @@ EVAL_INTERVAL = 250  # updates between two evaluations; never if 0
 SAVE_FREQ = 500  # updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONSTANTS = constants_of(globals())
+CONSTANTS = Constants(globals())
 RANGES = {
     "NUM_STEPS": (1, 10**12), "GAMES": (8, 10**6), "POOL": (1, 1000), "POOL_INTERVAL": (1, 10**9), "RANDOM_MOVES": (0.0, 1.0),
     "OPENINGS": (0.0, 1.0),    "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9), "LR": (1e-9, 1.0),
@@ -283,5 +283,10 @@ def build(c):
 ALGORITHM = Algorithm("actor_critic_tictactoe", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, frame_ms=1000, check=check_lr,
                       human=lambda state, seed: play_in_terminal(state))  # fmt: skip
 
+
+def main(argv=()):
+    return run_algorithm(ALGORITHM, argv)
+
+
 if __name__ == "__main__":
-    run_script(lambda: main(ALGORITHM), "-m algorithms.actor_critic_tictactoe")
+    run_script(main, "-m algorithms.actor_critic_tictactoe")

@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 
 
 class Algorithm(NamedTuple):
-    """What a file of this folder tells `main` of itself."""
+    """What a file of this folder tells `run_algorithm` of itself."""
 
     name: str  # of its module, without the package
     doc: str
@@ -71,11 +71,11 @@ def device_of(c):
         return torch.device("cpu")
 
 
-def main(algorithm, argv=None):
-    """Train, play or evaluate, as the command line asks -> exit status."""
+def run_algorithm(algorithm, argv):
+    """Train, play or evaluate, as these words of a command line ask -> exit status."""
     if RANKS > 1:
         raise CommandLineError("runs in one process, without torchrun")
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(map(str, argv))
     if any(argument.split("=")[0] in ("--play", "--evaluate") for argument in argv):
         return play_or_evaluate(algorithm, argv)
     program = f"-m algorithms.{algorithm.name}"

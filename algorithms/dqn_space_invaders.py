@@ -22,9 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.atari import Replay, Stacks, make_env, make_envs, restore_game, save_game
-from algorithms.common import Algorithm, main, summary
+from algorithms.common import Algorithm, run_algorithm, summary
 from checkpoint import to_numpy
-from command_line import CommandLineError, constants_of, run_script
+from command_line import CommandLineError, Constants, run_script
 from device import choose_device
 from trainer import Trainer, check_finite
 
@@ -63,7 +63,7 @@ EVAL_INTERVAL = 33  # updates between two evaluations; never if 0
 SAVE_FREQ = 67  # updates between two checkpoints: 200,000 steps
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONSTANTS = constants_of(globals())
+CONSTANTS = Constants(globals())
 RANGES = {
     "STICKY": (0.0, 0.99), "SKIP": (1, 100), "STACK": (1, 32), "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 1024), "UPDATE_STEPS": (1, 10**9),
     "REPLAY_SIZE": (1, 10**9), "MEMORY_FACTOR": (1e-9, 1e3), "BURN_IN": (1, 10**9), "LR": (1e-9, 1.0), "GAMMA": (0.0, 1.0),
@@ -291,5 +291,10 @@ def build(c):
 
 ALGORITHM = Algorithm("dqn_space_invaders", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, frame_ms=60)
 
+
+def main(argv=()):
+    return run_algorithm(ALGORITHM, argv)
+
+
 if __name__ == "__main__":
-    run_script(lambda: main(ALGORITHM), "-m algorithms.dqn_space_invaders")
+    run_script(main, "-m algorithms.dqn_space_invaders")

@@ -196,7 +196,7 @@ def heat_map(rows, x, y):
     return figure
 
 
-def main(argv=None):
+def main(argv=()):
     parser = argparse.ArgumentParser(prog="-m algorithms.grid_search", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("training", choices=TRAININGS, metavar="TRAINING", help=", ".join(TRAININGS))

@@ -25,12 +25,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.common import Algorithm, device_of, main, need
+from algorithms.common import Algorithm, device_of, need, run_algorithm
 from algorithms.language_model import (
     TINY, TrainedOnly, check_scores, from_pretrained, is_adapter, load_model, load_tokenizer, reference_to, transformer, with_lora,
 )  # fmt: skip
 from callbacks import Callback, say
-from command_line import CommandLineError, constants_of, run_script
+from command_line import CommandLineError, Constants, run_script
 from device import choose_device
 from ppo import k3, policy_loss
 from trainer import Trainer
@@ -64,7 +64,7 @@ SAVE_FREQ = 25  # steps between two checkpoints
 WANDB = ""  # a project of Weights & Biases to log to as well
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONSTANTS = constants_of(globals())
+CONSTANTS = Constants(globals())
 RANGES = {
     "LORA_RANK": (0, 4096), "NUM_SAMPLES": (2, 4096), "PROMPTS_PER_STEP": (1, 4096), "MAX_NEW_TOKENS": (1, 65536), "TEMPERATURE": (0.01, 100.0),
     "TOP_P": (0.01, 1.0), "NUM_STEPS": (1, 10**9), "EPOCHS": (1, 1000), "EPS_CLIP": (1e-9, 1.0), "KL_COEF": (0.0, 1e9), "LR": (1e-9, 1.0),
@@ -405,5 +405,10 @@ def show(state, seed):
 ALGORITHM = Algorithm("grpo_text", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, None, episodes=64, human=show, check=check, callbacks=callbacks_of,
                       less_memory=less_memory)  # fmt: skip
 
+
+def main(argv=()):
+    return run_algorithm(ALGORITHM, argv)
+
+
 if __name__ == "__main__":
-    run_script(lambda: main(ALGORITHM), "-m algorithms.grpo_text")
+    run_script(main, "-m algorithms.grpo_text")

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import math
 import random
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,13 +25,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.breakout_text import ACTIONS, WIDTH, BreakoutTexts, ShapedReward, TextAsBytes, make_env, numbers_of, texts_of
-from algorithms.common import Algorithm, check_ppo, device_of, main, ppo_config, summary
+from algorithms.common import Algorithm, check_ppo, device_of, ppo_config, run_algorithm, summary
 from algorithms.language_model import TINY, load_model, load_tokenizer, reference_to, tokenizer_from, with_lora
 from algorithms.language_policy import LanguagePolicy
 from background import Background
 from callbacks import Callback
 from checkpoint import replacing
-from command_line import constants_of, read_run, run_script
+from command_line import Constants, read_run, run_script
 from device import choose_device
 from drawing import write_gif
 from ppo import PPO, Policy
@@ -74,7 +73,7 @@ VIDEO_FREQ = 60  # updates between two videos of a game; never if 0
 SAVE_FREQ = 20  # updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONSTANTS = constants_of(globals())
+CONSTANTS = Constants(globals())
 RANGES = {
     "LORA_RANK": (1, 4096), "STICKY": (0.0, 0.99), "SKIP": (1, 100), "SHAPING": (0.0, 1e9), "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 4096),
     "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (2, 10**7), "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0),
@@ -316,6 +315,12 @@ LEVELS = {"following the ball": 62, "random play": 1.7}
 ALGORITHM = Algorithm("ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, frame_ms=60, levels=LEVELS, check=check_ppo,
                       callbacks=callbacks_of)  # fmt: skip
 
+
+def main(argv=()):
+    if "--verify" in argv:
+        return verify([word for word in argv if word != "--verify"])
+    return run_algorithm(ALGORITHM, argv)
+
+
 if __name__ == "__main__":
-    verifying = [word for word in sys.argv[1:] if word != "--verify"]
-    run_script(lambda: verify(verifying) if "--verify" in sys.argv else main(ALGORITHM), "-m algorithms.ppo_llm_breakout")
+    run_script(main, "-m algorithms.ppo_llm_breakout")

@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from algorithms.common import Algorithm, check_ppo, greedy_frames, greedy_returns, main, need, ppo_config, summary
-from command_line import constants_of, run_script
+from algorithms.common import Algorithm, check_ppo, greedy_frames, greedy_returns, need, ppo_config, run_algorithm, summary
+from command_line import Constants, run_script
 from device import choose_device, set_threads
 from ppo import PPO, Policy
 
@@ -50,7 +50,7 @@ EVAL_INTERVAL = 20  # updates between two evaluations; never if 0
 SAVE_FREQ = 20  # updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONSTANTS = constants_of(globals())
+CONSTANTS = Constants(globals())
 RANGES = {
     "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 4096), "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (2, 10**7),
     "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "EPS_CLIP": (1e-9, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9),
@@ -156,5 +156,10 @@ def frames(state, episodes, seed, human):
 LEVELS = {"solved": 200}
 ALGORITHM = Algorithm("ppo_lunarlander", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, frame_ms=20, check=check_ppo)
 
+
+def main(argv=()):
+    return run_algorithm(ALGORITHM, argv)
+
+
 if __name__ == "__main__":
-    run_script(lambda: main(ALGORITHM), "-m algorithms.ppo_lunarlander")
+    run_script(main, "-m algorithms.ppo_lunarlander")

@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.common import Algorithm, check_lr, greedy_frames, greedy_returns, main, summary
-from command_line import constants_of, run_script
+from algorithms.common import Algorithm, check_lr, greedy_frames, greedy_returns, run_algorithm, summary
+from command_line import Constants, run_script
 from device import choose_device, set_threads
 from ppo import entropy_loss, learning_rate
 from rollout_buffer import compute_gae
@@ -48,7 +48,7 @@ EVAL_INTERVAL = 5  # updates between two evaluations; never if 0
 SAVE_FREQ = 20  # updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONSTANTS = constants_of(globals())
+CONSTANTS = Constants(globals())
 RANGES = {
     "NUM_STEPS": (1, 10**12), "EPISODES": (2, 4096), "GAMMA": (0.0, 1.0), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "HIDDEN": (1, 8192),
     "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
@@ -175,5 +175,10 @@ def build(c):
 LEVELS = {"maximum": 500, "solved": 475, "random play": 22}
 ALGORITHM = Algorithm("reinforce_cartpole", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, frame_ms=20, check=check_lr)
 
+
+def main(argv=()):
+    return run_algorithm(ALGORITHM, argv)
+
+
 if __name__ == "__main__":
-    run_script(lambda: main(ALGORITHM), "-m algorithms.reinforce_cartpole")
+    run_script(main, "-m algorithms.reinforce_cartpole")

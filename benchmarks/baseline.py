@@ -96,7 +96,7 @@ def train(seed, num_steps):
         yield model.num_timesteps // samples, model.num_timesteps, seconds, result["score"], result["cleared"]
 
 
-def main(argv=None):
+def main(argv=()):
     parser = argparse.ArgumentParser(prog="baseline.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="default 0")

@@ -56,7 +56,7 @@ def levels(games):
     return {name: summary(scores_of(choose, c, games, seed=1_000_000)) for name, choose in players.items()}
 
 
-def main(argv=None):
+def main(argv=()):
     parser = argparse.ArgumentParser(prog="language_models.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--model", default="smollm2", help='as ppo_llm_breakout takes it, but for "mlp" (default smollm2)')

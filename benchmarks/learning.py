@@ -59,8 +59,6 @@ def small_weights(gpt):
 def train_small_weights(argv):
     """train_ppo.py with `small_weights`. An evaluation loads the weights it is given, so its process need not know of them."""
     GPT.init_weights = small_weights
-    sys.argv = [str(ROOT / "train_ppo.py")]  # what goes on with the CPU, in a fresh process, if the GPU fails
-    sys.orig_argv = [sys.executable, *sys.argv]
     return train_ppo.main(argv)
 
 
@@ -201,7 +199,7 @@ def draw(curves):
     return figure
 
 
-def main(argv=None):
+def main(argv=()):
     parser = argparse.ArgumentParser(prog="learning.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
@@ -237,5 +235,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train_small_weights"]:
-        run_script(lambda: train_small_weights(sys.argv[2:]), "train_ppo.py")
+        run_script(lambda argv: train_small_weights(argv[1:]), "train_ppo.py")
     run_script(main, "learning.py")

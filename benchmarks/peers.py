@@ -215,7 +215,7 @@ def in_words(seed, num_steps, model):
               f"after {num_steps} steps, {statistics.median(seconds):.2f} s per step")  # fmt: skip
 
 
-def main(argv=None):
+def main(argv=()):
     parser = argparse.ArgumentParser(prog="peers.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("what", choices=("lunarlander", "space_invaders", "grpo"))

@@ -88,7 +88,7 @@ def read_command_line(argv):
     return args
 
 
-def main(argv=None):
+def main(argv=()):
     args = read_command_line(argv)
     models = {shown(path): load_policy(path) for path in args.models}
     set_threads(max(policy.config.n_layer for policy, _ in models.values()))

@@ -57,7 +57,7 @@ def self_test(c, device, state, shortcuts):
     return failure is None
 
 
-def main(argv=None):
+def main(argv=()):
     run = read_run(argv, "benchmarks/self_test.py", __doc__, CONSTANTS, RANGES, KEPT, check)
     c = SimpleNamespace(**run.constants)
     check_ranks(run, c)

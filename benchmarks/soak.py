@@ -50,7 +50,7 @@ def ends(values):
     return statistics.median(values[tenth : 2 * tenth] or values), statistics.median(values[-tenth:])
 
 
-def main(argv=None):
+def main(argv=()):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, help="default 30")
     parser.error = raise_error

@@ -351,7 +351,7 @@ def show(table, title, header, rows):
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip(), flush=True)
 
 
-def main(argv=None):
+def main(argv=()):
     parser = argparse.ArgumentParser(prog="throughput.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), help="default all")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageSequence
 
 import callbacks
-from algorithms.common import main
+from algorithms.common import run_algorithm
 from checkpoint import load_checkpoint
 
 
@@ -48,7 +48,7 @@ def durations(path):
 
 
 def run(algorithm, *words):
-    return main(algorithm, list(map(str, words)))
+    return run_algorithm(algorithm, words)
 
 
 def states_of_a_straight_and_a_resumed_run(algorithm, small, tmp_path, steps, stop_at):

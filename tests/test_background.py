@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from background import Background
+from background import Background, CannotStart
 
 
 def work(x):
@@ -41,6 +41,14 @@ def test_products_keep_their_precision(monkeypatch):
     monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
     with contextlib.closing(Background(work)) as background:
         assert background.result(background.submit("precision")) == "highest"
+
+
+def test_a_function_that_no_process_can_find():
+    with contextlib.closing(Background(lambda x: x)) as background:
+        for _ in range(2):
+            with pytest.raises(CannotStart, match="^no other process can run it: .*lambda") as error:
+                background.result(background.submit(0))
+            assert "\n" not in str(error.value)
 
 
 def test_ctrl_c_is_as_before():

@@ -281,8 +281,7 @@ def test_small_trainings_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "ThreadPoolExecutor", InTurn)
     monkeypatch.setattr(learning.subprocess, "run", in_this_process)
     monkeypatch.setattr(train_ppo, "evaluation_of", lambda c, device: AtOnce())
-    for owner, name in ((GPT, "init_weights"), (sys, "argv"), (sys, "orig_argv")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # restored at the end
+    monkeypatch.setattr(GPT, "init_weights", GPT.init_weights)  # restored at the end
     variants = ["no_paired_envs", "no_prediction", "small_weights"]
     learning.main(["--seeds", "5", "--variants", *variants, "--out", str(tmp_path), *SMALL.split()])
     with open(tmp_path / "learning.csv") as file:
@@ -559,8 +558,8 @@ def test_grpo_learns_what_trl_does(monkeypatch, capsys, tmp_path):
     states = []
     evaluate = peers.grpo.evaluate
     monkeypatch.setitem(peers.grpo.REWARDS, "brief", lambda prompt, answer: sum(map(str.isascii, answer)) / 16)
-    monkeypatch.setitem(peers.grpo.CONSTANTS, "MAX_NEW_TOKENS", 16)
-    monkeypatch.setitem(peers.grpo.CONSTANTS, "LR", 1e-3)
+    monkeypatch.setattr(peers.grpo, "MAX_NEW_TOKENS", 16)
+    monkeypatch.setattr(peers.grpo, "LR", 1e-3)
     monkeypatch.setattr(peers.grpo, "evaluate", lambda state: states.append(state["model"]) or evaluate(state))
     peers.main(["grpo", "--steps", "2", "--model", str(tmp_path)])
     out = capsys.readouterr().out

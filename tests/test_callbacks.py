@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 import callbacks
+from background import CannotStart
 from callbacks import Callback, Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard, duration, read_metrics
 from checkpoint import CheckpointError, load_checkpoint
 from trainer import StopTraining
@@ -229,7 +230,9 @@ def test_an_evaluation_that_fails_stays_under_way(waits):
     assert evaluation.background.exits == 1
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: device busy\nmore")])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: device busy\nmore"), CannotStart("no other process"),
+])  # fmt: skip
 def test_where_another_process_cannot_evaluate_they_take_turns(waits, capsys, error):
     evaluation = Evaluation(lambda state: {"score": 10 * state["update_count"]}, 2)
     trainer = Trainer(evaluation, 6)

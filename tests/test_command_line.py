@@ -1,10 +1,12 @@
 import errno
+import importlib
 import math
 import os
 import re
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,8 @@ import command_line
 from algorithms.grid_search import TRAININGS, training
 from checkpoint import atomic_write
 from command_line import (
-    CommandLineError, check_constants, constants_of, finish_output, new_run_dir, one_line, read_command_line, read_run, resume_command, run_script, train,
+    CommandLineError, Constants, check_constants, finish_output, ignore_signals, new_run_dir, one_line, read_command_line, read_run, resume_command,
+    run_script, signals_handled, train,
 )  # fmt: skip
 from trainer import Trainer
 
@@ -34,7 +37,10 @@ def test_constants_are_what_a_script_assigns(tmp_path):
     (tmp_path / "script.py").write_text(script)
     namespace = {"__file__": str(tmp_path / "script.py")}
     exec(script, namespace)
-    assert constants_of(namespace) == {"STEPS": 40, "ON": True}
+    constants = Constants(namespace)
+    assert constants == {"STEPS": 40, "ON": True} and "PI" not in constants
+    namespace["STEPS"] = 7  # as a program does that has imported the script
+    assert constants | {"ON": False} == {"STEPS": 7, "ON": False}
 
 
 def test_overrides():
@@ -80,6 +86,31 @@ def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command_line, "time", SimpleNamespace(strftime=lambda form: "runs/now"))
     assert [str(new_run_dir("")) for _ in range(3)] == ["runs/now", "runs/now-2", "runs/now-3"]
+
+
+@pytest.mark.parametrize("name", [name for name in TRAININGS if name != "actor_critic"])  # which has a file of them
+def test_a_call_takes_the_constants_of_now_and_no_command_line(name, monkeypatch):
+    script = importlib.import_module(name if name == "train_ppo" else f"algorithms.{name}")
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    with pytest.raises(CommandLineError, match="unknown argument --sed; did you mean --seed"):
+        script.main(["--sed", 1])
+    monkeypatch.setattr(script, "SEED", -1)
+    with pytest.raises(CommandLineError, match=r"SEED \(--seed\) must be an integer from 0 to .*, not -1"):
+        script.main()
+
+
+def test_in_a_thread_signals_stay_as_they_are():
+    before, within = signal.getsignal(signal.SIGINT), []
+
+    def handled():
+        with signals_handled(signal.SIG_IGN):
+            ignore_signals()
+            within.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=handled)
+    thread.start()
+    thread.join()
+    assert within == [before] and signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -141,7 +172,7 @@ def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, name, 
 
 
 def test_a_reader_that_has_left_ends_a_script_quietly(capsys):
-    def broken():
+    def broken(argv):
         raise BrokenPipeError(32, "Broken pipe")
 
     with pytest.raises(SystemExit, match="141"):
@@ -196,7 +227,7 @@ def test_a_warning_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit), warnings.catch_warnings():
         warnings.simplefilter("always")
         monkeypatch.setattr(warnings, "showwarning", lambda *args: sys.stderr.write(warnings.formatwarning(*args[:4])))  # pytest's keeps them
-        run_script(lambda: warnings.warn("no compiler:\n" + "x" * 1000), "a.py")
+        run_script(lambda argv: warnings.warn("no compiler:\n" + "x" * 1000), "a.py")
     line = capsys.readouterr().err
     assert re.fullmatch(r"warning: no compiler: x+ \.\.\.\n", line) and len(line) < 320
 

@@ -447,10 +447,8 @@ def test_a_run_goes_on_with_the_cpu_in_a_fresh_process(monkeypatch, tmp_path, ca
     ppo.collect_and_update = fail_for_good
     monkeypatch.setattr(command_line.subprocess, "Popen", Process)
     monkeypatch.setattr(command_line.signal, "signal", lambda signum, handler: None)
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "train_ppo.py", "--seed", "3"])
-    monkeypatch.setattr(sys, "argv", ["train_ppo.py", "--seed", "3"])
     assert command_line.train(ppo, tmp_path, "train_ppo.py", {}) == 7
-    assert started == [([sys.executable, "-u", "train_ppo.py", "--resume", str(tmp_path), "--device", "cpu"], [0])]
+    assert started == [([sys.executable, command_line.__file__.replace("command_line", "train_ppo"), "--resume", str(tmp_path), "--device", "cpu"], [0])]
     assert load_checkpoint(tmp_path)["update_count"] == 0
     assert f"stopped working; going on with: python train_ppo.py --resume {tmp_path} --device cpu" in capsys.readouterr().err
 

@@ -41,7 +41,7 @@ def in_this_process(monkeypatch, without_processes):  # noqa: F811
     def run(command, cwd, stdout, stderr, env):
         commands.append(command[3:])
         algorithm = importlib.import_module(command[2]).ALGORITHM
-        return SimpleNamespace(returncode=importlib.import_module("algorithms.common").main(algorithm, command[3:]))
+        return SimpleNamespace(returncode=importlib.import_module("algorithms.common").run_algorithm(algorithm, command[3:]))
 
     monkeypatch.setattr(grid_search.subprocess, "run", run)
     monkeypatch.setattr(grid_search, "ThreadPoolExecutor", InTurn)

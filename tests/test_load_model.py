@@ -17,6 +17,7 @@ from PIL import Image
 import load_model
 from breakout_ascii import BreakoutAscii, standard_serves
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from command_line import CommandLineError
 from drawing import to_image
 from evaluation import SERVES, play_games, summary
 from helpers import largest_score, tolerance
@@ -188,7 +189,7 @@ def test_a_path_that_is_empty_or_begins_with_the_home_directory(tmp_path, monkey
     main([f"~/{checkpoint.relative_to(tmp_path)}", "--steps", "1", "--out=~/a.gif"])
     assert (tmp_path / "a.gif").exists()
     for arguments in ([""], [str(checkpoint), "--out", ""]):
-        with pytest.raises(SystemExit, match="is empty; name a file or a directory"):
+        with pytest.raises(CommandLineError, match="is empty; name a file or a directory"):
             main(arguments)
 
 
@@ -219,13 +220,13 @@ def test_files_that_are_no_model(tmp_path, checkpoint):
     ("--out nowhere/x.gif", "no directory nowhere"), ("--evaluate --episodes 5", "--episodes goes with --sample"), ("--step 3", "unrecognized arguments: --step"), ("--seed x", "invalid int"),
 ])  # fmt: skip
 def test_wrong_arguments(arguments, message):
-    with pytest.raises(SystemExit, match=f"^load_model.py: .*{re.escape(message)}"):
+    with pytest.raises(CommandLineError, match=re.escape(message)):
         main(arguments.split())
 
 
 def test_mp4_without_its_package(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(load_model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install imageio imageio-ffmpeg"):
+    with pytest.raises(CommandLineError, match="pip install imageio imageio-ffmpeg"):
         main([str(checkpoint), "--out", str(tmp_path / "x.mp4")])
 
 

@@ -1,8 +1,13 @@
 import ast
+import os
 import re
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image, ImageSequence
 
 import load_model
@@ -39,6 +44,56 @@ def test_what_the_pages_name_exists():
             assert any((ROOT / folder / name).exists() for folder in (".", "fast", "algorithms")), f"{page.name}: {name}"
         for option in set(re.findall(r"--([a-z][a-z_0-9]*(?:-[a-z]+)*)", text)) - {"resume", *OTHERS}:
             assert option.upper() in constants or f'"--{option}"' in sources, f"{page.name}: --{option}"
+
+
+def lines_for_a_notebook():
+    (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "runs.md").read_text(), re.M | re.S)
+    return lines
+
+
+def test_the_lines_for_a_notebook(tmp_path, monkeypatch, capsys):
+    """The command line is the kernel's, and the main script has no guard: a process that ran it again would fail."""
+    (tmp_path / "cell.py").write_text("raise RuntimeError('run again')")
+    cell = types.ModuleType("__main__")
+    cell.__file__ = str(tmp_path / "cell.py")
+    monkeypatch.setitem(sys.modules, "__main__", cell)
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(train_ppo, "NUM_STEPS", train_ppo.NUM_STEPS)  # restored at the end
+    monkeypatch.chdir(tmp_path)
+    exec(lines_for_a_notebook(), vars(cell))
+    score = cell.exact(cell.policy)["score"]
+    out = capsys.readouterr().out
+    assert f"\n0 16384 {score}\n" in out and f"score {score:.1f}" in out and "warning" not in out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"] and (tmp_path / "first.gif").stat().st_size > 1000
+
+
+FROM_ELSEWHERE = {
+    "a script without a guard": ("script.py", "{lines}"),
+    "input": ("-", "{lines}"),
+    "a thread": ("-", "import threading\nthread = threading.Thread(target=exec, args=({lines!r}, globals()))\nthread.start()\nthread.join()"),
+    "a process that may have no others": ("script.py", """
+import multiprocessing
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=exec, args=({lines!r}, {{"__name__": "cell"}}), daemon=True)
+    process.start()
+    process.join()
+"""),
+    "the same twice": ("-", "for name in ('second', 'first'):\n    exec({lines!r}.replace('first', name))"),
+}  # fmt: skip
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("place", FROM_ELSEWHERE)
+def test_a_training_from(place, tmp_path):
+    script, program = FROM_ELSEWHERE[place]
+    program = program.format(lines=lines_for_a_notebook())
+    (tmp_path / "script.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script, "-f", "kernel.json"], input=program, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    results = re.findall(r"^0 16384 (.*)$", done.stdout, re.M)
+    assert done.returncode == 0 and len(results) == (2 if "twice" in place else 1) and len(set(results)) == 1, done.stderr
+    assert len(list((tmp_path / "runs").iterdir())) == len(results) and (tmp_path / "first.gif").exists()
+    assert done.stdout.count("warning: no evaluation beside") == ("no others" in place) and "Traceback" not in done.stderr
 
 
 def test_ci_runs_the_command_of_the_readme():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from breakout_ascii import BreakoutAsciiVec
 from checkpoint import save_checkpoint
+from command_line import CommandLineError
 from load_model import SHIPPED, load_policy, main, make_gpt, play
 from model import GPT, GPTConfig
 from replay import Stage, html, place_of, record
@@ -137,7 +138,7 @@ def test_pictures_show_attention(tmp_path):
 ])  # fmt: skip
 def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=message) as error:
+    with pytest.raises(CommandLineError, match=message) as error:
         main([str(SHIPPED), *words.split()])
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
