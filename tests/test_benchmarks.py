@@ -25,6 +25,7 @@ from command_line import CommandLineError
 from device import DeviceError
 from evaluation import SERVES, exact
 from fast.device_breakout import TensorGames
+from fast.self_test import BF16_MARGIN, GRADIENT_MARGIN, VALUES_MARGIN
 from helpers import make_gpt
 from load_model import load_policy, policy_of
 from model import GPT
@@ -588,3 +589,21 @@ def test_levels_to_compare_with(capsys):
     language_models.main(["--levels", "2"])
     scores = json.loads(capsys.readouterr().out)
     assert scores["following the ball"]["games"] == 2 and scores["following the ball"]["min"] > scores["random play"]["max"]
+
+
+def test_the_pages_name_variants_and_margins_that_there_are():
+    docs = ROOT / "docs"
+    rows = re.findall(r"^\| [^|]+ \| `([a-z_0-9.]+)` \| \d \|", (docs / "results.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) == 7 and set(rows) <= set(learning.VARIANTS)
+    margins = (VALUES_MARGIN, GRADIENT_MARGIN, BF16_MARGIN, BF16_MARGIN**2)
+    for line in ("{} times the error of float32", "{} times the error of float32", "{} times the error of bf16", "{} times that of bf16"):
+        value, *margins = margins
+        assert line.format(value) in (docs / "performance.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_a_short_soak(capsys):
+    small = "--num_envs 4 --rollout_steps 8 --batch_size 16 --n_head 4 --n_embd 16 --device cpu --eval_interval 0"
+    assert soak.main(["--minutes", "0.4", *small.split()]) in (0, 1)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["memory", "open files", "speed"]

@@ -73,6 +73,9 @@ def test_a_real_game():
     env = make_env(constants(ACTIONS="NOOP, FIRE"))
     frame, _ = env.reset(seed=0)
     assert frame.shape == (84, 84) and frame.max() > 50 and env.action_space.n == 2
+    assert env.get_wrapper_attr("repeat_action_probability") == 0.25 and ALGORITHM.constants["SKIP"] == 4
+    other = make_env(constants(ENV_ID="ALE/Pong-v5"))
+    assert other.reset(seed=0)[0].shape == (84, 84) and other.action_space.n == 6 and other.step(3)[0].shape == (84, 84)
     for env_id, actions in (("ALE/Nowhere-v5", ""), ("ALE/Pong-v5", "JUMP"), ("CartPole-v1", "")):
         with pytest.raises(CommandLineError, match=env_id) as error:
             make_env(constants(ENV_ID=env_id, ACTIONS=actions))

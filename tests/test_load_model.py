@@ -23,6 +23,7 @@ from evaluation import SERVES, play_games, summary
 from helpers import largest_score, tolerance
 from load_model import SHIPPED, find_model, load_policy, main, play
 from model import GPT, GPTConfig
+from train_ppo import CONSTANTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,6 +115,7 @@ def test_the_shipped_model(tmp_path, capsys):
     readme = (SHIPPED.parent / "README.md").read_text()
     assert f"{result['score']:.0f} points, {result['cleared']} of 32 games cleared" in readme
     assert f"{meta['global_step']:,} steps" in readme and f"--seed {meta['constants']['SEED']}" in readme
+    assert meta["constants"].keys() == CONSTANTS.keys()
     main([str(SHIPPED), "--out", str(tmp_path / "gpt.gif")])
     assert 50_000 < (tmp_path / "gpt.gif").stat().st_size < 1_000_000
 

@@ -242,6 +242,7 @@ def test_explained_variance():
 def test_learning_rate():
     cosine = [learning_rate(x, 1.0, 0.2) for x in (0, 0.25, 0.5, 1, 1.1)]
     assert cosine == pytest.approx([1, 1 - 0.8 * (1 - math.cos(math.pi / 4)) / 2, 0.6, 0.2, 0.2])
+    assert {learning_rate(x, 0.3, 0.3) for x in (0, 0.4, 1)} == {0.3}  # equal: no schedule
 
 
 def test_lambda_rises_over_its_steps():

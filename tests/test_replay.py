@@ -14,7 +14,7 @@ from command_line import CommandLineError
 from load_model import SHIPPED, load_policy, main, make_gpt, play
 from model import GPT, GPTConfig
 from replay import Stage, html, place_of, record
-from replay.attention import THINGS, attention, name_of, plain_gpt, shares, sort_heads, things_on
+from replay.attention import THINGS, attention, name_of, plain_gpt, shares, sort_heads, spread, things_on
 from replay.pictures import pictures
 
 CPU = torch.device("cpu")
@@ -70,6 +70,12 @@ def test_heads_are_named_by_what_they_look_at():
     looks[0, [1, 2, 3, 6]] = 0.2, 0.2, 0.2, 0.4
     looks[1, 6], looks[2, 0] = 1, 1
     assert [name_of(head) for head in looks] == [("paddle", pytest.approx(0.6)), ("empty space", 1), ("ball", 1)] and sort_heads(looks) == [2, 0, 1]
+
+
+@pytest.mark.parametrize("length, seen", [(1, 1), (500, 500), (501, 251), (1351, 451)])
+def test_heads_are_measured_on_at_most_500_pages_spread_evenly(length, seen):
+    chosen = spread(np.arange(length))
+    assert len(chosen) == seen <= 500 and len(set(np.diff(chosen))) <= 1 and chosen[0] == 0
 
 
 def test_the_file_holds_the_game(tmp_path):

@@ -360,6 +360,13 @@ def test_where_games_and_steps_run(monkeypatch, changes, expected):
     assert built == expected
 
 
+@pytest.mark.parametrize("device, layers, cores, processes", [("cuda", 1, 16, 8), ("cuda", 1, 4, 3), ("cuda", 1, 1, 1), ("cuda", 2, 16, 1), ("cpu", 1, 16, 1)])
+def test_how_many_processes_evaluate(monkeypatch, device, layers, cores, processes):
+    monkeypatch.setattr(train_ppo, "available_cores", lambda: cores)
+    evaluation = train_ppo.evaluation_of(SimpleNamespace(**CONSTANTS | {"N_LAYER": layers}), torch.device(device))
+    assert evaluation.background.processes == processes
+
+
 def test_a_stop_while_the_last_evaluation_is_waited_for_does_not_lose_it(tmp_path, monkeypatch, capsys):
     class Slow(AtOnce):
         def submit(self, state):
