@@ -245,16 +245,43 @@ def new_games(numbers, varied_starts=0.0, xp=np):
     return serves, xp.concatenate([first, bricks[:, 1:]], 1).reshape(-1, BRICK_ROWS, BRICK_COLUMNS)
 
 
+def check_options(options, known):
+    """-> the options of reset, {} for None. Raises ValueError for anything but a dict of known ones."""
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        raise ValueError(f'options must be None or {{"{known[0]}": ...}}; got {options!r}')
+    if set(options) - set(known):
+        raise ValueError(f"reset has no options but {' and '.join(known)}; got {', '.join(map(repr, options))}")
+    return options
+
+
+def reset_mask(options, num_games):
+    """-> (num_games,) bool for reset's options={"reset_mask": ...}: which games start anew, all without it. Raises ValueError."""
+    if options.get("reset_mask") is None:
+        return np.ones(num_games, bool)
+    mask = options["reset_mask"]
+    if not isinstance(mask, np.ndarray) or mask.shape != (num_games,) or mask.dtype != bool or not mask.any():
+        got = f"{mask.dtype} of shape {mask.shape}" if isinstance(mask, np.ndarray) else repr(mask)
+        raise ValueError(f'options["reset_mask"] must be an array of shape ({num_games},), bool, true somewhere; got {got}')
+    return mask.copy()
+
+
+def generators(seeds, num_games):
+    """A list of seeds, one per game -> {game: NumPy generator}, as `BreakoutAscii` would have it; None seeds nothing. Raises ValueError."""
+    if len(seeds) != num_games or not all(x is None or is_whole(x) and x >= 0 for x in seeds):
+        raise ValueError(f"seed must be None, an integer, or a list of {num_games} of these, integers from 0 up; got {list(seeds)!r}")
+    return {game: gym.utils.seeding.np_random(int(x))[0] for game, x in enumerate(seeds) if x is not None}
+
+
+def is_whole(x):
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+
 def fixed_serves(options, num_games):
     """-> serves (num_games, 5, 3) for reset's options={"serves": (5,) or (num_games, 5) of -1 and +1}, or None.
 
-    Raises ValueError for serves of another shape or value, and for any other option.
+    Raises ValueError for serves of another shape or value.
     """
-    options = {} if options is None else options
-    if not isinstance(options, dict):
-        raise ValueError(f'options must be None or {{"serves": ...}}; got {options!r}')
-    if set(options) - {"serves"}:
-        raise ValueError(f'the only option of reset is "serves"; got {", ".join(map(repr, options))}')
     if options.get("serves") is None:
         return None
     try:
@@ -280,12 +307,9 @@ def check_actions(actions, shape):
 
 def check_arguments(max_episode_steps, render_mode, modes, num_envs=1, varied_starts=0.0):
     """Raise ValueError, in one line, for the first argument of an environment that is out of range."""
-    def whole(x):
-        return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
-
-    if not whole(num_envs) or num_envs < 1:
+    if not is_whole(num_envs) or num_envs < 1:
         raise ValueError(f"num_envs must be an integer above 0; got {num_envs!r}")
-    if max_episode_steps is not None and (not whole(max_episode_steps) or max_episode_steps < 1):
+    if max_episode_steps is not None and (not is_whole(max_episode_steps) or max_episode_steps < 1):
         raise ValueError(f"max_episode_steps must be None (no limit) or an integer above 0; got {max_episode_steps!r}")
     if not isinstance(varied_starts, (int, float, np.number)) or not 0.0 <= varied_starts <= 1.0:
         raise ValueError(f"varied_starts is a probability, 0 to 1; got {varied_starts!r}")
@@ -316,20 +340,37 @@ class BreakoutAsciiVec(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.games = Games(num_envs)
+        self.seeded = {}  # game: its own NumPy generator; the others share np_random
         self._started = False
 
     def reset(self, *, seed=None, options=None):
         """Start N new games -> observations, infos.
 
+        seed: an integer for all games together, or a list with one for each game, which is then the game of `BreakoutAscii` with
+            that seed, however many there are; so are the games that follow it. None in the list: as before.
         options={"serves": (5,) or (N, 5) of -1 and +1} fixes the dx of the serves of these games, first serve first,
-        and makes them standard serves; games that an autoreset starts are drawn again. Raises ValueError otherwise.
+            and makes them standard serves; games that an autoreset starts are drawn again.
+        options={"reset_mask": (N,) bool} starts only these games anew, and only they have infos.
+        Raises ValueError for a seed or an option that is neither.
         """
-        serves = fixed_serves(options, self.num_envs)
-        super().reset(seed=seed)
-        everyone = np.ones(self.num_envs, bool)
-        self._new_games(everyone, serves)
+        options = check_options(options, ("serves", "reset_mask"))
+        mask, serves = reset_mask(options, self.num_envs), fixed_serves(options, self.num_envs)
+        if not mask.all():
+            self._check_started()
+        self._seed(seed, mask)
+        self._new_games(mask, serves)
         self._started = True
-        return self.observation(), self._infos(life_lost=~everyone, mask=everyone)
+        return self.observation(), self._infos(life_lost=np.zeros(self.num_envs, bool), mask=mask)
+
+    def _seed(self, seed, mask):
+        """Seed the generators of the games where mask (N,) is true: one that they share, or each its own."""
+        if isinstance(seed, (list, tuple, np.ndarray)):
+            own = generators(seed, self.num_envs)
+            self.seeded |= {game: own[game] for game in own if mask[game]}
+        else:
+            super().reset(seed=seed)
+            if seed is not None:
+                self.seeded = {game: own for game, own in self.seeded.items() if not mask[game]}
 
     def step(self, actions):
         """Play one step of every game. Raises ResetNeeded before the first reset, ValueError for a bad action."""
@@ -376,19 +417,25 @@ class BreakoutAsciiVec(VectorEnv):
     def state_dict(self):
         """-> all that a run needs to go on bit for bit, in NumPy arrays and plain types."""
         self._check_started()
-        return self.games.state_dict() | {"np_random": self.np_random.bit_generator.state}
+        state = self.games.state_dict() | {"np_random": self.np_random.bit_generator.state}
+        if self.seeded:
+            state["seeded"] = {str(game): own.bit_generator.state for game, own in self.seeded.items()}
+        return state
 
     def load_state_dict(self, state):
         """Go on from a state_dict. Raises ValueError, before anything has changed, if it is not one of an environment with as many games."""
         if not isinstance(state, dict) or "np_random" not in state:
             raise ValueError("state['np_random'], the state of the random generator, is missing")
+        shared = np.random.default_rng()
         try:
-            type(self.np_random.bit_generator)().state = state["np_random"]  # on trial
-        except (KeyError, OverflowError, TypeError, ValueError):
+            shared.bit_generator.state = state["np_random"]
+            seeded = {int(game): np.random.default_rng() for game in state.get("seeded", {})}
+            for game, own in seeded.items():
+                own.bit_generator.state = state["seeded"][str(game)]
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             raise ValueError("state['np_random'] is not the state of the random generator") from None
         self.games.load_state_dict(state)
-        self.np_random.bit_generator.state = state["np_random"]
-        self._started = True
+        self.np_random, self.seeded, self._started = shared, seeded, True
 
     def _check_started(self):
         if not self._started:
@@ -402,7 +449,12 @@ class BreakoutAsciiVec(VectorEnv):
 
     def random_numbers(self, mask):
         """-> the `RandomNumbers` of as many new games as mask (N,) has."""
-        return draw_numbers(self.np_random, mask.sum())
+        numbers = draw_numbers(self.np_random, mask.sum())
+        for row, game in enumerate(np.flatnonzero(mask)):
+            if game in self.seeded:
+                for x, own in zip(numbers, draw_numbers(self.seeded[game], 1)):
+                    x[row] = own[0]
+        return numbers
 
     def _infos(self, life_lost, mask):
         """The four infos (N,), zero where mask (N,) is false, each with a `_mask` of its own, as Gymnasium lays infos out."""
@@ -440,7 +492,7 @@ class BreakoutAscii(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         """Start a game -> observation, info; options={"serves": (5,) of -1 and +1} fixes the dx of its serves."""
-        serves = fixed_serves(options, 1)
+        serves = fixed_serves(check_options(options, ("serves",)), 1)
         super().reset(seed=seed)
         drawn_serves, bricks = new_games(draw_numbers(self.np_random, 1))
         self.games.reset(np.ones(1, bool), drawn_serves if serves is None else serves, bricks)

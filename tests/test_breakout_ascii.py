@@ -352,6 +352,37 @@ def test_steps_infos_and_autoresets_are_those_of_gymnasiums_sync_vector_env():
         assert getattr(ours, space) == getattr(theirs, space)
 
 
+def test_seeds_for_each_game_and_partial_resets_are_those_of_gymnasiums_sync_vector_env():
+    """With the games that follow by themselves, and however many games there are."""
+    theirs = SyncVectorEnv([lambda: BreakoutAscii(max_episode_steps=130)] * 5, autoreset_mode=AutoresetMode.SAME_STEP)
+    ours, fewer = BreakoutAsciiVec(5, max_episode_steps=130), BreakoutAsciiVec(2, max_episode_steps=130)
+    seeds, rng, resets, ends = [7, 3, 3, 0, 2**40], np.random.default_rng(0), 0, 0
+    assert_same(ours.reset(seed=seeds), theirs.reset(seed=seeds))
+    fewer.reset(seed=np.array(seeds[1:3]))
+    for step in range(600):
+        actions = rng.integers(3, size=5)
+        assert_same(a := ours.step(actions), theirs.step(actions))
+        ends += (a[2] | a[3]).sum()
+        if step < 300:
+            assert (fewer.step(actions[1:3])[0] == a[0][1:3]).all()
+        elif rng.random() < 0.1:
+            mask, before = rng.random(5) < 0.5, ours.observation()
+            mask[rng.integers(5)] = True
+            seeds = [None if rng.random() < 0.5 else int(rng.integers(9)) for _ in range(5)]
+            arguments = dict(seed=seeds if rng.random() < 0.7 else None)
+            options = {"reset_mask": mask} | ({"serves": [1, -1, 1, 1, 1]} if rng.random() < 0.3 else {})
+            assert_same(now := ours.reset(**arguments, options=options), theirs.reset(**arguments, options=dict(options)))
+            assert (now[0][~mask] == before[~mask]).all()
+            resets += 1
+    assert resets > 15 and ends > 5
+
+
+def test_a_seed_for_all_ends_those_of_each():
+    one, other = BreakoutAsciiVec(16), BreakoutAsciiVec(16)
+    one.reset(seed=list(range(16)))
+    assert (serves_of(one, seed=3) == serves_of(other, seed=3)).all() and (serves_of(one) == serves_of(other)).all()
+
+
 @pytest.mark.filterwarnings("error")
 def test_check_env_has_nothing_to_say(capsys):
     check_env(BreakoutAscii(), skip_render_check=True)  # without a spec it cannot build the render modes
@@ -550,12 +581,12 @@ def test_no_varied_starts_never_varies():
             assert env.games.bricks[infos["_final_info"]].all()
 
 
-@pytest.mark.parametrize("saved_at", [0, 137])
-def test_a_run_goes_on_bit_for_bit(saved_at):
+@pytest.mark.parametrize("saved_at, seed", [(0, 0), (137, 0), (137, [5, None, 2, 2, None, 1, 0, 9])])
+def test_a_run_goes_on_bit_for_bit(saved_at, seed):
     rng = np.random.default_rng(0)
     actions = rng.integers(3, size=(600, 8))
     one, other = (BreakoutAsciiVec(8, varied_starts=0.5, max_episode_steps=200) for _ in range(2))
-    one.reset(seed=0)
+    one.reset(seed=seed)
     for a in actions[:saved_at]:
         one.step(a)
     state = one.state_dict()
@@ -580,6 +611,23 @@ def test_bad_reset_options(options):
         assert "\n" not in str(error.value)
         with pytest.raises(ResetNeeded):
             env.step(0)
+
+
+BAD_MASKS = [[True, False], np.array([1, 0]), np.array([0]), np.ones(3, bool), np.ones((2, 1), bool), np.zeros(2, bool), True]
+
+
+@pytest.mark.parametrize("arguments, said", [(dict(options={"reset_mask": mask}), "reset_mask") for mask in BAD_MASKS] + [
+    (dict(seed=seeds), "a list of 2") for seeds in ([1], [1, 2, 3], [], [1, -1], [1, 1.0], [1, True], ["1", 2], [[1, 2], [3, 4]], np.array([0.0, 1.0]))])
+def test_bad_partial_resets_and_seeds(arguments, said):
+    env = BreakoutAsciiVec(2)
+    env.reset(seed=0)
+    before = env.state_dict()
+    with pytest.raises(ValueError, match=said) as error:
+        env.reset(**arguments)
+    assert "\n" not in str(error.value)
+    assert_same(before, env.state_dict())
+    with pytest.raises(ResetNeeded):
+        BreakoutAsciiVec(2).reset(options={"reset_mask": np.array([True, False])})
 
 
 @pytest.mark.parametrize("actions, said", [
@@ -650,6 +698,9 @@ def test_bad_states():
     bad_values = {"lives": np.array([5, 9]), "ball_x": np.array([0, 10**6]), "ball_y": np.array([-1, 1]), "dx": np.array([0.5, 1]),
                   "bricks": state["bricks"].astype(int), "serves": state["serves"].astype(object), "paddle_x": np.array(["a", "b"]),
                   "score": None, "np_random": {"bit_generator": "PCG64", "state": "x"}}  # fmt: skip
+    for seeded in (5, {"0": {}}, {"a": state["np_random"]}):
+        with pytest.raises(ValueError, match="np_random"):
+            env.load_state_dict({**state, "seeded": seeded})
     for key, value in bad_values.items():
         with pytest.raises(ValueError, match=key) as error:
             env.load_state_dict({**state, "score": state["score"] + 10, key: value})
