@@ -21,7 +21,7 @@ import torch
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import SyncVectorEnv
 
-from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
+from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard, say
 from checkpoint import CheckpointError, load_checkpoint, model_to_play, replacing
 from command_line import (
     CommandLineError, given_path, load_state, memory_advice, new_run_dir, one_line, raise_error, read_run, shown, train,
@@ -52,6 +52,7 @@ class Algorithm(NamedTuple):
     check: Callable = lambda constants: None  # raises CommandLineError for constants that do not fit together
     callbacks: Callable = lambda constants, run_dir: []  # more of them
     less_memory: Callable = lambda constants: ""  # options for a run that ran out of memory
+    models: tuple = ()  # constants that name a stranger's model: it may have moved when a run is resumed or played
     human: Callable | None = None  # policy state, seed: shows or plays in the terminal; None: `frames` opens a window
 
 
@@ -87,6 +88,7 @@ def run_algorithm(algorithm, argv):
     with memory_advice("does not fit into memory; try a smaller model, or fewer games at once"):
         trainer = algorithm.build(c)
     if run.state:
+        check_models(run.state, trainer.metadata.get("models", {}))
         load_state(trainer, run)
     run_dir = run.directory or new_run_dir(c.RUN_DIR, f"runs/{algorithm.name}")
     trainer.metadata["constants"]["RUN_DIR"] = str(run_dir)
@@ -135,6 +137,26 @@ def check_algorithm(name, state, path):
         raise CheckpointError(f"{path}: is no model of {name}; it was trained by {state.get('algorithm', 'another program')}")
 
 
+def check_models(state, found):
+    """Raises CommandLineError for another model under a new name; warns if an old name has come to mean another.
+
+    state: of the run that goes on. found: {constant: (name, fingerprint)} of the models that it would go on with; with
+    the fingerprint "" the name alone counts.
+    """
+    saved = state.get("models")
+    for constant, (name, fingerprint) in found.items():
+        old = saved.get(constant) if isinstance(saved, dict) else None  # runs of older versions have no fingerprints
+        if not (isinstance(old, tuple) and len(old) == 2):
+            old = state["constants"][constant], fingerprint
+        old_name, old_fingerprint = old
+        same = fingerprint == old_fingerprint
+        if name == old_name and not same:
+            say(f"warning: {name} has changed since the run began, or is read otherwise than it was; going on")
+        elif name != old_name and not (same and fingerprint):
+            reason = f"--{constant.lower()} {name} is not the model that the run began with"
+            raise CommandLineError(f"{reason}; name that one, which was {old_name}")
+
+
 def load_model(algorithm, name):
     """The model that `checkpoint.model_to_play` finds for this name -> its policy state, its path, and why it is that. Raises CheckpointError."""
     shipped = HERE / "pretrained" / f"{algorithm.name}.pt"
@@ -154,6 +176,9 @@ def play_or_evaluate(algorithm, argv):
     parser.add_argument("--episodes", type=int, help=f"default 1 to play, {algorithm.episodes} to evaluate")
     parser.add_argument("--seed", type=int, default=1_000_000, help="of the games (default 1000000, far from those of trainings)")
     parser.add_argument("--out", type=given_path, help=f"default {algorithm.name}.gif")
+    for constant in algorithm.models:
+        parser.add_argument(f"--{constant.lower()}", type=given_path, metavar="FOLDER",
+                            help="where this model of the run is now, if it has moved")  # fmt: skip
     parser.add_argument("--human", action="store_true", help="play in a window, or against you in the terminal")
     parser.error = raise_error
     args = parser.parse_args(argv)
@@ -175,6 +200,8 @@ def play_or_evaluate(algorithm, argv):
     named = args.play if playing else args.evaluate
     state, path, why = load_model(algorithm, None if named is True else named)
     try:
+        places = {constant: name for constant in algorithm.models if (name := getattr(args, constant.lower()))}
+        state = {**state, "constants": {**state["constants"], **places}}
         print(f"{shown(path)}: trained for {state['global_step']:,} steps{why}", file=sys.stderr)
         with memory_advice("does not fit into memory; try fewer --episodes"):
             if not playing:

@@ -16,24 +16,28 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import copy
-import math
+import os
 import re
+import shutil
+import tempfile
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from algorithms.common import Algorithm, device_of, need, run_algorithm
+from algorithms.common import Algorithm, check_models, device_of, run_algorithm
 from algorithms.language_model import (
-    TINY, TrainedOnly, check_scores, from_pretrained, is_adapter, load_model, load_tokenizer, reference_to, transformer, with_lora,
+    SMOLLM2, TINY, RewardModel, is_adapter, load_model, load_tokenizer, place, reference_to, transformer, with_lora,
 )  # fmt: skip
+from algorithms.language_policy import Writer
 from callbacks import Callback, say
+from checkpoint import CheckpointError
 from command_line import CommandLineError, Constants, run_script
-from device import choose_device
+from device import choose_device, shortened
 from ppo import k3, policy_loss
-from trainer import Trainer
+from trainer import Trainer, check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # models
@@ -70,7 +74,7 @@ RANGES = {
     "TOP_P": (0.01, 1.0), "NUM_STEPS": (1, 10**9), "EPOCHS": (1, 1000), "EPS_CLIP": (1e-9, 1.0), "KL_COEF": (0.0, 1e9), "LR": (1e-9, 1.0),
     "MAX_GRAD_NORM": (1e-9, 1e9), "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
 }  # fmt: skip
-KEPT = "POLICY_MODEL REWARD_MODEL LORA_RANK TEMPERATURE SEED RUN_DIR".split()
+KEPT = "LORA_RANK TEMPERATURE SEED RUN_DIR".split()
 PROMPTS = [
     "Why is the sky blue?", "What is a river?", "How does a bicycle stay upright?", "Why do leaves fall in autumn?", "What is bread made of?",
     "How do birds fly?", "Why does ice float?", "What is a volcano?", "How does a lock work?", "Why do we sleep?", "What is money for?",
@@ -110,23 +114,26 @@ def friendly(prompt, answer):
 REWARDS = {function.__name__: function for function in (brief, sentences, friendly)}
 
 
+def score_by(function, prompts, answers):
+    """Lists -> rewards (N,) float32."""
+    return torch.tensor([function(*pair) for pair in zip(prompts, answers)], dtype=torch.float32)
+
+
 def reward_model(name, device):
     """A function's name, or a sequence classifier -> a function of prompts and answers, lists, -> rewards (N,) float32 on the CPU."""
     if name in REWARDS:
-        return lambda prompts, answers: torch.tensor([REWARDS[name](*pair) for pair in zip(prompts, answers)], dtype=torch.float32)
-    tokenizer = from_pretrained("AutoTokenizer", name)
-    model = from_pretrained("AutoModelForSequenceClassification", name, dtype=torch.float32).to(device).eval()
-    if model.config.num_labels != 1:
-        raise CommandLineError(f"REWARD_MODEL {name}: has {model.config.num_labels} outputs; a reward model has one")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id  # a decoder reads its score at the last token that is no padding
+        return partial(score_by, REWARDS[name])
+    try:
+        return RewardModel(name, device, PROMPTS + HELD_OUT)
+    except CommandLineError as error:
+        raise CommandLineError(f"REWARD_MODEL {name}: {error}") from None
 
-    @torch.no_grad()
-    def rewards(prompts, answers):
-        inputs = tokenizer(prompts, answers, padding=True, truncation=True, return_tensors="pt").to(device)  # a pair each
-        return model(**inputs).logits[:, 0].float().cpu()
 
+def rewards_of(reward, prompts, answers, when):
+    """-> rewards (N,). Raises FloatingPointError, with the answer, for one that is not finite."""
+    rewards = reward(prompts, answers)
+    for answer, value in zip(answers, rewards):
+        check_finite(f"{when}, for the answer {shortened(answer)!r}", rewards=value)
     return rewards
 
 
@@ -137,86 +144,6 @@ def advantages_of(rewards, normalize=True):
     """Rewards (groups, K) -> advantages (groups, K): less the group's mean, and over its standard deviation (Shao et al. 2024, 4.1.2)."""
     advantages = rewards - rewards.mean(1, keepdim=True)
     return advantages / (rewards.std(1, correction=0, keepdim=True) + 1e-4) if normalize else advantages
-
-
-class Writer(TrainedOnly):
-    """A causal language model that draws answers and says how probable their tokens are. In eval mode: dropout is never on."""
-
-    def __init__(self, model, tokenizer, temperature=1.0, top_p=1.0):
-        """Raises CommandLineError for a model without an end token."""
-        super().__init__()
-        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
-        ends = transformer(model).generation_config.eos_token_id  # often more than the tokenizer's own: that of a turn, for one
-        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        if not ends:
-            raise CommandLineError("the model has no end token; take another model")
-        self.ends = sorted(ends)
-        self.pad = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        # The model's own settings would change what is drawn, and not the log-probabilities
-        transformer(model).generation_config = need("transformers").GenerationConfig(
-            do_sample=True, temperature=temperature, top_p=top_p, top_k=0, eos_token_id=self.ends, pad_token_id=self.pad
-        )  # fmt: skip
-
-    def prompt_tokens(self, prompts):
-        """Texts -> token numbers (N, P) and which are no padding, on the left, (N, P) int64."""
-        if self.tokenizer.chat_template:
-            prompts = [self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
-                                                          enable_thinking=False)  # Qwen3 would think first
-                       for prompt in prompts]  # fmt: skip
-        rows = self.tokenizer(prompts, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
-        longest = max(map(len, rows))
-        tokens = torch.tensor([[self.pad] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        return tokens.to(self.model.device), mask.to(self.model.device)
-
-    def check_length(self, prompts, max_new_tokens):
-        """Raises CommandLineError for more tokens than the model has positions for."""
-        longest = getattr(transformer(self.model).config.get_text_config(), "max_position_embeddings", None)
-        room = longest and longest - self.prompt_tokens(prompts)[0].shape[1]
-        if longest and max_new_tokens > room:
-            raise CommandLineError(f"the model reads {longest} tokens at most, so MAX_NEW_TOKENS must be {room} or less, not {max_new_tokens}")
-
-    @torch.no_grad()
-    def check(self, prompt):
-        """Raises CommandLineError for a model that does not score tokens as it draws them: one without a causal mask, for example."""
-        tokens, mask = self.prompt_tokens([prompt])
-        P = tokens.shape[1]
-        places = range(1, P, max(P // 4, 1))
-
-        def alone(n):
-            logits = self.model(input_ids=tokens[:, :n]).logits[0, -1]
-            return F.log_softmax(logits.float() / self.temperature, dim=-1)[tokens[0, n]]
-
-        check_scores(
-            self.model, lambda: self.temperature * self.logprobs(self.model, tokens, mask, P - 1)[0, [n - 1 for n in places]],
-            lambda: self.temperature * torch.stack([alone(n) for n in places]),
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def write(self, prompts, max_new_tokens):
-        """-> all tokens (N, P + T), which of them may be seen (N, P + T), and which were drawn, (N, T) bool: up to the end token, and it."""
-        tokens, mask = self.prompt_tokens(prompts)
-        written = self.model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens)
-        drawn = until_end(written[:, tokens.shape[1] :], self.ends)
-        return written, torch.cat([mask, drawn.long()], 1), drawn
-
-    def texts(self, tokens, drawn):
-        """Tokens (N, P + T), (N, T) bool -> the answers."""
-        answers = tokens[:, -drawn.shape[1] :]
-        return [self.tokenizer.decode(row[is_drawn], skip_special_tokens=True) for row, is_drawn in zip(answers, drawn)]
-
-    def logprobs(self, model, tokens, mask, T):
-        """Of the last T tokens, (N, P + T) -> (N, T) float32. Positions count what may be seen, so padding changes nothing."""
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=T + 1).logits[:, -T - 1 : -1]
-        all_logprobs = F.log_softmax(logits.float() / self.temperature, dim=-1)
-        return all_logprobs.gather(2, tokens[:, -T:, None])[:, :, 0]
-
-
-def until_end(answers, ends):
-    """Tokens (N, T), end tokens -> (N, T) bool: those up to the first end token, and it."""
-    ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).long()
-    return ended.cumsum(1) - ended == 0
 
 
 class GRPO(Trainer):
@@ -240,7 +167,7 @@ class GRPO(Trainer):
         prompts = [prompt for prompt in prompts for _ in range(c.NUM_SAMPLES)]
         tokens, mask, drawn = self.policy.write(prompts, c.MAX_NEW_TOKENS)
         answers = self.policy.texts(tokens, drawn)
-        rewards = self.reward(prompts, answers)
+        rewards = rewards_of(self.reward, prompts, answers, f"in step {self.update_count + 1}")
         self.examples = sorted(zip(rewards.tolist(), prompts, answers), reverse=True)
         self.rewards, self.lengths = rewards, drawn.sum(1).float()
         return tokens, mask, drawn, advantages_of(rewards.view(-1, c.NUM_SAMPLES), c.NORMALIZE).flatten().to(self.device)
@@ -260,8 +187,7 @@ class GRPO(Trainer):
             self.optimizer.zero_grad()
             (loss + c.KL_COEF * kl).backward()
             grad_norm = nn.utils.clip_grad_norm_(self.trained, c.MAX_GRAD_NORM).item()
-            if not math.isfinite(grad_norm):
-                raise FloatingPointError(f"the gradient is not finite in step {self.update_count + 1}; try a lower learning rate")
+            check_finite(f"in step {self.update_count + 1}", loss=loss + kl, gradient=grad_norm)
             self.optimizer.step()
         self.update_count += 1
         self.global_step += 1
@@ -307,8 +233,15 @@ class SavePretrained(Callback):
         model = trainer.policy.model
         if self.merged:  # in float32: small steps would be lost in bfloat16
             model = copy.deepcopy(model).cpu().float().merge_and_unload()
-        model.save_pretrained(self.directory)
-        trainer.policy.tokenizer.save_pretrained(self.directory)
+        try:  # beside its place: what a full disk has cut off takes its space no longer, and replaces nothing
+            with tempfile.TemporaryDirectory(prefix=".", dir=self.directory.parent) as unfinished:
+                model.save_pretrained(unfinished)
+                trainer.policy.tokenizer.save_pretrained(unfinished)
+                shutil.copytree(unfinished, self.directory, dirs_exist_ok=True, copy_function=os.replace)
+        except Exception as error:  # safetensors has errors of its own
+            reason = f"{self.directory}: not written ({shortened(error)}), but last.pt holds the weights"
+            what_to_do = f"free some disk space, and give --num_steps {trainer.num_steps + 1}, whose end writes it"
+            raise CheckpointError(f"{reason}; {what_to_do}") from error
         say(f"saved {self.directory}")
 
 
@@ -342,17 +275,28 @@ def callbacks_of(c, run_dir):
 def build(c):
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
-    writer, reward = make_writer(c, device), reward_model(c.REWARD_MODEL, device)
-    metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c))}
+    writer, reward, models = make_models(c, device)
+    metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c)), "models": models}
     return GRPO(writer, reward, reference_to(writer.model), c, device, metadata)
+
+
+def make_models(c, device):
+    """-> the policy, the reward, and {constant: (name, fingerprint)} of both, as `check_models` wants them.
+
+    Folders that are named in c become absolute paths.
+    """
+    c.POLICY_MODEL, c.REWARD_MODEL = place(c.POLICY_MODEL, [SMOLLM2]), place(c.REWARD_MODEL, REWARDS)
+    writer, reward = make_writer(c, device), reward_model(c.REWARD_MODEL, device)
+    models = {"POLICY_MODEL": (c.POLICY_MODEL, transformer(writer.model).fingerprint),
+              "REWARD_MODEL": (c.REWARD_MODEL, getattr(reward, "fingerprint", ""))}  # fmt: skip
+    return writer, reward, models
 
 
 def make_writer(c, device):
     tokenizer = load_tokenizer(c.POLICY_MODEL)
     model = load_model(c.POLICY_MODEL, tokenizer, device, frozen=c.LORA_RANK > 0)  # steps of 1e-5 would be lost in bfloat16
     writer = Writer(with_lora(model, c.LORA_RANK) if c.LORA_RANK else model, tokenizer, c.TEMPERATURE, c.TOP_P)
-    writer.check_length(PROMPTS + HELD_OUT, c.MAX_NEW_TOKENS)
-    writer.check(PROMPTS[0])
+    writer.check(PROMPTS + HELD_OUT, c.MAX_NEW_TOKENS)
     return writer
 
 
@@ -378,15 +322,14 @@ def answers_to(state, prompts, seed):
     c, answers = SimpleNamespace(**state["constants"]), []
     device = device_of(c)
     with torch.random.fork_rng():
-        writer = make_writer(c, device)
+        writer, reward, models = make_models(c, device)
+        check_models(state, models)
         writer.load_state_dict(state["model"])
         torch.manual_seed(seed)
         for i in range(0, len(prompts), AT_ONCE):
             tokens, _, drawn = writer.write(prompts[i : i + AT_ONCE], c.MAX_NEW_TOKENS)
             answers += writer.texts(tokens, drawn)
-        reward = reward_model(c.REWARD_MODEL, device)
-        rewards = [reward(prompts[i : i + AT_ONCE], answers[i : i + AT_ONCE]) for i in range(0, len(prompts), AT_ONCE)]
-    return answers, torch.cat(rewards)
+    return answers, rewards_of(reward, prompts, answers, "in an evaluation")
 
 
 def evaluate(state, episodes=64, seed=0):
@@ -403,7 +346,7 @@ def show(state, seed):
 
 
 ALGORITHM = Algorithm("grpo_text", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, None, episodes=64, human=show, check=check, callbacks=callbacks_of,
-                      less_memory=less_memory)  # fmt: skip
+                      less_memory=less_memory, models=("POLICY_MODEL", "REWARD_MODEL"))  # fmt: skip
 
 
 def main(argv=()):

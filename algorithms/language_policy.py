@@ -1,16 +1,18 @@
-"""A causal language model as a policy: it reads a text and says how probable each of some answers is behind it."""
+"""Causal language models as policies: one says how probable each of some answers is behind a text, the other writes answers."""
 
 import inspect
-import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.common import need
-from algorithms.language_model import TrainedOnly, check_scores, transformer
+from algorithms.language_model import (
+    TrainedOnly, chat, check_scores, check_tokens, embeddings, longest_text, readable, transformer,
+)  # fmt: skip
 from command_line import CommandLineError
 from ppo import Policy
+from trainer import check_finite
 
 
 class LanguagePolicy(TrainedOnly, Policy):
@@ -42,20 +44,22 @@ class LanguagePolicy(TrainedOnly, Policy):
         ):  # fmt: skip
             self.register_buffer(name, torch.tensor(numbers, dtype=torch.long), persistent=False)
 
-    @torch.no_grad()
-    def check(self, text):
-        """Raises CommandLineError for a model whose own forward pass scores the answers behind a text differently from `read` and `score`: one
-        without a causal mask, for example, or one that scales its logits. And for a text that is too long for it."""
-        tokens = self.tokens_of(text)
-        before = self.prefix[0].tolist() + tokens
-        longest = getattr(transformer(self.model).config.get_text_config(), "max_position_embeddings", None) or math.inf
-        if len(before) + max(map(len, self.answers)) > longest:
+    def check(self, texts):
+        """texts: of different lengths, the longest among them.
+
+        Raises CommandLineError for texts that the model cannot read, and for a model whose own forward pass of each
+        text scores the answers differently from `read` and `score` of them all: one without a causal mask, or one that
+        scales its logits.
+        """
+        rows = [self.tokens_of(text) for text in texts]
+        befores, longest = [self.prefix[0].tolist() + row for row in rows], longest_text(self.model)
+        check_tokens(self.model, self.tokenizer, befores + self.answers)
+        if max(map(len, befores)) + max(map(len, self.answers)) > longest:
             raise CommandLineError(f"the model reads {longest} tokens at most, and the game's texts have more; take another model")
-        tokens = torch.tensor([tokens], device=self.prefix.device)
-        check_scores(
-            self.model, lambda: self.score(self.model, self.read(self.model, tokens, self.read_prefix(self.model)))[0],
-            lambda: torch.stack([self.logprob(before, answer) for answer in self.answers]),
-        )  # fmt: skip
+        with readable(), torch.no_grad():
+            together = self.score(self.model, self.read(self.model, self.padded(rows), self.read_prefix(self.model)))
+            alone = [torch.stack([self.logprob(before, answer) for answer in self.answers]) for before in befores]
+        check_scores(self.model, F.log_softmax(together, dim=-1), F.log_softmax(torch.stack(alone), dim=-1))
 
     def logprob(self, before, answer):
         """Token numbers -> how probable the model's own forward pass says that the answer is behind them."""
@@ -67,9 +71,13 @@ class LanguagePolicy(TrainedOnly, Policy):
 
     def encode_texts(self, texts, longest):
         """longest: the most tokens that a text may have."""
-        tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        tokens = torch.tensor([row + [-1] * (longest - len(row)) for row in tokens], device=self.prefix.device)
+        tokens = self.padded(self.tokenizer(texts, add_special_tokens=False)["input_ids"], longest)
         return torch.cat([tokens.float(), self.reference_logprobs(tokens)], 1)
+
+    def padded(self, rows, longest=0):
+        """Rows of token numbers -> (N, L), -1 behind a shorter one."""
+        longest = longest or max(map(len, rows))
+        return torch.tensor([row + [-1] * (longest - len(row)) for row in rows], device=self.prefix.device)
 
     def split(self, encoded):
         """-> token numbers (N, L), the reference's log-probabilities (N, A)."""
@@ -145,3 +153,110 @@ def token_logits(head, hidden, numbers=slice(None)):
     20."""
     bias = getattr(head, "bias", None)
     return F.linear(hidden.float(), head.weight[numbers].float(), None if bias is None else bias[numbers].float())
+
+
+class Writer(TrainedOnly):
+    """A causal language model that draws answers and says how probable their tokens are. In eval mode: dropout is never on."""
+
+    def __init__(self, model, tokenizer, temperature=1.0, top_p=1.0):
+        """Raises CommandLineError for a model without an end token."""
+        super().__init__()
+        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
+        ends = transformer(model).generation_config.eos_token_id  # often more than the tokenizer's own: that of a turn, for one
+        known = range(embeddings(model))  # nothing else can be drawn
+        self.ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} & set(known))
+        if not self.ends:
+            raise CommandLineError("the model has no end token; take another model")
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id in known else self.ends[0]
+        # The model's own settings would change what is drawn, and not the log-probabilities
+        transformer(model).generation_config = need("transformers").GenerationConfig(
+            do_sample=True, temperature=temperature, top_p=top_p, top_k=0, eos_token_id=self.ends, pad_token_id=self.pad
+        )  # fmt: skip
+
+    def prompt_rows(self, prompts):
+        """Texts -> token numbers, a list for each."""
+        if self.tokenizer.chat_template:
+            settings = {"add_generation_prompt": True, "enable_thinking": False}  # Qwen3 would think first
+            texts = [chat(self.tokenizer, prompt, **settings) for prompt in prompts]
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = self.tokenizer(prompts)["input_ids"]
+        for row in rows:  # some tokenizers close all that they read, and an answer would begin behind its end
+            while len(row) > 1 and row[-1] in (*self.ends, *self.tokenizer.all_special_ids):
+                row.pop()
+        return rows
+
+    def prompt_tokens(self, prompts):
+        """Texts -> token numbers (N, P) and which are no padding, on the left, (N, P) int64."""
+        rows = self.prompt_rows(prompts)
+        longest = max(map(len, rows))
+        tokens = torch.tensor([[self.pad] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return tokens.to(self.model.device), mask.to(self.model.device)
+
+    def check(self, prompts, max_new_tokens):
+        """prompts: all that there will be.
+
+        Raises CommandLineError for a model that cannot read them, or that scores or draws several texts otherwise than
+        it scores each alone: a recurrent model that ignores the mask, for example, or one without a causal mask.
+        """
+        rows, longest = self.prompt_rows(prompts), longest_text(self.model)
+        check_tokens(self.model, self.tokenizer, rows)
+        room = longest - max(map(len, rows))
+        if max_new_tokens > room:
+            wanted = f"MAX_NEW_TOKENS must be {room} or less, not {max_new_tokens}"
+            raise CommandLineError(f"the model reads {longest} tokens at most, so {wanted}")
+        tokens, mask = self.prompt_tokens(["Hi", max(prompts, key=len)])
+        with readable(), torch.no_grad():
+            written = self.generate(tokens, mask, 4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+            tokens, T = written.sequences, len(written.logits)
+            drawn = until_end(tokens[:, -T:], self.ends)
+            seen = torch.cat([mask.bool(), drawn], 1)
+            together = self.logprobs(self.model, tokens, seen.long(), tokens.shape[1] - 1)
+            drawn_by = self.token_logprobs(torch.stack(written.logits, 1), tokens[:, -T:])
+            pairs = [(together[:, -T:][drawn], drawn_by[drawn])]
+            for row, scores, is_seen in zip(tokens, together, seen):
+                alone = row[is_seen][None]
+                scores_alone = self.token_logprobs(self.model(input_ids=alone).logits[:, :-1], alone[:, 1:])[0]
+                pairs.append((scores[is_seen[1:]][-len(scores_alone) :], scores_alone))
+        # Differences at a low temperature are larger, and mean no more
+        check_scores(self.model, *(self.temperature * torch.cat(x) for x in zip(*pairs)))
+
+    @torch.no_grad()
+    def write(self, prompts, max_new_tokens):
+        """-> all tokens (N, P + T), which of them may be seen (N, P + T), and which were drawn, (N, T) bool: up to the end token, and it."""
+        tokens, mask = self.prompt_tokens(prompts)
+        written = self.generate(tokens, mask, max_new_tokens)
+        drawn = until_end(written[:, tokens.shape[1] :], self.ends)
+        return written, torch.cat([mask, drawn.long()], 1), drawn
+
+    def generate(self, tokens, mask, max_new_tokens, **more):
+        return self.model.generate(
+            input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, logits_processor=[drawable], **more
+        )  # fmt: skip
+
+    def texts(self, tokens, drawn):
+        """Tokens (N, P + T), (N, T) bool -> the answers."""
+        answers = tokens[:, -drawn.shape[1] :]
+        return [self.tokenizer.decode(row[is_drawn], skip_special_tokens=True) for row, is_drawn in zip(answers, drawn)]
+
+    def logprobs(self, model, tokens, mask, T):
+        """Of the last T tokens, (N, P + T) -> (N, T) float32. Positions count what may be seen, so padding changes nothing."""
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=T + 1).logits[:, -T - 1 : -1]
+        return self.token_logprobs(logits, tokens[:, -T:])
+
+    def token_logprobs(self, logits, tokens):
+        """(N, T, V), (N, T) -> (N, T) float32."""
+        return F.log_softmax(logits.float() / self.temperature, dim=-1).gather(2, tokens[:, :, None])[:, :, 0]
+
+
+def drawable(tokens, logits):
+    """-> the logits (N, V). Raises FloatingPointError if nothing can be drawn from them; some may be minus infinity."""
+    check_finite("in an answer", logits=logits.logsumexp(-1))
+    return logits
+
+
+def until_end(answers, ends):
+    """Tokens (N, T), end tokens -> (N, T) bool: those up to the first end token, and it."""
+    ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).long()
+    return ended.cumsum(1) - ended == 0

@@ -25,8 +25,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.breakout_text import ACTIONS, WIDTH, BreakoutTexts, ShapedReward, TextAsBytes, make_env, numbers_of, texts_of
-from algorithms.common import Algorithm, check_ppo, device_of, ppo_config, run_algorithm, summary
-from algorithms.language_model import TINY, load_model, load_tokenizer, reference_to, tokenizer_from, with_lora
+from algorithms.common import Algorithm, check_models, check_ppo, device_of, ppo_config, run_algorithm, summary
+from algorithms.language_model import (
+    SMOLLM2, TINY, load_model, load_tokenizer, place, reference_to, tokenizer_from, transformer, with_lora,
+)  # fmt: skip
 from algorithms.language_policy import LanguagePolicy
 from background import Background
 from callbacks import Callback
@@ -81,8 +83,9 @@ RANGES = {
     "KL_COEF": (0.0, 1e9), "KL_TARGET": (1e-9, 1e9), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "MAX_GRAD_NORM": (1e-9, 1e9),
     "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "VIDEO_FREQ": (0, 10**9), "SAVE_FREQ": (1, 10**9),
 }  # fmt: skip
-KEPT = "MODEL LORA_RANK STICKY SKIP SHAPING NUM_ENVS KL_COEF SEED RUN_DIR".split()
+KEPT = "LORA_RANK STICKY SKIP SHAPING NUM_ENVS KL_COEF SEED RUN_DIR".split()
 MLP = "mlp"
+OWN = TINY, MLP, SMOLLM2  # these names are no folders
 PREFIX = "You play Breakout. Move the paddle under the ball: stay, right or left?\n"  # read once, then kept
 SUFFIX = "\nAnswer:"
 ANSWERS = [" " + name.lower() for name in ACTIONS]
@@ -171,8 +174,9 @@ class LanguagePPO(PPO):
 def build(c):
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
-    metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c))}
+    c.MODEL = place(c.MODEL, OWN)
     policy = make_policy(c, device)
+    metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c)), "models": models_of(c, policy)}
     if c.MODEL == TINY:
         metadata["tokenizer"] = policy.tokenizer.backend_tokenizer.to_str()
     envs = BreakoutTexts(c.NUM_ENVS, c.STICKY, c.SKIP, c.SHAPING)
@@ -188,8 +192,13 @@ def make_policy(c, device, saved_tokenizer=None):
     if c.MODEL != TINY:
         model = with_lora(model, c.LORA_RANK)
     policy = BreakoutReader(model, tokenizer, reference_to(model) if c.KL_COEF else None).to(device)
-    policy.check(max(invented_texts(), key=len))
+    policy.check([min(invented_texts(), key=len), max(invented_texts(), key=len)])
     return policy
+
+
+def models_of(c, policy):
+    """-> {constant: (name, fingerprint)}, as `check_models` wants them."""
+    return {"MODEL": (c.MODEL, "" if c.MODEL in (TINY, MLP) else transformer(policy.model).fingerprint)}
 
 
 def invented_texts():
@@ -207,7 +216,9 @@ def invented_texts():
 def policy_of(state):
     """A policy state -> its policy, on the device of its training if that is here, and the constants of the training."""
     c = SimpleNamespace(**{**state["constants"], "KL_COEF": 0.0})
+    c.MODEL = place(c.MODEL, OWN)
     policy = make_policy(c, device_of(c), state.get("tokenizer"))
+    check_models(state, models_of(c, policy))
     policy.load_state_dict(state["model"])
     return policy, c
 
@@ -313,7 +324,7 @@ def callbacks_of(c, run_dir):
 
 LEVELS = {"following the ball": 62, "random play": 1.7}
 ALGORITHM = Algorithm("ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, frame_ms=60, levels=LEVELS, check=check_ppo,
-                      callbacks=callbacks_of)  # fmt: skip
+                      callbacks=callbacks_of, models=("MODEL",))  # fmt: skip
 
 
 def main(argv=()):

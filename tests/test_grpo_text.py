@@ -1,20 +1,28 @@
+import inspect
+import json
+import math
 import os
+import re
 import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig, BertLMHeadModel, DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config, GPT2ForSequenceClassification,
-    GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
+    GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast, Qwen3Config,
+    Qwen3ForCausalLM, RwkvConfig, RwkvForCausalLM, XLNetConfig, XLNetForSequenceClassification,
 )  # fmt: skip
 
 from algorithms import grpo_text
-from algorithms.grpo_text import ALGORITHM, GRPO, HELD_OUT, PROMPTS, Writer, advantages_of, brief, friendly, reward_model, sentences, until_end
-from algorithms.language_model import reference_to, train_tokenizer
+from algorithms.grpo_text import ALGORITHM, GRPO, HELD_OUT, PROMPTS, advantages_of, brief, friendly, reward_model, sentences
+from algorithms.language_model import RewardModel, reference_to, train_tokenizer, with_lora
+from algorithms.language_policy import Writer, until_end
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
-from checkpoint import load_checkpoint
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from command_line import CommandLineError
 from ppo import k3
 
@@ -105,9 +113,9 @@ def test_a_model_that_draws_otherwise_than_it_scores_is_refused(tokenizer):
         for p in bert.parameters():
             p.add_(0.1 * torch.randn_like(p))
     with pytest.raises(CommandLineError, match="in a way of its own; take another model"):
-        Writer(bert, tokenizer).check(PROMPTS[0])
+        Writer(bert, tokenizer).check(PROMPTS, 4)
     for kind, temperature in (("Qwen3", 0.01), ("Qwen3", 100.0), ("GPT-2", 1.0)):
-        Writer(small_model(kind, tokenizer), tokenizer, temperature).check(PROMPTS[0])
+        Writer(small_model(kind, tokenizer), tokenizer, temperature).check(PROMPTS, 4)
 
 
 def test_advantages_by_hand():
@@ -131,31 +139,119 @@ def test_rewards_by_hand():
     assert friendly("", "Good, good day!") == pytest.approx(2 / 3) and friendly("", "") == 0
 
 
-def test_a_classifier_reads_prompt_and_answer_as_a_pair(tmp_path, tokenizer):
+CLASSIFIERS = {
+    "DeBERTa": (DebertaV2ForSequenceClassification, DebertaV2Config, dict(relative_attention=True, pos_att_type=["p2c", "c2p"])),
+    "GPT-2": (GPT2ForSequenceClassification, GPT2Config, dict(bos_token_id=0, eos_token_id=0)),  # knows of no padding
+    "Llama": (LlamaForSequenceClassification, LlamaConfig, dict(num_key_value_heads=2, pad_token_id=0)),
+    "XLNet": (XLNetForSequenceClassification, XLNetConfig, dict(d_head=8)),  # reads the last place of all, padding or not
+}
+TOKENIZERS = {
+    "pads on the left": dict(pad_token="<end>", padding_side="left"), "has no padding": {}, "pads with what the model does not know": dict(pad_token="<pad>"),
+    "reads 20 tokens": dict(model_max_length=20, pad_token="<end>"),
+}  # fmt: skip
+
+
+def save_classifier(folder, tokenizer, kind="DeBERTa", settings=None, template=None, closing=False, **changes):
+    """A model and a tokenizer as a hub would give them. closing: the tokenizer appends its end token to all that it reads."""
     torch.manual_seed(0)
-    config = DebertaV2Config(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                             relative_attention=True, pos_att_type=["p2c", "c2p"], num_labels=1, pad_token_id=0)  # fmt: skip
-    model = DebertaV2ForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    reward = reward_model(str(tmp_path), torch.device("cpu"))
-    together = reward(["hi", "hi there"], ["hello world", "yes"])
-    for i, pair in enumerate((("hi", "hello world"), ("hi there", "yes"))):
-        alone = model(**tokenizer(*pair, return_tensors="pt")).logits[0, 0]
+    model, config, more = CLASSIFIERS[kind]
+    size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    model = model(config(**{"vocab_size": len(tokenizer), "num_labels": 1, **size, **more, **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    wrapped(tokenizer, settings or {}, template, closing).save_pretrained(folder)
+    return model
+
+
+def wrapped(tokenizer, settings, template=None, closing=False):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    if closing:
+        backend.post_processor = TemplateProcessing(single="<end> $A <end>", pair="<end> $A $B <end>", special_tokens=[("<end>", 0)])
+    result = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", **settings)
+    result.chat_template = template
+    return result
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+@pytest.mark.parametrize("settings", TOKENIZERS)
+def test_a_classifier_reads_each_pair_as_if_alone(kind, settings, tmp_path, tokenizer, capsys):
+    model = save_classifier(tmp_path, tokenizer, kind, TOKENIZERS[settings])
+    reward = RewardModel(str(tmp_path), torch.device("cpu"), ["hi", "hi there"])
+    pairs = [("hi", "hello world"), ("hi there", "yes"), ("hi", "A long answer. " * 3)]
+    together = reward(*zip(*pairs))
+    names, plain = inspect.signature(model.forward).parameters, wrapped(tokenizer, {})
+    for i, (prompt, answer) in enumerate(pairs):
+        if i == 2 and settings == "reads 20 tokens":
+            assert "of longer answers the beginning" in capsys.readouterr().out
+            continue
+        with torch.no_grad():
+            alone = model(**{name: x for name, x in plain(prompt, answer, return_tensors="pt").items() if name in names}).logits[0, 0]
         torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-5)
-    decoder = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, num_labels=1, bos_token_id=0, eos_token_id=0)
-    model = GPT2ForSequenceClassification(decoder).eval()  # it and its tokenizer know of no padding
-    model.save_pretrained(tmp_path / "decoder")
-    without_pad = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<end>")
-    without_pad.save_pretrained(tmp_path / "decoder")
-    together = reward_model(str(tmp_path / "decoder"), torch.device("cpu"))(["hi", "hi there"], ["hello world", "yes"])
-    model.config.pad_token_id = 0
-    alone = model(**without_pad("hi there", "yes", return_tensors="pt")).logits[0, 0]
-    torch.testing.assert_close(together[1], alone, rtol=0, atol=1e-5)
-    config.num_labels = 2
-    DebertaV2ForSequenceClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(CommandLineError, match="2 outputs"):
+
+
+def test_a_classifier_reads_what_its_chat_template_says(tmp_path, tokenizer):
+    template = "{% for message in messages %}<{{ message.role }}> {{ message.content }}<end>{% endfor %}"
+    model = save_classifier(tmp_path, tokenizer, "Llama", template=template, pad_token_id=None, closing=True)
+    read = tokenizer("<user> Why is the sky blue?<end><assistant> Because.<end>", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = model(input_ids=read).logits[0, 0]
+    reward = reward_model(str(tmp_path), torch.device("cpu"))
+    torch.testing.assert_close(reward(["Why is the sky blue?"], ["Because."])[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(num_labels=2), "it has 2 outputs; a reward model has one"), (dict(vocab_size=100), "gives token 266, and the model knows 100"),
+    (dict(template="{{ raise_exception('roles must\n alternate') }}"), "chat template .* failed .roles must alternate"),
+    (dict(template="{% for"), "chat template .* failed"), (dict(settings=dict(model_max_length=10)), "it reads 10 tokens at most, and a prompt has more"),
+    (dict(kind="Llama", max_position_embeddings=10), "it reads 10 tokens at most"),
+])  # fmt: skip
+def test_a_classifier_that_is_no_reward_model_is_refused(changes, message, tmp_path, tokenizer):
+    save_classifier(tmp_path, tokenizer, **changes)
+    with pytest.raises(CommandLineError, match=f"^REWARD_MODEL {tmp_path}: .*{message}") as error:
         reward_model(str(tmp_path), torch.device("cpu"))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_a_folder_lacks_are_not_drawn_at_random(folder):
+    """A language model is no classifier, though transformers makes one of it, with a warning."""
+    with pytest.raises(CommandLineError, match="has no weights for score.weight, which would be random"):
+        reward_model(str(folder), torch.device("cpu"))
+
+
+def test_recurrent_models_that_ignore_the_mask_are_refused(tokenizer):
+    """Beside a longer prompt they read another text; the others of their kind learn."""
+    size = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, eos_token_id=0, bos_token_id=0)
+    models = {True: MambaForCausalLM(MambaConfig(state_size=4, pad_token_id=0, **size)),
+              False: RwkvForCausalLM(RwkvConfig(attention_hidden_size=32, intermediate_size=64, **size))}  # fmt: skip
+    for heeds_the_mask, model in models.items():
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        writer = Writer(model.eval(), tokenizer)
+        if heeds_the_mask:
+            writer.check(PROMPTS, 4)
+            continue
+        with pytest.raises(CommandLineError, match="scores a text otherwise beside others than alone.*take another model$"):
+            writer.check(PROMPTS, 4)
+
+
+def test_a_prompt_is_not_closed_before_its_answer(tokenizer):
+    """By a tokenizer that puts its end token before and behind all that it reads."""
+    closing = wrapped(tokenizer, dict(pad_token="<pad>"), closing=True)
+    assert closing("hi")["input_ids"][0] == closing("hi")["input_ids"][-1] == 0
+    writer = Writer(small_model("Qwen3", tokenizer), closing)
+    assert writer.prompt_rows(["hi"]) == [[0, *tokenizer("hi")["input_ids"]]]
+    assert closing.pad_token_id >= len(tokenizer) and writer.pad == 0  # the model does not know the tokenizer's padding
+    writer.check(PROMPTS, 4)
+    other = train_tokenizer(PROMPTS * 2)
+    with pytest.raises(CommandLineError, match=f"gives token {len(other) - 1}, and the model knows {len(tokenizer)}: they do not fit together"):
+        Writer(small_model("Qwen3", tokenizer), other).check(PROMPTS, 4)
+    unknown = wrapped(tokenizer, {}, "{% for message in messages %}<turn>{{ message.content }}{% endfor %}")
+    unknown.add_special_tokens({"additional_special_tokens": ["<turn>"]})  # unlike padding, the prompts have it
+    with pytest.raises(CommandLineError, match=f"gives token {len(tokenizer)}, and the model knows {len(tokenizer)}"):
+        Writer(small_model("Qwen3", tokenizer), unknown).check(PROMPTS, 4)
 
 
 def small_grpo(tokenizer, reward, **changes):
@@ -317,3 +413,119 @@ def test_weights_and_biases_that_fail_end_no_training(monkeypatch, capsys, wandb
         watching.hear(event, trainer)
     watching.hear("close")
     assert capsys.readouterr().out == f"warning: no more goes to Weights & Biases ({reason}); training goes on\n"
+
+
+@pytest.mark.parametrize("broken, message", [
+    (lambda answer: math.nan, "the rewards are not finite in step 1, for the answer .*; mend what gives them.*--resume [^ ]*run\n"),
+    (lambda answer: math.inf, "the rewards are not finite in step 1"),
+])  # fmt: skip
+def test_a_reward_that_is_not_finite_is_no_matter_of_the_learning_rate(broken, message, tmp_path, folder, monkeypatch, capsys):
+    monkeypatch.setitem(grpo_text.REWARDS, "brief", lambda prompt, answer: broken(answer))
+    assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--run_dir", tmp_path / "run") == 1
+    printed = capsys.readouterr().err
+    assert re.search(message, printed) and "learning rate" not in printed and "--lr" not in printed
+    with pytest.raises(FloatingPointError, match="the rewards are not finite in an evaluation, for the answer"):
+        run(ALGORITHM, "--evaluate", tmp_path / "run", "--episodes", 2)
+
+
+def test_logits_that_are_not_finite_are_named_before_anything_is_drawn_from_them(tokenizer):
+    grpo = small_grpo(tokenizer, None)
+    with torch.no_grad():
+        grpo.policy.model.model.norm.weight.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="the logits are not finite in an answer; try a lower learning rate"):
+        grpo.collect()
+
+
+@pytest.mark.parametrize("kind", ["policy", "adapter", "reward"])
+def test_a_model_that_comes_with_code_is_refused_in_one_line_and_runs_nothing(kind, tmp_path, folder, tokenizer, monkeypatch):
+    """Even if somebody answers transformers' question with y."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    evil = tmp_path / "evil"
+    shutil.copytree(folder, evil)
+    code = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoModelForSequenceClassification": "evil.Model"}
+    config = json.loads((evil / "config.json").read_text())
+    (evil / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": code}))
+    (evil / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n")
+    named = evil
+    if kind == "adapter":
+        named = tmp_path / "adapter"
+        with_lora(small_model("Qwen3", tokenizer), 2).save_pretrained(named)
+        adapter = json.loads((named / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(evil)}
+        (named / "adapter_config.json").write_text(json.dumps(adapter))
+        tokenizer.save_pretrained(named)
+    words = ["--reward_model", named, "--policy_model", folder] if kind == "reward" else ["--policy_model", named]
+    with pytest.raises(CommandLineError, match="cannot be loaded .it needs code of its own, which is never run.") as error:
+        run(ALGORITHM, *words, "--device", "cpu", "--run_dir", tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "marker").exists()
+
+
+def test_models_are_found_from_elsewhere_and_after_a_move(tmp_path, folder, tokenizer, without_processes, monkeypatch, capsys):  # noqa: F811
+    """Named relative, in a training with an adapter and a classifier. Then another place is accepted if it holds the same model."""
+    for name in "here", "elsewhere":
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(folder, "../base")
+    save_classifier(tmp_path / "reward", tokenizer)
+    words = f"{SMALL} --policy_model ../base --reward_model ../reward --lora_rank 2 --num_steps 1 --run_dir {tmp_path / 'run'}"
+    assert run(ALGORITHM, *words.split()) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "base")
+    first = evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 2)
+    for name in "base", "reward":
+        os.rename(tmp_path / name, tmp_path / f"moved_{name}")
+    with pytest.raises(CommandLineError, match="base' cannot be loaded .*name the place where it is now"):
+        run(ALGORITHM, "--evaluate", tmp_path / "run")
+    places = ["--policy_model", "../moved_base", "--reward_model", "../moved_reward"]
+    assert evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 2, *places) == first
+    assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2, *places) == 0
+    assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 3) == 0  # the new places are kept
+    assert "has changed" not in capsys.readouterr().out
+    other = small_model("Qwen3", tokenizer)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.1)
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    for more in (["--resume", tmp_path / "run", "--num_steps", 4], ["--evaluate", tmp_path / "run"]):
+        with pytest.raises(CommandLineError, match="--policy_model .*other is not the model that the run began with.* was .*moved_base$"):
+            run(ALGORITHM, *more, "--policy_model", tmp_path / "other")
+        with pytest.raises(CommandLineError, match="--reward_model friendly is not the model"):
+            run(ALGORITHM, *more, "--reward_model", "friendly")
+    shutil.copytree(tmp_path / "other", tmp_path / "moved_base", dirs_exist_ok=True)
+    assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 4) == 0
+    assert "moved_base has changed since the run began" in capsys.readouterr().out
+
+
+def test_runs_of_older_versions_go_on(tmp_path, folder, without_processes, monkeypatch):  # noqa: F811
+    """They know no fingerprints, and name folders as their users did."""
+    monkeypatch.chdir(folder.parent)
+    assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder.name, "--lora_rank", 2, "--num_steps", 1, "--run_dir", tmp_path / "run") == 0
+    state = load_checkpoint(tmp_path / "run")
+    del state["models"]
+    state["constants"]["POLICY_MODEL"] = folder.name
+    save_checkpoint(tmp_path / "run" / "last.pt", state)
+    assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2) == 0
+    save_checkpoint(tmp_path / "run" / "last.pt", state)
+    monkeypatch.chdir(tmp_path)
+    assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2, "--policy_model", folder) == 0
+
+
+def test_a_disk_that_is_full_when_the_model_is_written_is_one_line(tmp_path, folder, without_processes, monkeypatch, capsys):  # noqa: F811
+    """A limit on files' sizes stands for the disk. The weights stay in last.pt, nothing else is left, and a further step writes the model."""
+    resource, save = pytest.importorskip("resource"), Qwen3ForCausalLM.save_pretrained
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(model, directory):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        try:
+            save(model, directory)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as m:
+        m.setattr(Qwen3ForCausalLM, "save_pretrained", limited)
+        with pytest.raises(CheckpointError, match="model: not written .*File too large.*last.pt holds.*--num_steps 2") as error:
+            run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--num_steps", 1, "--run_dir", tmp_path / "run")
+    assert "\n" not in str(error.value) and f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()] and load_checkpoint(tmp_path / "run")["update_count"] == 1
+    assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2) == 0 and (tmp_path / "run" / "model" / "model.safetensors").exists()

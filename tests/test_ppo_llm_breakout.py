@@ -96,19 +96,19 @@ def test_a_model_that_scores_answers_in_a_way_of_its_own_is_refused(tokenizer):
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
         with pytest.raises(CommandLineError, match="take another model$") as error:
-            LanguagePolicy(model.eval(), tokenizer, "You play. ", ANSWERS).check(TEXTS[0])
+            LanguagePolicy(model.eval(), tokenizer, "You play. ", ANSWERS).check(TEXTS)
         assert "\n" not in str(error.value)
     for model in small_model("Qwen3", tokenizer), small_model("GPT-2", tokenizer), small_model("Qwen3", tokenizer).bfloat16():
-        LanguagePolicy(model, tokenizer, "You play. ", ANSWERS).check(TEXTS[0])
-        LanguagePolicy(with_lora(model, 2), tokenizer, "You play. ", ANSWERS).check(TEXTS[0])
+        LanguagePolicy(model, tokenizer, "You play. ", ANSWERS).check(TEXTS)
+        LanguagePolicy(with_lora(model, 2), tokenizer, "You play. ", ANSWERS).check(TEXTS)
 
 
 def test_a_model_that_is_too_short_for_the_texts_is_refused(tokenizer):
     policy = LanguagePolicy(small_model("GPT-2", tokenizer), tokenizer, "You play. ", ANSWERS)
     room = 256 - policy.prefix.shape[1] - 5  # the longest answer has 5 letters
-    policy.check("a" * room)
+    policy.check(["a", "a" * room])
     with pytest.raises(CommandLineError, match="reads 256 tokens at most.*take another model"):
-        policy.check("a" * (room + 1))
+        policy.check(["a", "a" * (room + 1)])
 
 
 @pytest.mark.parametrize("adapter", [True, False])
@@ -172,7 +172,7 @@ def test_in_bfloat16_the_old_logprobs_are_those_of_minibatches(monkeypatch):
     ppo.collect()
     rolled_out = ppo.buffer.samples.old_logprobs
     ppo.buffer.samples = ppo.buffer.samples._replace(old_logprobs=rolled_out + 1)
-    monkeypatch.setattr(ppo, "epoch", lambda: seen.append(ppo.buffer.samples) or torch.zeros(1, 20))
+    monkeypatch.setattr(ppo, "epoch", lambda: seen.append(ppo.buffer.samples) or torch.zeros(1, 2))
     ppo.stat_names = ["approx_kl", "kl_reference"]
     ppo.update()
     samples = seen[0]
@@ -444,7 +444,7 @@ def test_smollm2_is_converted_once_from_a_package_that_cannot_be_imported(tmp_pa
         return whole if gguf_file else real(folder, **arguments)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, gguf_file: tokenizer)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, **arguments: tokenizer)
     for _ in range(2):
         model = load_model("smollm2", tokenizer, torch.device("cpu"))
         assert all(torch.equal(x, y) for x, y in zip(whole.parameters(), model.parameters(), strict=True))
@@ -464,3 +464,31 @@ def test_a_folder_is_a_model_and_only_its_adapter_is_saved(tmp_path, without_pro
     assert all("lora_" in name or "value_head" in name for name in state["model"]) and "tokenizer" not in state
     policy, _ = ppo_llm_breakout.policy_of(state)
     assert isinstance(policy, BreakoutReader) and ppo_llm_breakout.evaluate(state, 1)["games"] == 1
+
+
+def test_a_model_that_has_moved_is_named_anew(tmp_path, monkeypatch):
+    """It was named relative to another directory. One of the same shape is refused, and so is a model of ours."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer("tiny", invented_texts())
+    for name in "base", "other":
+        load_model("tiny", tokenizer, torch.device("cpu")).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    state = small_ppo(MODEL="base", LORA_RANK=2).policy_state()
+    assert state["constants"]["MODEL"] == str(tmp_path / "base")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(CommandLineError, match="base' cannot be loaded .*name the place where it is now"):
+        ppo_llm_breakout.policy_of(state)
+    state["constants"]["MODEL"] = "moved"
+    policy, _ = ppo_llm_breakout.policy_of(state)
+    assert same(policy.state_dict(), state["model"])
+    for name in "other", "mlp":
+        state["constants"]["MODEL"] = name
+        with pytest.raises(CommandLineError, match=f"--model .*{name} is not the model that the run began with"):
+            ppo_llm_breakout.policy_of(state)
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tokenizer):
+    larger = train_tokenizer(invented_texts())
+    policy = LanguagePolicy(small_model("Qwen3", tokenizer), larger, "You play. ", ANSWERS)
+    with pytest.raises(CommandLineError, match=f"gives token {len(larger) - 1}, and the model knows {len(tokenizer)}: .* fit together"):
+        policy.check(TEXTS)
