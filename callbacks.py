@@ -56,7 +56,7 @@ class Callback:
             getattr(self, event)(*arguments)
         except StopTraining:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not self.cost:
                 raise
             line = f"warning: {self.cost} ({reason(error)}); training goes on"
@@ -487,8 +487,10 @@ def new_figure(width, height):
     """-> a matplotlib Figure of so many inches. It is not of pyplot, which keeps global state and may want a screen."""
     try:
         from matplotlib.figure import Figure  # here, because the training can do without
-    except ValueError:  # MPLBACKEND names a backend that is not installed; a file needs none
+    except (ValueError, AttributeError):  # MPLBACKEND names a backend that is not installed; a file needs none
         os.environ.pop("MPLBACKEND", None)
+        for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+            del sys.modules[name]  # half imported, by us or by somebody before
         from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
 
