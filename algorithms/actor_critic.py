@@ -237,7 +237,11 @@ def logger_to(path):
     logger = logging.getLogger(NAME)
     logger.setLevel(logging.INFO)
     logger.propagate = False  # or a handler of the root logger, which other packages install, would print each line again
-    logger.handlers = [logging.FileHandler(path), logging.StreamHandler()]
+    logger.handlers = [logging.NullHandler(), logging.StreamHandler()]
+    try:
+        logger.handlers[0] = logging.FileHandler(path)
+    except OSError:
+        warn(None)
     logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.handlers[0].handleError, logger.handlers[1].handleError = warn, lambda record: None
     return logger

@@ -136,6 +136,19 @@ def test_what_is_not_finite_is_named_and_ends_the_training(spoiled, message, sma
     assert load_checkpoint(directory / "final.pt")["epoch"] == 1 and "--resume" not in (directory / "training.log").read_text()
 
 
+def test_a_log_that_cannot_be_opened_ends_no_training(small, capsys):
+    main(["small.json"])
+    (directory,) = small.glob("checkpoints_*")
+    (directory / "training.log").unlink()
+    (directory / "training.log").mkdir()
+    config = json.loads((small / "small.json").read_text())
+    agent = actor_critic.load_agent(directory)
+    agent.config = agent.config._replace(num_epochs=config["num_epochs"] + 1)
+    actor_critic.train(agent, directory)
+    assert load_checkpoint(directory / "final.pt")["epoch"] == config["num_epochs"] + 1
+    assert "training.log: not written; training goes on" in capsys.readouterr().err
+
+
 def test_a_disk_that_is_full_for_a_while_costs_files_only(small, monkeypatch, capsys):
     """In the second epoch no file may grow beyond 100 bytes."""
     resource, calls, update = pytest.importorskip("resource"), [], ActorCriticAgent.update
