@@ -247,11 +247,12 @@ def read_metrics(path):
 
 
 def number(cell):
-    """"3" -> 3, "81.25" -> 81.25; what is no number, as "" and "n/a" -> nan."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(cell)
-    return math.nan
+    """"81.25" -> 81.25, "3" and "3.0" -> 3; what is no number, as "" and "n/a" -> nan."""
+    try:
+        x = float(cell)
+    except ValueError:
+        return math.nan
+    return int(x) if x.is_integer() else x
 
 
 def read_table(path):
@@ -266,7 +267,7 @@ def read_table(path):
     *lines, torn = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     header = lines[0] if lines else ""
     delimiter = max(",;\t", key=header.count)
-    columns = cells_of(header, delimiter)
+    columns = cells_of(header.replace('"', ""), delimiter)
     if "update" not in columns:
         return [], [], list(filter(None, lines)), torn
     rows, odd = rows_of(lines[1:], columns, delimiter)
@@ -278,17 +279,19 @@ def rows_of(lines, columns, delimiter):
     rows, odd = {}, []
     for line in lines:
         cells = cells_of(line, delimiter)
+        if len(cells) != len(columns):
+            cells = cells_of(line.replace('"', ""), delimiter)  # a stray quotation mark
         row = dict(zip(columns, cells))
         update = number(row.get("update", ""))
-        if len(cells) == len(columns) and update > 0 and update % 1 == 0 and update not in rows:
-            rows[update] = {name: cell for name, cell in row.items() if name} | {"update": int(update)}
+        if len(cells) == len(columns) and type(update) is int and update > 0 and update not in rows:
+            rows[update] = {name: cell for name, cell in row.items() if name} | {"update": update}
         elif any(cells):
             odd.append(line)
     return [rows[update] for update in sorted(rows)], odd
 
 
 def cells_of(line, delimiter):
-    """One line of a table, because a stray quotation mark must not swallow those that follow."""
+    """One line of a table -> its cells. Line by line, because a stray quotation mark must not swallow what follows."""
     try:
         (cells,) = csv.reader([line], delimiter=delimiter)
     except csv.Error:
@@ -370,7 +373,7 @@ class MetricsCSV(Callback):
                 size *= 4
             if start >= 0:
                 end = self.read_end(size)[start + 1 :]
-                rows, _ = rows_of(end.decode("utf-8", "surrogateescape").splitlines(), self.columns, ",")
+                rows, _ = rows_of(end.decode("utf-8", "surrogateescape").split("\n"), self.columns, ",")
                 self.unwritten[:0] = rows
                 self.kept -= len(end)
 
@@ -385,9 +388,8 @@ class MetricsCSV(Callback):
 
     def take_all_back(self):
         """Make all rows before the unwritten ones unwritten too. A copy keeps what is not understood, and a line says so."""
-        first = self.first_unwritten()
-        self.left = self.found()
-        self.columns, rows, odd, torn = read_table(self.path)
+        first, found = self.first_unwritten(), self.found()
+        columns, rows, odd, torn = read_table(self.path)
         rows = [row for row in rows if row["update"] < first]
         missing = first - 1 - len(rows)
         if missing and torn:  # by no kill: that would have torn a later row
@@ -396,6 +398,8 @@ class MetricsCSV(Callback):
             copy = f"; the file as it was: {keep_copy(self.path)}" if odd else ""
             say(f"warning: {self.path}: earlier rows missing: {missing}, lines not understood: {len(odd)}{copy}")
         self.unwritten[:0] = rows
+        self.columns = columns
+        self.left = found
         self.kept = 0
 
 
@@ -422,7 +426,7 @@ class TensorBoard(Callback):
         # this one repeats; of the latter, what is not repeated is logged again
         first = min([state["global_step"] for state in trainer.pending], default=trainer.global_step + 1)
         self.writer = SummaryWriter(self.run_dir, purge_step=first if trainer.global_step else None)
-        for row in read_metrics(Path(self.run_dir, "metrics.csv")):
+        for row in read_metrics(Path(self.run_dir, "metrics.csv")) if trainer.pending else ():
             if first <= row["global_step"] <= trainer.global_step:
                 self.add_stats({name: x for name, x in row.items() if name not in PROGRESS and not name.startswith("eval_")}, row["global_step"])
 

@@ -546,6 +546,7 @@ SAVED_BY_OTHERS = {
     "semicolons and decimal commas": lambda text: semicolons(text).encode("utf-8-sig"),
     "UTF-16 and tabs": lambda text: text.replace(",", "\t").replace("\n", "\r\n").encode("utf-16"),
     "quotation marks": lambda text: ('"' + text[:-1].replace(",", '","').replace("\n", '"\n"') + '"\n').encode(),
+    "stray quotation marks": lambda text: ('"' + text.replace("\n3,", '\n"3,').replace(",400,", ',"400,')).encode(),
     "empty lines": lambda text: (text + ",,,\n\n").encode(),
     "sorted": lambda text: "".join([*text.splitlines(True)[:1], *sorted(text.splitlines(True)[1:], reverse=True)]).encode(),
     "pandas": lambda text: as_pandas(text).encode(),
@@ -569,7 +570,7 @@ def test_a_file_that_a_spreadsheet_has_saved_keeps_its_rows(tmp_path, straight, 
 
 
 @pytest.mark.parametrize("change, missing, odd", [
-    (lambda text: text.replace("3,300,", '"3,300,'), 1, 1), (lambda text: text.replace("update,", "upd,"), 5, 6),
+    (lambda text: text.replace("3,300,", "3,300,,"), 1, 1), (lambda text: text.replace("update,", "upd,"), 5, 6),
     (lambda text: text.replace("2,200,", "2nd,200,"), 1, 1), (lambda text: text + "looks good from here\n", 0, 1),
     (lambda text: text[:-9], 1, 1), (lambda text: text + text.splitlines()[2] + ",9\n", 0, 1), (lambda text: "", 5, 0),
     (lambda text: text[: text.index("\n4,") + 1], 2, 0), (lambda text: text.replace("1,100,", "1," + "9" * 200_000), 1, 1),
@@ -588,6 +589,22 @@ def test_what_is_not_understood_stays_in_a_copy(tmp_path, straight, capsys, chan
         assert copy.exists() == bool(odd) and (not odd or copy.read_text() == changed)
         rows = table(path)
         assert len(rows) == 8 - missing and all(row in straight for row in rows)
+
+
+def test_nothing_goes_before_there_is_a_copy_of_it(tmp_path, monkeypatch, straight, capsys):
+    """The disk is full for two rows."""
+    path = tmp_path / "metrics.csv"
+    trainer = FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=3)
+    changed = path.read_text() + "my notes\n"
+    path.write_text(changed)
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "atomic_write", disk_full)
+        trainer.learn(until=5)
+    assert path.read_text() == changed and capsys.readouterr().out.count("not written (No space left on device)") == 1
+    trainer.learn()
+    assert [row["update"] for row in table(path)] == list("12345678")
+    assert [row for row in table(path) if row["update"] not in "45"] == [row for row in straight if row["update"] not in "45"]
+    assert path.with_name("metrics.copy-1.csv").read_text() == changed and len(list(tmp_path.glob("*copy*"))) == 1
 
 
 def test_a_file_that_is_deleted_while_training(tmp_path, straight, capsys):
