@@ -13,9 +13,9 @@ A trainer is anything that has this, most of which `Trainer` brings (trainer.py)
 
 The trainer tells every callback of each event, in the order of its list; whoever called `learn` tells them to close afterwards, as
 `train` in command_line.py does. No callback changes what is learned, and one that only draws, logs or prints never ends a training:
-whatever it raises becomes a warning. `Evaluation` and `Checkpoints` may end it. Put `Evaluation` first, so that the others hear of a
-result before they hear of the update that waited for it. Put `MetricsCSV` before `LearningCurve`, which draws its file, and before
-`Checkpoints`, so that a resume point never knows of an update that metrics.csv does not.
+whatever it raises becomes a warning. `Evaluation` and `Checkpoints` may end it. Put `Evaluation` before those that report, so that
+they hear of a result before they hear of the update that waited for it. Put `MetricsCSV` before `LearningCurve`, which draws its
+file, and before `Checkpoints`, so that a resume point never knows of an update that metrics.csv does not.
 """
 
 import codecs
@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from background import Background, CannotStart
 from checkpoint import CheckpointError, atomic_write, save_checkpoint
+from command_line import write_config
 from device import first_line, shortened, unavailable
 from trainer import StopTraining
 
@@ -71,6 +72,22 @@ class Callback:
     def on_training_end(self, trainer): pass  # not after an interruption
     def close(self): pass  # always, at the very end
     # fmt: on
+
+
+class RunDirectory(Callback):
+    """If somebody renames or removes the directory of a run, or its config.json, they are made anew, so that what is saved there can be
+    resumed. The first of all callbacks, because the others write files."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.cost = f"{path} cannot be made anew"
+
+    def keep(self, trainer):
+        if not (self.path / "config.json").exists():
+            say(f"warning: {self.path} was renamed or removed, or its config.json; it is made anew, and training goes on")
+            write_config(self.path, trainer)
+
+    on_update_end = on_evaluation_end = on_training_end = keep
 
 
 class Evaluation(Callback):

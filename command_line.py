@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -163,6 +164,9 @@ def read_resumed(name, given, defaults, kept):
         raise CheckpointError(f"{path}: holds a model to play, not a run to resume; resume from its run's last.pt")
     if not (path.parent / "config.json").exists():
         raise CheckpointError(f"{path}: lies outside its run (there is no config.json beside it); resume it in its run directory")
+    recorded = recorded_id(path.parent)
+    if recorded and state.get("run_id", recorded) != recorded:  # its rows would be joined to those of this run
+        raise CheckpointError(f"{path}: is of another run than the config.json beside it; resume it in its own run directory")
     constants = state.get("constants")
     if not isinstance(constants, dict) or constants.keys() != defaults.keys():
         differing = ", ".join(sorted(set(constants or ()) ^ set(defaults)))
@@ -182,7 +186,7 @@ def new_run_dir(name, parent="runs"):
         run_dir = Path(stem if attempt == 1 else f"{stem}-{attempt}")
         try:
             run_dir.mkdir(parents=True, exist_ok=bool(name))
-            if not any(map(worth_keeping, run_dir.iterdir())):
+            if not in_use(run_dir):
                 return run_dir
         except FileExistsError:
             if not run_dir.exists():
@@ -194,14 +198,40 @@ def new_run_dir(name, parent="runs"):
     raise CommandLineError(f"{run_dir} is in use already; name another --run_dir, or --resume {quoted(run_dir)}")
 
 
+def in_use(run_dir):
+    """Whether a directory has more in it than what a run leaves that was killed before its first checkpoint."""
+    return any(map(worth_keeping, run_dir.iterdir()))
+
+
+def check_begun(run_dir):
+    """Raises CommandLineError for a directory in which a search can neither begin a run nor go on with one."""
+    if run_dir.exists() and not (run_dir / "last.pt").exists() and in_use(run_dir):
+        raise CommandLineError(f"{run_dir} is in use already, and has no last.pt to go on from; move it away, or name another --out")
+
+
 def worth_keeping(file):
-    """Whether a file is more than what a run leaves that was killed before its first checkpoint."""
-    return not (file.name in ("config.json", "config.json.tmp", "last.pt.tmp", LOCK) or file.name.startswith("events.out.tfevents."))
+    if file.name == "config.json":  # other programs have one too
+        return '"RUN_DIR"' not in file.read_text(encoding="utf-8", errors="replace")
+    return not (file.name in ("config.json.tmp", "last.pt.tmp", LOCK) or file.name.startswith("events.out.tfevents."))
+
+
+def recorded_id(run_dir):
+    """The number in a run's config.json that every checkpoint of the run has too. None: the run is older than that."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+        return json.loads((run_dir / "config.json").read_text(encoding="utf-8")).get("RUN_ID")
+    return None
+
+
+def write_config(run_dir, trainer):
+    """Make the directory of a run, if it is not there, and write its config.json: without that, nothing in it can be resumed."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = trainer.metadata["constants"] | {"RUN_ID": trainer.metadata["run_id"]}
+    atomic_write(run_dir / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager
 def locked(run_dir):
-    """Within, no other process trains in this directory; what a killed one left half written is deleted. Raises CommandLineError."""
+    """Within, no other process trains in this directory. Raises CommandLineError."""
     lock = filelock.FileLock(run_dir / LOCK)
     try:
         lock.acquire(blocking=False)
@@ -210,18 +240,23 @@ def locked(run_dir):
     except OSError as error:
         raise CommandLineError(f"{run_dir} cannot be written ({error.strerror}); check its permissions, or name another run") from None
     try:
-        for file in run_dir.glob("*.pt.tmp"):
-            with contextlib.suppress(OSError):
-                file.unlink()
         yield
     finally:
         lock.release()
+
+
+def delete_unfinished(run_dir):
+    """Delete the checkpoints of a run that a kill has left half written."""
+    for file in run_dir.glob("*.pt.tmp"):
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def load_state(trainer, run):
     """Puts the state of a resumed run into its trainer. Raises CheckpointError if it does not fit."""
     try:
         trainer.load_state_dict(run.state)
+        trainer.metadata["run_id"] = run.state.get("run_id")
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{run.directory}: does not fit this program ({one_line(error)}); resume another run") from None
     if trainer.global_step >= trainer.num_steps and not trainer.pending:
@@ -280,7 +315,7 @@ def train(trainer, run_dir, prog, advice):
     try:
         with locked(run_dir) if RANK == 0 else contextlib.nullcontext(), signals_handled(stop):
             if RANK == 0:
-                atomic_write(run_dir / "config.json", (json.dumps(trainer.metadata["constants"], indent=2) + "\n").encode())
+                begin(trainer, run_dir)
             try:
                 trainer.learn()
                 return 0
@@ -293,6 +328,14 @@ def train(trainer, run_dir, prog, advice):
         for callback in trainer.callbacks:
             callback.hear("close")
     return go_on_with_cpu(run_dir, prog)
+
+
+def begin(trainer, run_dir):
+    """Prepare the directory of a run, new or resumed: write what it is, and delete what a kill has left half written."""
+    trainer.metadata["constants"]["RUN_DIR"] = str(run_dir)
+    trainer.metadata["run_id"] = trainer.metadata.get("run_id") or recorded_id(run_dir) or uuid.uuid4().hex
+    write_config(run_dir, trainer)
+    delete_unfinished(run_dir)
 
 
 def go_on_with_cpu(run_dir, prog):
@@ -337,6 +380,8 @@ def save_snapshot(trainer, run_dir, command, help_with):
     if trainer.snapshot is None:  # the first state could not be taken, so nothing is lost, and what a resumed run has stays
         return False, f"; try{help_with}" if help_with else ""
     try:
+        if not (run_dir / "config.json").exists():  # the directory has just been renamed or removed
+            write_config(run_dir, trainer)
         save_checkpoint(run_dir / "last.pt", trainer.snapshot)
     except Exception as failure:  # it must not hide the reason
         return False, f"; {one_line(failure) or type(failure).__name__}; then {command}"

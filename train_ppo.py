@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 
 from breakout_ascii import BreakoutAsciiVec
-from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard
+from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
 from command_line import (
     CommandLineError, Constants, load_state, memory_advice, new_run_dir, read_run, resume_command, run_script, train,
 )  # fmt: skip
@@ -161,6 +161,7 @@ def watch(ppo, c, run_dir, evaluation):
     csv = run_dir / "metrics.csv"
     levels = {"the whole wall, as a simple tracker plays it": CLEARED_SCORE, "random play": RANDOM_SCORE}
     return [
+        RunDirectory(run_dir),
         *([evaluation] if evaluation else []),
         ProgressBar(plan(c, ppo, run_dir), first_is_slow=trains_on_gpu(ppo.device)),
         MetricsCSV(csv, METRICS),
@@ -201,7 +202,6 @@ def main(argv=()):
         run_dir = None
         if RANK == 0:
             run_dir = run.directory or new_run_dir(c.RUN_DIR)
-            ppo.metadata["constants"]["RUN_DIR"] = str(run_dir)
             ppo.callbacks = watch(ppo, c, run_dir, evaluation_of(c, device) if c.EVAL_INTERVAL else None)
         return train(ppo, run_dir, "train_ppo.py", {
             MemoryError: f" --batch_size {smaller_batch(c)}",

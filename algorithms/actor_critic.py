@@ -25,6 +25,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -41,11 +42,15 @@ import torch.nn.functional as F
 from algorithms.common import HERE, check_algorithm
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint, to_plain
 from command_line import (
-    CommandLineError, given_path, ignore_signals, locked, one_line, raise_error, resume_command, run_script, signals_handled,
+    CommandLineError, delete_unfinished, given_path, ignore_signals, locked, one_line, raise_error, resume_command, run_script, shown,
+    signals_handled,
 )  # fmt: skip
 from ppo import policy_loss, value_loss
 from trainer import check_finite
 
+SHIPPED = HERE / "pretrained" / "actor_critic.pt"
+LOG = "training.log"
+FINAL = "final.pt"
 STEPS_PER_EPOCH = 200
 SAVE_FREQ = 10  # epochs
 TEST_STATES = 100_000
@@ -203,8 +208,7 @@ class ActorCriticAgent:
 
 
 def load_agent(path):
-    """A checkpoint, or a run's directory -> the agent that it holds. Raises CheckpointError."""
-    path = find_checkpoint(path, ("final.pt",))
+    """A checkpoint -> the agent that it holds. Raises CheckpointError."""
     state = load_checkpoint(path)
     check_algorithm(NAME, state, path)
     try:
@@ -212,6 +216,16 @@ def load_agent(path):
         agent.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: does not fit this program ({one_line(error)}); train anew") from None
+    return agent
+
+
+def load_run(path):
+    """A checkpoint of a run -> the agent that it holds. Raises CheckpointError if the run whose log lies beside it is another."""
+    agent = load_agent(path)
+    log = path.with_name(LOG)
+    known = json.dumps(agent.config._asdict()) in log.read_text(errors="replace") if log.is_file() else path.name == FINAL
+    if not known:
+        raise CheckpointError(f"{path}: lies outside its run (no {LOG} beside it tells of it); resume it in its run's directory")
     return agent
 
 
@@ -228,8 +242,12 @@ def new_directory(parent):
     raise CommandLineError(f"{stem} exists already")
 
 
-def logger_to(path):
-    """-> a logger that writes to a file and to the console. What cannot be written does not stop a training."""
+def begin_log(directory, config):
+    """-> a logger that writes to the log in a run's directory and to the console. What cannot be written does not stop a training.
+
+    The first line says what is trained, by which `load_run` knows the run.
+    """
+    path = directory / LOG
 
     def warn(record):
         logger.handlers[1].handle(logging.makeLogRecord({"msg": f"warning: {path}: not written; training goes on"}))
@@ -244,7 +262,19 @@ def logger_to(path):
         warn(None)
     logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.handlers[0].handleError, logger.handlers[1].handleError = warn, lambda record: None
+    logger.info("training %s in %s", json.dumps(config._asdict()), directory)
     return logger
+
+
+def keep_log(log, directory, config):
+    """-> the log, begun anew with its directory if somebody has renamed or removed that, so that what is saved there can be resumed."""
+    if isinstance(log.handlers[0], logging.FileHandler) and not (directory / LOG).exists():
+        log.info("warning: %s was renamed or removed; it is made anew, and training goes on", directory)
+        with contextlib.suppress(OSError):  # the next checkpoint says why it cannot be saved
+            directory.mkdir(parents=True, exist_ok=True)
+            log.handlers[0].close()
+            return begin_log(directory, config)
+    return log
 
 
 def train(agent, directory):
@@ -255,6 +285,7 @@ def train(agent, directory):
 
     try:
         with locked(directory), signals_handled(stop):
+            delete_unfinished(directory)
             train_epochs(agent, directory)
     except SystemExit as stopped:
         return stopped.code
@@ -262,8 +293,8 @@ def train(agent, directory):
 
 
 def train_epochs(agent, directory):
-    log, config = logger_to(directory / "training.log"), agent.config
-    log.info("training %s in %s", json.dumps(config._asdict()), directory)
+    config = agent.config
+    log = begin_log(directory, config)
     whole = agent.state_dict()
     try:
         while agent.epoch < config.num_epochs:
@@ -272,6 +303,7 @@ def train_epochs(agent, directory):
             for weights in (*agent.policy.parameters(), *agent.value.parameters()):
                 check_finite(f"after epoch {agent.epoch}", weights=weights)
             whole = agent.state_dict()
+            log = keep_log(log, directory, config)
             log.info("epoch %d: reward %.4f, actor loss %.4f, critic loss %.4f", agent.epoch, reward, actor_loss, critic_loss)
             if agent.epoch % SAVE_FREQ == 0:
                 try:
@@ -280,7 +312,8 @@ def train_epochs(agent, directory):
                     log.info("warning: %s; training goes on", error)
     finally:
         ignore_signals()  # the end is near, and the run is not saved yet
-        save_checkpoint(directory / "final.pt", whole)
+        log = keep_log(log, directory, config)
+        save_checkpoint(directory / FINAL, whole)
         if agent.epoch == config.num_epochs:
             log.info("expected reward %.4f of %.4f, %.2f %%", *(agent.evaluate()[name] * factor for name, factor in REPORTED))
         elif not isinstance(sys.exc_info()[1], FloatingPointError):  # it would come again
@@ -294,18 +327,23 @@ def main(argv=()):
     parser.add_argument("config", nargs="?", type=given_path, default="config.json")
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run's directory, or a checkpoint in it")
     parser.add_argument("--directory", type=given_path, default=".", help="where the run's directory is made (default: here)")
-    parser.add_argument("--evaluate", type=given_path, nargs="?", const=HERE / "pretrained" / f"{NAME}.pt", metavar="CHECKPOINT")
+    parser.add_argument("--evaluate", type=given_path, nargs="?", const=SHIPPED, metavar="CHECKPOINT")
     parser.error = raise_error
     args = parser.parse_args(list(map(str, argv)))
     torch.set_num_threads(1)  # small networks
-    if args.evaluate:
-        print(json.dumps(load_agent(args.evaluate).evaluate()))
+    if args.evaluate is not None:
+        path = find_checkpoint(args.evaluate, (FINAL,))
+        agent = load_agent(path)
+        why = " (the shipped model)" if path == SHIPPED else ""
+        print(f"{shown(path)}: trained for {agent.epoch:,} epochs{why}", file=sys.stderr)
+        print(json.dumps(agent.evaluate()))
         return 0
-    if args.resume:
-        agent = load_agent(args.resume)
+    if args.resume is not None:
+        path = find_checkpoint(args.resume, (FINAL,))
+        agent = load_run(path)
         if agent.epoch >= agent.config.num_epochs:
             raise CommandLineError(f"{args.resume} has done all of its {agent.epoch} epochs already")
-        return train(agent, find_checkpoint(args.resume, ("final.pt",)).parent)
+        return train(agent, path.parent)
     return train(ActorCriticAgent(read_config(args.config)), new_directory(args.directory))
 
 

@@ -21,7 +21,7 @@ import torch
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import SyncVectorEnv
 
-from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard, say
+from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard, say
 from checkpoint import CheckpointError, load_checkpoint, model_to_play, replacing
 from command_line import (
     CommandLineError, given_path, load_state, memory_advice, new_run_dir, one_line, raise_error, read_run, shown, train,
@@ -91,7 +91,6 @@ def run_algorithm(algorithm, argv):
         check_models(run.state, trainer.metadata.get("models", {}))
         load_state(trainer, run)
     run_dir = run.directory or new_run_dir(c.RUN_DIR, f"runs/{algorithm.name}")
-    trainer.metadata["constants"]["RUN_DIR"] = str(run_dir)
     trainer.callbacks = watch(algorithm, c, run_dir)
     lower = f" --lr {c.LR / 2:g}" + (f" --min_lr {min(c.MIN_LR, c.LR / 2):g}" if hasattr(c, "MIN_LR") else "")
     return train(trainer, run_dir, program, {FloatingPointError: lower, MemoryError: algorithm.less_memory(c)})
@@ -121,6 +120,7 @@ def watch(algorithm, c, run_dir):
     csv = run_dir / "metrics.csv"
     plan = f"{algorithm.name}: {c.NUM_STEPS:,} steps in all. Curve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops."
     return [
+        RunDirectory(run_dir),
         *([Evaluation(algorithm.evaluate, c.EVAL_INTERVAL)] if c.EVAL_INTERVAL else []),
         ProgressBar(plan),
         MetricsCSV(csv),

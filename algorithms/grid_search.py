@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ import numpy as np
 from algorithms import actor_critic
 from callbacks import new_figure, read_metrics, reason
 from checkpoint import CheckpointError, load_checkpoint
-from command_line import CommandLineError, check_constants, convert, given_path, kind_of, locked, raise_error, run_script, shown
+from command_line import CommandLineError, check_begun, check_constants, convert, given_path, kind_of, raise_error, run_script, shown
 from device import available_cores
 
 HERE = Path(__file__).parent
@@ -57,13 +56,14 @@ class Training(NamedTuple):
         except ValueError:
             raise CommandLineError(f"{config}: is damaged; delete its directory, or name another --out") from None
 
+    def check_directory(self, run_dir):
+        """Raises CommandLineError for a directory in which a run can neither begin nor go on."""
+        check_begun(run_dir)
+
     def command(self, run_dir, values):
         """-> what starts a run, or goes on with it."""
         if (run_dir / "last.pt").exists():
             return [*self.program, "--resume", run_dir]
-        if run_dir.exists():
-            with locked(run_dir):  # not if another search trains there
-                shutil.rmtree(run_dir, ignore_errors=True)  # killed before there was anything to resume
         return [*self.program, "--run_dir", run_dir, *(word for name, value in values.items() for word in (f"--{name.lower()}", value))]
 
     def finished(self, run_dir):
@@ -97,6 +97,9 @@ class JSONTraining(Training):
     def recorded_constants(self, run_dir):
         found = super().recorded_constants(run_dir)
         return found and {name.upper(): value for name, value in found.items()}
+
+    def check_directory(self, run_dir):
+        pass  # each run begins in a directory of its own below this one
 
     def command(self, run_dir, values):
         started = sorted(run_dir.glob("checkpoints_*/final.pt"))
@@ -172,11 +175,7 @@ def train(what, run_dir, values):
     """One run to its end; its output goes to a log beside its directory."""
     if what.finished(run_dir):
         return
-    try:
-        command = [sys.executable, *map(str, what.command(run_dir, values))]
-    except CommandLineError as error:  # another search trains there
-        print(error, file=sys.stderr)
-        return
+    command = [sys.executable, *map(str, what.command(run_dir, values))]
     with open(run_dir.with_name(run_dir.name + ".log"), "a") as log:
         subprocess.run(command, cwd=HERE.parent, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -218,9 +217,10 @@ def main(argv=()):
         begun = what.recorded_constants(run_dir)
         if values.get("EVAL_INTERVAL") == 0:
             raise CommandLineError("without evaluations there is nothing to compare; leave --eval_interval 0 out")
-        free = {name: "" for name in ("RUN_DIR", "DEVICE") if name not in values}  # a GPU may have failed since, and the CPU gone on
+        free = {name: "" for name in ("RUN_DIR", "RUN_ID", "DEVICE") if name not in values}  # a GPU may have failed since, and the CPU gone on
         if begun is not None and begun | free != what.constants | values | free:
             raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
+        what.check_directory(run_dir)
         if what.finished(run_dir):
             what.result(run_dir)  # or say now that it has lost its metrics
     out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ import argparse
 import csv
 import json
 import math
-import shutil
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import train_ppo  # noqa: E402
 from callbacks import new_figure, read_metrics, reason  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
-from command_line import CommandLineError, check_constants, given_path, raise_error, read_command_line, run_script  # noqa: E402
+from command_line import CommandLineError, check_begun, check_constants, given_path, raise_error, read_command_line, run_script  # noqa: E402
 from device import available_cores  # noqa: E402
 from evaluation import CLEARED_SCORE, RANDOM_SCORE  # noqa: E402
 from model import GPT  # noqa: E402
@@ -68,7 +67,6 @@ def train(run_dir, variant, seed, more):
         return
     program, where = [ROOT / "train_ppo.py"], ["--resume", run_dir]
     if not (run_dir / "last.pt").exists():
-        shutil.rmtree(run_dir, ignore_errors=True)  # killed before there was anything to resume
         where = ["--seed", seed, "--run_dir", run_dir]
         if variant == "small_weights":
             program = [__file__, "--train_small_weights"]
@@ -104,9 +102,10 @@ def check(run_dir, variant, seed, more):
         raise CommandLineError("without evaluations there is no curve; leave --eval_interval out")
     config = run_dir / "config.json"
     begun = json.loads(config.read_text()) if config.exists() else wanted
-    free = {"RUN_DIR": "", "DEVICE": ""}  # the device may have failed since
+    free = {"RUN_DIR": "", "RUN_ID": "", "DEVICE": ""}  # the device may have failed since
     if begun | free != wanted | free:
         raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
+    check_begun(run_dir)
 
 
 # Tables. A row is a dict {column: number or text}; None: never

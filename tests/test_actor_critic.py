@@ -1,7 +1,10 @@
 import json
+import logging
 import math
 import os
+import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -88,6 +91,66 @@ def test_a_resumed_run_is_the_same_bit_for_bit_and_so_is_a_second(small):
     assert same(load_checkpoint(second / "final.pt"), straight)
 
 
+def test_a_checkpoint_outside_its_run_is_not_resumed(small):
+    """What lies beside it is not ours to replace or to delete."""
+    main(["small.json"])
+    (directory,) = small.glob("checkpoints_*")
+    models = small / "models"
+    models.mkdir()
+    (models / "final.pt").write_text("a foreign model")
+    (models / "notes.pt.tmp").write_text("foreign too")
+    (models / "epoch_1.pt").write_bytes((directory / "epoch_1.pt").read_bytes())
+    (small / "other.json").write_text('{"hidden_dim": 8, "num_epochs": 3, "seed": 7}')
+    main(["other.json"])
+    (other,) = set(small.glob("checkpoints_*")) - {directory}
+    (other / "epoch_9.pt").write_bytes((directory / "epoch_1.pt").read_bytes())
+    for file in (models / "epoch_1.pt", other / "epoch_9.pt"):
+        left = {path: path.read_bytes() for path in file.parent.iterdir()}
+        with pytest.raises(CheckpointError, match=f"{file.name}: lies outside its run .no training.log beside it tells of it.") as error:
+            main(["--resume", str(file)])
+        assert "\n" not in str(error.value) and left == {path: path.read_bytes() for path in file.parent.iterdir()}
+
+
+@pytest.mark.parametrize("words", [["--resume", ""], ["--evaluate", ""], ["--directory", ""], [""]])
+def test_a_variable_of_the_shell_that_is_not_set_starts_nothing(small, words):
+    with pytest.raises(CommandLineError, match="is empty; name a file or a directory"):
+        main(words)
+    assert [path.name for path in small.iterdir()] == ["small.json"]
+
+
+def test_each_line_of_the_log_appears_once(small, capsys):
+    """Even if another package has given the root logger a handler."""
+    root, handler = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    root.addHandler(handler)
+    try:
+        main(["small.json"])
+    finally:
+        root.removeHandler(handler)
+    assert capsys.readouterr().err.count("epoch 2: reward") == 1
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_directory_that_is_removed_while_training_can_be_resumed(small, monkeypatch, capsys, last):
+    calls, update = [], ActorCriticAgent.update
+
+    def meanwhile(agent):
+        calls.append(0)
+        if len(calls) == 8:
+            shutil.rmtree(next(small.glob("checkpoints_*")))
+        if len(calls) == 5 * last + 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(agent)
+
+    with monkeypatch.context() as m:
+        m.setattr(ActorCriticAgent, "update", meanwhile)
+        (small / "small.json").write_text('{"hidden_dim": 8, "num_epochs": 4}')
+        assert main(["small.json"]) == 143
+    assert "was renamed or removed; it is made anew" in capsys.readouterr().err
+    (directory,) = small.glob("checkpoints_*")
+    main(["--resume", str(directory)])
+    assert load_checkpoint(directory / "final.pt")["epoch"] == 4
+
+
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)])
 def test_a_signal_saves_whole_epochs(small, monkeypatch, signum, status):
     calls, update = [], ActorCriticAgent.update
@@ -142,7 +205,7 @@ def test_a_log_that_cannot_be_opened_ends_no_training(small, capsys):
     (directory / "training.log").unlink()
     (directory / "training.log").mkdir()
     config = json.loads((small / "small.json").read_text())
-    agent = actor_critic.load_agent(directory)
+    agent = actor_critic.load_agent(directory / "final.pt")
     agent.config = agent.config._replace(num_epochs=config["num_epochs"] + 1)
     actor_critic.train(agent, directory)
     assert load_checkpoint(directory / "final.pt")["epoch"] == config["num_epochs"] + 1
@@ -198,6 +261,7 @@ def test_a_directory_is_no_config(tmp_path):
 
 def test_the_shipped_model_is_near_the_optimum(capsys):
     main(["--evaluate"])
-    assert json.loads(capsys.readouterr().out)["share"] >= 0.99
+    out, err = capsys.readouterr()
+    assert json.loads(out)["share"] >= 0.99 and err.endswith("actor_critic.pt: trained for 100 epochs (the shipped model)\n")
     with pytest.raises(CheckpointError, match="is no model of actor_critic"):
         main(["--evaluate", str(actor_critic.HERE / "pretrained" / "reinforce_cartpole.pt")])

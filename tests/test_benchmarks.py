@@ -238,7 +238,7 @@ def test_a_run_is_started_resumed_or_left_alone(tmp_path, monkeypatch):
     leave_run(tmp_path / "new", 3, global_step=CONSTANTS["NUM_STEPS"] // 2)
     learning.train(tmp_path / "new", "small_weights", 3, [])
     assert commands[-1] == [train, "--resume", str(tmp_path / "new")]
-    assert not (tmp_path / "killed").exists() and {"half.log", "killed.log", "new.log"} <= {x.name for x in tmp_path.iterdir()}
+    assert (tmp_path / "killed").exists() and {"half.log", "killed.log", "new.log"} <= {x.name for x in tmp_path.iterdir()}
 
 
 def test_runs_that_did_not_end_and_runs_of_other_constants(tmp_path, monkeypatch):
@@ -248,6 +248,12 @@ def test_runs_that_did_not_end_and_runs_of_other_constants(tmp_path, monkeypatch
     leave_run(tmp_path / "recipe" / "seed0", 0)
     with pytest.raises(CommandLineError, match="recipe/seed0 was begun with other constants"):
         learning.main(["--seeds", "0", "--gamma", "0.9", "--out", str(tmp_path)])
+    lost = tmp_path / "recipe" / "seed1"
+    lost.mkdir()
+    (lost / "best_model.pt").touch()
+    with pytest.raises(CommandLineError, match="seed1 is in use already, and has no last.pt to go on from; move it away, or name another --out"):
+        learning.main(["--seeds", "0", "1", "--out", str(tmp_path)])
+    assert (lost / "best_model.pt").exists()
     with pytest.raises(CommandLineError, match="metrics.csv has no evaluations"):
         learning.main(["--seeds", "0", "--out", str(tmp_path)])
 

@@ -19,7 +19,7 @@ import command_line
 from algorithms.grid_search import TRAININGS, training
 from checkpoint import atomic_write
 from command_line import (
-    CommandLineError, Constants, check_constants, finish_output, ignore_signals, new_run_dir, one_line, read_command_line, read_run, resume_command,
+    CommandLineError, Constants, check_begun, check_constants, finish_output, ignore_signals, new_run_dir, one_line, read_command_line, read_run, resume_command,
     run_script, signals_handled, train,
 )  # fmt: skip
 from trainer import Trainer
@@ -130,11 +130,17 @@ def test_every_number_among_the_constants_has_a_range_that_holds(name):
 
 def test_a_directory_is_free_if_it_has_only_what_a_run_without_a_checkpoint_leaves(tmp_path):
     for name in ("config.json", "run.lock", "last.pt.tmp", "events.out.tfevents.7"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text('{"RUN_DIR": "runs/a"}')
     assert new_run_dir(str(tmp_path)) == tmp_path
-    (tmp_path / "metrics.csv").touch()
-    with pytest.raises(CommandLineError, match="is in use already"):
-        new_run_dir(str(tmp_path))
+    check_begun(tmp_path)
+    for name, text in (("metrics.csv", ""), ("config.json", '{"seed": 42}')):  # the latter is of actor_critic.py, or of another program
+        before = (tmp_path / "config.json").read_text()
+        (tmp_path / name).write_text(text)
+        for check in (new_run_dir, check_begun):
+            with pytest.raises(CommandLineError, match="is in use already"):
+                check(tmp_path)
+        (tmp_path / "metrics.csv").unlink(missing_ok=True)
+        (tmp_path / "config.json").write_text(before)
 
 
 def test_a_path_through_a_link_that_leads_nowhere(tmp_path, monkeypatch):

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from algorithms import actor_critic, grid_search
-from algorithms.grid_search import TRAININGS, combinations, heat_map, main, training
+from algorithms.grid_search import TRAININGS, combinations, directory_of, heat_map, main, training
 from algorithms_helpers import without_processes  # noqa: F401
-from command_line import CommandLineError, locked
+from command_line import CommandLineError
 
 SMALL = "--num_steps 60 --episodes 2 --hidden 4 8 --eval_interval 1"
 
@@ -67,11 +67,6 @@ def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_proc
     lost = next(path for path in tmp_path.iterdir() if path.is_dir())
     assert training("reinforce_cartpole").finished(lost)
     in_this_process.clear()
-    (lost / "last.pt").unlink()
-    with locked(lost), pytest.raises(CommandLineError, match="1 runs did not finish"):
-        main(words)
-    assert "another process is training this run" in capsys.readouterr().err
-    assert main(words) == 0 and len(in_this_process) == 1 and "--resume" not in in_this_process[0]
     (lost / "metrics.csv").unlink()
     with pytest.raises(CommandLineError, match="has lost its metrics.csv; delete the directory to train it again"):
         main(words)
@@ -82,6 +77,21 @@ def test_cells_that_hold_no_number_are_left_out(tmp_path):
     text = 'update;global_step;seconds;eval_score\n1;10;30;2,5\n2;20;60;n/a\n3;30;90;"1.000,5"\n4;40,0;120;1,5\n5;50;150;\n'
     (tmp_path / "metrics.csv").write_bytes(text.encode("utf-8-sig"))
     assert training("reinforce_cartpole").result(tmp_path) == {"best": 2.5, "last": 1.5, "steps": 50, "minutes": 2.5}
+
+
+def test_a_search_deletes_nothing(tmp_path, in_this_process):
+    """A run that has lost its last checkpoint keeps all the rest; one that was killed before its first begins again."""
+    words = ["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0".split(), "--out", str(tmp_path)]
+    killed = directory_of(tmp_path, {"NUM_STEPS": 30, "EPISODES": 2, "HIDDEN": 4, "SEED": 0})
+    killed.mkdir()
+    (killed / "run.lock").touch()
+    assert main(words) == 0
+    (killed / "last.pt").unlink()
+    (killed / "notes.txt").write_text("mine")
+    left = {file: file.read_bytes() for file in killed.iterdir()}
+    with pytest.raises(CommandLineError, match="seed=0 is in use already, and has no last.pt to go on from; move it away, or name another --out"):
+        main(words)
+    assert left == {file: file.read_bytes() for file in killed.iterdir()} and len(in_this_process) == 1
 
 
 @pytest.mark.parametrize("words, message", [

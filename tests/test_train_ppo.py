@@ -95,7 +95,7 @@ def assert_the_same_run(straight, other):
     """Parameters, optimizer, random numbers and rows, bit for bit."""
     states = [load_checkpoint(run_dir) for run_dir in (straight, other)]
     for state in states:
-        assert state.pop("seconds") > 0 and state["constants"].pop("RUN_DIR")
+        assert state.pop("seconds") > 0 and state.pop("run_id") and state["constants"].pop("RUN_DIR")
     assert states[0]["update_count"] == 6 and same(*states)
     assert len(logged(straight)) == 6 and logged(straight) == logged(other)
 
@@ -173,7 +173,7 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_begun_again(straight, t
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     for name in ("config.json", "run.lock", "events.out.tfevents.1", "last.pt.tmp"):
-        (run_dir / name).write_bytes(b"{}")
+        (run_dir / name).write_bytes(b'{"RUN_DIR": "run"}')
     with pytest.raises(CommandLineError, match=f"was stopped before its first checkpoint; begin it again with --run_dir {run_dir}"):
         main(["--resume", str(run_dir)])
     assert run(tmp_path, "run") == 0
@@ -255,7 +255,7 @@ def test_what_a_run_leaves(tmp_path):
     assert constants == {**CONSTANTS, **constants} and constants["NUM_ENVS"] == 4 and constants["GAMMA"] == CONSTANTS["GAMMA"]
     best = load_checkpoint(tmp_path / "run" / "best_model.pt")
     assert best["evaluation"]["score"] == max(float(row["eval_score"] or 0) for row in logged(tmp_path / "run"))
-    assert "optimizer" not in best and best["constants"] == constants
+    assert "optimizer" not in best and best["constants"] | {"RUN_ID": best["run_id"]} == constants
     page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8").split("## Columns")[1].split("## Stopping")[0]
     documented = set(re.findall(r"^\| `(.*?)` \|", page, re.M))
     assert documented == {*logged(tmp_path / "run")[0], "seconds", "steps_per_second"}
@@ -270,7 +270,7 @@ def test_one_seed_one_run(tmp_path):
 def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch):
     """Its learning rate jumps to that of the longer training, its seconds go on counting, and no constant that was edited meanwhile reaches it."""
     run(tmp_path, "run")
-    monkeypatch.setitem(train_ppo.CONSTANTS, "GAMMA", 0.5)
+    monkeypatch.setattr(train_ppo, "GAMMA", 0.5)
     assert main(["--resume", str(tmp_path / "run"), "--num_steps", str(8 * 32), "--num_envs", "4"]) == 0
     rows = logged(tmp_path / "run")
     assert [row["update"] for row in rows] == [str(i) for i in range(1, 9)]
@@ -494,6 +494,47 @@ def test_a_run_directory_in_use_is_not_touched(tmp_path):
     with pytest.raises(CommandLineError, match="in use already"):
         run(tmp_path, "run/notes.txt")
     assert os.listdir(tmp_path / "run") == ["notes.txt"]
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(straight, tmp_path):
+    """Its rows would be joined to those of the run that it lies in. Checkpoints and runs of before they had a number are resumed."""
+    shutil.copytree(straight, tmp_path / "run")
+    last = tmp_path / "run" / "last.pt"
+    own = load_checkpoint(last)
+    save_checkpoint(last, own | {"run_id": "another"})
+    with pytest.raises(CheckpointError, match="last.pt: is of another run than the config.json beside it") as error:
+        main(["--resume", str(tmp_path / "run"), "--num_steps", "320"])
+    assert "\n" not in str(error.value)
+    save_checkpoint(last, {name: value for name, value in own.items() if name != "run_id"})
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    assert main(["--resume", str(tmp_path / "renamed"), "--num_steps", "224"]) == 0
+    config = tmp_path / "renamed" / "config.json"
+    assert load_checkpoint(tmp_path / "renamed")["run_id"] == json.loads(config.read_text())["RUN_ID"] == own["run_id"]
+    config.write_text(json.dumps({name: value for name, value in json.loads(config.read_text()).items() if name != "RUN_ID"}))
+    assert main(["--resume", str(tmp_path / "renamed" / "checkpoint_6.pt"), "--num_steps", "256"]) == 0
+    assert json.loads(config.read_text())["RUN_ID"] == own["run_id"]
+
+
+@pytest.mark.parametrize("removed, last", [(True, False), (False, True)])
+def test_a_directory_that_is_removed_or_renamed_while_training_can_be_resumed(straight, tmp_path, monkeypatch, capsys, removed, last):
+    """In the third update, or in the one that a signal interrupts."""
+    update, run_dir = PPO.update, tmp_path / "run"
+
+    def meanwhile(ppo):
+        if ppo.update_count == 2:
+            shutil.rmtree(run_dir) if removed else run_dir.rename(tmp_path / "renamed")
+        if ppo.update_count == (2 if last else 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(ppo)
+
+    with monkeypatch.context() as m:
+        m.setattr(PPO, "update", meanwhile)
+        assert run(tmp_path, "run") == 143
+    assert f"{run_dir} was renamed or removed, or its config.json; it is made anew" in capsys.readouterr().out
+    assert main(["--resume", str(run_dir)]) == 0
+    states = [load_checkpoint(path) for path in (straight, run_dir)]
+    assert same(states[0]["model"], states[1]["model"])
+    assert [row["update"] for row in logged(run_dir)] == list("123456")[2:]
 
 
 def test_what_cannot_be_resumed(tmp_path):
