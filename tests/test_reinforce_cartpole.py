@@ -91,6 +91,20 @@ def test_a_window_needs_a_screen(tmp_path, monkeypatch):
         run(ALGORITHM, "--play", "--human")
 
 
+def test_a_gif_that_the_disk_has_no_room_for_leaves_the_old_one(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.gif").write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="^old.gif: not written .File too large.; free some disk space"):
+            run(ALGORITHM, "--play", "--out", "old.gif")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("old.gif", b"old")]
+
+
 def test_a_window_shows_the_game(tmp_path, monkeypatch):
     """SDL's dummy driver draws it nowhere."""
     monkeypatch.chdir(tmp_path)
