@@ -87,6 +87,7 @@ def save_game(env):
 
 
 def restore_game(env, state):
+    env.unwrapped.ale.act(0)  # in an emulator that was only reset, Qbert and Tetris would go on otherwise than where they were saved
     env.unwrapped.ale.restoreState(need("ale_py").ALEState(np.asarray(state["game"]).tobytes()))
     env.set_wrapper_attr("last_action", state["last_action"])
     env.np_random.bit_generator.state = state["np_random"]
