@@ -37,7 +37,7 @@ from tqdm import tqdm
 from background import Background, CannotStart
 from checkpoint import CheckpointError, atomic_write, save_checkpoint
 from command_line import write_config
-from device import first_line, shortened, unavailable
+from device import first_line, printable, shortened, unavailable
 from trainer import StopTraining
 
 CHARTS = ("lr", "steps_per_second", "episode_return")  # the other statistics are losses
@@ -164,7 +164,7 @@ def reason(error):
 def say(line):
     """Print a line without tearing a progress bar. Where nobody reads (`| head`) or the disk is full, training goes on."""
     with contextlib.suppress(Exception):
-        tqdm.write(line)
+        tqdm.write("\n".join(map(printable, line.splitlines())))
         sys.stdout.flush()
 
 

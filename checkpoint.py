@@ -5,12 +5,16 @@ is saved whole or not at all, checked for damage before it is unpickled, read wi
 its checksum. Whatever is wrong with a file becomes a `CheckpointError`: one line that names the file, says what is wrong
 and what to do.
 
+A checksum says that nothing was damaged, and not who wrote the file. So no file is believed about its own size, and what
+is in it goes into a model or a training only after `check_like` has compared it with what is there.
+
 What belongs into a checkpoint is not decided here; `to_plain` helps to put NumPy arrays in.
 """
 
 import contextlib
 import hashlib
 import io
+import math
 import os
 import pickle
 import tempfile
@@ -21,9 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from device import memory_of, shortened
+
 FORMAT_VERSION = 1  # raise it when a change makes older code misread the file
 PLAYED = ("best_model.pt", "last.pt")  # what is played of a run: the first of them that it has
 PLAIN_TYPES = (type(None), bool, int, float, str)
+COUNTERS = {"update_count": 0, "global_step": 0, "seconds": 0.0}  # of a training; programs read them before they know of what kind it is
+LONGEST_INDEX = 2**25  # bytes of everything in a file but the tensors: millions of values, which take seconds to read
 
 
 class CheckpointError(Exception):
@@ -97,17 +105,20 @@ def replacing(path):
 
 
 def walk(value, where="state"):
-    """Yields (place, value) for `value` and for everything in it. Raises ValueError for what is nested very deeply."""
-    places = [(where, value)]
+    """Yields (place, value) for `value` and for everything in it. Raises ValueError for what is nested very deeply, and for a list or dict
+    that is met twice: sixty of them that hold each other would take for ever."""
+    places, seen = [(where, value)], set()
     while places:
         where, value = places.pop()
         yield where, value
         if len(where) > 10_000:
             raise ValueError("is nested too deeply")
-        if isinstance(value, dict):
-            places += [(f"{where}[{key!r}]", item) for key, item in value.items()]
-        elif isinstance(value, (list, tuple)):
-            places += [(f"{where}[{i}]", item) for i, item in enumerate(value)]
+        if isinstance(value, (dict, list, tuple)) and value:
+            if id(value) in seen:
+                raise ValueError("holds a list or dict in two places")
+            seen.add(id(value))
+            items = [(repr(key), item) for key, item in value.items()] if isinstance(value, dict) else enumerate(value)
+            places += [(f"{where}[{key}]", item) for key, item in items]
 
 
 def checksum(state):
@@ -131,7 +142,7 @@ def _check_plain(state, where):
             for key in value:
                 if type(key) not in (str, int):
                     raise TypeError(f"{place} has the key {key!r} of type {type(key).__name__}; keys are str or int")
-        elif not (type(value) in (*PLAIN_TYPES, list, tuple) or isinstance(value, torch.Tensor)):
+        elif type(value) not in (*PLAIN_TYPES, list, tuple, torch.Tensor):
             raise TypeError(f"{place} is a {type(value).__module__}.{type(value).__name__}; a checkpoint holds plain "
                             "values and tensors (see to_plain)")
 
@@ -154,23 +165,34 @@ def load_checkpoint(path):
 
 def _read(path):
     try:
-        data = path.read_bytes()  # one read: a training run may replace the file at any moment
+        with path.open("rb") as file:  # opened once: a training run may put another file in its place at any moment
+            return _contents(path, file)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    _check_zip(path, data)
+
+
+def _contents(path, file):
+    size, memory = os.fstat(file.fileno()).st_size, memory_of(torch.device("cpu"))
+    if size > memory:
+        raise CheckpointError(f"{path}: has {size / 1e9:,.0f} GB, and this machine {memory / 1e9:,.0f} GB of memory; use another checkpoint")
+    _check_zip(path, file, size)
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        _check_plain(state, "state")
+        tensors = [(where, x) for where, x in walk(state) if isinstance(x, torch.Tensor)]
+        if sum(x.numel() * x.element_size() for _, x in tensors) > size:  # one number can be a view of any shape
+            raise ValueError("its tensors are larger than the file")
         version, expected = (state.pop(key, None) if isinstance(state, dict) else None for key in ("format_version", "checksum"))
         found = checksum(state) if expected else None  # files of older versions have none
-        spoiled = next((where for where, x in walk(state) if isinstance(x, torch.Tensor) and not x.isfinite().all()), None)
-    except pickle.UnpicklingError as error:
+        spoiled = next((where for where, x in tensors if not x.isfinite().all()), None)
+    except (pickle.UnpicklingError, TypeError) as error:
         raise CheckpointError(f"{path}: holds more than tensors and plain values, loading it could run foreign code; "
                               "use a checkpoint written by train_ppo.py") from error
     except Exception as error:  # torch raises whatever its reader met
         raise CheckpointError(f"{path}: is a zip archive but not a PyTorch file; "
                               "use a checkpoint written by train_ppo.py") from error
 
-    if type(version) is not int or version < 1:
+    if type(version) is not int or not 0 < version < 2**31:
         raise CheckpointError(f"{path}: is a PyTorch file of another kind (it has no format version); "
                               "use a checkpoint written by train_ppo.py")
     if version > FORMAT_VERSION:
@@ -179,25 +201,35 @@ def _read(path):
     if expected != found:
         raise CheckpointError(f"{path}: is not what was saved (its checksum differs); use another checkpoint of the run")
     if spoiled:
-        raise CheckpointError(f"{path}: {spoiled} is not finite; use an earlier checkpoint of the run")
+        raise CheckpointError(f"{path}: {shortened(spoiled)} is not finite; use an earlier checkpoint of the run")
+    try:
+        check_like(state, {name: x for name, x in COUNTERS.items() if name in state})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; use another checkpoint of the run") from None
     return state
 
 
-def _check_zip(path, data):
+def _check_zip(path, file, size):
     """Compare every checksum in the archive before anything in it is interpreted; torch.load does not."""
-    if not data:
+    if not size:
         raise CheckpointError(f"{path}: is empty; use another checkpoint of the run")
-    if not data.startswith(b"PK\x03\x04"):
+    if file.read(4) != b"PK\x03\x04":
         raise CheckpointError(f"{path}: is not a checkpoint (no zip archive); "
                               "use a checkpoint written by train_ppo.py")
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
             # No checksum covers the attributes, which torch writes as 0. It does not read what they call a directory,
             # and returns whatever was in the memory.
-            odd = next((member.filename for member in archive.infolist() if member.external_attr or member.compress_type), None)
-            damaged = archive.testzip()
+            odd = next((member.filename for member in members if member.external_attr or member.compress_type), None)
+            if sum(member.file_size for member in members) > size:
+                raise ValueError("members that share their bytes")
+            if any(member.file_size > LONGEST_INDEX for member in members if member.filename.endswith(".pkl")):
+                raise ValueError("more values than any training has")
+            damaged = odd or archive.testzip()
     except Exception as error:  # a damaged header makes zipfile raise almost anything
         odd, damaged = None, f"archive: {type(error).__name__}"
+    file.seek(0)
     if odd:
         raise CheckpointError(f"{path}: is not a PyTorch file, or is damaged (in the attributes of {odd!r}); "
                               "use a checkpoint written by train_ppo.py")
@@ -283,6 +315,82 @@ def _peek(path):
     except Exception:  # torch raises whatever its reader met
         return None
     return state if isinstance(state, dict) else {}
+
+
+# --- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def check_like(found, own, where="state"):
+    """Raises ValueError, naming the place, unless `found`, from a file, is built as `own`, of this program, is, to any depth.
+
+    The same keys, or more; the same types, shapes and dtypes; lists as long. What may differ: a list of numbers, and a row of bytes (a
+    uint8 tensor with one axis), has any length. A tuple stands for any number of items like its first. For None the file may have
+    numbers. Integers are counters and random states, so they are not negative, and floats are finite, or both are not.
+    """
+    if isinstance(own, dict) and isinstance(found, dict):
+        if lacking := [name for name in own if name not in found]:
+            raise ValueError(f"{where} lacks {lacking[0]!r}")
+        for name, value in own.items():
+            check_like(found[name], value, f"{where}[{name!r}]")
+    elif isinstance(own, (list, tuple)) and isinstance(found, (list, tuple)) and not _numbers(own):
+        if isinstance(own, list) and len(own) != len(found):
+            raise ValueError(f"{where} has {len(found)} items, and this program has {len(own)}")
+        for i, item in enumerate(found):
+            check_like(item, own[i] if isinstance(own, list) else own[0], f"{where}[{i}]")
+    elif not _alike(found, own):
+        raise ValueError(f"{where} is {_described(found)}, and this program has {_described(own)}")
+
+
+def _alike(found, own):
+    if isinstance(own, torch.Tensor):
+        if not isinstance(found, torch.Tensor) or found.dtype != own.dtype:
+            return False
+        return found.shape == own.shape or own.dtype == torch.uint8 and own.dim() == found.dim() == 1
+    if own is None:
+        return found is None or _numbers(found) or _numbers([found])
+    if isinstance(own, (list, tuple)):
+        return _numbers(found)
+    if type(own) is int:
+        return type(found) is int and 0 <= found < 2**128
+    if type(own) is float:
+        return _numbers([found]) and (math.isfinite(found) or not math.isfinite(own))
+    return type(found) is type(own)
+
+
+def _numbers(items):
+    """Whether this is a list of nothing but numbers."""
+    return isinstance(items, (list, tuple)) and all(
+        type(x) is int and abs(x) < 2**128 or type(x) is float and not math.isnan(x) for x in items
+    )
+
+
+def _described(value):
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return f"{type(value).__name__} {shortened(value, 40)}" if _numbers([value]) else type(value).__name__
+
+
+def load_weights(module, weights):
+    """Loads the parameters of a file into a module. Raises ValueError, before anything has changed, if they are not as its own."""
+    check_like(weights, own := module.state_dict(), "state['model']")
+    if odd := [name for name in weights if name not in own]:
+        raise ValueError(f"state['model'] has {shortened(repr(odd[0]))}, and this program has not")
+    module.load_state_dict(weights)
+
+
+def load_optimizer(optimizer, saved):
+    """Loads the moments of an Adam optimizer from a file. What it is set to stays: learning rates and devices may be others.
+
+    Raises ValueError, before anything has changed, unless they are as this optimizer's would be.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {i: {"step": torch.tensor(0.0), "exp_avg": p.detach(), "exp_avg_sq": p.detach()} for i, p in enumerate(parameters)}
+    check_like(saved, {"state": {}}, "state['optimizer']")
+    if saved["state"]:  # else no step was taken yet
+        check_like(saved["state"], own, "state['optimizer']['state']")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # --- numpy ------------------------------------------------------------------------------------------------------------

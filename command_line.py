@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 import filelock
 
-from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
-from device import RANK, RANKS, DeviceError, GPUError, out_of_memory, shortened
+from checkpoint import CheckpointError, atomic_write, check_like, find_checkpoint, load_checkpoint, save_checkpoint
+from device import RANK, RANKS, DeviceError, GPUError, out_of_memory, printable, shortened
 from trainer import InputNotFinite, StopTraining
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
@@ -133,7 +133,17 @@ def check_constants(constants, defaults, ranges):
         kinds = (int, float) if kind is float else (kind,)  # an integer is a number
         if type(value) not in kinds or (name in ranges and not low <= value <= high):
             within = f" from {low:,} to {high:,}" if name in ranges else ""
-            raise CommandLineError(f"{name} (--{name.lower()}) must be {KINDS[kind]}{within}, not {value!r}")
+            raise CommandLineError(f"{name} (--{name.lower()}) must be {KINDS[kind]}{within}, not {shortened(repr(value))}")
+
+
+def check_constants_of_file(path, constants, defaults, ranges):
+    """Raises CheckpointError for constants that no command line could have set, or only that of somebody who trusts a module."""
+    try:
+        check_constants(constants, defaults, ranges)
+    except CommandLineError as error:
+        raise CheckpointError(f"{path}: {error}; use another checkpoint") from None
+    if ":" in constants.get("ENV_ID", ""):  # Gymnasium would import what stands before it
+        raise CheckpointError(f"{path}: its ENV_ID {constants['ENV_ID']!r} would run a module's code; name it by --env_id if you trust that")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -147,13 +157,13 @@ def read_run(argv, prog, doc, defaults, ranges, kept=(), check=lambda constants:
     resume, given = read_command_line(argv, prog, doc, defaults, ranges)
     defaults = expand_home(defaults)
     given = expand_home(given)
-    run = Run(defaults | given, None, None) if resume is None else read_resumed(resume, given, defaults, kept)
+    run = Run(defaults | given, None, None) if resume is None else read_resumed(resume, given, defaults, ranges, kept)
     check_constants(run.constants, defaults, ranges)
     check(run.constants)
     return run
 
 
-def read_resumed(name, given, defaults, kept):
+def read_resumed(name, given, defaults, ranges, kept):
     if (Path(name) / "config.json").exists() and not any(Path(name).glob("*.pt")):
         raise CommandLineError(f"{name} was stopped before its first checkpoint; begin it again with --run_dir {quoted(name)}")
     path = find_checkpoint(name)
@@ -169,10 +179,11 @@ def read_resumed(name, given, defaults, kept):
         raise CheckpointError(f"{path}: is of another run than the config.json beside it; resume it in its own run directory")
     constants = state.get("constants")
     if not isinstance(constants, dict) or constants.keys() != defaults.keys():
-        differing = ", ".join(sorted(set(constants or ()) ^ set(defaults)))
+        differing = shortened(", ".join(sorted(map(str, set(constants if isinstance(constants, dict) else ()) ^ set(defaults)))))
         raise CheckpointError(
             f"{path}: has other constants than this program ({differing}); resume it with the program that wrote it"
         )
+    check_constants_of_file(path, {name: value for name, value in constants.items() if name not in given}, defaults, ranges)
     for constant in kept:
         if given.get(constant, constants[constant]) != constants[constant]:
             raise CommandLineError(f"--{constant.lower()} cannot change in a resumed run; leave it out")
@@ -255,17 +266,23 @@ def delete_unfinished(run_dir):
 def load_state(trainer, run):
     """Puts the state of a resumed run into its trainer. Raises CheckpointError if it does not fit."""
     try:
+        trainer.check_state(run.state)
         trainer.load_state_dict(run.state)
-        trainer.metadata["run_id"] = run.state.get("run_id")
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        run_id = run.state.get("run_id")
+        trainer.metadata["run_id"] = run_id if isinstance(run_id, str) else None  # None: the run is older than that
+    except Exception as error:  # a value can be of the right type and yet be none: of a game, of a random generator, of another library
+        if out_of_memory(error):
+            raise
         raise CheckpointError(f"{run.directory}: does not fit this program ({one_line(error)}); resume another run") from None
     if trainer.global_step >= trainer.num_steps and not trainer.pending:
         raise CommandLineError(
             f"{run.directory} has done {trainer.global_step:,} steps already; to go on, give a larger --num_steps"
         )
     try:
-        trainer.best_score = load_checkpoint(run.directory / "best_model.pt")["evaluation"]["score"]
-    except (CheckpointError, KeyError):  # none, or spoiled: the next evaluation leaves another
+        best = load_checkpoint(run.directory / "best_model.pt")
+        check_like(best, {"evaluation": {"score": 0.0}})
+        trainer.best_score = best["evaluation"]["score"]
+    except (CheckpointError, ValueError):  # none, or spoiled: the next evaluation leaves another
         trainer.best_score = -math.inf
 
 
@@ -414,9 +431,9 @@ def quoted(path):
 def shown(path):
     """A path as it is printed: from the working directory, or as it stands where no way leads there from it."""
     try:
-        return os.path.relpath(path)
+        return printable(os.path.relpath(path))
     except (ValueError, OSError):  # it is on another drive of Windows; the working directory has been removed
-        return str(path)
+        return printable(path)
 
 
 def one_line(error):
@@ -439,7 +456,7 @@ def run_script(main, prog):
         rank = f"rank {RANK}: " if RANKS > 1 else ""
         line = one_line(error) if isinstance(error, OSError) else error
         with contextlib.suppress(OSError):
-            print(f"{prog}: {rank}{line}", file=sys.stderr)
+            print(printable(f"{prog}: {rank}{line}"), file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         status = 130

@@ -116,9 +116,14 @@ def first_line(error):
     return shortened((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
+def printable(text):
+    """-> the text without what a terminal would obey instead of showing it: control characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def shortened(text, longest=200):
-    """-> one line of so many characters at most."""
-    line = " ".join(str(text).split())
+    """-> one printable line of so many characters at most."""
+    line = printable(" ".join(str(text).split()))
     return line if len(line) <= longest else line[: longest - 4] + " ..."
 
 

@@ -18,6 +18,7 @@ import importlib.util
 import itertools
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +27,8 @@ import torch
 from tqdm import tqdm
 
 from breakout_ascii import BreakoutAscii
-from checkpoint import CheckpointError, load_checkpoint, model_to_play, replacing
-from command_line import CommandLineError, given_path, one_line, raise_error, run_script, shown
+from checkpoint import CheckpointError, check_like, load_checkpoint, load_weights, model_to_play, replacing
+from command_line import CommandLineError, given_path, raise_error, run_script, shown
 from device import set_threads
 from drawing import to_image, write_gif
 from evaluation import evaluate, exact, greedy, sampled, sampling
@@ -57,23 +58,24 @@ def load_policy(path, device="cpu"):
     try:
         policy = policy_of(meta, device)
         del meta["model"]
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: is no model of this program ({one_line(error)}); train one with train_ppo.py") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is no model of this program ({error}); train one with train_ppo.py") from error
     return policy, meta
 
 
 def policy_of(state, device="cpu"):
-    """The state of a checkpoint -> the GPT in eval mode."""
-    config = {name: value for name, value in state["gpt_config"].items() if name != "block_size"}  # older files have it: 1944
-    for prefix in ("_orig_mod.", "module."):  # of a policy that somebody has wrapped by torch.compile or DistributedDataParallel
-        torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(state["model"], prefix)
-    config, weights = GPTConfig(**config), sum(x.numel() for x in state["model"].values())
+    """The state of a checkpoint -> the GPT in eval mode. Raises ValueError if it holds none."""
+    check_like(state, {"gpt_config": asdict(GPTConfig()), "model": {}})
+    # the prefixes of a policy that somebody has wrapped by torch.compile or DistributedDataParallel
+    model = {str(name).removeprefix("_orig_mod.").removeprefix("module."): x for name, x in state["model"].items()}
+    config = GPTConfig(**{name: state["gpt_config"][name] for name in asdict(GPTConfig())})
+    weights = sum(x.numel() for x in model.values() if isinstance(x, torch.Tensor))
     if config.n_action != GPTConfig.n_action:
         raise ValueError(f"it chooses from {config.n_action} actions, the game has {GPTConfig.n_action}")
     if config.num_parameters != weights:  # before a GPT is built that may take minutes
         raise ValueError(f"it has {weights:,} weights, its configuration {config.num_parameters:,}")
     policy = make_gpt(config, torch.device(device))
-    policy.load_state_dict(state["model"])
+    load_weights(policy, model)
     return policy.eval()
 
 

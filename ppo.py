@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode
 
-from checkpoint import to_numpy
+from checkpoint import load_optimizer, to_numpy
 from rollout_buffer import RolloutBuffer
 from trainer import StopTraining, Trainer, check_finite
 
@@ -419,8 +419,7 @@ class PPO(Trainer):
         The state is that of rank 0; other ranks start new games.
         """
         self.load_training_state(state)
-        groups = self.optimizer.state_dict()["param_groups"]  # this run's own: they differ from device to device
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        load_optimizer(self.optimizer, state["optimizer"])
         self.optimizer.param_groups[0]["lr"] = self.lr  # and not a copy
         self.generator.set_state(state["generator"])
         if self.rank > 0:
@@ -429,4 +428,5 @@ class PPO(Trainer):
             self.env.load_state_dict(to_numpy(state["env"]))
             self.obs.copy_(state["obs"])
             self.return_so_far = to_numpy(state["return_so_far"])
+            self.policy.encode(self.obs)  # raises ValueError for observations that are none
         self.episode_returns = deque(state["episode_returns"], maxlen=100)

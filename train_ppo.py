@@ -181,7 +181,9 @@ def evaluation_of(c, device):
 
 def check_ranks(run, c):
     """Raises CommandLineError for a run of another number of ranks: rank 0 saved the pages of its own games."""
-    if run.state and (ranks := c.NUM_ENVS // len(run.state["obs"])) != RANKS:
+    pages = run.state.get("obs") if run.state else None
+    of_some_games = isinstance(pages, torch.Tensor) and pages.dim() and len(pages)  # otherwise `load_state` says what is wrong
+    if of_some_games and (ranks := c.NUM_ENVS // len(pages)) != RANKS:
         raise CommandLineError(f"{run.directory} was trained by {ranks} ranks, not {RANKS}; go on with "
                                f"{resume_command('train_ppo.py', run.directory, ranks)}")  # fmt: skip
 

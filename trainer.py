@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from checkpoint import to_plain
+from checkpoint import check_like, load_weights, to_plain
 
 
 class StopTraining(Exception):
@@ -109,9 +109,17 @@ class Trainer:
         """What any resume needs, and `more`; a copy, on the CPU."""
         return self.policy_state() | to_plain({"evaluations": self.pending, "best_score": self.best_score, **more})
 
+    def check_state(self, state):
+        """Raises ValueError, naming the place, unless `state`, from a file, is built as that of this trainer, which must be new."""
+        own = self.state_dict() | {"evaluations": (self.policy_state(),)}
+        del own["optimizer"]  # which has no state before its first step: `load_optimizer` compares it
+        for name in self.metadata:  # what is in a file is not used
+            del own[name], own["evaluations"][0][name]
+        check_like(state, own)
+
     def load_training_state(self, state):
         """The way back, but for `more`."""
-        self.policy.load_state_dict(state["model"])
-        self.pending = list(state["evaluations"])
+        load_weights(self.policy, state["model"])
+        self.pending = [saved | self.metadata for saved in state["evaluations"]]
         for name in ("update_count", "global_step", "seconds", "best_score"):
             setattr(self, name, state[name])

@@ -40,11 +40,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.common import HERE, check_algorithm
-from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint, to_plain
+from checkpoint import (
+    CheckpointError, atomic_write, check_like, find_checkpoint, load_checkpoint, load_optimizer, save_checkpoint, to_plain,
+)  # fmt: skip
 from command_line import (
     CommandLineError, delete_unfinished, given_path, ignore_signals, locked, one_line, raise_error, resume_command, run_script, shown,
     signals_handled,
 )  # fmt: skip
+from device import shortened
 from ppo import policy_loss, value_loss
 from trainer import check_finite
 
@@ -82,10 +85,15 @@ def read_config(path):
         given = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise CommandLineError(f"{path}: cannot be read as JSON ({error}); delete it for the defaults") from None
+    return check_config(given, path)
+
+
+def check_config(given, path):
+    """What a file has -> `Config`. Raises CommandLineError for what is wrong in it."""
     if not isinstance(given, dict):
         raise CommandLineError(f"{path}: must hold an object, as {{\"seed\": 1}}; delete it for the defaults")
-    if unknown := set(given) - set(Config._fields):
-        raise CommandLineError(f"{path}: unknown key {min(unknown)!r}; the keys are {', '.join(Config._fields)}")
+    if unknown := [name for name in given if name not in Config._fields]:
+        raise CommandLineError(f"{path}: unknown key {shortened(repr(unknown[0]))}; the keys are {', '.join(Config._fields)}")
     for name, value in given.items():
         low, high = RANGES[name]
         kinds = (int, float) if name == "learning_rate" else (int,)
@@ -199,9 +207,12 @@ class ActorCriticAgent:
         })  # fmt: skip
 
     def load_state_dict(self, state):
+        own = self.state_dict()
+        del own["optimizer"]  # `load_optimizer` compares it
+        check_like(state, own)
         self.policy.load_state_dict(state["policy"])
         self.value.load_state_dict(state["value"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.generator.set_state(state["generator"])
         self.reward_model.directions = state["directions"]
         self.epoch = state["epoch"]
@@ -211,10 +222,14 @@ def load_agent(path):
     """A checkpoint -> the agent that it holds. Raises CheckpointError."""
     state = load_checkpoint(path)
     check_algorithm(NAME, state, path)
+    config = check_config(state.get("config"), path)
     try:
-        agent = ActorCriticAgent(Config(**state["config"]))
+        with torch.device("meta"):  # before a large one is built
+            networks = {"policy": PolicyNetwork(config), "value": ValueNetwork(config)}
+        check_like(state, {name: network.state_dict() for name, network in networks.items()})
+        agent = ActorCriticAgent(config)
         agent.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (RuntimeError, ValueError) as error:  # the former for a generator's state
         raise CheckpointError(f"{path}: does not fit this program ({one_line(error)}); train anew") from None
     return agent
 

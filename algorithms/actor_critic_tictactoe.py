@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from algorithms.common import Algorithm, check_lr, run_algorithm
 from algorithms.reinforce_cartpole import normalize
 from algorithms.tictactoe import O, TicTacToe, X, ask, best_score, every_line, observations, over, picture, print_board, wins
-from checkpoint import to_plain
+from checkpoint import load_optimizer, load_weights, to_plain
 from command_line import Constants, run_script
 from device import choose_device, set_threads
 from ppo import entropy_loss, learning_rate, policy_loss, value_loss
@@ -187,7 +187,7 @@ class SelfPlay(Trainer):
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, bit for bit: between two updates no game is under way."""
         self.load_training_state(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
         self.pool = list(state["pool"])
 
@@ -197,7 +197,7 @@ class SelfPlay(Trainer):
 
 def policy_of(state):
     policy = ActorCritic(state["constants"]["HIDDEN"])
-    policy.load_state_dict(state["model"])
+    load_weights(policy, state["model"])
     return policy
 
 

@@ -171,5 +171,8 @@ class Replay:
     def state_dict(self):
         return {**vars(self), "back": None}
 
-    def load_state_dict(self, state):
-        vars(self).update({name: x for name, x in state.items() if name != "back"})
+    def load_state_dict(self, state, num_actions):
+        """Raises ValueError for what no game of so many actions has left."""
+        if state["actions"].max() >= num_actions or state["unfinished"].all():
+            raise ValueError("the replay memory is that of another game")
+        vars(self).update({name: state[name] for name in vars(self) if name != "back"})

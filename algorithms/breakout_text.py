@@ -91,6 +91,8 @@ class BreakoutText(gym.Wrapper):
         restore_game(self.env, state["game"])
         self.ram, self.score, self.lives = state["ram"], state["score"], state["lives"]
         self.ball_before = state["ball_before"] and tuple(state["ball_before"])
+        if self.text() not in self.observation_space:
+            raise ValueError(f"{self.text()!r} is no text of a game")
 
 
 class ShapedReward(gym.Wrapper):

@@ -22,11 +22,11 @@ from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import SyncVectorEnv
 
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard, say
-from checkpoint import CheckpointError, load_checkpoint, model_to_play, replacing
+from checkpoint import CheckpointError, check_like, load_checkpoint, model_to_play, replacing
 from command_line import (
-    CommandLineError, given_path, load_state, memory_advice, new_run_dir, one_line, raise_error, read_run, shown, train,
+    CommandLineError, check_constants_of_file, given_path, load_state, memory_advice, new_run_dir, raise_error, read_run, shown, train,
 )  # fmt: skip
-from device import RANKS, DeviceError, choose_device
+from device import RANKS, DeviceError, choose_device, shortened
 from drawing import write_gif
 from ppo import PPOConfig
 from trainer import check_finite
@@ -134,7 +134,7 @@ def watch(algorithm, c, run_dir):
 def check_algorithm(name, state, path):
     """Raises CheckpointError for the model of another training."""
     if state.get("algorithm") != name:
-        raise CheckpointError(f"{path}: is no model of {name}; it was trained by {state.get('algorithm', 'another program')}")
+        raise CheckpointError(f"{path}: is no model of {name}; it was trained by {shortened(state.get('algorithm', 'another program'))}")
 
 
 def check_models(state, found):
@@ -163,7 +163,13 @@ def load_model(algorithm, name):
     path, why = model_to_play(name, shipped, lambda state: state.get("algorithm") == algorithm.name)
     state = load_checkpoint(path)
     check_algorithm(algorithm.name, state, path)
-    return state, path, why
+    try:
+        check_like(state, {"constants": {}, "global_step": 0, "model": {}})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; train one anew") from None
+    constants = {name: state["constants"].get(name, default) for name, default in algorithm.constants.items()}
+    check_constants_of_file(path, constants, algorithm.constants, algorithm.ranges)
+    return state | {"constants": constants}, path, why
 
 
 def play_or_evaluate(algorithm, argv):
@@ -214,8 +220,8 @@ def play_or_evaluate(algorithm, argv):
         raise CommandLineError(f"{error}; pip install -r algorithms/requirements.txt") from None
     except CommandLineError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: does not fit this program ({one_line(error)}); train one anew") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: does not fit this program ({error}); train one anew") from None
     return 0
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from algorithms.atari import Replay, Stacks, make_env, make_envs, restore_game, save_game
 from algorithms.common import Algorithm, run_algorithm, summary
-from checkpoint import to_numpy
+from checkpoint import load_optimizer, load_weights, to_numpy
 from command_line import CommandLineError, Constants, run_script
 from device import choose_device
 from trainer import Trainer, check_finite
@@ -121,7 +121,7 @@ class DQN(Trainer):
         torch.manual_seed(c.SEED)
         self.envs = make_envs(c, c.NUM_ENVS)
         bf16, num_actions = c.BF16 and has_bf16(device), int(self.envs.single_action_space.n)
-        super().__init__(QNetwork(c.STACK, num_actions, bf16).to(device), metadata=metadata | {"num_actions": num_actions})
+        super().__init__(QNetwork(c.STACK, num_actions, bf16).to(device), metadata=metadata)
         self.c, self.device, self.num_steps = c, device, c.NUM_STEPS
         self.frozen = QNetwork(c.STACK, num_actions, bf16).to(device).requires_grad_(False)
         self.frozen.load_state_dict(self.policy.state_dict())
@@ -215,16 +215,15 @@ class DQN(Trainer):
         """Go on where `state_dict` was taken: bit for bit on the CPU if it has the memory."""
         self.load_training_state(state)
         self.frozen.load_state_dict(state["frozen"])
-        groups = self.optimizer.state_dict()["param_groups"]  # this run's own
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        load_optimizer(self.optimizer, state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
         self.episode_returns = deque(state["episode_returns"], maxlen=100)
-        self.learned, self.due = state["learned"], state["due"]
+        self.learned, self.due = state["learned"], min(state["due"], self.c.NUM_ENVS + state["constants"]["LEARN_EVERY"])
         if "replay" not in state:  # other games than at the start
             frames, infos = self.envs.reset(seed=self.c.SEED + state["global_step"])
             self.stacks, self.lives = Stacks(frames, self.c.STACK), infos["lives"]
         else:
-            self.replay.load_state_dict(to_numpy(state["replay"]))
+            self.replay.load_state_dict(to_numpy(state["replay"]), self.envs.single_action_space.n)
             self.stacks.frames, self.first, self.lives, self.return_so_far = (
                 to_numpy(state[name]) for name in ("stacks", "first", "lives", "return_so_far")
             )
@@ -235,18 +234,18 @@ class DQN(Trainer):
 # --- playing ----------------------------------------------------------------------------------------------------------
 
 
-def policy_of(state):
-    """A policy state -> its network, on the CPU, and the constants that it was trained with."""
-    c = SimpleNamespace(**state["constants"])
-    policy = QNetwork(c.STACK, state["num_actions"])
-    policy.load_state_dict(state["model"])
-    return policy, c
+def policy_of(state, num_actions):
+    """A policy state -> its network, on the CPU. num_actions: of the game that it is to play."""
+    policy = QNetwork(state["constants"]["STACK"], num_actions)
+    load_weights(policy, state["model"])
+    return policy
 
 
 def evaluate(state, episodes=30, seed=0):
     """Whole games, to their last life, side by side -> the `summary` of their scores, in the game's own points."""
-    policy, c = policy_of(state)
+    c = SimpleNamespace(**state["constants"])
     envs, rng = make_envs(c, min(episodes, 30)), np.random.default_rng(seed)
+    policy = policy_of(state, envs.single_action_space.n)
     frames, _ = envs.reset(seed=seed)
     stacks, scores, score = Stacks(frames, c.STACK), [], np.zeros(envs.num_envs)
     games = np.arange(envs.num_envs)  # the first to start count, and not the first to end: those would be short ones
@@ -268,13 +267,14 @@ def evaluate(state, episodes=30, seed=0):
 
 def frames(state, episodes, seed, human):
     """Yields each frame that the game shows."""
-    policy, c = policy_of(state)
+    c = SimpleNamespace(**state["constants"])
     env, rng = make_env(c, "human" if human else "rgb_array"), np.random.default_rng(seed)
+    policy = policy_of(state, env.action_space.n)
     for episode in range(episodes):
         frame, _ = env.reset(seed=seed + episode)
         stacks, over = Stacks(frame[None], c.STACK), False
         while not over:
-            action = rng.integers(state["num_actions"]) if rng.random() < EVAL_EPSILON else policy.greedy(stacks.frames)[0]
+            action = rng.integers(env.action_space.n) if rng.random() < EVAL_EPSILON else policy.greedy(stacks.frames)[0]
             frame, _, terminated, truncated, _ = env.step(int(action))
             stacks.push(frame[None], np.zeros(1, bool))
             over = terminated or truncated

@@ -33,7 +33,7 @@ from algorithms.language_model import (
 )  # fmt: skip
 from algorithms.language_policy import Writer
 from callbacks import Callback, say
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, load_optimizer, load_weights
 from command_line import CommandLineError, Constants, run_script
 from device import choose_device, shortened
 from ppo import k3, policy_loss
@@ -197,14 +197,13 @@ class GRPO(Trainer):
         }  # fmt: skip
 
     def state_dict(self):
-        random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
+        random = torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
         return self.training_state(optimizer=self.optimizer.state_dict(), rng=self.rng.bit_generator.state, random=random)
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, bit for bit on the CPU."""
         self.load_training_state(state)
-        groups = self.optimizer.state_dict()["param_groups"]  # this run's own: the learning rate may be another
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        load_optimizer(self.optimizer, state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
         torch.set_rng_state(state["random"][0])
         if self.device.type == "cuda" and len(state["random"]) > 1:
@@ -324,7 +323,7 @@ def answers_to(state, prompts, seed):
     with torch.random.fork_rng():
         writer, reward, models = make_models(c, device)
         check_models(state, models)
-        writer.load_state_dict(state["model"])
+        load_weights(writer, state["model"])
         torch.manual_seed(seed)
         for i in range(0, len(prompts), AT_ONCE):
             tokens, _, drawn = writer.write(prompts[i : i + AT_ONCE], c.MAX_NEW_TOKENS)
@@ -342,7 +341,7 @@ def evaluate(state, episodes=64, seed=0):
 def show(state, seed):
     """Prints an answer to each prompt held out."""
     for prompt, answer, reward in zip(HELD_OUT, *answers_to(state, HELD_OUT, seed)):
-        print(f"{reward:.3f}  {prompt}  {' '.join(answer.split())}")
+        print(f"{reward:.3f}  {prompt}  {shortened(answer, 10_000)}")
 
 
 ALGORITHM = Algorithm("grpo_text", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, None, episodes=64, human=show, check=check, callbacks=callbacks_of,

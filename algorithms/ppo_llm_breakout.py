@@ -32,8 +32,8 @@ from algorithms.language_model import (
 from algorithms.language_policy import LanguagePolicy
 from background import Background
 from callbacks import Callback
-from checkpoint import replacing
-from command_line import Constants, read_run, run_script
+from checkpoint import load_weights, replacing
+from command_line import Constants, check_constants, read_run, run_script
 from device import choose_device
 from drawing import write_gif
 from ppo import PPO, Policy
@@ -168,6 +168,7 @@ class LanguagePPO(PPO):
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
+        check_constants({"KL_COEF": state["kl_coef"]}, CONSTANTS, RANGES)
         self.kl_coef = state["kl_coef"]
 
 
@@ -219,7 +220,7 @@ def policy_of(state):
     c.MODEL = place(c.MODEL, OWN)
     policy = make_policy(c, device_of(c), state.get("tokenizer"))
     check_models(state, models_of(c, policy))
-    policy.load_state_dict(state["model"])
+    load_weights(policy, state["model"])
     return policy, c
 
 

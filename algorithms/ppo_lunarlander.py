@@ -18,6 +18,7 @@ import torch.nn as nn
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from algorithms.common import Algorithm, check_ppo, greedy_frames, greedy_returns, need, ppo_config, run_algorithm, summary
+from checkpoint import load_weights
 from command_line import Constants, run_script
 from device import choose_device, set_threads
 from ppo import PPO, Policy
@@ -105,8 +106,12 @@ class Recorded(gym.Wrapper):
     def load_state_dict(self, state):
         self.unwrapped.np_random.bit_generator.state = state["start"]
         self.reset()
+        over = False
         for action in state["actions"]:
-            self.step(int(action))
+            if over or action not in self.action_space:
+                raise ValueError(f"{len(state['actions'])} actions are no episode")
+            _, _, terminated, truncated, _ = self.step(int(action))
+            over = terminated or truncated
 
 
 class ReplayableEnvs(SyncVectorEnv):
@@ -140,7 +145,7 @@ def build(c):
 def greedy(state):
     """A policy state -> the player that takes the most probable action: observations (N, 8) -> actions (N,)."""
     policy = ActorCritic(state["constants"]["HIDDEN"])
-    policy.load_state_dict(state["model"])
+    load_weights(policy, state["model"])
     return lambda obs: policy(torch.from_numpy(obs))[0].argmax(-1).numpy()
 
 

@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.common import Algorithm, check_lr, greedy_frames, greedy_returns, run_algorithm, summary
+from checkpoint import load_optimizer, load_weights
 from command_line import Constants, run_script
 from device import choose_device, set_threads
 from ppo import entropy_loss, learning_rate
@@ -145,7 +146,7 @@ class Reinforce(Trainer):
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, bit for bit: between two updates no episode is under way."""
         self.load_training_state(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.generator.set_state(state["generator"])
         self.episodes = state["episodes"]
 
@@ -153,7 +154,7 @@ class Reinforce(Trainer):
 def greedy(state):
     """A policy state -> the player that takes the most probable action: observations (N, 4) -> actions (N,)."""
     policy = PolicyNetwork(state["constants"]["HIDDEN"])
-    policy.load_state_dict(state["model"])
+    load_weights(policy, state["model"])
     return lambda obs: policy(torch.from_numpy(obs)).argmax(-1).numpy()
 
 

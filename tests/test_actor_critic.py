@@ -12,7 +12,7 @@ import torch
 from algorithms import actor_critic
 from algorithms.actor_critic import ActorCriticAgent, Config, expected_maximum, main, read_config
 from algorithms_helpers import same
-from checkpoint import CheckpointError, load_checkpoint
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from command_line import CommandLineError, locked
 
 
@@ -265,3 +265,18 @@ def test_the_shipped_model_is_near_the_optimum(capsys):
     assert json.loads(out)["share"] >= 0.99 and err.endswith("actor_critic.pt: trained for 100 epochs (the shipped model)\n")
     with pytest.raises(CheckpointError, match="is no model of actor_critic"):
         main(["--evaluate", str(actor_critic.HERE / "pretrained" / "reinforce_cartpole.pt")])
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"config": 3}, "must hold an object"), ({"config": {"hidden_dim": 10**9}}, "hidden_dim must be an integer from"),
+    ({"config": {"hidden_dim": 65536, "input_dim": 4096}}, r"state\['policy'\]\['layers.0.weight'\] is a tensor"), ({"config": {3: 3}}, "unknown key 3"),
+    ({"epoch": "x"}, r"state\['epoch'\] is str"), ({"epoch": -1}, r"state\['epoch'\] is int -1"), ({"policy": {}}, "lacks 'layers.0.weight'"),
+    ({"optimizer": {"state": {0: {}}}}, "lacks 1"), ({"directions": torch.ones(3)}, "is a tensor .3,. of float32"), ({"generator": torch.ones(4)}, "float32"),
+    ({"generator": torch.zeros(5056, dtype=torch.uint8)}, "does not fit this program"),
+])  # fmt: skip
+def test_a_checkpoint_of_a_stranger(small, change, message):
+    save_checkpoint("final.pt", ActorCriticAgent(Config(hidden_dim=8)).state_dict() | change)
+    for option in "--evaluate", "--resume":
+        with pytest.raises((CheckpointError, CommandLineError), match=f"final.pt: .*{message}") as caught:
+            main([option, "final.pt"])
+        assert "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import (CheckpointError, _read, atomic_write, find_checkpoint, load_checkpoint, newest_run,
+from checkpoint import (CheckpointError, _read, atomic_write, check_like, find_checkpoint, load_checkpoint, load_optimizer, newest_run,
                         replacing, save_checkpoint, to_numpy, to_plain)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,10 +255,10 @@ def test_unreadable(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     save_checkpoint(path, {})
 
-    def denied(self):  # chmod does not stop root
+    def denied(self, *_):  # chmod does not stop root
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    for method, reason in (("read_bytes", "cannot be read"), ("is_file", "cannot be read")):
+    for method, reason in (("open", "cannot be read"), ("is_file", "cannot be read")):
         with monkeypatch.context() as patch:
             patch.setattr(Path, method, denied)
             with pytest.raises(CheckpointError, match=reason) as caught:
@@ -352,11 +352,80 @@ def test_a_hostile_nesting_is_refused(tmp_path):
         nested = [nested]
     loop = []
     loop.append(loop)
-    for x in (nested, loop, torch.zeros(1).expand(2**50)):
+    doubled = (1.0,)
+    for _ in range(60):
+        doubled = (doubled, doubled)  # 2^60 numbers for who reads them one by one
+    for x in (nested, loop, doubled, torch.zeros(1).expand(2**50), [torch.zeros(10_000)[:]] * 10_000, torch.nn.Parameter(torch.ones(1)), 10**5000):
         with contextlib.suppress(RecursionError):
             (tmp_path / "last.pt").write_bytes(torch_bytes({"format_version": 1, "x": x}))
         with pytest.raises(CheckpointError):
             load_checkpoint(tmp_path)
+
+
+def test_a_file_larger_than_the_memory_is_not_read(tmp_path):
+    """Nor as the neighbour of a name that was mistyped."""
+    save_checkpoint(tmp_path / "good.pt", {"optimizer": {}})
+    os.utime(tmp_path / "good.pt", (1e9, 1e9))
+    for start in b"", b"PK\3\4":
+        with open(tmp_path / "large.pt", "wb") as file:
+            file.write(start)
+            file.truncate(10**13)  # a sparse file: it needs no space
+        for name, reason in (("large.pt", r"has 10,000 GB, and this machine .*newest good one here is .*good.pt"), ("larg.pt", "good.pt")):
+            with pytest.raises(CheckpointError, match=reason) as caught:
+                load_checkpoint(tmp_path / name)
+            assert_one_line(caught.value, tmp_path / name)
+
+
+# --- comparing with what a program has --------------------------------------------------------------------------------
+
+
+OWN = {"model": {"w": torch.ones(2, 3)}, "count": 0, "seconds": 0.0, "best": -math.inf, "on": True, "name": "a", "last_action": None,
+       "returns": [], "games": [{"lives": 1}, {"lives": 2}], "pending": ({"step": 0},), "bytes": torch.zeros(4, dtype=torch.uint8)}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"seconds": 3}, {"best": 1.5}, {"name": "b"}, {"last_action": 3}, {"last_action": (1, 2)}, {"returns": [1.5, -2, 3]}, {"pending": []},
+    {"pending": [{"step": 1}, {"step": 2, "more": "x"}]}, {"bytes": torch.zeros(9, dtype=torch.uint8)}, {"more": object()},
+])  # fmt: skip
+def test_what_is_alike(change):
+    check_like({**OWN, **change}, OWN)
+
+
+@pytest.mark.parametrize("place, value", [
+    ("model", 3), ("model", {}), ("model", {"w": 1.0}), ("model", {"w": torch.ones(3, 2)}), ("model", {"w": torch.ones(2, 3).double()}),
+    ("count", -1), ("count", 1.0), ("count", True), ("count", "1"), ("count", 10**400), ("seconds", math.nan), ("seconds", math.inf),
+    ("seconds", "1"), ("seconds", 10**400), ("best", math.nan), ("on", 1), ("name", 1), ("name", None), ("last_action", "x"),
+    ("last_action", [[1]]), ("last_action", torch.ones(1)), ("returns", ["x"]), ("returns", 3), ("returns", [math.nan]), ("returns", None),
+    ("games", [{"lives": 1}]), ("games", [{"lives": 1}, {"lives": "x"}]), ("games", {}), ("pending", [3]), ("pending", [{}]), ("pending", None),
+    ("bytes", torch.zeros(4)), ("bytes", torch.zeros(2, 2, dtype=torch.uint8)), ("bytes", b"x"),
+])  # fmt: skip
+def test_what_is_not_alike_is_named(place, value):
+    with pytest.raises(ValueError, match=rf"^state\['{place}'\]") as caught:
+        check_like({**OWN, place: value}, OWN)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=f"^state lacks '{place}'$"):
+        check_like({name: x for name, x in OWN.items() if name != place}, OWN)
+
+
+@pytest.mark.parametrize("wrong", [
+    None, {}, {"state": 3}, {"state": {0: {}}}, {"state": {0: torch.ones(2)}}, {"state": {"0": "x"}}, "shape", "dtype", "step",
+])  # fmt: skip
+def test_moments_that_are_those_of_other_parameters_are_refused(wrong):
+    """torch would take them: another shape ended Adam in a segmentation fault. What the optimizer is set to stays."""
+    parameters = [torch.nn.Parameter(torch.ones(2, 3))]
+    optimizer, other = torch.optim.Adam(parameters, lr=0.1, fused=True), torch.optim.Adam(parameters, lr=0.5)
+    parameters[0].sum().backward()
+    other.step()
+    saved = to_plain(other.state_dict())
+    load_optimizer(optimizer, saved)
+    assert optimizer.param_groups[0]["lr"] == 0.1 and torch.equal(optimizer.state[parameters[0]]["exp_avg"], saved["state"][0]["exp_avg"])
+    load_optimizer(optimizer, {"state": {}})  # that of a run before its first update
+    if wrong in ("shape", "dtype", "step"):
+        name = "step" if wrong == "step" else "exp_avg"
+        saved["state"][0][name] = {"shape": torch.ones(7), "dtype": torch.ones(2, 3).double(), "step": torch.ones(2, 3)}[wrong]
+        wrong = saved
+    with pytest.raises(ValueError, match=r"^state\['optimizer'\]"):
+        load_optimizer(optimizer, wrong)
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------

@@ -17,11 +17,13 @@ import torch
 import checkpoint
 import command_line
 from algorithms.grid_search import TRAININGS, training
-from checkpoint import atomic_write
+from callbacks import say
+from checkpoint import CheckpointError, atomic_write
 from command_line import (
     CommandLineError, Constants, check_begun, check_constants, finish_output, ignore_signals, new_run_dir, one_line, read_command_line, read_run, resume_command,
-    run_script, signals_handled, train,
+    run_script, shown, signals_handled, train,
 )  # fmt: skip
+from device import shortened
 from trainer import Trainer
 
 DEFAULTS = {"NUM_STEPS": 100, "GAMMA": 0.9, "PAIRED": True, "NAME": "a", "DROPOUT": 0.1}
@@ -236,6 +238,24 @@ def test_a_warning_is_one_line(monkeypatch, capsys):
         run_script(lambda argv: warnings.warn("no compiler:\n" + "x" * 1000), "a.py")
     line = capsys.readouterr().err
     assert re.fullmatch(r"warning: no compiler: x+ \.\.\.\n", line) and len(line) < 320
+
+
+def test_a_terminal_obeys_nothing_that_a_file_says(monkeypatch, capsys):
+    """An error, a warning, a line of a training, a path."""
+    evil = "\x1b]0;pwned\x07\n\u202e"
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+
+    def main(words):
+        say(f"plan\n{evil}")
+        print(shown(f"/{evil}"))
+        raise CheckpointError(f"{evil}.pt: has other constants ({evil})")
+
+    with pytest.raises(SystemExit):
+        run_script(main, "a.py")
+    out, err = capsys.readouterr()
+    assert err == r"a.py: \x1b]0;pwned\x07\n\u202e.pt: has other constants (\x1b]0;pwned\x07\n\u202e)" + "\n"
+    assert out.startswith("plan\n\\x1b]0;pwned") and out.count("\n") == 4 and not any(ord(c) < 32 and c != "\n" for c in out)
+    assert shortened(f"a {evil} b") == r"a \x1b]0;pwned\x07 \u202e b"
 
 
 class Failing(Trainer):

@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -5,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms.atari import SIZE, ActionSpaceWrapper, Replay, SkipFrame, SmallFrame, Stacks, make_env
+from algorithms.atari import SIZE, ActionSpaceWrapper, Replay, SkipFrame, SmallFrame, Stacks, make_env, restore_game, save_game
 from algorithms.dqn_space_invaders import ALGORITHM, QNetwork, double_dqn_targets, evaluate
 from algorithms_helpers import run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from command_line import CommandLineError
 
 SMALL = ("--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4 --learn_every 3 --sync_every 3 --epsilon_end 0.5 "
@@ -80,6 +82,57 @@ def test_a_real_game():
         with pytest.raises(CommandLineError, match=env_id) as error:
             make_env(constants(ENV_ID=env_id, ACTIONS=actions))
         assert "\n" not in str(error.value)
+
+
+def test_a_file_cannot_name_a_module(tmp_path, monkeypatch):
+    """Gymnasium would import it. On the command line somebody who trusts it may."""
+    (tmp_path / "evil.py").write_text("raise ZeroDivisionError('its code has run')")
+    (tmp_path / "config.json").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    dqn = ALGORITHM.build(constants(NUM_ENVS=1, REPLAY_SIZE=100, DEVICE="cpu"))
+    evil = dqn.state_dict()
+    evil["constants"]["ENV_ID"] = "evil:Foo-v0"
+    save_checkpoint(tmp_path / "last.pt", evil)
+    for words in ("--resume",), ("--evaluate",), ("--play",):
+        with pytest.raises(CheckpointError, match="its ENV_ID 'evil:Foo-v0' would run a module's code"):
+            run(ALGORITHM, *words, tmp_path / "last.pt")
+    state = dqn.state_dict() | {"evaluations": [evil]}  # those that a stop interrupted are begun again
+    dqn.check_state(state)
+    dqn.load_state_dict(state)
+    assert dqn.pending[0]["constants"] == dqn.metadata["constants"]
+    with pytest.raises(ZeroDivisionError, match="its code has run"):
+        run(ALGORITHM, *SMALL.split(), "--env_id", "evil:Foo-v0", "--run_dir", tmp_path / "trusted")
+
+
+def goes_on_alike(env_id):
+    """Whether a game that is restored in an emulator that was only reset goes on as where it was saved."""
+    c = constants(ENV_ID=env_id, STICKY=0.25, SKIP=4)
+    first, second, rng = make_env(c), make_env(c), np.random.default_rng(0)
+    first.reset(seed=0), second.reset(seed=1)
+    for action in rng.integers(first.action_space.n, size=100):
+        if first.step(action)[2]:
+            first.reset()
+    restore_game(second, save_game(first))
+    for action in rng.integers(first.action_space.n, size=20):
+        (a, *numbers, _), (b, *same_numbers, _) = first.step(action), second.step(action)
+        ram, same_ram = (env.unwrapped.ale.getRAM() for env in (first, second))
+        if numbers != same_numbers or (a != b).any() or (ram != same_ram).any():
+            return False
+        if numbers[1]:
+            break
+    return True
+
+
+@pytest.mark.parametrize("env_id", ["ALE/Qbert-v5", "ALE/Tetris-v5", "ALE/Breakout-v5"])
+def test_a_restored_game_goes_on_alike(env_id):
+    """Also the two that did not until the emulator had drawn a frame."""
+    assert goes_on_alike(env_id)
+
+
+@pytest.mark.faults
+def test_every_restored_game_goes_on_alike():
+    games = [env_id for env_id in gym.registry if re.fullmatch(r"ALE/\w+-v5", env_id)]
+    assert len(games) > 100 and [env_id for env_id in games if not goes_on_alike(env_id)] == []
 
 
 def test_stacks_start_with_the_first_frame():
@@ -198,7 +251,7 @@ def test_epsilon_falls_to_its_end():
 
 
 def test_an_evaluation_counts_the_games_that_were_begun_first(tmp_path):
-    state = {"constants": {**ALGORITHM.constants, "ENV_ID": "ALE/SpaceInvaders-v5", "STACK": 4, "ACTIONS": ""}, "num_actions": 6, "model": QNetwork(4, 6).state_dict()}
+    state = {"constants": {**ALGORITHM.constants, "ENV_ID": "ALE/SpaceInvaders-v5", "STACK": 4, "ACTIONS": ""}, "model": QNetwork(4, 6).state_dict()}
     result = evaluate(state, episodes=3, seed=0)
     assert result["games"] == 3 and 0 <= result["min"] <= result["score"] <= result["max"] and result["min"] % 5 == 0
 

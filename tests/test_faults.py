@@ -1,14 +1,23 @@
-"""Faults in numbers: damaged files and kills at random moments. They take long, and run with --faults."""
+"""Faults in numbers: damaged and hostile files, and kills at random moments. They take long, and run with --faults."""
 
+import copy
+import functools
+import importlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import algorithms.common
+import train_ppo
+from algorithms_helpers import without_processes  # noqa: F401
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from command_line import CommandLineError
 from test_checkpoint import example, same
 from test_train_ppo import SMALL, logged
 
@@ -48,6 +57,60 @@ def test_a_thousand_damaged_checkpoints(tmp_path):
                 assert str(error).startswith(f"{path}: ") and "\n" not in str(error), error
                 refused += 1
     assert refused > 600
+
+
+def places(value, path=()):
+    """Yields the path of keys to everything in a state."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def strange(value, rng):
+    """-> what cannot stand in the place of a value."""
+    others = [None, True, -1, 10**30, float("nan"), -2.5, "\x1b[31m\n", [], ["a"], {}, {0: torch.ones(2)}, torch.ones(3), torch.ones(4, dtype=torch.int64)]
+    if isinstance(value, torch.Tensor):
+        others += [value[None], value.flatten()[:1], value.double(), value.int(), value.bool(), torch.full_like(value, 100 if value.dtype != torch.bool else 1)]
+    if isinstance(value, (list, dict)):
+        others += [[value], value * 2 if isinstance(value, list) else {f"{key}x": item for key, item in value.items()}]
+    return rng.choice(others)
+
+
+SMALL_RUNS = {
+    "train_ppo": f"{SMALL} --num_steps 64", "reinforce_cartpole": "--episodes 2 --hidden 4 --num_steps 40",
+    "ppo_lunarlander": "--num_envs 2 --rollout_steps 64 --batch_size 32 --epochs 1 --hidden 8 --num_steps 256",
+    "actor_critic_tictactoe": "--games 8 --hidden 8 --pool 2 --num_steps 40",
+    "dqn_space_invaders": "--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4 --keep_replay true --num_steps 24",
+    "ppo_llm_breakout": "--model mlp --num_envs 2 --rollout_steps 8 --batch_size 8 --epochs 1 --video_freq 0 --num_steps 32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", SMALL_RUNS)
+def test_a_stranger_value_anywhere_in_a_checkpoint(training, tmp_path, without_processes):  # noqa: F811
+    """With a right checksum. The run goes on, if the value is one that nobody reads, or one line says what is wrong with the file."""
+    module = importlib.import_module(training if training == "train_ppo" else f"algorithms.{training}")
+    main = train_ppo.main if training == "train_ppo" else functools.partial(algorithms.common.main, module.ALGORITHM)
+    small, refused, rng = [*SMALL_RUNS[training].split(), "--eval_interval", "0", "--device", "cpu"], 0, random.Random(0)
+    assert main([*small, "--run_dir", str(tmp_path / "run")]) == 0
+    state = load_checkpoint(tmp_path / "run")
+    for trial in range(60):
+        hostile, path = copy.deepcopy(state), rng.choice(list(places(state)))
+        *parents, last = path
+        parent = functools.reduce(lambda value, key: value[key], parents, hostile)
+        parent[last] = strange(parent[last], rng)
+        shutil.copytree(tmp_path / "run", tmp_path / f"{trial}")
+        save_checkpoint(tmp_path / f"{trial}" / "last.pt", hostile)
+        try:
+            assert main(["--resume", str(tmp_path / f"{trial}"), "--num_steps", str(state["global_step"] + 1)]) == 0
+        except (CheckpointError, CommandLineError) as error:
+            refused += 1
+            assert "\n" not in str(error), path
+        except FloatingPointError:
+            pass  # weights can be too large
+        except BaseException as error:
+            raise AssertionError(f"{path}: {parent[last]!r}") from error
+    assert refused > 20
 
 
 KILLS = """

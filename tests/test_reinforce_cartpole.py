@@ -162,8 +162,8 @@ def test_faults_of_any_training_here(tmp_path, monkeypatch, without_processes): 
     monkeypatch.chdir(tmp_path)
     good = {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0}
     spoiled = {name: x * math.nan for name, x in good["model"].items()}
-    for edit, reason in (({"model": spoiled}, "is not finite"), ({"global_step": "1"}, "does not fit"), ({"constants": 5}, "does not fit"),
-                         ({"constants": {"HIDDEN": "x"}}, "does not fit"), ({"model": [1]}, "does not fit")):  # fmt: skip
+    for edit, reason in (({"model": spoiled}, "is not finite"), ({"global_step": "1"}, "is str, and this program has int"), ({"constants": 5}, "is int 5, and"),
+                         ({"constants": {"HIDDEN": "x"}}, "HIDDEN .* must be an integer"), ({"model": [1]}, "is a list, and")):  # fmt: skip
         save_checkpoint("model.pt", good | edit)
         with pytest.raises(CheckpointError, match=f"model.pt: .*{reason}") as caught:
             run(ALGORITHM, "--evaluate", "model.pt")
