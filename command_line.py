@@ -384,7 +384,8 @@ def give_up(error, received, trainer, run_dir, prog, advice):
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(f"\n{reason}{next_step}", file=sys.stderr)
     elif reason != "stopped":
-        print(f"rank {RANK}: {reason}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"rank {RANK}: {reason}", file=sys.stderr)
     if reason != "stopped" and not isinstance(error, ChildProcessError) and kind not in advice:
         if RANKS == 1:
             raise error

@@ -39,8 +39,9 @@ def choose_device(name, kinds=("cuda", "cpu")):
     if name != "auto":
         raise DeviceError(f"--device {name} does not work here ({reason}); try --device cpu")
     if gpu_is_there():
-        print(f"warning: the GPU cannot be used ({reason}); going on with the CPU. Most often torch and the GPU's driver do not fit: "
-              "see https://pytorch.org/get-started", file=sys.stderr)  # fmt: skip
+        with contextlib.suppress(OSError):  # nobody may read it
+            print(f"warning: the GPU cannot be used ({reason}); going on with the CPU. Most often torch and the GPU's driver do not fit: "
+                  "see https://pytorch.org/get-started", file=sys.stderr)  # fmt: skip
     return torch.device("cpu")
 
 

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 
 from breakout_ascii import BreakoutAsciiVec
-from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
+from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard, say
 from command_line import (
     CommandLineError, Constants, load_state, memory_advice, new_run_dir, read_run, resume_command, run_script, train,
 )  # fmt: skip
@@ -115,7 +115,7 @@ def check_memory(config, device):
         raise CommandLineError(f"a GPT of {config.num_parameters:,} parameters needs {needed / 1e9:,.0f} GB or more to train, and {device} "
                                f"has {there / 1e9:,.0f} GB; try a smaller --n_embd or --n_layer")  # fmt: skip
     if needed > 1e9 and RANK == 0:
-        print(f"Building a GPT of {config.num_parameters:,} parameters; training needs {needed / 1e9:,.0f} GB or more.", flush=True)
+        say(f"Building a GPT of {config.num_parameters:,} parameters; training needs {needed / 1e9:,.0f} GB or more.")
 
 
 def smaller_batch(c):

