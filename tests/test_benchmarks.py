@@ -202,6 +202,10 @@ def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "learning.csv") as file:
         assert [row["300: min"] for row in csv.DictReader(file)] == ["1.0", "3.0"]
     assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(CommandLineError, match="learning.png: not drawn .import of matplotlib.figure halted.*install it with pip"):
+        learning.main(["--seeds", "0", "1", "--out", str(tmp_path)])
+    assert len(capsys.readouterr().out.strip().split("\n\n")) == 3  # the tables come first
 
 
 def test_the_interquartile_mean():

@@ -52,7 +52,7 @@ def test_every_combination():
     assert combinations({"A": [1, 2], "B": ["x"]}) == [{"A": 1, "B": "x"}, {"A": 2, "B": "x"}]
 
 
-def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_process, capsys):
+def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_process, monkeypatch, capsys):
     words = ["reinforce_cartpole", *SMALL.split(), "--lr", "0.01", "0.02", "--out", str(tmp_path), "--map", "lr", "hidden", "--fresh", "2"]
     assert main(words) == 0 and len(in_this_process) == 4
     with open(tmp_path / "grid.csv") as file:
@@ -64,6 +64,10 @@ def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_proc
         assert image.width > 200
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 4 and table[0].endswith("| LR | best | last | steps | minutes | fresh | fresh min |")
+    with monkeypatch.context() as patch, pytest.raises(CommandLineError, match="grid.png: not drawn .import of matplotlib.figure halted"):
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        main(words)
+    assert table == [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     lost = next(path for path in tmp_path.iterdir() if path.is_dir())
     assert training("reinforce_cartpole").finished(lost)
     in_this_process.clear()
