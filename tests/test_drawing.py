@@ -65,8 +65,9 @@ def test_a_gif_of_more_colours_than_it_can_hold_is_close(tmp_path):
 
 
 def test_a_gif_keeps_no_picture(tmp_path):
-    """Only the one that waits for its duration, the one before it, and the one that comes."""
-    alive, most = weakref.WeakSet(), 0
+    """Only the one that waits for its duration, the one before it, and the one that comes; the others are in the file."""
+    alive, most, written = weakref.WeakSet(), 0, []
+    rng = np.random.default_rng(0)
 
     class Picture(np.ndarray):
         """An array can have no weak references of a WeakSet, because it has no hash."""
@@ -76,13 +77,17 @@ def test_a_gif_keeps_no_picture(tmp_path):
     def pictures():
         nonlocal most
         for i in range(100):
-            picture = np.full((4, 4, 3), i // 2, np.uint8).view(Picture)
+            noise = rng.integers(0, 256, (64, 64, 3), np.uint8) if i % 2 == 0 else noise
+            picture = noise.copy().view(Picture)
             alive.add(picture)
             most = max(most, len(alive))
+            written.append((tmp_path / "x.gif").stat().st_size)
             yield picture
 
     write_gif(tmp_path / "x.gif", pictures(), 20)
-    assert most <= 4 and decoded(tmp_path / "x.gif")[1] == [40] * 50
+    whole = (tmp_path / "x.gif").stat().st_size
+    assert most <= 4 and written[50] == pytest.approx(whole / 2, rel=0.2)
+    assert decoded(tmp_path / "x.gif")[1] == [40] * 50
 
 
 def test_a_picture_may_stay_longer_than_a_frame_can(tmp_path):

@@ -241,6 +241,7 @@ def untrained():
 def test_an_evaluation_does_not_depend_on_how_many_play_side_by_side():
     both, first = evaluate(untrained(), 2, seed=5), evaluate(untrained(), 1, seed=5)
     assert first["score"] in (both["min"], both["max"]) and both["games"] == 2
+    assert both["std"] == (both["max"] - both["min"]) / 2
 
 
 @pytest.mark.parametrize("words, error, message", [
