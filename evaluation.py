@@ -45,12 +45,18 @@ def exact(policy, max_episode_steps=MAX_EPISODE_STEPS):
 
 
 def sampled(policy, num_games, seed):
-    """num_games standard games, actions sampled from the policy, GAMES_AT_ONCE at a time -> what `summary` says of them."""
+    """num_games standard games, actions sampled from the policy, GAMES_AT_ONCE at a time -> what `summary` says of them, and "error"."""
     player, rng, parts = sampling(policy, seed), np.random.default_rng(seed), []
     for first in range(0, num_games, GAMES_AT_ONCE):
         numbers = draw_numbers(rng, min(GAMES_AT_ONCE, num_games - first))
         parts.append(play_games(player, *new_games(numbers)))
-    return summary(Results(*map(np.concatenate, zip(*parts))))
+    results = Results(*map(np.concatenate, zip(*parts)))
+    return {**summary(results), "error": standard_error(results.scores)}
+
+
+def standard_error(scores):
+    """The standard error of the mean of independent scores, estimated from them; 0 for a single one, which says nothing of it."""
+    return float(np.std(scores) / max(len(scores) - 1, 1) ** 0.5)
 
 
 def summary(results):

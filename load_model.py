@@ -164,7 +164,7 @@ def read_command_line(argv):
     parser.add_argument("--seed", type=int, default=0, help="of the serves and of --sample (default 0)")
     parser.add_argument("--sample", action="store_true", help="draw the actions instead of taking the most probable")
     parser.add_argument("--evaluate", action="store_true",
-                        help="no picture: the exact score over all 32 games; with --sample, the mean of --episodes games (1000)")  # fmt: skip
+                        help="no picture: the exact score over all 32 games; with --sample, the mean of --episodes games (1000) and its standard error")  # fmt: skip
     parser.error = raise_error
     args = parser.parse_args(list(map(str, argv)))
     suffix = Path(args.out).suffix.lower()
@@ -214,7 +214,7 @@ def main(argv=()):
     print(f"{shown(path)}: trained for {meta.get('global_step', 0):,} steps{why}")
     if args.evaluate:
         result = sampled(policy, args.episodes or 1000, args.seed) if args.sample else exact(policy)
-        print(json.dumps({name: result[name] for name in ("score", "min", "max", "cleared", "games")}))
+        print(json.dumps({name: result[name] for name in ("score", "error", "min", "max", "cleared", "games") if name in result}))
         return 0
     if args.head is not None and not 0 <= args.head < policy.config.n_head:
         raise CommandLineError(f"--head must be from 0 to {policy.config.n_head - 1}, not {args.head}")

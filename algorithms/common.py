@@ -28,6 +28,7 @@ from command_line import (
 )  # fmt: skip
 from device import RANKS, DeviceError, choose_device, shortened
 from drawing import write_gif
+from evaluation import standard_error
 from ppo import PPOConfig
 from trainer import check_finite
 
@@ -254,11 +255,11 @@ def greedy_frames(env, choose, episodes, seed):
 
 
 def summary(scores):
-    """Scores of games -> mean, standard deviation, lowest and highest. Raises FloatingPointError."""
+    """Scores of games -> their mean and its standard error, their standard deviation, lowest and highest. Raises FloatingPointError."""
     scores = np.asarray(scores, float)
     check_finite("in an evaluation", rewards=scores)
-    return {"score": float(scores.mean()), "std": float(scores.std()), "min": float(scores.min()), "max": float(scores.max()),
-            "games": len(scores)}  # fmt: skip
+    return {"score": float(scores.mean()), "error": standard_error(scores), "std": float(scores.std()), "min": float(scores.min()),
+            "max": float(scores.max()), "games": len(scores)}  # fmt: skip
 
 
 def show(algorithm, state, episodes, args):

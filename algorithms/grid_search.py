@@ -84,11 +84,11 @@ class Training(NamedTuple):
         return {"best": best, "last": last, "steps": rows[-1]["global_step"], "minutes": round(rows[-1]["seconds"] / 60, 2)}
 
     def fresh(self, run_dir, episodes):
-        """-> the score of the best model in fresh games, and the lowest of them, if asked for."""
+        """-> the score of the best model in fresh games, its standard error, and the lowest of them, if asked for."""
         if episodes is None:
             return {}
         result = self.evaluate(load_checkpoint(run_dir / "best_model.pt"), episodes, FRESH_SEED)
-        return {name: result[key] for name, key in (("fresh", "score"), ("fresh min", "min")) if key in result}
+        return {name: result[key] for name, key in (("fresh", "score"), ("fresh error", "error"), ("fresh min", "min")) if key in result}
 
 
 class JSONTraining(Training):

@@ -36,6 +36,7 @@ from callbacks import Callback, say
 from checkpoint import CheckpointError, load_optimizer, load_weights
 from command_line import CommandLineError, Constants, run_script
 from device import choose_device, shortened
+from evaluation import standard_error
 from ppo import k3, policy_loss
 from trainer import Trainer, check_finite
 
@@ -334,7 +335,7 @@ def answers_to(state, prompts, seed):
 def evaluate(state, episodes=64, seed=0):
     """`episodes` answers, cycling through the prompts held out -> the mean reward, its standard error, and the lowest and highest."""
     _, rewards = answers_to(state, [HELD_OUT[i % len(HELD_OUT)] for i in range(episodes)], seed)
-    return {"score": rewards.mean().item(), "error": (rewards.std(correction=0) / len(rewards) ** 0.5).item(), "min": rewards.min().item(),
+    return {"score": rewards.mean().item(), "error": standard_error(rewards.numpy()), "min": rewards.min().item(),
             "max": rewards.max().item(), "answers": len(rewards)}  # fmt: skip
 
 

@@ -5,9 +5,9 @@ random serves   every serve anywhere on its row, the paddle under the ball; the 
 random layouts  any share of the bricks; the serves standard
 sticky actions  one action in ten is not heard, the one before it is played again
 
-Prints a markdown table. "of possible" is each game's score as a share of all its points. A game that is neither cleared nor lost
-is "caught in a cycle" until it is truncated. All players get the same serves and layouts. To choose among models, give them all
-with one --seed, and score the one you choose with another.
+Prints a markdown table. Where games are drawn, "score" has its standard error. "of possible" is each game's score as a share of all its
+points. A game that is neither cleared nor lost is "caught in a cycle" until it is truncated. All players get the same serves and
+layouts. To choose among models, give them all with one --seed, and score the one you choose with another.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from breakout_ascii import BRICK_POINTS, CLEAR_POINTS, LIVES, draw_numbers, new_games, standard_serves  # noqa: E402
 from command_line import CommandLineError, given_path, raise_error, run_script, shown  # noqa: E402
 from device import set_threads  # noqa: E402
-from evaluation import GAMES_AT_ONCE, SERVES, Results, greedy, play_games, sampling, tracker  # noqa: E402
+from evaluation import GAMES_AT_ONCE, SERVES, Results, greedy, play_games, sampling, standard_error, tracker  # noqa: E402
 from load_model import SHIPPED, load_policy  # noqa: E402
 
 STICKY = 0.1  # probability that the previous action is repeated
@@ -58,20 +58,22 @@ def play(player, serves, bricks, sticky, seed, deterministic):
     return Results(*map(np.concatenate, zip(*parts)))
 
 
-def cells(bricks, results):
-    """The bricks (n, 7, 13) that games began with, and their `Results` -> the cells of a row, text."""
+def cells(bricks, results, drawn):
+    """The bricks (n, 7, 13) that games began with, their `Results`, whether they are drawn at random -> the cells of a row, text."""
     possible = BRICK_POINTS * bricks.sum((1, 2)) + CLEAR_POINTS
     cleared, lost = results.bricks == 0, results.lives == 0
     shares = [(results.scores / possible).mean(), cleared.mean(), lost.mean(), (~cleared & ~lost).mean()]
     lives_lost = (LIVES - results.lives).mean()
-    return [str(len(bricks)), f"{results.scores.mean():.1f}", *(f"{share:.1%}" for share in shares), f"{lives_lost:.2f}"]
+    score = f"{results.scores.mean():.1f}" + (f" ± {standard_error(results.scores):.1f}" if drawn else "")
+    return [str(len(bricks)), score, *(f"{share:.1%}" for share in shares), f"{lives_lost:.2f}"]
 
 
 def show_rows(name, make_player, deterministic, num_games, seed):
     """A row for each condition. Each gets a new player: with the seed anew, and because a policy has one inference cache."""
     for condition, (serves, bricks, sticky) in conditions(num_games, seed, deterministic).items():
         results = play(make_player(), serves, bricks, sticky, seed, deterministic)
-        print("| " + " | ".join([name, condition, *cells(bricks, results)]) + " |", flush=True)
+        drawn = not (deterministic and condition == "standard")
+        print("| " + " | ".join([name, condition, *cells(bricks, results, drawn)]) + " |", flush=True)
 
 
 def read_command_line(argv):

@@ -155,7 +155,8 @@ def test_the_table_of_robustness(tmp_path, monkeypatch, capsys):
     players = [re.sub(r"^.*/", "", row[0]) for row in rows[::4]]
     assert players == ["b.pt, greedy", "b.pt, sampled", "a.pt, greedy", "a.pt, sampled", "tracker", "random"]
     assert [row[1] for row in rows] == 6 * ["standard", "random serves", "random layouts", "sticky actions"]
-    assert all(re.fullmatch(r"[\d.]+%?", cell) for row in rows for cell in row[2:])
+    assert all(re.fullmatch(r"[\d.]+%?", cell) for row in rows for cell in row[2:3] + row[4:])
+    assert [" ± " in row[3] for row in rows] == 2 * ([False] + 7 * [True]) + [False] + 7 * [True]  # where games are drawn
     assert rows[16] == ["tracker", "standard", "32", "960.0", "100.0%", "100.0%", "0.0%", "0.0%", "0.00"]
     assert [row[2] for row in rows[:8]] == ["32", "2", "2", "2", "2", "2", "2", "2"]
 

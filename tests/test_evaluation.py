@@ -4,7 +4,7 @@ import torch
 
 import evaluation
 from breakout_ascii import BreakoutAscii, Games, standard_serves
-from evaluation import METRICS, SERVES, evaluate, exact, greedy, play_games, returned, sampled, sampling, tracker
+from evaluation import METRICS, SERVES, evaluate, exact, greedy, play_games, returned, sampled, sampling, standard_error, tracker
 from ppo import Policy
 
 
@@ -74,6 +74,14 @@ def test_sampled_games_follow_their_seed():
     results = [sampled(Still(0), 4, seed) for seed in (0, 0, 1)]
     assert results[0] == results[1] != results[2]
     assert results[0]["games"] == 4 and results[0]["min"] <= results[0]["score"] <= results[0]["max"]
+    assert 0 < results[0]["error"] <= (results[0]["max"] - results[0]["min"]) / 2 and "error" not in exact(Still(0))
+
+
+def test_the_standard_error_is_how_much_means_differ():
+    scores = np.random.default_rng(0).exponential(55, (4000, 5))
+    expected = scores.mean(1).std()
+    assert np.mean([standard_error(few) ** 2 for few in scores]) == pytest.approx(expected**2, rel=0.1)
+    assert standard_error([1, 3]) == 1 and standard_error([7]) == 0
 
 
 def test_many_games_are_played_a_few_at_a_time(monkeypatch):

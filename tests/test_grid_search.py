@@ -63,7 +63,7 @@ def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_proc
     with Image.open(tmp_path / "grid.png") as image:
         assert image.width > 200
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 4 and table[0].endswith("| LR | best | last | steps | minutes | fresh | fresh min |")
+    assert len(table) == 2 + 4 and table[0].endswith("| LR | best | last | steps | minutes | fresh | fresh error | fresh min |")
     with monkeypatch.context() as patch, pytest.raises(CommandLineError, match="grid.png: not drawn .import of matplotlib.figure halted"):
         patch.setitem(sys.modules, "matplotlib.figure", None)
         main(words)
