@@ -24,12 +24,15 @@ from trainer import StopTraining, Trainer, check_finite
 
 
 def k3(log_ratio):
-    """An estimate of KL(p, q) at each sample of p, from log q - log p; never negative (http://joschu.net/blog/kl-approx.html)."""
-    return log_ratio.exp() - 1 - log_ratio
+    """An estimate of KL(p, q) at each sample of p, from log q - log p; never negative (http://joschu.net/blog/kl-approx.html).
+
+    For a small x, exp(x) - 1 is rounded to a multiple of float32's 6e-8, of which x^2 / 2 may be less; expm1(x) is not.
+    """
+    return log_ratio.expm1() - log_ratio
 
 
 def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
-    """Clipped surrogate (Schulman et al. 2017, equation 7); all (M,), advantages normalised -> loss, statistics."""
+    """Minus the clipped surrogate (Schulman et al. 2017, equation 7); all (M,), advantages normalised -> loss, statistics."""
     log_ratio = new_logprobs - old_logprobs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - eps_clip, 1 + eps_clip)
@@ -41,7 +44,7 @@ def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
 
 
 def value_loss(new_values, old_values, returns, value_clip=0.0):
-    """Half the squared error; all (M,). value_clip > 0 holds new values within that distance of the old, in the units
+    """Half the mean squared error; all (M,). value_clip > 0 holds new values within that distance of the old, in the units
     of the scaled return, and takes the worse of both errors."""
     errors = (new_values - returns) ** 2
     if value_clip > 0:

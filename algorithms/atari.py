@@ -55,7 +55,7 @@ class ActionSpaceWrapper(gym.ActionWrapper):
 
 
 class SmallFrame(gym.ObservationWrapper):
-    """Grey frames (210, 160) -> (84, 84) uint8, each pixel the mean of what it covers."""
+    """Grey frames (210, 160) -> (84, 84) uint8, each pixel the mean of the pixels whose centres it covers: of 2 or 3 rows, 1 or 2 columns."""
 
     def __init__(self, env):
         super().__init__(env)

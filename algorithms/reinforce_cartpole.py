@@ -3,9 +3,11 @@
 The simplest policy gradient (Williams 1992): play whole episodes, then make each action more probable in proportion to the discounted
 return that followed it. There is no value function; a return is only compared with the other returns of the update.
 
-Those are normalised to mean 0 and standard deviation 1. Subtracting the mean is a baseline: it leaves the direction of the expected
-gradient unchanged (up to a factor, since each return is part of the mean) and removes much of its variance. Dividing by the
-deviation makes the step independent of the scale of the returns, so the learning rate need not know whether they are 20 or 500.
+Those are normalised to mean 0 and standard deviation 1. Subtracting a baseline, a number on which an episode's actions have no influence,
+leaves the expected gradient as it is and removes much of its variance. The mean of the update is not quite one: an episode's own returns
+and its length are part of it, so the expected gradient is bent, as it is by dividing by the deviation and by the number of steps. All
+three biases shrink like 1 / EPISODES. Dividing by the deviation makes the step independent of the scale of the returns, so the learning
+rate need not know whether they are 20 or 500.
 
 Left out: entropy bonus, a baseline that depends on the state. An episode that reaches 500 steps is cut off and counts as finished.
 """
@@ -73,7 +75,8 @@ def normalize(x):
 
 
 def reinforce_loss(logprobs, returns):
-    """Its gradient is minus the policy gradient (Williams 1992, equation 6), both (M,); the factor gamma^t is left out, as usual."""
+    """Its gradient is minus an estimate of the policy gradient (Williams 1992), per step and not per episode; both (M,). The factor gamma^t
+    is left out, as usual."""
     return -(logprobs * returns).mean()
 
 

@@ -1,8 +1,9 @@
 """What an ordinary agent learns here:  python benchmarks/baseline.py [--seed 0] [--num_steps 4000000] [--out runs/baseline]
 
 Stable-Baselines3's PPO with its MlpPolicy (pip install stable-baselines3) on the games that train_ppo.py trains on. From
-there too: rollout, minibatch, discount, GAE's lambda at the start, entropy bonus, reward scale, and that a lost life ends a
-return. All else is Stable-Baselines3's default. Left out, as the GPT's own: predicting the next frame, the cost of moving, a
+there too: rollout, minibatch, discount, GAE's lambda at the start, clipping of ratio and gradient, the weights of entropy bonus and value
+loss, reward scale, and that a lost life ends a return. All else is Stable-Baselines3's default: Adam's eps and normalised advantages
+are as in train_ppo.py, but it takes 10 passes over a rollout at a learning rate of 3e-4. Left out, as the GPT's own: predicting the next frame, the cost of moving, a
 falling learning rate, a rising lambda, paired games.
 """
 
@@ -31,8 +32,8 @@ from device import set_threads  # noqa: E402
 from evaluation import exact  # noqa: E402
 from ppo import Policy, lost_lives  # noqa: E402
 from train_ppo import (  # noqa: E402
-    BATCH_SIZE, CONSTANTS, ENTROPY_COEF, EVAL_INTERVAL, GAMMA, LAMBD, NUM_ENVS, NUM_STEPS, RANGES, REWARD_SCALE, ROLLOUT_STEPS,
-    VARIED_STARTS,
+    BATCH_SIZE, CONSTANTS, ENTROPY_COEF, EPS_CLIP, EVAL_INTERVAL, GAMMA, LAMBD, MAX_GRAD_NORM, NUM_ENVS, NUM_STEPS, RANGES, REWARD_SCALE,
+    ROLLOUT_STEPS, VALUE_LOSS_COEF, VARIED_STARTS,
 )  # fmt: skip
 
 
@@ -85,7 +86,8 @@ def train(seed, num_steps):
     """Yields update, steps, seconds, score, cleared after each evaluation, as often as train_ppo.py evaluates."""
     model = PPO(
         "MlpPolicy", Games(BreakoutAsciiVec(NUM_ENVS, varied_starts=VARIED_STARTS)), n_steps=ROLLOUT_STEPS, batch_size=BATCH_SIZE,
-        gamma=GAMMA, gae_lambda=LAMBD, ent_coef=ENTROPY_COEF, seed=seed, device="cpu",
+        gamma=GAMMA, gae_lambda=LAMBD, clip_range=EPS_CLIP, max_grad_norm=MAX_GRAD_NORM, ent_coef=ENTROPY_COEF, seed=seed, device="cpu",
+        vf_coef=VALUE_LOSS_COEF / 2,  # of the whole squared error; ours is half of it
     )  # fmt: skip
     model.set_logger(Logger(folder=None, output_formats=[]))  # its own leaves a directory behind at every learn()
     samples, start = NUM_ENVS * ROLLOUT_STEPS, time.perf_counter()

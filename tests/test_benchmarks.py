@@ -29,6 +29,7 @@ from fast.self_test import BF16_MARGIN, GRADIENT_MARGIN, VALUES_MARGIN
 from helpers import make_gpt
 from load_model import load_policy, policy_of
 from model import GPT
+from ppo import value_loss
 from test_breakout_ascii import SlowGame
 from train_ppo import CONSTANTS
 
@@ -342,6 +343,24 @@ def test_a_small_baseline(tmp_path, baseline, capsys):
     assert f"last {float(rows[-1]['score']):.2f}" in capsys.readouterr().out
     with pytest.raises(CommandLineError, match="seed3.csv exists already; name another --out"):
         baseline.main(arguments)
+
+
+def test_stable_baselines3_weighs_the_losses_as_ours_does(baseline, monkeypatch):
+    """The coefficients that it is given, times its own losses, are ours: its value loss is the whole squared error."""
+    given = {}
+
+    class Recorded(baseline.PPO):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            given.update(vars(self))
+
+    monkeypatch.setattr(baseline, "PPO", Recorded)
+    next(baseline.train(0, 32))
+    c, errors = SimpleNamespace(**CONSTANTS), torch.tensor([1.0, -3.0])
+    ours, _ = value_loss(errors, torch.zeros(2), torch.zeros(2))
+    assert given["vf_coef"] * torch.nn.functional.mse_loss(errors, torch.zeros(2)) == c.VALUE_LOSS_COEF * ours
+    assert (given["ent_coef"], given["max_grad_norm"], given["clip_range"](1.0)) == (c.ENTROPY_COEF, c.MAX_GRAD_NORM, c.EPS_CLIP)
+    assert given["normalize_advantage"] and given["policy"].optimizer.defaults["eps"] == 1e-5 and given["clip_range_vf"] is None
 
 
 def test_the_games_as_stable_baselines3_sees_them(baseline):

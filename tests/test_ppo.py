@@ -16,7 +16,7 @@ from helpers import device_trainer, largest_score, tolerance
 from load_model import SHIPPED, load_policy
 from model import GPTConfig
 from ppo import (
-    PPO, Policy, PPOConfig, entropy_loss, explained_variance, learning_rate, lost_lives, move_loss, policy_loss,
+    PPO, Policy, PPOConfig, entropy_loss, explained_variance, k3, learning_rate, lost_lives, move_loss, policy_loss,
     prediction_loss, value_loss,
 )  # fmt: skip
 from rollout_buffer import Minibatch, paired_baseline, select
@@ -192,6 +192,19 @@ def test_nothing_is_predicted_across_the_end_of_an_episode():
     loss.backward()
     assert loss.item() == pytest.approx(3 * math.log(2) / 2)
     assert logits.grad[[1, 3]].eq(0).all() and logits.grad[[0, 2]].ne(0).all()
+
+
+def test_k3_is_never_negative_and_right_for_tiny_differences():
+    """In float32, where exp(x) - 1 - x is negative for a fifth of these, and against float64."""
+    x = torch.cat([sign * torch.logspace(-12, 1, 10_001) for sign in (1, -1)])
+    assert (k3(x) >= 0).all() and (x.exp() - 1 - x < 0).float().mean() > 0.05
+    small = x[x.abs() < 0.01].double()
+    exact = small**2 / 2 + small**3 / 6 + small**4 / 24
+    rounding = torch.finfo(torch.float32).eps * small.abs()  # of expm1, and of x
+    assert ((k3(small.float()) - exact).abs() <= rounding).all()
+    x = x[x.abs() > 1e-3].requires_grad_()
+    k3(x).sum().backward()
+    torch.testing.assert_close(x.grad, x.exp() - 1)
 
 
 def test_policy_loss_by_hand():
