@@ -18,7 +18,7 @@ from breakout_ascii import (
 )  # fmt: skip
 
 SERVES = np.array(list(itertools.product((-1, 1), repeat=LIVES)))  # (32, 5) dx
-RANDOM_SCORE = 82  # of random play
+RANDOM_SCORE = 82  # of random play: 81.6 with a standard error of 0.5 in 12,000 games
 CLEARED_SCORE = 960  # every brick; `tracker` gets it too
 METRICS = ("score", "min", "max", "cleared", "length", "returned")  # of an evaluation; "games" is always 32
 GAMES_AT_ONCE = 1024

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import evaluation
-from breakout_ascii import BreakoutAscii, Games, standard_serves
-from evaluation import METRICS, SERVES, evaluate, exact, greedy, play_games, returned, sampled, sampling, standard_error, tracker
+from breakout_ascii import BreakoutAscii, Games, draw_numbers, new_games, standard_serves
+from evaluation import METRICS, RANDOM_SCORE, SERVES, evaluate, exact, greedy, play_games, returned, sampled, sampling, standard_error, tracker
 from ppo import Policy
 
 
@@ -75,6 +75,12 @@ def test_sampled_games_follow_their_seed():
     assert results[0] == results[1] != results[2]
     assert results[0]["games"] == 4 and results[0]["min"] <= results[0]["score"] <= results[0]["max"]
     assert 0 < results[0]["error"] <= (results[0]["max"] - results[0]["min"]) / 2 and "error" not in exact(Still(0))
+
+
+def test_the_score_of_random_play():
+    rng, numbers = np.random.default_rng(0), draw_numbers(np.random.default_rng(1), 2000)
+    scores = play_games(lambda tokens: rng.integers(3, size=len(tokens)), *new_games(numbers)).scores
+    assert scores.mean() == pytest.approx(RANDOM_SCORE, abs=4 * standard_error(scores)) and standard_error(scores) < 1.5
 
 
 def test_the_standard_error_is_how_much_means_differ():
