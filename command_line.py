@@ -338,7 +338,7 @@ def train(trainer, run_dir, prog, advice):
                 return 0
             except Exception as error:
                 ignore_signals()  # the end is near, and the run is not saved yet
-                status = give_up(error, received, trainer, run_dir, prog, {**advice, GPUError: " --device cpu", InputNotFinite: ""})
+                status = give_up(error, received, trainer, run_dir, prog, {**advice, GPUError: " --device cpu", InputNotFinite: "", CheckpointError: ""})
                 if received or not isinstance(error, GPUError) or RANKS > 1:  # ranks would have to agree
                     return status
     finally:

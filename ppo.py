@@ -227,12 +227,14 @@ class PPO(Trainer):
         self.record_episode_returns()
 
     def check_rollout(self, last_obs):
-        """Raises FloatingPointError. Observations that are numbers of tokens or of lines are not looked at."""
-        when, fields = f"in update {self.update_count + 1}", self.buffer.fields
-        check_finite(when, rewards=fields["rewards"])
+        """Raises FloatingPointError, in all ranks if in one. Observations that are numbers of tokens or of lines always are finite."""
+        fields = self.buffer.fields
+        given = {"rewards": fields["rewards"]}
         if last_obs.is_floating_point():
-            check_finite(when, observations=torch.cat([*fields["obs"], last_obs]))
-        check_finite(when, logits=fields["logprobs"], values=fields["values"])
+            given["observations"] = torch.cat([*fields["obs"], last_obs])
+        for name, x in {**given, "logits": fields["logprobs"], "values": fields["values"]}.items():
+            # A mean is finite only if every number is, and a rank's own would leave the others waiting
+            check_finite(f"in update {self.update_count + 1}", **{name: self.average(x.double().mean())})
 
     def start_rollout(self):
         """Draw the noise of the rollout ahead, let an env on the device draw its random numbers, and pair environments."""

@@ -21,6 +21,7 @@ import re
 import shutil
 import tempfile
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,7 +35,7 @@ from algorithms.language_model import (
 from algorithms.language_policy import Writer
 from callbacks import Callback, say
 from checkpoint import CheckpointError, load_optimizer, load_weights
-from command_line import CommandLineError, Constants, run_script
+from command_line import CommandLineError, Constants, run_script, shown
 from device import choose_device, shortened
 from evaluation import standard_error
 from ppo import k3, policy_loss
@@ -234,13 +235,14 @@ class SavePretrained(Callback):
         if self.merged:  # in float32: small steps would be lost in bfloat16
             model = copy.deepcopy(model).cpu().float().merge_and_unload()
         try:  # beside its place: what a full disk has cut off takes its space no longer, and replaces nothing
-            with tempfile.TemporaryDirectory(prefix=".", dir=self.directory.parent) as unfinished:
+            with tempfile.TemporaryDirectory(prefix=".", dir=self.directory.parent) as folder:
+                unfinished = Path(folder, self.directory.name)
                 model.save_pretrained(unfinished)
                 trainer.policy.tokenizer.save_pretrained(unfinished)
                 shutil.copytree(unfinished, self.directory, dirs_exist_ok=True, copy_function=os.replace)
         except Exception as error:  # safetensors has errors of its own
-            reason = f"{self.directory}: not written ({shortened(error)}), but last.pt holds the weights"
-            what_to_do = f"free some disk space, and give --num_steps {trainer.num_steps + 1}, whose end writes it"
+            reason = f"{shown(self.directory)}: not written ({shortened(error, 60)})"
+            what_to_do = f"free some disk space, and give --num_steps {trainer.num_steps + 1}"  # a resumed run must do a step
             raise CheckpointError(f"{reason}; {what_to_do}") from error
         say(f"saved {self.directory}")
 

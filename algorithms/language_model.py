@@ -66,10 +66,13 @@ def fingerprint(model):
 
     It is the same wherever the model lies, and whether it was loaded in float32 or in bfloat16.
     """
-    settings = model.config.to_diff_dict()
-    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        settings.pop(name, None)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # at any depth
+
+    def lasting(settings):
+        return {name: value for name, value in settings.items() if name not in volatile}
+
+    settings = json.loads(json.dumps(model.config.to_diff_dict(), default=str), object_hook=lasting)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, x in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(x.shape)}".encode())
         digest.update(x.flatten()[:64].bfloat16().float().cpu().numpy())
@@ -221,10 +224,13 @@ def readable():
 
 
 def check_tokens(model, tokenizer, rows):
-    """Raises CommandLineError for a token, of the vocabulary or of these rows, that the model has no embedding for.
+    """Raises CommandLineError for a token, of the vocabulary or of these rows, that the model has no embedding for, and
+    for an empty row.
 
     Tokens that were added to a vocabulary, for padding for example, may lack one as long as no text has them.
     """
+    if not all(rows):
+        raise CommandLineError("the tokenizer makes nothing of a text; check that it is the model's, or take another model")
     known, added = embeddings(model), tokenizer.get_added_vocab()
     vocabulary = [n for token, n in tokenizer.get_vocab().items() if token not in added]
     largest = max(vocabulary + [max(row, default=0) for row in rows])

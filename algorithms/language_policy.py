@@ -204,7 +204,8 @@ class Writer(TrainedOnly):
         room = longest - max(map(len, rows))
         if max_new_tokens > room:
             wanted = f"MAX_NEW_TOKENS must be {room} or less, not {max_new_tokens}"
-            raise CommandLineError(f"the model reads {longest} tokens at most, so {wanted}")
+            too_short = "too few for the prompts; take another model"
+            raise CommandLineError(f"the model reads {longest} tokens at most, {f'so {wanted}' if room > 0 else too_short}")
         tokens, mask = self.prompt_tokens(["Hi", max(prompts, key=len)])
         with readable(), torch.no_grad():
             written = self.generate(tokens, mask, 4, do_sample=False, output_logits=True, return_dict_in_generate=True)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig, BertLMHeadModel, DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config, GPT2ForSequenceClassification,
@@ -22,7 +23,7 @@ from algorithms.grpo_text import ALGORITHM, GRPO, HELD_OUT, PROMPTS, advantages_
 from algorithms.language_model import RewardModel, reference_to, train_tokenizer, with_lora
 from algorithms.language_policy import Writer, until_end
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from command_line import CommandLineError
 from ppo import k3
 
@@ -218,6 +219,14 @@ def test_weights_that_a_folder_lacks_are_not_drawn_at_random(folder):
     """A language model is no classifier, though transformers makes one of it, with a warning."""
     with pytest.raises(CommandLineError, match="has no weights for score.weight, which would be random"):
         reward_model(str(folder), torch.device("cpu"))
+
+
+def test_a_model_without_a_tokenizer_and_one_that_is_too_short_are_refused(tokenizer):
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), eos_token="<end>")
+    with pytest.raises(CommandLineError, match="the tokenizer makes nothing of a text"):
+        Writer(small_model("Qwen3", tokenizer), empty).check(PROMPTS, 4)
+    with pytest.raises(CommandLineError, match="^the model reads 64 tokens at most, too few for the prompts; take another model$"):
+        Writer(small_model("GPT-2", tokenizer), tokenizer).check(["word " * 80], 4)
 
 
 def test_recurrent_models_that_ignore_the_mask_are_refused(tokenizer):
@@ -514,6 +523,7 @@ def test_a_disk_that_is_full_when_the_model_is_written_is_one_line(tmp_path, fol
     """A limit on files' sizes stands for the disk. The weights stay in last.pt, nothing else is left, and a further step writes the model."""
     resource, save = pytest.importorskip("resource"), Qwen3ForCausalLM.save_pretrained
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.chdir(tmp_path)  # or the path would fill the line
 
     def limited(model, directory):
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
@@ -524,8 +534,11 @@ def test_a_disk_that_is_full_when_the_model_is_written_is_one_line(tmp_path, fol
 
     with monkeypatch.context() as m:
         m.setattr(Qwen3ForCausalLM, "save_pretrained", limited)
-        with pytest.raises(CheckpointError, match="model: not written .*File too large.*last.pt holds.*--num_steps 2") as error:
-            run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--num_steps", 1, "--run_dir", tmp_path / "run")
-    assert "\n" not in str(error.value) and f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+        words = [*SMALL.split(), "--policy_model", folder, "--num_steps", 1, "--run_dir", "run"]
+        assert run(ALGORITHM, *words) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "not written" in line]
+    assert re.search("model: not written .*File too large.*--num_steps 2; go on with.*--resume [^ ]*run$", line)
     assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()] and load_checkpoint(tmp_path / "run")["update_count"] == 1
-    assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2) == 0 and (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2) == 0
+    model = tmp_path / "run" / "model"
+    assert (model / "model.safetensors").exists() and model.stat().st_mode == model.parent.stat().st_mode

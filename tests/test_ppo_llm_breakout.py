@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 from gymnasium.vector import AutoresetMode
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from algorithms import ppo_llm_breakout
 from algorithms.breakout_text import BUTTONS, WIDTH, BreakoutTexts, follow_the_ball, make_env, texts_of
-from algorithms.language_model import load_model, load_tokenizer, reference_to, train_tokenizer, with_lora
+from algorithms.language_model import fingerprint, load_model, load_tokenizer, reference_to, train_tokenizer, with_lora
 from algorithms.language_policy import LanguagePolicy
 from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, NumberReader, build, invented_texts, verify
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
@@ -473,6 +473,8 @@ def test_a_model_that_has_moved_is_named_anew(tmp_path, monkeypatch):
     for name in "base", "other":
         load_model("tiny", tokenizer, torch.device("cpu")).save_pretrained(name)
         tokenizer.save_pretrained(name)
+    half = AutoModelForCausalLM.from_pretrained("base", dtype=torch.bfloat16)
+    assert fingerprint(half) == load_model("base", None, torch.device("cpu")).fingerprint  # a GPU loads it so
     state = small_ppo(MODEL="base", LORA_RANK=2).policy_state()
     assert state["constants"]["MODEL"] == str(tmp_path / "base")
     (tmp_path / "base").rename(tmp_path / "moved")
