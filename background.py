@@ -1,16 +1,16 @@
 """A function that is called in processes of its own."""
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
 import threading
+import traceback
 import types
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -23,73 +23,110 @@ class CannotStart(RuntimeError):
 
 
 class Background:
-    """`submit(x)` -> the future of function(x), computed in one of some processes; `result(future)` waits for it.
+    """`submit(x)` gives the future of function(x), computed in one of some processes; `result(future)` waits for it.
 
-    The processes ignore Ctrl-C, which reaches every process of a terminal. They read from a pipe that nobody writes to, and leave
-    when its other end is closed: by `close()`, which waits for nothing, or because this process has ended, however it ended.
+    A thread for each process sends what is submitted and waits for the answer. The processes ignore Ctrl-C, which reaches every
+    process of a terminal, and end with this one, however it ends. `close()` ends them at once.
 
     function: must be importable, because it is pickled by its name.
     """
 
     def __init__(self, function, processes=1):
         self.function, self.processes = function, processes
-        self.context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        self.reader, self.writer = self.context.Pipe(duplex=False)
-        self.started = self.run(pickle.loads)  # the imports take seconds: start one process now, and let it find the function
+        self.threads = ThreadPoolExecutor(processes)
+        self.started, self.futures = [], []
+        self.idle = queue.SimpleQueue()  # connections to processes that wait for work, and whether they have said that they can work
+        with contextlib.suppress(Exception):  # `submit` tries again
+            self.start_process()  # the imports take seconds: one process starts now
 
-    @functools.cached_property
-    def pool(self):
-        return ProcessPoolExecutor(self.processes, self.context, initializer=prepare, initargs=(self.reader,))
+    def start_process(self):
+        function, context = pickle.dumps(self.function), multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(function, theirs), daemon=True)
+        with sigint_ignored(), contextlib.nullcontext() if b"__main__" in function else main_hidden():
+            process.start()
+        theirs.close()  # only the process has it now: if that ends, so does what we wait for
+        self.started.append(process)
+        self.idle.put((ours, False))
 
     def submit(self, x):
-        """-> a future for `result`."""
-        return self.run(call, pickle.dumps(x))  # pickled here: the pool would move tensors into shared memory
-
-    def run(self, job, *args):
-        """-> the future of job(function, pickled, *args), also where it cannot be started: `result` then says why."""
+        """Gives a future for `result`, also where no process or thread can be started: `result` then says why."""
+        data = pickle.dumps(x)
+        self.futures = [future for future in self.futures if not future.done()]
         try:
-            function = pickle.dumps(self.function)
-            with sigint_ignored(), contextlib.nullcontext() if b"__main__" in function else main_hidden():
-                return self.pool.submit(job, function, *args)
+            if len(self.futures) >= len(self.started) < self.processes:
+                self.start_process()
+            future = self.threads.submit(self.call, data)
         except Exception as error:
             future = Future()
-            future.set_exception(error)
-            return future
+            future.set_exception(CannotStart(f"no other process can run it: {first_line(error)}"))
+        self.futures.append(future)
+        return future
+
+    def call(self, data):
+        connection, works = self.idle.get()
+        try:
+            if not works:
+                if reason := connection.recv():
+                    raise CannotStart(f"no other process can run it: {reason}")
+                works = True
+            connection.send_bytes(data)
+            result, error = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            if not works:
+                raise CannotStart("no other process can run it: what it wrote stands above, or memory ran out") from None
+            raise ChildProcessError("a background process has died: what it wrote stands above, or memory ran out") from None
+        finally:
+            self.idle.put((connection, works))
+        if error:
+            raise error
+        return result
 
     def result(self, future):
         """Raises what function raised, CannotStart if nothing can run, ChildProcessError if a process has died since the start."""
-        try:
-            self.started.result()
-        except Exception as error:
-            raise CannotStart(f"no other process can run it: {first_line(error)}") from error
-        try:
-            return future.result()
-        except BrokenProcessPool:
-            raise ChildProcessError("a background process has died: what it wrote stands above, or memory ran out") from None
+        return future.result()
 
     def close(self):
-        self.writer.close()
+        for process in self.started:
+            process.kill()
+        self.threads.shutdown(wait=False)
 
 
-def call(function, x):
-    return pickle.loads(function)(pickle.loads(x))
-
-
-def prepare(reader):
+def serve(function, connection):
+    """What a process does: it says whether it finds the function, and then answers until there is nobody to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems that do not inherit it
-    threading.Thread(target=end_with_parent, args=(reader,), daemon=True).start()
+    with contextlib.suppress(RuntimeError):  # where no more threads can be started, a process ends when it next answers
+        threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")  # as device.py says; no TF32
-
-
-def end_with_parent(reader):
     with contextlib.suppress(EOFError, OSError):
-        reader.recv()
+        try:
+            function = pickle.loads(function)
+        except Exception as error:
+            connection.send(first_line(error))
+            return
+        connection.send("")
+        while True:
+            answer = answer_to(function, connection.recv_bytes())
+            connection.send_bytes(answer)
+
+
+def answer_to(function, data):
+    """-> pickled: function(x) and None, or None and what it raised."""
+    try:
+        return pickle.dumps((function(pickle.loads(data)), None))
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        return pickle.dumps((None, error))
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
     os._exit(0)
 
 
 def sigint_ignored():
-    """Inherited by a process that starts within: until `prepare`, Ctrl-C would print tracebacks."""
+    """Inherited by a process that starts within: until `serve`, Ctrl-C would print tracebacks."""
     return signals_handled(signal.SIG_IGN, [signal.SIGINT])
 
 

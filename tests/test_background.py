@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from background import Background, CannotStart
 def work(x):
     if x == "die":
         os._exit(1)
+    if x == "fail":
+        raise ValueError("of the function")
     if x == "precision":
         return torch.get_float32_matmul_precision()
     os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C reaches every process of a terminal
@@ -28,13 +31,34 @@ def test_in_the_background():
         futures = [background.submit(i) for i in range(3)]
         results = [background.result(future) for future in futures]
         assert [x for x, _ in results] == [0, 1, 2] and os.getpid() not in [pid for _, pid in results]
-        for _ in range(2):  # and a dead pool stays dead
+        assert len({pid for _, pid in results}) == 2
+        with pytest.raises(ValueError, match="of the function") as error:
+            background.result(background.submit("fail"))
+        assert "in work" in error.value.__notes__[0]  # where it happened
+        for _ in range(3):  # both processes die, and stay dead
             with pytest.raises(ChildProcessError, match="a background process has died"):
                 background.result(background.submit("die"))
-    deadline = time.monotonic() + 30  # the pool's own thread waits for them too, so joining them here would be a race
-    while multiprocessing.active_children() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    for process in background.started:
+        process.join(30)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("owner, name, error", [
+    (multiprocessing.get_context("spawn").Process, "start", BlockingIOError(11, "Resource temporarily unavailable")),
+    (ThreadPoolExecutor, "submit", RuntimeError("can't start new thread")),
+])  # fmt: skip
+def test_where_no_process_or_thread_can_be_started(monkeypatch, owner, name, error):
+    """As under a low `ulimit -u`: who wants a result is told each time, and none waits for ever."""
+
+    def refused(*args):
+        raise error
+
+    monkeypatch.setattr(owner, name, refused)
+    with contextlib.closing(Background(work)) as background:
+        for _ in range(2):
+            with pytest.raises(CannotStart, match="^no other process can run it: ") as reached:
+                background.result(background.submit(0))
+            assert str(error).splitlines()[-1] in str(reached.value)
 
 
 def test_products_keep_their_precision(monkeypatch):
