@@ -22,19 +22,26 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
 import filelock
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from checkpoint import CheckpointError, atomic_write, check_like, find_checkpoint, load_checkpoint, save_checkpoint
-from device import RANK, RANKS, DeviceError, GPUError, out_of_memory, printable, shortened
+from device import RANK, RANKS, UNDER_TORCHRUN, DeviceError, GPUError, out_of_memory, printable, shortened
 from trainer import InputNotFinite, StopTraining
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 TRUTH = {"true": True, "false": False, "1": True, "0": False}
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 LOCK = "run.lock"  # in a run directory; the system takes the lock off when its process ends, however it ends
+PARENT = "STOP_WITH_PARENT"  # in the environment of a program that another one has started: its process id
 
 
 class CommandLineError(ValueError):
@@ -243,17 +250,40 @@ def write_config(run_dir, trainer):
 @contextlib.contextmanager
 def locked(run_dir):
     """Within, no other process trains in this directory. Raises CommandLineError."""
-    lock = filelock.FileLock(run_dir / LOCK)
+    lock, stack = filelock.FileLock(run_dir / LOCK), contextlib.ExitStack()
     try:
         lock.acquire(blocking=False)
-    except filelock.Timeout:
+        stack.callback(lock.release)
+        stack.enter_context(directory_locked(run_dir))
+    except (filelock.Timeout, BlockingIOError):
+        stack.close()
         raise CommandLineError(f"{run_dir}: another process is training this run; stop that one first, or name another run") from None
     except OSError as error:
         raise CommandLineError(f"{run_dir} cannot be written ({error.strerror}); check its permissions, or name another run") from None
+    with stack:
+        yield
+
+
+@contextlib.contextmanager
+def directory_locked(run_dir):
+    """Within, the directory itself is locked too, because somebody may delete the lock file. Raises BlockingIOError.
+
+    Windows locks no directories, but does not delete a file that is open either; nor do some network drives.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(run_dir, os.O_RDONLY)
     try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # the file's lock has to do
+            pass
         yield
     finally:
-        lock.release()
+        os.close(descriptor)
 
 
 def delete_unfinished(run_dir):
@@ -329,8 +359,10 @@ def train(trainer, run_dir, prog, advice):
             signal.signal(signum, signal.SIG_DFL)  # a second one leaves at once
         trainer.request_stop()
 
-    try:
-        with locked(run_dir) if RANK == 0 else contextlib.nullcontext(), signals_handled(stop):
+    with signals_handled(stop), contextlib.ExitStack() as stack:
+        for callback in reversed(trainer.callbacks):
+            stack.callback(callback.hear, "close")
+        with locked(run_dir) if RANK == 0 else contextlib.nullcontext():
             if RANK == 0:
                 begin(trainer, run_dir)
             try:
@@ -339,11 +371,10 @@ def train(trainer, run_dir, prog, advice):
             except Exception as error:
                 ignore_signals()  # the end is near, and the run is not saved yet
                 status = give_up(error, received, trainer, run_dir, prog, {**advice, GPUError: " --device cpu", InputNotFinite: "", CheckpointError: ""})
+                if RANKS == 1:
+                    set_handler(signal.SIGINT, signal.SIG_DFL)  # one more need not wait until all is closed
                 if received or not isinstance(error, GPUError) or RANKS > 1:  # ranks would have to agree
                     return status
-    finally:
-        for callback in trainer.callbacks:
-            callback.hear("close")
     return go_on_with_cpu(run_dir, prog)
 
 
@@ -356,10 +387,10 @@ def begin(trainer, run_dir):
 
 
 def go_on_with_cpu(run_dir, prog):
-    """Resume a run in a fresh process -> its exit status. What a terminal sends reaches both processes, SIGTERM is passed on."""
+    """Resume a run in a fresh process -> its exit status. A signal to stop is passed on."""
     script = [str(Path(__file__).with_name(prog))] if prog.endswith(".py") else prog.split()  # "train_ppo.py", or -m and its module
-    process = subprocess.Popen([sys.executable, *script, f"--resume={run_dir}", "--device", "cpu"])
-    with signals_handled(lambda signum, frame: signum == signal.SIGTERM and process.terminate()):
+    process = start_program([sys.executable, *script, f"--resume={run_dir}", "--device", "cpu"])
+    with signals_handled(lambda signum, frame: process.terminate()):
         return process.wait()
 
 
@@ -437,30 +468,103 @@ def shown(path):
         return printable(path)
 
 
+# --- programs that start others ---------------------------------------------------------------------------------------
+
+
+def start_program(command, env=None, **options):
+    """subprocess.Popen of one of our programs. It stops, as after SIGTERM, when this one has ended, however that came about."""
+    environment = {**(os.environ if env is None else env), PARENT: str(os.getpid())}
+    return subprocess.Popen(list(map(str, command)), env=environment, **options)
+
+
+def stop_with_parent():
+    """Watch whoever started this program by `start_program` or torchrun. On Windows a process does not learn that its parent has ended."""
+    parent = int(os.environ.pop(PARENT, 0)) or (os.getppid() if UNDER_TORCHRUN else 0)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent and sys.platform != "win32":
+        with contextlib.suppress(RuntimeError):  # no more threads can be started
+            threading.Thread(target=watch, daemon=True).start()
+
+
+def run_side_by_side(tasks, at_once):
+    """Calls task(run) for every task, `at_once` at a time; run(command, **options) runs one of our programs to its end.
+
+    An error of a task, or a signal to stop, stops all programs: they save, and then the error is raised, or CommandLineError.
+    """
+    running, stopping = set(), threading.Event()
+
+    def run(command, **options):
+        with start_program(command, **options) as process:
+            running.add(process)
+            if stopping.is_set():
+                process.terminate()
+            process.wait()
+            running.remove(process)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            futures = [pool.submit(task, run) for task in tasks]
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException as error:
+            stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
+            if isinstance(error, KeyboardInterrupt):
+                raise CommandLineError("stopped; start again to go on") from None
+            raise
+
+
+# --- the program itself -----------------------------------------------------------------------------------------------
+
+
 def one_line(error):
     """An error as one line. One of the system names its file and says what to do."""
+    if no_more_processes(error):
+        return "no more processes or threads can be started; end some, or raise the limit (ulimit -u)"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the output'}: {error.strerror}; check the path, its permissions and the space on the disk"
     return shortened(error)
 
 
+def no_more_processes(error):
+    return isinstance(error, BlockingIOError) or isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+
+
+def interrupt(signum, frame):
+    raise KeyboardInterrupt(signum)
+
+
 def run_script(main, prog):
-    """main(words of the command line) -> the end of the program: its exit status, or one line that says what was wrong."""
+    """main(words of the command line) -> the end of the program: its exit status, or one line that says what was wrong.
+
+    Any signal to stop is a KeyboardInterrupt in main, so that what it has begun is cleaned up.
+    """
     prepare_output()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {shortened(message, 300)}\n"  # without its code
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    set_handler(signal.SIGINT, signal.SIG_DFL)  # before and after main, Ctrl-C leaves at once
     try:
-        status = main(sys.argv[1:]) or 0
+        with signals_handled(interrupt):
+            stop_with_parent()
+            status = main(sys.argv[1:]) or 0
     except BrokenPipeError:  # the reader of the output has left (`| head`)
         status = 141  # 128 + SIGPIPE
-    except (CommandLineError, DeviceError, GPUError, CheckpointError, FloatingPointError, OSError) as error:
+    except (CommandLineError, DeviceError, GPUError, CheckpointError, FloatingPointError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not (isinstance(error, GPUError) or no_more_processes(error)):
+            raise
         rank = f"rank {RANK}: " if RANKS > 1 else ""
-        line = one_line(error) if isinstance(error, OSError) else error
+        line = one_line(error) if isinstance(error, OSError) or no_more_processes(error) else error
         with contextlib.suppress(OSError):
             print(printable(f"{prog}: {rank}{line}"), file=sys.stderr)
         status = 1
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as error:
+        status = 128 + (error.args or [signal.SIGINT])[0]
     sys.exit(finish_output(prog, status))
 
 

@@ -12,14 +12,13 @@ if __name__ == "__main__":
 
 import argparse
 import csv
+import functools
 import importlib
 import itertools
 import json
 import math
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -28,7 +27,9 @@ import numpy as np
 from algorithms import actor_critic
 from callbacks import new_figure, read_metrics, reason
 from checkpoint import CheckpointError, load_checkpoint
-from command_line import CommandLineError, check_begun, check_constants, convert, given_path, kind_of, raise_error, run_script, shown
+from command_line import (
+    CommandLineError, check_begun, check_constants, convert, given_path, kind_of, raise_error, run_script, run_side_by_side, shown,
+)  # fmt: skip
 from device import available_cores
 
 HERE = Path(__file__).parent
@@ -171,13 +172,13 @@ def directory_of(out, values):
     return out / ",".join(f"{name.lower()}={value}" for name, value in values.items()).replace("/", "_")
 
 
-def train(what, run_dir, values):
-    """One run to its end; its output goes to a log beside its directory."""
+def train(what, run_dir, values, run):
+    """One run to its end; its output goes to a log beside its directory. run: of `run_side_by_side`."""
     if what.finished(run_dir):
         return
-    command = [sys.executable, *map(str, what.command(run_dir, values))]
+    command = [sys.executable, *what.command(run_dir, values)]
     with open(run_dir.with_name(run_dir.name + ".log"), "a") as log:
-        subprocess.run(command, cwd=HERE.parent, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        run(command, cwd=HERE.parent, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def heat_map(rows, x, y):
@@ -225,12 +226,7 @@ def main(argv=()):
             what.result(run_dir)  # or say now that it has lost its metrics
     out.mkdir(parents=True, exist_ok=True)
     print(f"{len(runs)} runs, {available_cores()} at a time, in {shown(out)}", flush=True)
-    with ThreadPoolExecutor(available_cores()) as pool:
-        try:
-            list(pool.map(lambda run_dir: train(what, run_dir, runs[run_dir]), runs))
-        except KeyboardInterrupt:  # the running trainings have got it too, and save
-            pool.shutdown(cancel_futures=True)
-            raise CommandLineError("stopped; start again to go on") from None
+    run_side_by_side([functools.partial(train, what, run_dir, values) for run_dir, values in runs.items()], available_cores())
     if failed := [run_dir for run_dir in runs if not what.finished(run_dir)]:
         raise CommandLineError(f"{len(failed)} runs did not finish, see {failed[0]}.log; start again to go on")
     rows = [values | what.result(run_dir) | what.fresh(run_dir, args.fresh) for run_dir, values in runs.items()]

@@ -7,12 +7,11 @@ the seeds, and their ranges; writes learning.csv, the first of them; and draws l
 
 import argparse
 import csv
+import functools
 import json
 import math
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,9 @@ sys.path.insert(0, str(ROOT))
 import train_ppo  # noqa: E402
 from callbacks import new_figure, read_metrics, reason  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
-from command_line import CommandLineError, check_begun, check_constants, given_path, raise_error, read_command_line, run_script  # noqa: E402
+from command_line import (  # noqa: E402
+    CommandLineError, check_begun, check_constants, given_path, raise_error, read_command_line, run_script, run_side_by_side,
+)  # fmt: skip
 from device import available_cores  # noqa: E402
 from evaluation import CLEARED_SCORE, RANDOM_SCORE  # noqa: E402
 from model import GPT  # noqa: E402
@@ -61,8 +62,8 @@ def train_small_weights(argv):
     return train_ppo.main(argv)
 
 
-def train(run_dir, variant, seed, more):
-    """One run to its end, resumed if it began before; does nothing if it has ended."""
+def train(run_dir, variant, seed, more, run):
+    """One run to its end, resumed if it began before; does nothing if it has ended. run: of `run_side_by_side`."""
     if finished(run_dir):
         return
     program, where = [ROOT / "train_ppo.py"], ["--resume", run_dir]
@@ -74,7 +75,7 @@ def train(run_dir, variant, seed, more):
     log = log_of(run_dir)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
-        subprocess.run(list(map(str, command)), stdout=file, stderr=file)
+        run(command, stdout=file, stderr=file)
 
 
 def log_of(run_dir):
@@ -211,12 +212,8 @@ def main(argv=()):
     for (variant, seed), run_dir in runs.items():
         check(run_dir, variant, seed, more)
     out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(available_cores()) as pool:
-        try:
-            list(pool.map(lambda run: train(runs[run], *run, more), runs))
-        except KeyboardInterrupt:  # the running trainings have got it too, and save
-            pool.shutdown(cancel_futures=True)
-            raise CommandLineError("stopped; start again to go on") from None
+    tasks = [functools.partial(train, run_dir, variant, seed, more) for (variant, seed), run_dir in runs.items()]
+    run_side_by_side(tasks, available_cores())
     if failed := [str(log_of(run_dir)) for run_dir in runs.values() if not finished(run_dir)]:
         raise CommandLineError(f"some runs did not finish, see {', '.join(failed)}; start again to go on")
     curves = {variant: {seed: evaluations(runs[variant, seed]) for seed in args.seeds} for variant in args.variants}

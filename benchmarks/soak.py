@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from callbacks import read_metrics  # noqa: E402
-from command_line import CommandLineError, raise_error, run_script  # noqa: E402
+from command_line import CommandLineError, raise_error, run_script, start_program  # noqa: E402
 
 
 def look(pid):
@@ -31,7 +31,7 @@ def soak(minutes, arguments):
     """-> looks, a list of (megabytes, open files), and the steps per second of each update."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "train_ppo.py", *arguments, "--num_steps", str(10**12), "--run_dir", f"{folder}/run"]
-        process, looks, end = subprocess.Popen(command, stdout=subprocess.DEVNULL), [], time.monotonic() + 60 * minutes
+        process, looks, end = start_program(command, stdout=subprocess.DEVNULL), [], time.monotonic() + 60 * minutes
         try:
             while time.monotonic() < end:
                 time.sleep(1)

@@ -53,6 +53,7 @@ SPEED = "what", "ours", "plain baseline", "ratio", "relative error"  # the colum
 PEAK_OF = """import resource, signal, subprocess, sys
 process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, lambda *_: process.terminate())
 if status := process.wait():
     sys.exit(status)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""  # its own process: a child's peak counts what its parent held
@@ -235,6 +236,7 @@ def training(num_steps, device):
         try:
             printed, _ = process.communicate()
         finally:
+            process.terminate()
             process.wait()  # after Ctrl-C until the training, which saves, has ended
         if process.returncode:
             raise CommandLineError(f"the training has ended with status {process.returncode}; its reason stands above")

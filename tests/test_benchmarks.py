@@ -1,6 +1,5 @@
 """Every benchmark, small, against figures that are known."""
 
-import contextlib
 import csv
 import functools
 import importlib.util
@@ -172,6 +171,11 @@ CURVES = {  # seed: (steps, seconds, score, games cleared) of each evaluation
 MARKS = [f"{mark}: {unit}" for mark in (300, 600, 900, 960) for unit in ("M steps", "min")]
 
 
+def in_turn(run):
+    """Stands in for `run_side_by_side`, without threads and processes."""
+    return lambda tasks, at_once: [task(run) for task in tasks]
+
+
 def leave_run(run_dir, seed, curve=(), global_step=CONSTANTS["NUM_STEPS"], evaluations=()):
     """What a run of the default constants leaves, as far as learning.py reads it."""
     run_dir.mkdir(parents=True)
@@ -184,7 +188,7 @@ def leave_run(run_dir, seed, curve=(), global_step=CONSTANTS["NUM_STEPS"], evalu
 
 
 def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(learning.subprocess, "run", None)  # all runs have ended: none is started
+    monkeypatch.setattr(learning, "run_side_by_side", in_turn(None))  # all runs have ended: none is started
     for seed, curve in CURVES.items():
         leave_run(tmp_path / "recipe" / f"seed{seed}", seed, curve)
     learning.main(["--seeds", "0", "1", "--out", str(tmp_path)])
@@ -229,12 +233,15 @@ def test_when_a_run_has_ended(tmp_path):
 
 def test_a_run_is_started_resumed_or_left_alone(tmp_path, monkeypatch):
     commands = []
-    monkeypatch.setattr(learning.subprocess, "run", lambda command, **kwargs: commands.append(command[1:]))
+
+    def run(command, **kwargs):
+        commands.append(list(map(str, command[1:])))
+
     leave_run(tmp_path / "half", 3, global_step=CONSTANTS["NUM_STEPS"] // 2)
     leave_run(tmp_path / "whole", 3)
     (tmp_path / "killed").mkdir()  # before there was anything to resume
     for name, variant in (("half", "gamma_0.99"), ("whole", "recipe"), ("killed", "recipe"), ("new", "small_weights")):
-        learning.train(tmp_path / name, variant, 3, ["--num_envs", "4"])
+        learning.train(tmp_path / name, variant, 3, ["--num_envs", "4"], run)
     train, itself = str(ROOT / "train_ppo.py"), learning.__file__
     assert commands == [
         [train, "--gamma", "0.99", "--num_envs", "4", "--resume", str(tmp_path / "half")],
@@ -242,13 +249,13 @@ def test_a_run_is_started_resumed_or_left_alone(tmp_path, monkeypatch):
         [itself, "--train_small_weights", "--num_envs", "4", "--seed", "3", "--run_dir", str(tmp_path / "new")],
     ]
     leave_run(tmp_path / "new", 3, global_step=CONSTANTS["NUM_STEPS"] // 2)
-    learning.train(tmp_path / "new", "small_weights", 3, [])
+    learning.train(tmp_path / "new", "small_weights", 3, [], run)
     assert commands[-1] == [train, "--resume", str(tmp_path / "new")]
     assert (tmp_path / "killed").exists() and {"half.log", "killed.log", "new.log"} <= {x.name for x in tmp_path.iterdir()}
 
 
 def test_runs_that_did_not_end_and_runs_of_other_constants(tmp_path, monkeypatch):
-    monkeypatch.setattr(learning.subprocess, "run", lambda command, **kwargs: None)
+    monkeypatch.setattr(learning, "run_side_by_side", in_turn(lambda command, **kwargs: None))
     with pytest.raises(CommandLineError, match="did not finish, see .*recipe/seed0.log, .*recipe/seed1.log; start again"):
         learning.main(["--seeds", "0", "1", "--out", str(tmp_path)])
     leave_run(tmp_path / "recipe" / "seed0", 0)
@@ -272,17 +279,8 @@ class AtOnce(Callback):
         trainer.evaluation_end(state, exact(policy_of(state), 100) | {"returned": 0.5})
 
 
-class InTurn(contextlib.nullcontext):
-    """A pool of no threads: only the main one may handle signals."""
-
-    map = staticmethod(map)
-
-    def __init__(self, max_workers):
-        super().__init__(self)
-
-
 def in_this_process(command, **kwargs):
-    main, arguments = train_ppo.main, command[2:]
+    main, arguments = train_ppo.main, list(map(str, command[2:]))
     if arguments[0] == "--train_small_weights":
         main, arguments = learning.train_small_weights, arguments[1:]
     assert main(arguments) == 0
@@ -291,8 +289,7 @@ def in_this_process(command, **kwargs):
 def test_small_trainings_end_to_end(tmp_path, monkeypatch):
     """What the table says is what the runs' best models say of themselves. Small weights are nanoGPT's, and whoever evaluates them
     need not know of them."""
-    monkeypatch.setattr(learning, "ThreadPoolExecutor", InTurn)
-    monkeypatch.setattr(learning.subprocess, "run", in_this_process)
+    monkeypatch.setattr(learning, "run_side_by_side", in_turn(in_this_process))
     monkeypatch.setattr(train_ppo, "evaluation_of", lambda c, device: AtOnce())
     monkeypatch.setattr(GPT, "init_weights", GPT.init_weights)  # restored at the end
     variants = ["no_paired_envs", "no_prediction", "small_weights"]
@@ -516,6 +513,8 @@ def test_speed_and_memory_of_a_whole_training(monkeypatch):
 
         def wait(self):
             pass
+
+        terminate = wait
 
     monkeypatch.setattr(throughput.subprocess, "Popen", Process)
     monkeypatch.setattr(throughput.sys, "platform", "linux")

@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,10 @@ import checkpoint
 import command_line
 from algorithms.grid_search import TRAININGS, training
 from callbacks import say
-from checkpoint import CheckpointError, atomic_write
+from checkpoint import CheckpointError, atomic_write, replacing
 from command_line import (
-    CommandLineError, Constants, check_begun, check_constants, finish_output, ignore_signals, new_run_dir, one_line, read_command_line, read_run, resume_command,
-    run_script, shown, signals_handled, train,
+    PARENT, STOP_SIGNALS, CommandLineError, Constants, check_begun, check_constants, finish_output, ignore_signals, locked, new_run_dir,
+    one_line, read_command_line, read_run, resume_command, run_script, run_side_by_side, shown, signals_handled, stop_with_parent, train,
 )  # fmt: skip
 from device import shortened
 from trainer import Trainer
@@ -296,3 +297,70 @@ def test_a_run_that_cannot_be_saved_still_says_why_it_ended(tmp_path, monkeypatc
     assert train(Failing(update=FloatingPointError("the gradient is not finite")), tmp_path, "script.py", {FloatingPointError: " --lr 1"}) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("the gradient is not finite; ") and str(failure.args[-1]) in line and line.endswith(f"--resume {tmp_path} --lr 1")
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_signal_leaves_the_old_file_and_nothing_else(tmp_path, signum):
+    (tmp_path / "gpt.gif").write_text("old")
+
+    def main(argv):
+        with replacing(tmp_path / "gpt.gif") as unfinished:
+            unfinished.write_text("half")
+            signal.raise_signal(signum)
+
+    with pytest.raises(SystemExit) as error:
+        run_script(main, "a.py")
+    assert error.value.code == 128 + signum and os.listdir(tmp_path) == ["gpt.gif"] and (tmp_path / "gpt.gif").read_text() == "old"
+
+
+def test_no_more_threads_is_one_line(capsys):
+    def main(argv):
+        raise RuntimeError("can't start new thread")
+
+    with pytest.raises(SystemExit):
+        run_script(main, "a.py")
+    assert capsys.readouterr().err == "a.py: no more processes or threads can be started; end some, or raise the limit (ulimit -u)\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a file that is open cannot be deleted")
+def test_a_run_stays_locked_without_its_lock_file(tmp_path):
+    with locked(tmp_path):
+        (tmp_path / "run.lock").unlink()
+        for _ in range(2):
+            with pytest.raises(CommandLineError, match="another process is training this run"), locked(tmp_path):
+                pass
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a process does not learn of it")
+@pytest.mark.parametrize("parent, stops", [(os.getppid(), False), (1 if os.getppid() > 1 else 2, True)])
+def test_a_program_stops_when_the_one_that_started_it_has_ended(monkeypatch, parent, stops):
+    monkeypatch.setenv(PARENT, str(parent))
+    received, deadline = [], time.monotonic() + (10 if stops else 0.2)
+    with signals_handled(lambda signum, frame: received.append(signum)):
+        stop_with_parent()
+        while not received and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert received == [signal.SIGTERM] * stops and PARENT not in os.environ  # nor is it handed on
+
+
+WAITS = [sys.executable, "-c", "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(1000)"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_programs_side_by_side_are_stopped_together(tmp_path, error):
+    started, ended = tmp_path / "started", []
+
+    def waits(run):
+        run([*WAITS, started])
+        ended.append(0)
+
+    def fails(run):
+        while not started.exists():
+            time.sleep(0.01)
+        raise error
+
+    with pytest.raises(CommandLineError if error is KeyboardInterrupt else error):
+        run_side_by_side([waits, fails], 2)
+    assert ended == [0]

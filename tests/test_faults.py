@@ -6,8 +6,10 @@ import importlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ import algorithms.common
 import train_ppo
 from algorithms_helpers import without_processes  # noqa: F401
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from command_line import CommandLineError
+from command_line import CommandLineError, locked
 from test_checkpoint import example, same
 from test_train_ppo import SMALL, logged
 
@@ -169,3 +171,34 @@ def test_a_training_that_is_killed_fifty_times(tmp_path):
         assert state.pop("seconds") > 0 and state["constants"].pop("RUN_DIR")
     assert states[0]["update_count"] == 200 and same(*states)
     assert len(logged(tmp_path / "straight")) == 200 and logged(tmp_path / "straight") == logged(tmp_path / "killed")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a process does not learn that its parent has ended")
+@pytest.mark.parametrize("program", ["algorithms.grid_search", "torch.distributed.run"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_what_started_trainings_is_ended(tmp_path, program, signum):
+    """The trainings end too, and have saved."""
+    small, run_dir = "--num_envs 2 --rollout_steps 8 --batch_size 8 --eval_interval 1000000 --save_freq 1000000 --num_steps 1000000000", tmp_path / "run"
+    if program == "algorithms.grid_search":
+        command = f"train_ppo {small} --seed 0 1 --paired_envs false --out".split() + [tmp_path]
+    else:
+        command = f"--standalone --nproc_per_node=2 train_ppo.py {small} --paired_envs false --device cpu --run_dir".split() + [run_dir]
+    with open(tmp_path / "log", "w") as log:  # not a pipe, which the trainings would keep open
+        process = subprocess.Popen([sys.executable, "-m", program, *map(str, command)], cwd=ROOT, stdout=log, stderr=log,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    wanted, deadline = 2 if program == "algorithms.grid_search" else 1, time.monotonic() + 120
+    while len(runs := [path.parent for path in tmp_path.glob("*/metrics.csv")]) < wanted and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signum)
+    process.wait(60)
+    while time.monotonic() < deadline and not all(free(run) for run in runs):
+        time.sleep(0.1)
+    assert len(runs) == wanted and all(free(run) and load_checkpoint(run)["update_count"] > 0 for run in runs)  # saved by nothing but the stop
+
+
+def free(run_dir):
+    try:
+        with locked(run_dir):
+            return True
+    except CommandLineError:
+        return False

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,19 +17,9 @@ from command_line import CommandLineError
 SMALL = "--num_steps 60 --episodes 2 --hidden 4 8 --eval_interval 1"
 
 
-class InTurn:
-    """A pool of no threads: only the main one may handle signals."""
-
-    map = staticmethod(map)
-
-    def __init__(self, workers):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        pass
+def in_turn(run):
+    """Stands in for `run_side_by_side`, without threads and processes."""
+    return lambda tasks, at_once: [task(run) for task in tasks]
 
 
 @pytest.fixture
@@ -39,12 +28,10 @@ def in_this_process(monkeypatch, without_processes):  # noqa: F811
     commands = []
 
     def run(command, cwd, stdout, stderr, env):
-        commands.append(command[3:])
-        algorithm = importlib.import_module(command[2]).ALGORITHM
-        return SimpleNamespace(returncode=importlib.import_module("algorithms.common").run_algorithm(algorithm, command[3:]))
+        commands.append(list(map(str, command[3:])))
+        importlib.import_module("algorithms.common").run_algorithm(importlib.import_module(command[2]).ALGORITHM, commands[-1])
 
-    monkeypatch.setattr(grid_search.subprocess, "run", run)
-    monkeypatch.setattr(grid_search, "ThreadPoolExecutor", InTurn)
+    monkeypatch.setattr(grid_search, "run_side_by_side", in_turn(run))
     return commands
 
 
@@ -134,7 +121,7 @@ def test_a_search_begun_with_other_constants_is_not_mixed(tmp_path, in_this_proc
 
 def test_the_training_with_a_config_file(tmp_path, monkeypatch, in_this_process):
     monkeypatch.setattr(actor_critic, "STEPS_PER_EPOCH", 2)
-    monkeypatch.setattr(grid_search.subprocess, "run", lambda command, **kwargs: actor_critic.main(command[3:]))
+    monkeypatch.setattr(grid_search, "run_side_by_side", in_turn(lambda command, **kwargs: actor_critic.main(list(map(str, command[3:])))))
     words = "actor_critic --num_epochs 1 --hidden_dim 4 --seed 1 2 --out".split() + [str(tmp_path)]
     assert main(words) == main(words) == 0
     with open(tmp_path / "grid.csv") as file:

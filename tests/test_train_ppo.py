@@ -129,6 +129,14 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(straight, tmp_path, mon
     assert signal.getsignal(signum) in (signal.default_int_handler, signal.SIG_DFL)
 
 
+def test_a_second_ctrl_c_while_files_are_closed_leaves_at_once(tmp_path, monkeypatch):
+    """It would be a KeyboardInterrupt, and a traceback, in the middle of some library."""
+    update, close, handlers = PPO.update, callbacks.TensorBoard.close, []
+    monkeypatch.setattr(PPO, "update", lambda self: os.kill(os.getpid(), signal.SIGINT) or update(self))
+    monkeypatch.setattr(callbacks.TensorBoard, "close", lambda self: handlers.append(signal.getsignal(signal.SIGINT)) or close(self))
+    assert run(tmp_path, "run") == 130 and handlers == [signal.SIG_DFL]
+
+
 def test_a_disk_that_is_full_for_a_while_loses_nothing(straight, tmp_path, monkeypatch, capsys):
     """During updates 3 and 4 no file may grow beyond 1000 bytes: not the log, the plot, nor a checkpoint."""
     resource, update, limits = pytest.importorskip("resource"), PPO.update, []
@@ -393,7 +401,7 @@ def test_an_evaluator_that_dies_at_once_loses_nothing(tmp_path, monkeypatch, cap
     """Neither at first nor in a resume, which starts with an evaluation."""
 
     class Dead(AtOnce):
-        def submit(self, state):
+        def result(self, future):
             raise ChildProcessError("a background process has died")
 
     run(tmp_path, "run")
@@ -401,7 +409,7 @@ def test_an_evaluator_that_dies_at_once_loses_nothing(tmp_path, monkeypatch, cap
         with monkeypatch.context() as m:
             m.setattr(callbacks, "Background", Dead)
             assert main(["--resume", str(tmp_path / "run" / name), "--num_steps", "400"]) == 1
-        assert load_checkpoint(tmp_path / "run")["update_count"] == {"last.pt": 7, "checkpoint_4.pt": 4}[name]
+        assert load_checkpoint(tmp_path / "run")["update_count"] == {"last.pt": 8, "checkpoint_4.pt": 4}[name]
         assert "has died; go on with" in capsys.readouterr().err
 
 
