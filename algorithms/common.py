@@ -24,7 +24,8 @@ from gymnasium.vector import SyncVectorEnv
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard, say
 from checkpoint import CheckpointError, check_like, load_checkpoint, model_to_play, replacing
 from command_line import (
-    CommandLineError, check_constants_of_file, given_path, load_state, memory_advice, new_run_dir, raise_error, read_run, shown, train,
+    CommandLineError, check_constants_of_file, given_path, load_state, memory_advice, new_run_dir, quoted, raise_error, read_run, shown,
+    train,
 )  # fmt: skip
 from device import RANKS, DeviceError, choose_device, shortened
 from drawing import write_gif
@@ -57,12 +58,18 @@ class Algorithm(NamedTuple):
     human: Callable | None = None  # policy state, seed: shows or plays in the terminal; None: `frames` opens a window
 
 
-def need(module, install="-r algorithms/requirements.txt"):
-    """-> an imported module. Raises CommandLineError, which names the command that installs it."""
+def need(module, install=None):
+    """-> an imported module. Raises CommandLineError, which names the command that installs it, or all that this folder needs."""
+    if module == "transformers" and sys.flags.optimize > 1:
+        raise CommandLineError("transformers needs its docstrings, which python -OO leaves out; start python without it")
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise CommandLineError(f"needs {error.name or module}: pip install {install}") from None
+        raise CommandLineError(f"needs {error.name or module}: pip install {install or requirements()}") from None
+
+
+def requirements():
+    return f"-r {quoted(shown(HERE / 'requirements.txt'))}"
 
 
 def device_of(c):
@@ -218,7 +225,7 @@ def play_or_evaluate(algorithm, argv):
             else:
                 show(algorithm, state, episodes, args)
     except DependencyNotInstalled as error:
-        raise CommandLineError(f"{error}; pip install -r algorithms/requirements.txt") from None
+        raise CommandLineError(f"{error}; pip install {requirements()}") from None
     except CommandLineError:
         raise
     except ValueError as error:

@@ -2,6 +2,7 @@ import importlib
 import math
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +156,16 @@ def test_help_without_docstrings(capsys):
 def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(CommandLineError, match="^needs no_such_module: pip install -r algorithms/requirements.txt$"):
         common.need("no_such_module")
+    monkeypatch.setattr(common, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    with pytest.raises(CommandLineError, match="^transformers needs its docstrings"):
+        common.need("transformers")
+
+
+def test_the_command_that_installs_can_be_pasted_in_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CommandLineError) as error:
+        common.need("no_such_module")
+    assert os.path.samefile(shlex.split(str(error.value))[-1], common.HERE / "requirements.txt")
 
 
 def test_faults_of_any_training_here(tmp_path, monkeypatch, without_processes):  # noqa: F811
