@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
@@ -21,7 +22,7 @@ import torch
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import SyncVectorEnv
 
-from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard, say
+from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
 from checkpoint import CheckpointError, check_like, load_checkpoint, model_to_play, replacing
 from command_line import (
     CommandLineError, check_constants_of_file, given_path, load_state, memory_advice, new_run_dir, quoted, raise_error, read_run, shown,
@@ -159,7 +160,7 @@ def check_models(state, found):
         old_name, old_fingerprint = old
         same = fingerprint == old_fingerprint
         if name == old_name and not same:
-            say(f"warning: {name} has changed since the run began, or is read otherwise than it was; going on")
+            warnings.warn(f"{name} has changed since the run began, or is read otherwise than it was", stacklevel=1)
         elif name != old_name and not (same and fingerprint):
             reason = f"--{constant.lower()} {name} is not the model that the run began with"
             raise CommandLineError(f"{reason}; name that one, which was {old_name}")

@@ -16,7 +16,6 @@ import torch
 import torch.nn as nn
 
 from algorithms.common import need
-from callbacks import say
 from command_line import CommandLineError
 from device import out_of_memory, shortened
 
@@ -281,7 +280,6 @@ class RewardModel:
         self.fingerprint = fingerprint(self.model)
         self.longest = min(self.tokenizer.model_max_length, longest_text(self.model))
         self.accepted = inspect.signature(self.model.forward).parameters  # some tokenizers give more
-        self.warned = False
         with readable():
             rows = [self.inputs(prompt, "")["input_ids"][0].tolist() for prompt in prompts]
             check_tokens(self.model, self.tokenizer, rows)
@@ -306,10 +304,8 @@ class RewardModel:
                 reason = f"it reads {self.longest} tokens at most, and a prompt has more"
                 raise CommandLineError(f"{reason}; take another model")
             answer = answer[: len(answer) * 9 // 10]
-            if not self.warned:
-                self.warned = True
-                limit = f"the reward model reads {self.longest} tokens at most"
-                say(f"warning: {limit}, and of longer answers the beginning")
+            limit = f"the reward model reads {self.longest} tokens at most"
+            warnings.warn(f"{limit}, and of longer answers the beginning", stacklevel=1)  # said once
 
 
 def reference_to(model):

@@ -1,3 +1,4 @@
+import contextlib
 import inspect
 import json
 import math
@@ -177,15 +178,16 @@ def wrapped(tokenizer, settings, template=None, closing=False):
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 @pytest.mark.parametrize("settings", TOKENIZERS)
-def test_a_classifier_reads_each_pair_as_if_alone(kind, settings, tmp_path, tokenizer, capsys):
+def test_a_classifier_reads_each_pair_as_if_alone(kind, settings, tmp_path, tokenizer):
     model = save_classifier(tmp_path, tokenizer, kind, TOKENIZERS[settings])
     reward = RewardModel(str(tmp_path), torch.device("cpu"), ["hi", "hi there"])
     pairs = [("hi", "hello world"), ("hi there", "yes"), ("hi", "A long answer. " * 3)]
-    together = reward(*zip(*pairs))
+    too_long = pytest.warns(UserWarning, match="reads 20 tokens at most, and of longer answers the beginning")
+    with too_long if settings == "reads 20 tokens" else contextlib.nullcontext():
+        together = reward(*zip(*pairs))
     names, plain = inspect.signature(model.forward).parameters, wrapped(tokenizer, {})
     for i, (prompt, answer) in enumerate(pairs):
         if i == 2 and settings == "reads 20 tokens":
-            assert "of longer answers the beginning" in capsys.readouterr().out
             continue
         with torch.no_grad():
             alone = model(**{name: x for name, x in plain(prompt, answer, return_tensors="pt").items() if name in names}).logits[0, 0]
@@ -489,7 +491,6 @@ def test_models_are_found_from_elsewhere_and_after_a_move(tmp_path, folder, toke
     assert evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 2, *places) == first
     assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2, *places) == 0
     assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 3) == 0  # the new places are kept
-    assert "has changed" not in capsys.readouterr().out
     other = small_model("Qwen3", tokenizer)
     with torch.no_grad():
         other.model.norm.weight.mul_(1.1)
@@ -501,8 +502,8 @@ def test_models_are_found_from_elsewhere_and_after_a_move(tmp_path, folder, toke
         with pytest.raises(CommandLineError, match="--reward_model friendly is not the model"):
             run(ALGORITHM, *more, "--reward_model", "friendly")
     shutil.copytree(tmp_path / "other", tmp_path / "moved_base", dirs_exist_ok=True)
-    assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 4) == 0
-    assert "moved_base has changed since the run began" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="moved_base has changed since the run began"):
+        assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 4) == 0
 
 
 def test_runs_of_older_versions_go_on(tmp_path, folder, without_processes, monkeypatch):  # noqa: F811
