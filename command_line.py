@@ -356,7 +356,8 @@ def train(trainer, run_dir, prog, advice):
     def stop(signum, frame):
         received.append(signum)
         if RANKS == 1:  # torchrun passes on what the terminal has sent already
-            signal.signal(signum, signal.SIG_DFL)  # a second one leaves at once
+            # a second one leaves at once, with Ctrl-C by a KeyboardInterrupt: a notebook's kernel must outlive it
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
         trainer.request_stop()
 
     with signals_handled(stop), contextlib.ExitStack() as stack:

@@ -288,6 +288,15 @@ def test_where_the_first_state_cannot_be_taken_the_error_is_that_one(tmp_path, c
     assert capsys.readouterr().err == (advice or "\nenvironment cannot be saved\n")
 
 
+def test_a_second_ctrl_c_ends_the_training_and_not_a_notebooks_kernel(tmp_path, monkeypatch):
+    trainer = Failing(update=RuntimeError("never raised"))
+    monkeypatch.setattr(trainer, "collect_and_update", lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, tmp_path, "script.py", {})
+    assert trainer.stop_requested and signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("no memory to save in")])
 def test_a_run_that_cannot_be_saved_still_says_why_it_ended(tmp_path, monkeypatch, capsys, failure):
     def fail(*args):
