@@ -382,7 +382,7 @@ def train(trainer, run_dir, prog, advice):
 def begin(trainer, run_dir):
     """Prepare the directory of a run, new or resumed: write what it is, and delete what a kill has left half written."""
     trainer.metadata["constants"]["RUN_DIR"] = str(run_dir)
-    trainer.metadata["run_id"] = trainer.metadata.get("run_id") or recorded_id(run_dir) or uuid.uuid4().hex
+    trainer.metadata["run_id"] = recorded_id(run_dir) or trainer.metadata.get("run_id") or uuid.uuid4().hex
     write_config(run_dir, trainer)
     delete_unfinished(run_dir)
 
@@ -432,6 +432,7 @@ def save_snapshot(trainer, run_dir, command, help_with):
     try:
         if not (run_dir / "config.json").exists():  # the directory has just been renamed or removed
             write_config(run_dir, trainer)
+            command = f"{run_dir} was renamed or removed, and has been made anew; {command}"
         save_checkpoint(run_dir / "last.pt", trainer.snapshot)
     except Exception as failure:  # it must not hide the reason
         return False, f"; {one_line(failure) or type(failure).__name__}; then {command}"
