@@ -31,7 +31,8 @@ FORMAT_VERSION = 1  # raise it when a change makes older code misread the file
 PLAYED = ("best_model.pt", "last.pt")  # what is played of a run: the first of them that it has
 PLAIN_TYPES = (type(None), bool, int, float, str)
 COUNTERS = {"update_count": 0, "global_step": 0, "seconds": 0.0}  # of a training; programs read them before they know of what kind it is
-LONGEST_INDEX = 2**25  # bytes of everything in a file but the tensors: millions of values, which take seconds to read
+MOST_VALUES = 2**18  # in a checkpoint; a tensor is one
+LONGEST_INDEX = 2**25  # bytes of everything in a file but the tensors' numbers
 
 
 class CheckpointError(Exception):
@@ -105,20 +106,19 @@ def replacing(path):
 
 
 def walk(value, where="state"):
-    """Yields (place, value) for `value` and for everything in it. Raises ValueError for what is nested very deeply, and for a list or dict
-    that is met twice: sixty of them that hold each other would take for ever."""
-    places, seen = [(where, value)], set()
+    """Yields (place, value) for `value` and for everything in it. Raises ValueError for what is nested very deeply, and for more values
+    than any training has: sixty lists that hold each other twice would take for ever."""
+    places, left = [(where, value)], MOST_VALUES
     while places:
         where, value = places.pop()
         yield where, value
-        if len(where) > 10_000:
-            raise ValueError("is nested too deeply")
-        if isinstance(value, (dict, list, tuple)) and value:
-            if id(value) in seen:
-                raise ValueError("holds a list or dict in two places")
-            seen.add(id(value))
-            items = [(repr(key), item) for key, item in value.items()] if isinstance(value, dict) else enumerate(value)
-            places += [(f"{where}[{key}]", item) for key, item in items]
+        left -= len(value) if isinstance(value, (dict, list, tuple)) else 0
+        if len(where) > 10_000 or left < 0:
+            raise ValueError("holds too many values, or they are nested too deeply")
+        if isinstance(value, dict):
+            places += [(f"{where}[{key!r}]", item) for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            places += [(f"{where}[{i}]", item) for i, item in enumerate(value)]
 
 
 def checksum(state):

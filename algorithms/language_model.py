@@ -330,4 +330,6 @@ class TrainedOnly(nn.Module):
         return {name: x for name, x in super().state_dict(*args, **kwargs).items() if name in trained}
 
     def load_state_dict(self, state, strict=True):
+        if state.keys() != self.state_dict().keys():
+            raise RuntimeError("the weights are those of another model")
         return super().load_state_dict(state, strict=False)
