@@ -352,12 +352,13 @@ def train(trainer, run_dir, prog, advice):
     Raises CommandLineError if another process is training in this directory.
     """
     received = []
+    # a second Ctrl-C ends the process if that is a program of ours, and otherwise only this call: a notebook's kernel must outlive it
+    leave = signal.SIG_DFL if signal.getsignal(signal.SIGINT) is interrupt else signal.default_int_handler
 
     def stop(signum, frame):
         received.append(signum)
         if RANKS == 1:  # torchrun passes on what the terminal has sent already
-            # a second one leaves at once, with Ctrl-C by a KeyboardInterrupt: a notebook's kernel must outlive it
-            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(signum, leave if signum == signal.SIGINT else signal.SIG_DFL)  # a second one leaves at once
         trainer.request_stop()
 
     with signals_handled(stop), contextlib.ExitStack() as stack:
@@ -373,7 +374,7 @@ def train(trainer, run_dir, prog, advice):
                 ignore_signals()  # the end is near, and the run is not saved yet
                 status = give_up(error, received, trainer, run_dir, prog, {**advice, GPUError: " --device cpu", InputNotFinite: "", CheckpointError: ""})
                 if RANKS == 1:
-                    set_handler(signal.SIGINT, signal.SIG_DFL)  # one more need not wait until all is closed
+                    set_handler(signal.SIGINT, leave)  # one more need not wait until all is closed
                 if received or not isinstance(error, GPUError) or RANKS > 1:  # ranks would have to agree
                     return status
     return go_on_with_cpu(run_dir, prog)

@@ -20,7 +20,7 @@ import torch
 import callbacks
 import train_ppo
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from command_line import CommandLineError, kind_of
+from command_line import CommandLineError, interrupt, kind_of, signals_handled
 from device import DeviceError
 from fast import DeviceBreakout
 from model import GPTConfig
@@ -130,11 +130,13 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(straight, tmp_path, mon
 
 
 def test_a_second_ctrl_c_while_files_are_closed_leaves_at_once(tmp_path, monkeypatch):
-    """It would be a KeyboardInterrupt, and a traceback, in the middle of some library."""
+    """In a program of ours it would be a KeyboardInterrupt, and a traceback, in the middle of some library."""
     update, close, handlers = PPO.update, callbacks.TensorBoard.close, []
     monkeypatch.setattr(PPO, "update", lambda self: os.kill(os.getpid(), signal.SIGINT) or update(self))
     monkeypatch.setattr(callbacks.TensorBoard, "close", lambda self: handlers.append(signal.getsignal(signal.SIGINT)) or close(self))
-    assert run(tmp_path, "run") == 130 and handlers == [signal.SIG_DFL]
+    with signals_handled(interrupt):  # as run_script does
+        assert run(tmp_path, "run") == 130
+    assert run(tmp_path, "called") == 130 and handlers == [signal.SIG_DFL, signal.default_int_handler]
 
 
 def test_a_disk_that_is_full_for_a_while_loses_nothing(straight, tmp_path, monkeypatch, capsys):
