@@ -269,6 +269,7 @@ class PPO(Trainer):
         final_values = torch.zeros_like(values)
         if "final_obs" in infos and truncated.any():  # an env on the device has none, so any() never makes the host wait
             final_obs = np.stack(infos["final_obs"][truncated])
+            check_finite(f"in update {self.update_count + 1}", observations=final_obs)
             final_values[self.tensor(truncated)] = self.act(self.policy.encode(final_obs))[1]
         next_obs, terminated, truncated = self.tensor(next_obs), self.tensor(terminated), self.tensor(truncated)
         if self.config.prediction_coef:

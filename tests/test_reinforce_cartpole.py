@@ -240,8 +240,20 @@ def test_observations_that_are_not_finite_are_named(module):
         return obs * np.float32(math.nan), *rest
 
     envs.step = spoiled
-    with pytest.raises(FloatingPointError, match="the observations are not finite in update 1; mend the environment"):
+    message = "the observations are not finite in update 1; mend the environment"
+    with pytest.raises(FloatingPointError, match=message):
         trainer.collect_and_update()
+    if module is ppo_lunarlander:  # one that an episode ends with, at its time limit, is in no rollout
+
+        def cut_off(actions):
+            obs, rewards, terminated, truncated, infos = step(actions)
+            infos["final_obs"] = np.array([row * np.float32(math.nan) for row in obs] + [None], dtype=object)[:-1]
+            return obs, rewards, terminated, np.ones_like(truncated), infos
+
+        envs.step = cut_off
+        trainer.start_rollout()
+        with pytest.raises(FloatingPointError, match=message):
+            trainer.rollout_step()
 
 
 def untrained():
