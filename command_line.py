@@ -60,16 +60,18 @@ class Run(NamedTuple):
 
 
 class Constants(Mapping):
-    """The constants that a script assigns at its top level: {"NUM_STEPS": 4000000, ...}. What is assigned to one later, as in
-    `train_ppo.NUM_STEPS = 1024`, counts from then on."""
+    """The constants that a script assigns at its top level, before CONSTANTS: {"NUM_STEPS": 4000000, ...}. What is assigned to one
+    later, as in `train_ppo.NUM_STEPS = 1024`, counts from then on. They may have any type: `check_constants` refuses what is wrong."""
 
     def __init__(self, script):
         """script: its globals()."""
-        statements = ast.parse(Path(script["__file__"]).read_text(encoding="utf-8")).body
-        targets = [target for node in statements if isinstance(node, ast.Assign) for target in node.targets]
-        names = [target.id for target in targets if isinstance(target, ast.Name)]
-        self.script = script
-        self.names = [name for name in names if name.isupper() and type(script.get(name)) in KINDS]
+        self.script, self.names = script, []
+        for statement in ast.parse(Path(script["__file__"]).read_text(encoding="utf-8")).body:
+            if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+                stored = [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+                if "CONSTANTS" in stored:
+                    break  # what follows is not for the user to set
+                self.names += [name for name in stored if name.isupper() and name in script and name not in self.names]
 
     def __getitem__(self, name):
         if name not in self.names:
@@ -87,8 +89,9 @@ class Constants(Mapping):
 
 
 def kind_of(name, defaults, ranges):
-    """bool, int, float or str. A range of integers wants an integer, whatever the default has become."""
-    return type(ranges[name][0]) if name in ranges else type(defaults[name])
+    """bool, int, float or str: of the constant's range, which may be bool or str itself, whatever the default has become."""
+    within = ranges.get(name, type(defaults.get(name)))
+    return within if isinstance(within, type) else type(within[0])
 
 
 def read_command_line(argv, prog, doc, defaults, ranges):
@@ -133,14 +136,17 @@ def convert(name, text, kind):
 
 
 def check_constants(constants, defaults, ranges):
-    """Raises CommandLineError for a value of the wrong type or out of its range."""
+    """Raises CommandLineError for a value of the wrong type or out of its range, and for a constant that the script has no more."""
+    for name in ranges:
+        if name not in defaults:
+            raise CommandLineError(f"{name} is missing among the constants at the top of the script; put it back")
     for name, value in constants.items():
-        kind = kind_of(name, defaults, ranges)
-        low, high = ranges.get(name, (-math.inf, math.inf))
+        kind, within = kind_of(name, defaults, ranges), ranges.get(name)
         kinds = (int, float) if kind is float else (kind,)  # an integer is a number
-        if type(value) not in kinds or (name in ranges and not low <= value <= high):
-            within = f" from {low:,} to {high:,}" if name in ranges else ""
-            raise CommandLineError(f"{name} (--{name.lower()}) must be {KINDS[kind]}{within}, not {shortened(repr(value))}")
+        limits = isinstance(within, tuple)
+        if kind not in KINDS or type(value) not in kinds or (limits and not within[0] <= value <= within[1]):
+            wanted = KINDS.get(kind, "true or false, a number, or text") + (f" from {within[0]:,} to {within[1]:,}" if limits else "")
+            raise CommandLineError(f"{name} (--{name.lower()}) must be {wanted}, not {shortened(repr(value))}")
 
 
 def check_constants_of_file(path, constants, defaults, ranges):

@@ -72,13 +72,14 @@ SAVE_FREQ = 8  # updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-RANGES = {  # lowest and highest value; integers if the constant is one. A constant without a range may have any value
+RANGES = {  # lowest and highest value, integers if the constant is one; or its type. One that you add need not be here
     "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 65536), "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (2, 10**7),
     "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "LAMBD_END": (0.0, 1.0), "LAMBD_STEPS": (1, 10**12), "EPS_CLIP": (1e-9, 1.0),
     "VALUE_LOSS_COEF": (0.0, 1e9), "VALUE_CLIP": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9), "MOVE_COEF": (0.0, 1e9),
     "REWARD_SCALE": (1e-9, 1e9), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "MAX_GRAD_NORM": (1e-9, 1e9), "VARIED_STARTS": (0.0, 1.0),
     "PREDICTION_COEF": (0.0, 1e9), "N_LAYER": (1, 1024), "N_HEAD": (1, 8192), "N_EMBD": (1, 8192), "MLP_EXPANSION": (1, 1024),
     "SEED": (0, 2**32 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+    "PAIRED_ENVS": bool, "DEVICE": str, "RUN_DIR": str,
 }  # fmt: skip
 KEPT = "NUM_ENVS N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run must not change these
 

@@ -83,7 +83,7 @@ def read_config(path):
         print(f"wrote {path} with the defaults")
     try:
         given = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CommandLineError(f"{path}: cannot be read as JSON ({error}); delete it for the defaults") from None
     return check_config(given, path)
 

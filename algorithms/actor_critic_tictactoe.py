@@ -59,6 +59,7 @@ RANGES = {
     "NUM_STEPS": (1, 10**12), "GAMES": (8, 10**6), "POOL": (1, 1000), "POOL_INTERVAL": (1, 10**9), "RANDOM_MOVES": (0.0, 1.0),
     "OPENINGS": (0.0, 1.0),    "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9), "LR": (1e-9, 1.0),
     "MIN_LR": (0.0, 1.0), "HIDDEN": (1, 8192), "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+    "DEVICE": str, "RUN_DIR": str,
 }  # fmt: skip
 KEPT = "POOL HIDDEN SEED RUN_DIR".split()
 

@@ -69,6 +69,7 @@ RANGES = {
     "REPLAY_SIZE": (1, 10**9), "MEMORY_FACTOR": (1e-9, 1e3), "BURN_IN": (1, 10**9), "LR": (1e-9, 1.0), "GAMMA": (0.0, 1.0),
     "BATCH_SIZE": (1, 65536), "LEARN_EVERY": (1, 10**6), "SYNC_EVERY": (1, 10**9), "EPSILON": (0.0, 1.0), "EPSILON_END": (0.0, 1.0),
     "EPSILON_DECAY": (0.0, 1.0), "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+    "ENV_ID": str, "ACTIONS": str, "LIFE_LOSS_ENDS": bool, "KEEP_REPLAY": bool, "BF16": bool, "DEVICE": str, "RUN_DIR": str,
 }  # fmt: skip
 KEPT = "ENV_ID ACTIONS STICKY SKIP STACK NUM_ENVS REPLAY_SIZE MEMORY_FACTOR KEEP_REPLAY SEED RUN_DIR".split()
 EVAL_EPSILON = 0.01  # share of random actions in an evaluation

@@ -54,7 +54,7 @@ class Training(NamedTuple):
         config = run_dir / "config.json"
         try:
             return json.loads(config.read_text()) if config.exists() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CommandLineError(f"{config}: is damaged; delete its directory, or name another --out") from None
 
     def check_directory(self, run_dir):
@@ -214,6 +214,7 @@ def main(argv=()):
         raise CommandLineError(f"--map {missing[0].lower()}: is not searched; the grid has {', '.join(map(str.lower, grid))}")
     runs = {directory_of(out, values): values for values in combinations(grid)}
     for run_dir, values in runs.items():
+        check_constants(what.constants | values, what.constants, what.ranges)
         what.check(what.constants | values)
         begun = what.recorded_constants(run_dir)
         if values.get("EVAL_INTERVAL") == 0:

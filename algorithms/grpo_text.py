@@ -75,6 +75,7 @@ RANGES = {
     "LORA_RANK": (0, 4096), "NUM_SAMPLES": (2, 4096), "PROMPTS_PER_STEP": (1, 4096), "MAX_NEW_TOKENS": (1, 65536), "TEMPERATURE": (0.01, 100.0),
     "TOP_P": (0.01, 1.0), "NUM_STEPS": (1, 10**9), "EPOCHS": (1, 1000), "EPS_CLIP": (1e-9, 1.0), "KL_COEF": (0.0, 1e9), "LR": (1e-9, 1.0),
     "MAX_GRAD_NORM": (1e-9, 1e9), "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+    "POLICY_MODEL": str, "REWARD_MODEL": str, "NORMALIZE": bool, "DEVICE": str, "RUN_DIR": str, "WANDB": str,
 }  # fmt: skip
 KEPT = "LORA_RANK TEMPERATURE SEED RUN_DIR".split()
 PROMPTS = [

@@ -82,6 +82,7 @@ RANGES = {
     "EPS_CLIP": (1e-9, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9), "REWARD_SCALE": (1e-9, 1e9),
     "KL_COEF": (0.0, 1e9), "KL_TARGET": (1e-9, 1e9), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "MAX_GRAD_NORM": (1e-9, 1e9),
     "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "VIDEO_FREQ": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+    "MODEL": str, "DEVICE": str, "RUN_DIR": str,
 }  # fmt: skip
 KEPT = "LORA_RANK STICKY SKIP SHAPING NUM_ENVS KL_COEF SEED RUN_DIR".split()
 MLP = "mlp"

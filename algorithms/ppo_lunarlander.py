@@ -57,6 +57,7 @@ RANGES = {
     "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "EPS_CLIP": (1e-9, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9),
     "REWARD_SCALE": (1e-9, 1e9), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "MAX_GRAD_NORM": (1e-9, 1e9), "HIDDEN": (1, 8192),
     "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+    "DEVICE": str, "RUN_DIR": str,
 }  # fmt: skip
 KEPT = "NUM_ENVS HIDDEN SEED RUN_DIR".split()
 ENV_ID = "LunarLander-v3"

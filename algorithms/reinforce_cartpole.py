@@ -55,6 +55,7 @@ CONSTANTS = Constants(globals())
 RANGES = {
     "NUM_STEPS": (1, 10**12), "EPISODES": (2, 4096), "GAMMA": (0.0, 1.0), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "HIDDEN": (1, 8192),
     "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
+    "DEVICE": str, "RUN_DIR": str,
 }  # fmt: skip
 KEPT = "HIDDEN SEED RUN_DIR".split()
 ENV_ID = "CartPole-v1"  # +1 for every step, 500 at most; an episode is lost when the pole leans by 12 degrees

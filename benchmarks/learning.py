@@ -102,7 +102,10 @@ def check(run_dir, variant, seed, more):
     if wanted["EVAL_INTERVAL"] == 0:
         raise CommandLineError("without evaluations there is no curve; leave --eval_interval out")
     config = run_dir / "config.json"
-    begun = json.loads(config.read_text()) if config.exists() else wanted
+    try:
+        begun = json.loads(config.read_text()) if config.exists() else wanted
+    except (ValueError, RecursionError):
+        raise CommandLineError(f"{config}: is damaged; move its directory away, or name another --out") from None
     free = {"RUN_DIR": "", "RUN_ID": "", "DEVICE": ""}  # the device may have failed since
     if begun | free != wanted | free:
         raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")

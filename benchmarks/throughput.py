@@ -363,7 +363,7 @@ def main(argv=()):
     parser.error = raise_error
     args = parser.parse_args(argv)
     given = {"NUM_STEPS": args.num_steps, "REPETITIONS": args.repetitions}
-    check_constants(given, CONSTANTS, RANGES | {"REPETITIONS": (1, 1000)})
+    check_constants(given, CONSTANTS | {"REPETITIONS": 1}, RANGES | {"REPETITIONS": (1, 1000)})
     check(CONSTANTS)
     device = choose_device(args.device)
     policy, _ = load_policy(SHIPPED, device)

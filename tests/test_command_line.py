@@ -17,6 +17,7 @@ import torch
 
 import checkpoint
 import command_line
+import train_ppo
 from algorithms.grid_search import TRAININGS, training
 from callbacks import say
 from checkpoint import CheckpointError, atomic_write, replacing
@@ -36,14 +37,48 @@ def read(text, defaults=DEFAULTS):
 
 
 def test_constants_are_what_a_script_assigns(tmp_path):
-    script = "from math import pi as PI\nSTEPS = 4 * 10  # steps\nRANGES = {}\nlower = 1\nNOTHING = None\nON = True\ndef f():\n    INSIDE = 1\n"
+    script = """
+from math import pi as PI
+STEPS = 4 * 10  # steps
+ENVS: int = 3
+STEPS *= 2
+LOW, HIGH = 1, STEPS
+LR = 2,5e-3
+lower = 1
+NOTHING = None
+def f():
+    INSIDE = 1
+CONSTANTS = {}
+RANGES = {}
+"""
     (tmp_path / "script.py").write_text(script)
     namespace = {"__file__": str(tmp_path / "script.py")}
     exec(script, namespace)
     constants = Constants(namespace)
-    assert constants == {"STEPS": 40, "ON": True} and "PI" not in constants
+    assert constants == {"STEPS": 80, "ENVS": 3, "LOW": 1, "HIGH": 80, "LR": (2, 5e-3), "NOTHING": None} and "PI" not in constants
     namespace["STEPS"] = 7  # as a program does that has imported the script
-    assert constants | {"ON": False} == {"STEPS": 7, "ON": False}
+    assert (constants | {"LR": 1.0})["STEPS"] == 7
+
+
+@pytest.mark.parametrize("constant, value, message", [
+    ("SEED", None, "SEED (--seed) must be an integer from 0 to 4,294,967,295, not None"), ("LR", (2, 5e-3), "LR (--lr) must be a number from"),
+    ("LR", "2e-3", "LR (--lr) must be a number from"), ("RUN_DIR", None, "RUN_DIR (--run_dir) must be text, not None"),
+    ("PAIRED_ENVS", "no", "PAIRED_ENVS (--paired_envs) must be true or false, not 'no'"), ("DEVICE", ["cpu"], "DEVICE (--device) must be text, not ['cpu']"),
+    ("NUM_ENVS", 128.0, "NUM_ENVS (--num_envs) must be an integer"), ("MIN_LR", ..., "MIN_LR is missing among the constants at the top of the script"),
+])  # fmt: skip
+def test_a_constant_that_is_edited_wrongly_is_named(monkeypatch, constant, value, message):
+    if value is ...:
+        monkeypatch.setattr(train_ppo.CONSTANTS, "names", [name for name in train_ppo.CONSTANTS if name != constant])  # deleted, or renamed
+    else:
+        monkeypatch.setattr(train_ppo, constant, value)
+    with pytest.raises(CommandLineError, match=re.escape(message)):
+        train_ppo.main([])
+
+
+def test_a_constant_that_somebody_adds_needs_no_range_but_a_type():
+    check_constants(DEFAULTS | {"MINE": 3}, DEFAULTS | {"MINE": 4}, RANGES)
+    with pytest.raises(CommandLineError, match="MINE .* must be true or false, a number, or text, not "):
+        check_constants(DEFAULTS | {"MINE": [3]}, DEFAULTS | {"MINE": [4]}, RANGES)
 
 
 def test_overrides():
@@ -117,13 +152,19 @@ def test_in_a_thread_signals_stay_as_they_are():
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_every_number_among_the_constants_has_a_range_that_holds(name):
+def test_every_constant_has_a_range_or_a_type_that_holds(name):
     """One step below it, one above it, nan, and the wrong type."""
     constants, ranges = training(name).constants, training(name).ranges
-    numbers = {constant: value for constant, value in constants.items() if type(value) in (int, float)}
-    assert numbers.keys() == ranges.keys()
+    assert constants.keys() == ranges.keys()
     check_constants(constants, constants, ranges)
-    for constant, (low, high) in ranges.items():
+    for constant, within in ranges.items():
+        if within in (bool, str):
+            for bad in (None, 1, ["no"], "no" if within is bool else True):
+                for defaults in (constants, constants | {constant: bad}):  # also where it has been edited in the script
+                    with pytest.raises(CommandLineError, match=f"{constant} .* must be (true or false|text), not "):
+                        check_constants(constants | {constant: bad}, defaults, ranges)
+            continue
+        low, high = within
         step = 1 if type(low) is int else 1e-9 + high * 1e-9
         for bad in (low - step, high + step, math.nan, "1", None, True):
             with pytest.raises(CommandLineError, match=f"{constant} .* must be an? (integer|number) from") as error:
