@@ -34,7 +34,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from checkpoint import CheckpointError, atomic_write, check_like, find_checkpoint, load_checkpoint, save_checkpoint
-from device import RANK, RANKS, UNDER_TORCHRUN, DeviceError, GPUError, out_of_memory, printable, shortened
+from device import RANK, RANKS, UNDER_TORCHRUN, DeviceError, GPUError, free_memory, out_of_memory, printable, shortened
 from trainer import InputNotFinite, StopTraining
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
@@ -444,6 +444,14 @@ def save_snapshot(trainer, run_dir, command, help_with):
     except Exception as failure:  # it must not hide the reason
         return False, f"; {one_line(failure) or type(failure).__name__}; then {command}"
     return True, f"; {command}"
+
+
+def check_free_memory(needed, device, what, advice):
+    """Raises CommandLineError if `what` would take more than nine tenths of the memory that is free now. advice: what to lower."""
+    free = free_memory(device)
+    if needed > 0.9 * free:
+        room = f"{device} has {free / 1e9:,.1f} GB free, of which a tenth is for the rest"
+        raise CommandLineError(f"{what} needs {needed / 1e9:,.1f} GB or more, and {room}; {advice}")
 
 
 @contextlib.contextmanager

@@ -81,6 +81,15 @@ def memory_of(device):
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
 
 
+def free_memory(device):
+    """-> bytes of memory that are left, all that the device has where that cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), memory_of(device))
+
+
 def gpu_name(device):
     """-> the device and torch's version, for reports of errors."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -24,7 +24,7 @@ import torch
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard, say
 from command_line import (
-    CommandLineError, Constants, load_state, memory_advice, new_run_dir, read_run, resume_command, run_script, train,
+    CommandLineError, Constants, check_free_memory, load_state, memory_advice, new_run_dir, read_run, resume_command, run_script, train,
 )  # fmt: skip
 from device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
 from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
@@ -197,6 +197,8 @@ def main(argv=()):
     device = choose_device(c.DEVICE)
     set_threads(c.N_LAYER)
     check_memory(gpt_config(c), device)
+    samples = c.NUM_ENVS * c.ROLLOUT_STEPS // RANKS
+    check_free_memory(500 * samples, device, f"a rollout of {samples:,} samples", "lower --num_envs or --rollout_steps")
     with joined_ranks(device):
         with memory_advice(f"the model does not fit into the memory of {device}; try a smaller --n_embd or --n_layer"):
             ppo = build(c, device)

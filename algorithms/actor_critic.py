@@ -44,7 +44,7 @@ from checkpoint import (
     CheckpointError, atomic_write, check_like, find_checkpoint, load_checkpoint, load_optimizer, save_checkpoint, to_plain,
 )  # fmt: skip
 from command_line import (
-    CommandLineError, delete_unfinished, given_path, ignore_signals, locked, one_line, raise_error, resume_command, run_script, shown,
+    CommandLineError, check_free_memory, delete_unfinished, given_path, ignore_signals, locked, one_line, raise_error, resume_command, run_script, shown,
     signals_handled,
 )  # fmt: skip
 from device import shortened
@@ -104,6 +104,15 @@ def check_config(given, path):
     if config.output_dim > config.input_dim:
         raise CommandLineError(f"{path}: output_dim {config.output_dim} must not exceed input_dim {config.input_dim}")
     return config
+
+
+def check_memory(config):
+    """Raises CommandLineError for networks and batches that do not fit into memory."""
+    hidden = config.hidden_dim * config.batch_size * 2 * 2 * 4  # of both networks, before and after its ReLU, in float32
+    states = config.batch_size * (config.input_dim + config.output_dim) * 4
+    weights = config.hidden_dim * (2 * config.input_dim + config.output_dim) * 4 * 4  # with gradients and two moments
+    lower = "hidden_dim" if weights > hidden + states else "batch_size" if states > hidden else "batch_size or hidden_dim"
+    check_free_memory(hidden + states + weights, torch.device("cpu"), "this training", f"lower {lower}")
 
 
 class PolicyNetwork(nn.Module):
@@ -358,8 +367,11 @@ def main(argv=()):
         agent = load_run(path)
         if agent.epoch >= agent.config.num_epochs:
             raise CommandLineError(f"{args.resume} has done all of its {agent.epoch} epochs already")
+        check_memory(agent.config)
         return train(agent, path.parent)
-    return train(ActorCriticAgent(read_config(args.config)), new_directory(args.directory))
+    config = read_config(args.config)
+    check_memory(config)
+    return train(ActorCriticAgent(config), new_directory(args.directory))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.atari import Replay, Stacks, make_env, make_envs, restore_game, save_game
+from algorithms.atari import SIZE, Replay, Stacks, make_env, make_envs, restore_game, save_game
 from algorithms.common import Algorithm, run_algorithm, summary
 from checkpoint import load_optimizer, load_weights, to_numpy
-from command_line import CommandLineError, Constants, run_script
+from command_line import CommandLineError, Constants, check_free_memory, run_script
 from device import choose_device
 from trainer import Trainer, check_finite
 
@@ -284,6 +284,10 @@ def frames(state, episodes, seed, human):
 
 
 def build(c):
+    copies = 4 if c.KEEP_REPLAY else 1  # those of a checkpoint while it is written
+    needed = copies * c.REPLAY_SIZE * c.MEMORY_FACTOR * (SIZE * SIZE + 8)
+    kept = "leave --keep_replay out, or lower" if c.KEEP_REPLAY else "lower"
+    check_free_memory(needed, torch.device("cpu"), "a replay memory of this size", f"{kept} --replay_size in a new run")
     try:
         return DQN(c, choose_device(c.DEVICE, ("cuda", "mps", "cpu")), {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
     except ValueError as error:

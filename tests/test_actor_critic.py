@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import command_line
 from algorithms import actor_critic
 from algorithms.actor_critic import ActorCriticAgent, Config, expected_maximum, main, read_config
 from algorithms_helpers import same
@@ -242,7 +243,7 @@ def test_the_config_is_written_if_there_is_none(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "cannot be read as JSON"), ("[1]", "must hold an object"), ('{"sed": 1}', "unknown key 'sed'; the keys are input_dim"),
+    ("[" * 100_000, "cannot be read as JSON"), ("{", "cannot be read as JSON"), ("[1]", "must hold an object"), ('{"sed": 1}', "unknown key 'sed'; the keys are input_dim"),
     ('{"seed": 1.5}', "seed must be an integer from 0 to 2.14748e.09, not 1.5"), ('{"seed": true}', "seed must be an integer"),
     ('{"learning_rate": "fast"}', 'learning_rate must be a number from 1e-09 to 1, not "fast"'), ('{"batch_size": 0}', "batch_size must be an integer from 2"),
     ('{"output_dim": 11}', "output_dim 11 must not exceed input_dim 10"), ('{"learning_rate": NaN}', "learning_rate must be a number"),
@@ -280,3 +281,16 @@ def test_a_checkpoint_of_a_stranger(small, change, message):
         with pytest.raises((CheckpointError, CommandLineError), match=f"final.pt: .*{message}") as caught:
             main([option, "final.pt"])
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes, lower", [
+    ({"batch_size": 10**6, "hidden_dim": 65536}, "lower batch_size or hidden_dim"), ({"hidden_dim": 65536, "input_dim": 4096}, "lower hidden_dim"),
+    ({"batch_size": 10**6, "hidden_dim": 1, "input_dim": 4096}, "lower batch_size"),
+])  # fmt: skip
+def test_what_does_not_fit_into_memory_does_not_begin(tmp_path, monkeypatch, changes, lower):
+    monkeypatch.setattr(command_line, "free_memory", lambda device: 4e9)
+    (tmp_path / "config.json").write_text(json.dumps(changes))
+    with pytest.raises(CommandLineError, match=f"^this training needs .* GB or more, and cpu has 4.0 GB free, .*; {lower}$"):
+        main([str(tmp_path / "config.json"), "--directory", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    actor_critic.check_memory(Config())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import command_line
 from algorithms.atari import SIZE, ActionSpaceWrapper, Replay, SkipFrame, SmallFrame, Stacks, make_env, restore_game, save_game
 from algorithms.dqn_space_invaders import ALGORITHM, QNetwork, double_dqn_targets, evaluate
 from algorithms_helpers import run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
@@ -261,3 +262,13 @@ def test_bad_input(tmp_path):
                            ("--epsilon 2", "EPSILON .* must be a number from 0.0 to 1.0"), ("--device tpu", "does not work here")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             run(ALGORITHM, *words.split(), "--run_dir", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("words, lower", [
+    ("--replay_size 1000000", "lower --replay_size in a new run"), ("--replay_size 300000 --keep_replay true", "leave --keep_replay out, or lower --replay_size"),
+])  # fmt: skip
+def test_a_memory_that_does_not_fit_is_named(tmp_path, monkeypatch, words, lower):
+    monkeypatch.setattr(command_line, "free_memory", lambda device: 7e9)
+    with pytest.raises(CommandLineError, match=f"^a replay memory of this size needs .* GB or more, and cpu has 7.0 GB free, .*; {lower}"):
+        run(ALGORITHM, *words.split(), "--run_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import callbacks
+import command_line
 import train_ppo
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from command_line import CommandLineError, interrupt, kind_of, signals_handled
@@ -742,3 +743,11 @@ def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
         torch.testing.assert_close(x, quick["model"][name], rtol=1e-3, atol=1e-4)  # four steps of 0.002
     plays = "import load_model; assert type(load_model.load_policy('without')[0]) is load_model.GPT; load_model.main(['without', '--steps', '5'])"
     assert "wrote gpt.gif" in python("-c", plays, cwd=tmp_path)
+
+
+def test_a_rollout_that_does_not_fit_into_memory_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "free_memory", lambda device: 7e9)
+    huge = f"--num_envs 65536 --rollout_steps 65536 --run_dir {tmp_path / 'run'} --device cpu"
+    with pytest.raises(CommandLineError, match="^a rollout of 4,294,967,296 samples needs 2,147.5 GB .* lower --num_envs or --rollout_steps$"):
+        main(huge.split())
+    assert not (tmp_path / "run").exists()
