@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 
 from algorithms.common import need
+from callbacks import say
 from command_line import CommandLineError
 from device import out_of_memory, shortened
 
