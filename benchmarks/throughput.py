@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from breakout_ascii import CHARACTERS, BreakoutAsciiVec  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
-from command_line import CommandLineError, check_constants, raise_error, run_script  # noqa: E402
+from command_line import CommandLineError, begin, check_constants, raise_error, run_script  # noqa: E402
 from device import choose_device, set_threads  # noqa: E402
 from evaluation import sampling  # noqa: E402
 from fast.line_index import LineIndex  # noqa: E402
@@ -262,9 +262,11 @@ def split(policy, num_steps):
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence),
     ):  # fmt: skip
-        trainer.callbacks = watch(trainer, c, Path(folder), evaluation_of(c, policy.device))
+        evaluation = evaluation_of(c, policy.device)
+        trainer.callbacks = watch(trainer, c, Path(folder), evaluation)
+        begin(trainer, Path(folder))
         learn_until(trainer, interval)  # warm up
-        with clocks(trainer) as parts:
+        with clocks(trainer, evaluation) as parts:
             _, seconds = timed(learn_until, trainer, interval + max(num_steps // interval, 1) * interval)
         for callback in trainer.callbacks:
             callback.close()
@@ -281,9 +283,9 @@ def learn_until(trainer, step):
 
 
 @contextlib.contextmanager
-def clocks(trainer):
+def clocks(trainer, evaluation):
     """Gives a dict of the seconds that each part of a training takes, without those of the parts that it calls."""
-    policy, env, buffer, evaluation, inner = trainer.policy, trainer.env, trainer.buffer, trainer.callbacks[0], []
+    policy, env, buffer, inner = trainer.policy, trainer.env, trainer.buffer, []
     rollout = [("rollout", trainer, "collect")]  # on a GPU its steps are one CUDA graph, elsewhere
     if not trainer.env_on_device:
         rollout = [

@@ -492,7 +492,7 @@ def test_a_part_does_not_count_the_parts_it_calls(small, monkeypatch):
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(readings)))
     trainer, _ = throughput.endless(small)
     trainer.callbacks = [Callback(), Callback()]
-    with throughput.clocks(trainer) as parts:
+    with throughput.clocks(trainer, trainer.callbacks[0]) as parts:
         trainer.emit("on_update_end")
     assert parts["evaluations"] == 1 and parts["other callbacks"] == 3 - 1
 
