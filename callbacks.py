@@ -55,10 +55,8 @@ class Callback:
         """Call the method of this name. If the callback has a `cost`, whatever that raises is printed, the same line but once."""
         try:
             getattr(self, event)(*arguments)
-        except StopTraining:
-            raise
-        except (Exception, SystemExit) as error:
-            if not self.cost:
+        except BaseException as error:
+            if not self.cost or isinstance(error, (StopTraining, KeyboardInterrupt)):
                 raise
             line = f"warning: {self.cost} ({reason(error)}); training goes on"
             if line not in self.warnings:
@@ -259,7 +257,7 @@ class ProgressBar(Callback):
 
 def read_metrics(path):
     """metrics.csv -> its rows, each {column: number}. A cell without a number, and a missing column, is nan. No file: no rows."""
-    _, rows, _, _ = read_table(path)
+    rows, _ = read_table(path)
     return [defaultdict(lambda: math.nan, {name: number(cell) for name, cell in row.items()}) for row in rows]
 
 
@@ -272,23 +270,25 @@ def number(cell):
     return int(x) if x.is_integer() else x
 
 
-def read_table(path):
-    """metrics.csv, also as a spreadsheet or pandas saves it -> columns, rows, lines that are not understood, and a torn last line.
+def read_table(path, ended=False):
+    """metrics.csv, also as a spreadsheet or pandas saves it -> its rows, as of `rows_of`, and the lines that are not understood.
 
-    They may write a byte order mark or UTF-16, semicolons or tabs and then decimal commas, and a column without a name. A line without
-    its end was torn by a kill or a full disk, even if it parses.
+    They may write a byte order mark or UTF-16, semicolons or tabs and then decimal commas, a column without a name, lines above the
+    header, and no end of the last line. ended: that line does not count, because a kill or a full disk may have torn it.
     """
     data = Path(path).read_bytes() if Path(path).exists() else b""
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16", "replace") if utf_16 else data.decode("utf-8-sig", "surrogateescape")
-    *lines, torn = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    header = lines[0] if lines else ""
-    delimiter = max(",;\t", key=header.count)
-    columns = cells_of(header.replace('"', ""), delimiter)
-    if "update" not in columns:
-        return [], [], list(filter(None, lines)), torn
-    rows, odd = rows_of(lines[1:], columns, delimiter)
-    return list(filter(None, columns)), rows, odd, torn
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if ended:
+        lines.pop()
+    for header in lines:
+        delimiter = max(",;\t", key=header.count)
+        columns = cells_of(header.replace('"', ""), delimiter)
+        if "update" in columns:
+            lines.remove(header)
+            return rows_of(lines, columns, delimiter)
+    return [], list(filter(None, lines))
 
 
 def rows_of(lines, columns, delimiter):
@@ -313,7 +313,13 @@ def cells_of(line, delimiter):
         (cells,) = csv.reader([line], delimiter=delimiter)
     except csv.Error:
         return [line]
-    return [cell.strip() if delimiter == "," else cell.strip().replace(",", ".") for cell in cells]
+    return [cell.strip() if delimiter == "," else with_point(cell.strip()) for cell in cells]
+
+
+def with_point(cell):
+    """"81,25" -> "81.25"; a text keeps its commas."""
+    point = cell.replace(",", ".")
+    return cell if math.isnan(number(point)) else point
 
 
 class MetricsCSV(Callback):
@@ -328,7 +334,7 @@ class MetricsCSV(Callback):
         self.unwritten = []  # rows that belong behind what the file keeps
         self.columns = []
         self.kept = 0  # bytes of the file that stay as they are; 0: it is written anew
-        self.left = ()  # the file's size and time as we left it, None for no file; () is neither
+        self.known = ()  # the `stamp` of the file when we last read or wrote it; () equals none
 
     def on_training_start(self, trainer):
         self.last = trainer.update_count  # rows behind it are not of this run
@@ -338,10 +344,12 @@ class MetricsCSV(Callback):
         row = {"update": trainer.update_count, "global_step": trainer.global_step, "seconds": round(trainer.seconds, 2)}
         row |= trainer.stats | dict.fromkeys([f"eval_{name}" for name in self.evaluation], "")
         self.unwritten.append(row)
+        self.read_if_changed()
         self.write()
 
     def on_evaluation_end(self, trainer):
         update, evaluation = trainer.evaluated["update_count"], trainer.evaluated["evaluation"]
+        self.read_if_changed()
         self.take_back(update)
         for row in self.unwritten:
             if row["update"] == update:
@@ -351,17 +359,15 @@ class MetricsCSV(Callback):
     def write(self):
         if not self.unwritten:
             return
-        if self.outdated():
-            self.take_all_back()
         if self.kept:
             with open(self.path, "r+b") as file:
                 file.seek(self.kept)
                 file.write(self.as_csv(self.unwritten))
                 file.truncate()
         else:
-            self.columns = list(dict.fromkeys(["update", *self.columns, *self.unwritten[-1]]))
+            self.columns = list(dict.fromkeys(["update", *itertools.chain(*self.unwritten)]))
             atomic_write(self.path, self.as_csv([dict(zip(self.columns, self.columns)), *self.unwritten]))
-        self.left = self.found()
+        self.known = self.stamp()
         self.kept = self.path.stat().st_size
         self.unwritten = []
 
@@ -370,53 +376,44 @@ class MetricsCSV(Callback):
         csv.DictWriter(table, self.columns, lineterminator="\n").writerows(rows)
         return table.getvalue().encode("utf-8", "surrogateescape")
 
-    def outdated(self):
-        """Whether the file must be read: at first, where a write tore it or somebody changed it, and if a column is new."""
-        new_column = self.unwritten and not self.unwritten[-1].keys() <= set(self.columns)
-        return self.found() != self.left or (self.kept > 0 and new_column)
-
-    def found(self):
-        """-> the file's size and time."""
+    def stamp(self):
+        """-> the file's size and time, None if there is no file."""
         stat = self.path.stat() if self.path.exists() else None
         return stat and (stat.st_size, stat.st_mtime_ns)
-
-    def take_back(self, update):
-        """Make the rows from this update on unwritten again, because one of them is to change."""
-        if self.outdated():
-            self.take_all_back()
-        elif update < self.first_unwritten():
-            size = 10_000  # bytes: most evaluations are of one of the last rows
-            while (start := self.read_end(size).rfind(b"\n%d," % update)) < 0 and size < self.kept:
-                size *= 4
-            if start >= 0:
-                end = self.read_end(size)[start + 1 :]
-                rows, _ = rows_of(end.decode("utf-8", "surrogateescape").split("\n"), self.columns, ",")
-                self.unwritten[:0] = rows
-                self.kept -= len(end)
-
-    def read_end(self, size):
-        """-> the last bytes of those that the file keeps."""
-        with open(self.path, "rb") as file:
-            file.seek(max(self.kept - size, 0))
-            return file.read(min(size, self.kept))
 
     def first_unwritten(self):
         return self.unwritten[0]["update"] if self.unwritten else self.last + 1
 
-    def take_all_back(self):
-        """Make all rows before the unwritten ones unwritten too. A copy keeps what is not understood, and a line says so."""
-        first, found = self.first_unwritten(), self.found()
-        columns, rows, odd, torn = read_table(self.path)
+    def take_back(self, update):
+        """Make the rows from this update on unwritten again, because one of them is to change."""
+        if update < self.first_unwritten():
+            table = self.path.read_bytes()
+            start = table.rfind(b"\n%d," % update) + 1
+            if start:  # else somebody has deleted the row
+                rows, _ = rows_of(table[start:].decode("utf-8", "surrogateescape").split("\n"), self.columns, ",")
+                self.unwritten[:0] = rows
+                self.kept = start
+
+    def read_if_changed(self):
+        """Make all rows unwritten again at first, where a write tore the file or somebody changed it, and for a new column.
+
+        A copy of the file keeps what is not understood, and a line says so.
+        """
+        stamp = self.stamp()
+        new_column = self.kept and self.unwritten and not self.unwritten[-1].keys() <= set(self.columns)
+        if stamp == self.known and not new_column:
+            return
+        first = self.first_unwritten()
+        rows, odd = read_table(self.path, ended=True)
+        if sum(row["update"] < first for row in rows) < first - 1:  # a kill tears only a later row: somebody has left the end out
+            rows, odd = read_table(self.path)
         rows = [row for row in rows if row["update"] < first]
         missing = first - 1 - len(rows)
-        if missing and torn:  # by no kill: that would have torn a later row
-            odd.append(torn)
         if missing or odd:
             copy = f"; the file as it was: {keep_copy(self.path)}" if odd else ""
             say(f"warning: {self.path}: earlier rows missing: {missing}, lines not understood: {len(odd)}{copy}")
         self.unwritten[:0] = rows
-        self.columns = columns
-        self.left = found
+        self.known = stamp
         self.kept = 0
 
 
@@ -442,7 +439,7 @@ class TensorBoard(Callback):
         # purge_step hides what an interrupted run logged after the checkpoint that this one goes on from, and since the evaluations that
         # this one repeats; of the latter, what is not repeated is logged again
         first = min([state["global_step"] for state in trainer.pending], default=trainer.global_step + 1)
-        self.writer = SummaryWriter(self.run_dir, purge_step=first if trainer.global_step else None)
+        self.writer = SummaryWriter(self.run_dir, purge_step=first)
         for row in read_metrics(Path(self.run_dir, "metrics.csv")) if trainer.pending else ():
             if first <= row["global_step"] <= trainer.global_step:
                 self.add_stats({name: x for name, x in row.items() if name not in PROGRESS and not name.startswith("eval_")}, row["global_step"])

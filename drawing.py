@@ -50,7 +50,7 @@ def write_gif(path, pictures, frame_ms):
     does not grow with the number of pictures, as it does in Pillow's and imageio's own writers.
 
     Args:
-        pictures: an iterable of RGB arrays (H, W, 3) of one size.
+        pictures: an iterable of at least one array (H, W, 3) uint8 RGB, each a new one, all of one size.
         frame_ms: how long each is shown, a multiple of 10, because a gif counts hundredths of a second; browsers slow down below 20.
     """
     before = None  # every pixel differs from that

@@ -30,12 +30,10 @@ from breakout_ascii import BreakoutAscii
 from checkpoint import CheckpointError, check_like, load_checkpoint, load_weights, model_to_play, replacing
 from command_line import CommandLineError, given_path, raise_error, run_script, shown
 from device import set_threads
-from drawing import to_image, write_gif
 from evaluation import evaluate, exact, greedy, sampled, sampling
 from model import GPT, GPTConfig
 from replay import Stage, html, record
 from replay.attention import plain_gpt
-from replay.pictures import pictures as attention_pictures
 
 HERE = Path(__file__).parent
 fast = importlib.import_module("fast") if (HERE / "fast" / "__init__.py").exists() else None  # it is optional
@@ -199,6 +197,9 @@ def write(out, steps, args, path, policy, meta):
         about = f"{path.name}, trained for {meta.get('global_step', 0):,} steps"
         out.write_bytes(html(list(record(steps)), stages(path, policy, meta), path.name, about).encode())
         return
+    from drawing import to_image, write_gif  # here, because a training, which imports this file, can do without Pillow
+    from replay.pictures import pictures as attention_pictures
+
     pictures = attention_pictures(plain_gpt(policy), record(steps), args.head) if attention else (to_image(step.next_page) for step in steps)
     if suffix == ".gif":
         write_gif(out, pictures, FRAME_MS)

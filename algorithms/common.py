@@ -29,7 +29,6 @@ from command_line import (
     train,
 )  # fmt: skip
 from device import RANKS, DeviceError, choose_device, shortened
-from drawing import write_gif
 from evaluation import standard_error
 from ppo import PPOConfig
 from trainer import check_finite
@@ -284,6 +283,8 @@ def show(algorithm, state, episodes, args):
         for _ in frames():
             pass  # the window shows them
     else:
+        from drawing import write_gif  # here, because the training can do without
+
         with replacing(args.out) as unfinished:  # an old picture stays whole until the new one is
             write_gif(unfinished, frames(), algorithm.frame_ms)
         print(f"wrote {args.out} ({os.path.getsize(args.out) / 1e6:.2f} MB)")

@@ -35,7 +35,6 @@ from callbacks import Callback
 from checkpoint import load_weights, replacing
 from command_line import Constants, check_constants, read_run, run_script
 from device import choose_device
-from drawing import write_gif
 from ppo import PPO, Policy
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,6 +299,8 @@ class Video(Callback):
 
 
 def draw_video(state_and_path):
+    from drawing import write_gif  # here, because the training can do without
+
     state, path = state_and_path
     with replacing(path) as unfinished:
         write_gif(unfinished, frames(state, 1, state["update_count"], human=False), ALGORITHM.frame_ms)

@@ -4,7 +4,6 @@ import functools
 
 import gymnasium as gym
 import numpy as np
-from PIL import Image, ImageDraw
 
 X, O = 1, -1  # on a board (9,) of int8, row by row; 0 is an empty cell. X starts
 LINES = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 3, 6], [1, 4, 7], [2, 5, 8], [0, 4, 8], [2, 4, 6]])
@@ -100,6 +99,8 @@ class TicTacToe(gym.Env):
 
 def picture(board, probabilities, value):
     """The board (9,), with what the agent thinks of each empty cell -> an RGB array."""
+    from PIL import Image, ImageDraw  # here, because the training can do without
+
     image = Image.new("RGB", (300, 330), "white")
     draw = ImageDraw.Draw(image)
     for i in range(9):

@@ -297,8 +297,11 @@ def test_a_full_disk_during_training_costs_files_only(tmp_path, monkeypatch, cap
 def test_what_only_draws_or_logs_ends_no_training(tmp_path, monkeypatch, capsys, event):
     """Whatever it raises: one warning for one reason, and every other callback hears all events."""
 
+    class Panic(BaseException):
+        """As that of a library in Rust."""
+
     def broken(*args):
-        raise SystemError("initialization of _pywrap failed\nwithout raising an exception")
+        raise Panic("initialization of _pywrap failed\nwithout raising an exception")
 
     watching = [callback for callback in all_callbacks(tmp_path) if callback.cost]
     assert [type(callback) for callback in watching] == [ProgressBar, MetricsCSV, TensorBoard, LearningCurve]
@@ -308,7 +311,7 @@ def test_what_only_draws_or_logs_ends_no_training(tmp_path, monkeypatch, capsys,
     assert updates(tmp_path)["best_model.pt"] == updates(tmp_path)["last.pt"] == 8
     out = capsys.readouterr().out
     for callback in watching:
-        reason = "SystemError: initialization of _pywrap failed without raising an exception"
+        reason = "Panic: initialization of _pywrap failed without raising an exception"
         assert out.count(f"warning: {callback.cost} ({reason}); training goes on\n") == 1
 
 
@@ -486,9 +489,9 @@ def test_torn_last_line(tmp_path, straight, capsys):
     FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=5)
     whole = path.read_bytes()
     last_line = whole.rindex(b"\n", 0, -1) + 1
-    for cut in (last_line + 1, last_line + 30, len(whole) - 1):  # the last has all its commas, but no end
+    for cut, rows in ((last_line + 1, 4), (last_line + 30, 4), (len(whole) - 1, 5)):  # the last has all its cells, but no end
         path.write_bytes(whole[:cut])
-        assert [row["update"] for row in read_metrics(path)] == [1, 2, 3, 4]
+        assert [row["update"] for row in read_metrics(path)] == list(range(1, rows + 1))
         FakeTrainer([MetricsCSV(path, EVALUATED)], start=4).learn()
         assert table(path) == straight
     assert capsys.readouterr().out == "" and not list(tmp_path.glob("*copy*"))
@@ -541,6 +544,7 @@ def as_pandas(text):
 
 SAVED_BY_OTHERS = {
     "byte order mark": lambda text: text.encode("utf-8-sig"),
+    "no end": lambda text: text[:-1].encode("utf-8-sig"),
     "CRLF": lambda text: text.replace("\n", "\r\n").encode(),
     "CR": lambda text: text.replace("\n", "\r").encode(),
     "semicolons and decimal commas": lambda text: semicolons(text).encode("utf-8-sig"),
@@ -574,7 +578,7 @@ def test_a_file_that_a_spreadsheet_has_saved_keeps_its_rows(tmp_path, straight, 
     (lambda text: text.replace("2,200,", "2nd,200,"), 1, 1), (lambda text: text + "looks good from here\n", 0, 1),
     (lambda text: text[:-9], 1, 1), (lambda text: text + text.splitlines()[2] + ",9\n", 0, 1), (lambda text: "", 5, 0),
     (lambda text: text[: text.index("\n4,") + 1], 2, 0), (lambda text: text.replace("1,100,", "1," + "9" * 200_000), 1, 1),
-    (lambda text: text + text.splitlines()[2] + "\n", 0, 1),
+    (lambda text: text + text.splitlines()[2] + "\n", 0, 1), (lambda text: "sep=,\n" + text, 0, 1), (lambda text: text + text, 0, 6),
 ])  # fmt: skip
 def test_what_is_not_understood_stays_in_a_copy(tmp_path, straight, capsys, change, missing, odd):
     path = tmp_path / "metrics.csv"
@@ -623,6 +627,27 @@ def test_a_column_of_the_users_stays(tmp_path, straight):
     FakeTrainer([MetricsCSV(path, EVALUATED)], start=2).learn()
     with open(path, encoding="latin-1") as file:
         assert [row.pop("note") for row in csv.DictReader(file)] == ["n\xf6te"] * 2 + [""] * 6
+
+
+def test_a_text_of_the_users_keeps_its_commas(tmp_path):
+    path = tmp_path / "metrics.csv"
+    FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=2)
+    header, *rows = semicolons(path.read_text()).splitlines()
+    path.write_text("\n".join([f"{header};note", *(f"{row};good, better" for row in rows), ""]))
+    FakeTrainer([MetricsCSV(path, EVALUATED)], start=2).learn()
+    assert [row["note"] for row in table(path)] == ["good, better"] * 2 + [""] * 6
+
+
+def test_a_column_that_vanishes_while_the_disk_is_full(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.csv"
+    trainer = FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=2)
+    path.write_text(path.read_text().replace("\n", ",mine\n"))
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "atomic_write", disk_full)
+        trainer.learn(until=4)
+    path.unlink()  # to make room
+    trainer.learn()
+    assert [(row["update"], row["mine"]) for row in table(path)] == [(str(u), "mine" if u <= 2 else "") for u in range(1, 9)]
 
 
 def test_a_late_evaluation_leaves_the_rows_before_it_alone(tmp_path, monkeypatch, straight):
@@ -683,6 +708,13 @@ def test_an_evaluation_that_a_resumed_run_repeats_is_logged_once(tmp_path):
     resumed.learn()
     assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
     assert [(e.step, e.value) for e in events_of(tmp_path).Scalars("losses/entropy")] == [(100 * u, pytest.approx(u / 5)) for u in range(1, 9)]
+
+
+def test_a_run_that_begins_again_hides_what_it_logged_before(tmp_path):
+    """It is resumed from the checkpoint before the first update."""
+    close_as_older(FakeTrainer([TensorBoard(tmp_path)]).learn(until=3).callbacks[0])
+    FakeTrainer([TensorBoard(tmp_path)]).learn()
+    assert [e.step for e in events_of(tmp_path).Scalars("charts/lr")] == [100 * u for u in range(1, 9)]
 
 
 def test_without_matplotlib(tmp_path, monkeypatch, capsys):

@@ -202,3 +202,10 @@ def free(run_dir):
             return True
     except CommandLineError:
         return False
+
+
+def test_no_training_needs_what_only_draws():
+    """A broken Pillow raises anything at its import."""
+    trainings = ["train_ppo", *(f"algorithms.{name}" for name in ("reinforce_cartpole", "actor_critic_tictactoe", "ppo_lunarlander", "grpo_text"))]
+    broken = "import sys; sys.modules |= dict.fromkeys(['PIL', 'matplotlib', 'tensorboard', 'torch.utils.tensorboard'])"
+    subprocess.run([sys.executable, "-c", f"{broken}; import {', '.join(trainings)}"], cwd=ROOT, check=True)

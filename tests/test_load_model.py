@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import drawing
 import load_model
 from breakout_ascii import BreakoutAscii, standard_serves
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -91,7 +92,7 @@ def test_a_gif_that_the_disk_has_no_room_for(checkpoint, tmp_path):
 
 def test_an_unfinished_gif_leaves_the_old_one(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "old.gif").write_bytes(b"old")
-    monkeypatch.setattr(load_model, "to_image", lambda page: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(drawing, "to_image", lambda page: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         main([str(checkpoint), "--out", str(tmp_path / "old.gif")])
     assert (tmp_path / "old.gif").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["old.gif", "small.pt"]
