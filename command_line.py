@@ -96,24 +96,32 @@ def kind_of(name, defaults, ranges):
 
 def read_command_line(argv, prog, doc, defaults, ranges):
     """Arguments -> the run to resume or None, and the constants given: {"NUM_STEPS": 200000}."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = raise_error
+class Parser(argparse.ArgumentParser):
+    """Reads the words of a command line, or what a program gives instead of them: numbers and paths too. What is wrong is raised, as a
+    CommandLineError."""
+
+    def __init__(self, prog, doc):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=doc, allow_abbrev=False, formatter_class=formatter)
+
+    def parse_known_args(self, args, namespace=None):
+        return super().parse_known_args(list(map(str, args)), namespace)
+
+    def error(self, message):
+        raise CommandLineError(message)
+
+
+    parser = Parser(prog, doc)
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run directory, or a checkpoint in it to resume from")
     for name, value in defaults.items():
         parser.add_argument(f"--{name.lower()}", metavar=kind_of(name, defaults, ranges).__name__, help=f"default {value!r}")
-    args, unknown = parser.parse_known_args(list(map(str, argv)))  # a program may give numbers and paths
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{name.lower()}" for name in defaults] + ["--resume"]
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1, cutoff=0.4)
         raise CommandLineError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
     given = {name: text for name in defaults if (text := getattr(args, name.lower())) is not None}
     return args.resume, {name: convert(name, text, kind_of(name, defaults, ranges)) for name, text in given.items()}
-
-
-def raise_error(message):
-    raise CommandLineError(message)
 
 
 def given_path(text):

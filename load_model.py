@@ -11,7 +11,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
-import argparse
 import contextlib
 import errno
 import importlib.util
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from breakout_ascii import BreakoutAscii
 from checkpoint import CheckpointError, check_like, load_checkpoint, load_weights, model_to_play, replacing
-from command_line import CommandLineError, given_path, raise_error, run_script, shown
+from command_line import CommandLineError, Parser, given_path, run_script, shown
 from device import set_threads
 from evaluation import evaluate, exact, greedy, sampled, sampling
 from model import GPT, GPTConfig
@@ -149,8 +148,7 @@ def find_model(name):
 
 
 def read_command_line(argv):
-    parser = argparse.ArgumentParser(prog="load_model.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("load_model.py", __doc__)
     parser.add_argument("model", nargs="?", type=given_path,
                         help="a checkpoint or a run directory (default: the newest run, else the shipped model)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=1000, help="steps to play (default 1000)")
@@ -163,8 +161,7 @@ def read_command_line(argv):
     parser.add_argument("--sample", action="store_true", help="draw the actions instead of taking the most probable")
     parser.add_argument("--evaluate", action="store_true",
                         help="no picture: the exact score over all 32 games; with --sample, the mean of --episodes games (1000) and its standard error")  # fmt: skip
-    parser.error = raise_error
-    args = parser.parse_args(list(map(str, argv)))
+    args = parser.parse_args(argv)
     suffix = Path(args.out).suffix.lower()
     attention = args.attention or args.head is not None
     # a page of 10,000 steps has 0.7 MB: enough to watch

@@ -24,7 +24,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
-import argparse
 import contextlib
 import json
 import logging
@@ -44,7 +43,7 @@ from checkpoint import (
     CheckpointError, atomic_write, check_like, find_checkpoint, load_checkpoint, load_optimizer, save_checkpoint, to_plain,
 )  # fmt: skip
 from command_line import (
-    CommandLineError, check_free_memory, delete_unfinished, given_path, ignore_signals, locked, one_line, raise_error, resume_command, run_script, shown,
+    CommandLineError, Parser, check_free_memory, delete_unfinished, given_path, ignore_signals, locked, one_line, resume_command, run_script, shown,
     signals_handled,
 )  # fmt: skip
 from device import shortened
@@ -346,14 +345,12 @@ def train_epochs(agent, directory):
 
 
 def main(argv=()):
-    parser = argparse.ArgumentParser(prog=f"-m algorithms.{NAME}", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(f"-m algorithms.{NAME}", __doc__)
     parser.add_argument("config", nargs="?", type=given_path, default="config.json")
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run's directory, or a checkpoint in it")
     parser.add_argument("--directory", type=given_path, default=".", help="where the run's directory is made (default: here)")
     parser.add_argument("--evaluate", type=given_path, nargs="?", const=SHIPPED, metavar="CHECKPOINT")
-    parser.error = raise_error
-    args = parser.parse_args(list(map(str, argv)))
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)  # small networks
     if args.evaluate is not None:
         path = find_checkpoint(args.evaluate, (FINAL,))

@@ -7,7 +7,6 @@
 MODEL is a run or a checkpoint; without one it is the newest run, or else the model that algorithms/pretrained/ ships.
 """
 
-import argparse
 import importlib
 import json
 import os
@@ -25,7 +24,7 @@ from gymnasium.vector import SyncVectorEnv
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
 from checkpoint import CheckpointError, check_like, load_checkpoint, model_to_play, replacing
 from command_line import (
-    CommandLineError, check_constants_of_file, given_path, load_state, memory_advice, new_run_dir, quoted, raise_error, read_run, shown,
+    CommandLineError, Parser, check_constants_of_file, given_path, load_state, memory_advice, new_run_dir, quoted, read_run, shown,
     train,
 )  # fmt: skip
 from device import RANKS, DeviceError, choose_device, shortened
@@ -181,8 +180,7 @@ def load_model(algorithm, name):
 
 
 def play_or_evaluate(algorithm, argv):
-    parser = argparse.ArgumentParser(prog=f"-m algorithms.{algorithm.name}", description=algorithm.doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(f"-m algorithms.{algorithm.name}", algorithm.doc)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--play", type=given_path, nargs="?", const=True, metavar="MODEL",
                       help="draw games (default: of the newest run, else of the shipped model)")  # fmt: skip
@@ -194,7 +192,6 @@ def play_or_evaluate(algorithm, argv):
         parser.add_argument(f"--{constant.lower()}", type=given_path, metavar="FOLDER",
                             help="where this model of the run is now, if it has moved")  # fmt: skip
     parser.add_argument("--human", action="store_true", help="play in a window, or against you in the terminal")
-    parser.error = raise_error
     args = parser.parse_args(argv)
     playing = args.play is not None
     in_terminal = playing and algorithm.human and (args.human or not algorithm.frames)

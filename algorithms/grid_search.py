@@ -10,7 +10,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
-import argparse
 import csv
 import functools
 import importlib
@@ -28,7 +27,7 @@ from algorithms import actor_critic
 from callbacks import new_figure, read_metrics, reason
 from checkpoint import CheckpointError, load_checkpoint
 from command_line import (
-    CommandLineError, check_begun, check_constants, convert, given_path, kind_of, raise_error, run_script, run_side_by_side, shown,
+    CommandLineError, Parser, check_begun, check_constants, convert, given_path, kind_of, run_script, run_side_by_side, shown,
 )  # fmt: skip
 from device import available_cores
 
@@ -197,13 +196,11 @@ def heat_map(rows, x, y):
 
 
 def main(argv=()):
-    parser = argparse.ArgumentParser(prog="-m algorithms.grid_search", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("-m algorithms.grid_search", __doc__)
     parser.add_argument("training", choices=TRAININGS, metavar="TRAINING", help=", ".join(TRAININGS))
     parser.add_argument("--out", type=given_path, help="default runs/grid/TRAINING")
     parser.add_argument("--map", nargs=2, metavar="CONSTANT", help="two constants for a heat map, grid.png")
     parser.add_argument("--fresh", type=int, metavar="EPISODES", help="also score each best model in so many fresh games")
-    parser.error = raise_error
     args, words = parser.parse_known_args(argv)
     what, out = training(args.training), Path(args.out or f"runs/grid/{args.training}").resolve()
     grid = read_grid(words, what)

@@ -7,7 +7,6 @@ are as in train_ppo.py, but it takes 10 passes over a rollout at a learning rate
 falling learning rate, a rising lambda, paired games.
 """
 
-import argparse
 import csv
 import sys
 import time
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from breakout_ascii import TOKENS, BreakoutAsciiVec  # noqa: E402
-from command_line import CommandLineError, check_constants, given_path, raise_error, run_script  # noqa: E402
+from command_line import CommandLineError, Parser, check_constants, given_path, run_script  # noqa: E402
 from device import set_threads  # noqa: E402
 from evaluation import exact  # noqa: E402
 from ppo import Policy, lost_lives  # noqa: E402
@@ -99,12 +98,10 @@ def train(seed, num_steps):
 
 
 def main(argv=()):
-    parser = argparse.ArgumentParser(prog="baseline.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("baseline.py", __doc__)
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--num_steps", type=int, default=NUM_STEPS, help=f"environment steps in all (default {NUM_STEPS})")
     parser.add_argument("--out", type=given_path, default="runs/baseline", help="default runs/baseline")
-    parser.error = raise_error
     args = parser.parse_args(argv)
     check_constants({"SEED": args.seed, "NUM_STEPS": args.num_steps}, CONSTANTS, RANGES)
     path, scores = Path(args.out, f"seed{args.seed}.csv"), []

@@ -4,7 +4,6 @@ Seconds of a forward pass over the texts of 16 games, as a rollout does them, wi
 alternating, medians. --levels plays instead: 30 games of following the ball by a rule, and as many at random.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -22,7 +21,7 @@ from algorithms.common import summary  # noqa: E402
 from algorithms.language_model import load_model, load_tokenizer  # noqa: E402
 from algorithms.language_policy import LanguagePolicy  # noqa: E402
 from algorithms.ppo_llm_breakout import ANSWERS, CONSTANTS, PREFIX, SUFFIX, invented_texts, scores_of  # noqa: E402
-from command_line import CommandLineError, raise_error, run_script  # noqa: E402
+from command_line import CommandLineError, Parser, run_script  # noqa: E402
 from device import choose_device  # noqa: E402
 
 
@@ -57,13 +56,11 @@ def levels(games):
 
 
 def main(argv=()):
-    parser = argparse.ArgumentParser(prog="language_models.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("language_models.py", __doc__)
     parser.add_argument("--model", default="smollm2", help='as ppo_llm_breakout takes it, but for "mlp" (default smollm2)')
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--levels", nargs="?", const=30, type=int, metavar="GAMES", help="scores of a rule and of random play (default 30 games)")
-    parser.error = raise_error
     args = parser.parse_args(argv)
     if args.turns < 1 or args.levels is not None and args.levels < 1:
         raise CommandLineError("--turns and --levels must be 1 or more")

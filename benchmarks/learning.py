@@ -5,7 +5,6 @@ train_ppo.py. Stopped and started again it goes on where it was. At the end it p
 the seeds, and their ranges; writes learning.csv, the first of them; and draws learning.png, the seeds of the first variant.
 """
 
-import argparse
 import csv
 import functools
 import json
@@ -24,7 +23,7 @@ import train_ppo  # noqa: E402
 from callbacks import new_figure, read_metrics, reason  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from command_line import (  # noqa: E402
-    CommandLineError, check_begun, check_constants, given_path, raise_error, read_command_line, run_script, run_side_by_side,
+    CommandLineError, Parser, check_begun, check_constants, given_path, read_command_line, run_script, run_side_by_side,
 )  # fmt: skip
 from device import available_cores  # noqa: E402
 from evaluation import CLEARED_SCORE, RANDOM_SCORE  # noqa: E402
@@ -203,12 +202,10 @@ def draw(curves):
 
 
 def main(argv=()):
-    parser = argparse.ArgumentParser(prog="learning.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("learning.py", __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["recipe"], help="default recipe")
     parser.add_argument("--out", type=given_path, default="runs/learning", help="default runs/learning")
-    parser.error = raise_error
     args, more = parser.parse_known_args(argv)
     out = Path(args.out)
     runs = {(variant, seed): out / variant / f"seed{seed}" for variant in args.variants for seed in args.seeds}

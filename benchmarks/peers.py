@@ -16,7 +16,6 @@ entropies.
 Needs algorithms/requirements.txt, and pip install stable-baselines3 for the first two or pip install trl for the last.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from algorithms import grpo_text as grpo  # noqa: E402
 from algorithms import ppo_lunarlander as lander  # noqa: E402
 from algorithms.common import greedy_returns, need  # noqa: E402
 from callbacks import Callback  # noqa: E402
-from command_line import CommandLineError, raise_error, run_script  # noqa: E402
+from command_line import CommandLineError, Parser, run_script  # noqa: E402
 
 EVERY, SOLVED = 81_920, 200.0  # steps between two evaluations; points
 STEPS = 1_500  # of a turn
@@ -216,8 +215,7 @@ def in_words(seed, num_steps, model):
 
 
 def main(argv=()):
-    parser = argparse.ArgumentParser(prog="peers.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("peers.py", __doc__)
     parser.add_argument("what", choices=("lunarlander", "space_invaders", "grpo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_steps", type=int, default=1_000_000, help="of LunarLander (default 1000000)")
@@ -225,7 +223,6 @@ def main(argv=()):
     parser.add_argument("--float32", action="store_true")
     parser.add_argument("--steps", type=int, default=50, help="of GRPO (default 50)")
     parser.add_argument("--model", default=grpo.POLICY_MODEL, help=f"of GRPO, as grpo_text takes it (default {grpo.POLICY_MODEL})")
-    parser.error = raise_error
     args = parser.parse_args(argv)
     for name, low in (("seed", 0), ("num_steps", 1), ("turns", 1), ("steps", 1)):
         if not low <= getattr(args, name) < 2**31:

@@ -10,7 +10,6 @@ points. A game that is neither cleared nor lost is "caught in a cycle" until it 
 layouts. To choose among models, give them all with one --seed, and score the one you choose with another.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from breakout_ascii import BRICK_POINTS, CLEAR_POINTS, LIVES, draw_numbers, new_games, standard_serves  # noqa: E402
-from command_line import CommandLineError, given_path, raise_error, run_script, shown  # noqa: E402
+from command_line import CommandLineError, Parser, given_path, run_script, shown  # noqa: E402
 from device import set_threads  # noqa: E402
 from evaluation import GAMES_AT_ONCE, SERVES, Results, greedy, play_games, sampling, standard_error, tracker  # noqa: E402
 from load_model import SHIPPED, load_policy  # noqa: E402
@@ -77,12 +76,10 @@ def show_rows(name, make_player, deterministic, num_games, seed):
 
 
 def read_command_line(argv):
-    parser = argparse.ArgumentParser(prog="robustness.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("robustness.py", __doc__)
     parser.add_argument("models", nargs="*", type=given_path, default=[SHIPPED], help="checkpoints or runs (default: the shipped one)")
     parser.add_argument("--games", type=int, default=200, help="games for each row (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
-    parser.error = raise_error
     args = parser.parse_args(argv)
     for name, low, high in (("games", 1, 10_000), ("seed", 0, 2**32 - 1)):
         if not low <= getattr(args, name) <= high:

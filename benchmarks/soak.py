@@ -5,7 +5,6 @@ open files, and steps per second of metrics.csv. Prints what they were after the
 1 if memory grew by more than 2 %, if files stayed open, or if the pace fell by more than 10 %. Linux only: it reads /proc.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from callbacks import read_metrics  # noqa: E402
-from command_line import CommandLineError, raise_error, run_script, start_program  # noqa: E402
+from command_line import CommandLineError, Parser, run_script, start_program  # noqa: E402
 
 
 def look(pid):
@@ -51,9 +50,8 @@ def ends(values):
 
 
 def main(argv=()):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("soak.py", __doc__)
     parser.add_argument("--minutes", type=float, default=30.0, help="default 30")
-    parser.error = raise_error
     args, arguments = parser.parse_known_args(argv)
     if not 0.01 <= args.minutes <= 10_000:
         raise CommandLineError(f"--minutes must be from 0.01 to 10000, not {args.minutes}")

@@ -9,7 +9,6 @@ the median of their ratios. On CUDA ours is compiled, deeper models also run in 
 compiled and runs in bf16 too. All read pages of the same minibatch, made of a rollout as training makes it.
 """
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -31,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from breakout_ascii import CHARACTERS, BreakoutAsciiVec  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
-from command_line import CommandLineError, begin, check_constants, raise_error, run_script  # noqa: E402
+from command_line import CommandLineError, Parser, begin, check_constants, run_script  # noqa: E402
 from device import choose_device, set_threads  # noqa: E402
 from evaluation import sampling  # noqa: E402
 from fast.line_index import LineIndex  # noqa: E402
@@ -356,13 +355,11 @@ def show(table, title, header, rows):
 
 
 def main(argv=()):
-    parser = argparse.ArgumentParser(prog="throughput.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("throughput.py", __doc__)
     parser.add_argument("--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), help="default all")
     parser.add_argument("--repetitions", type=int, default=5, help="of every timing but those of table 2 (default 5)")
     parser.add_argument("--num_steps", type=int, default=C.NUM_STEPS, help=f"of the training in table 2 (default {C.NUM_STEPS})")
     parser.add_argument("--device", default="auto", help="default auto: CUDA if it works, else the CPU")
-    parser.error = raise_error
     args = parser.parse_args(argv)
     given = {"NUM_STEPS": args.num_steps, "REPETITIONS": args.repetitions}
     check_constants(given, CONSTANTS | {"REPETITIONS": 1}, RANGES | {"REPETITIONS": (1, 1000)})

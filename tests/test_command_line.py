@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ from algorithms.grid_search import TRAININGS, training
 from callbacks import say
 from checkpoint import CheckpointError, atomic_write, replacing
 from command_line import (
-    PARENT, STOP_SIGNALS, CommandLineError, Constants, check_begun, check_constants, finish_output, ignore_signals, locked, new_run_dir,
+    PARENT, STOP_SIGNALS, CommandLineError, Constants, Parser, check_begun, check_constants, finish_output, given_path, ignore_signals, locked, new_run_dir,
     one_line, read_command_line, read_run, resume_command, run_script, run_side_by_side, shown, signals_handled, stop_with_parent, train,
 )  # fmt: skip
 from device import shortened
@@ -143,6 +144,15 @@ def test_in_a_thread_signals_stay_as_they_are():
     def handled():
         with signals_handled(signal.SIG_IGN):
             ignore_signals()
+def test_a_program_may_give_numbers_and_paths(tmp_path):
+    parser = Parser("script.py", "what it does")
+    parser.add_argument("folder", type=given_path)
+    parser.add_argument("--seeds", type=int, nargs="+")
+    assert vars(parser.parse_args([tmp_path, "--seeds", 3, np.int64(4)])) == {"folder": str(tmp_path), "seeds": [3, 4]}
+    with pytest.raises(CommandLineError, match="unrecognized arguments: --fold"):
+        parser.parse_args([tmp_path, "--fold"])
+
+
             within.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=handled)
