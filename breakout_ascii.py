@@ -267,10 +267,15 @@ def reset_mask(options, num_games):
 
 
 def generators(seeds, num_games):
-    """A list of seeds, one per game -> {game: NumPy generator}, as `BreakoutAscii` would have it; None seeds nothing. Raises ValueError."""
-    if len(seeds) != num_games or not all(x is None or is_whole(x) and x >= 0 for x in seeds):
-        raise ValueError(f"seed must be None, an integer, or a list of {num_games} of these, integers from 0 up; got {list(seeds)!r}")
-    return {game: gym.utils.seeding.np_random(int(x))[0] for game, x in enumerate(seeds) if x is not None}
+    """Seeds, one per game -> {game: NumPy generator}, as `BreakoutAscii` would have it; None seeds nothing. Raises ValueError."""
+    listed = list(seeds) if np.iterable(seeds) else []
+    if len(listed) != num_games or not all(map(is_seed, listed)):
+        raise ValueError(f"seed must be None, an integer, or a list of {num_games} of these, integers from 0 up; got {seeds!r}")
+    return {game: gym.utils.seeding.np_random(int(x))[0] for game, x in enumerate(listed) if x is not None}
+
+
+def is_seed(x):
+    return x is None or is_whole(x) and x >= 0
 
 
 def is_whole(x):
@@ -364,13 +369,12 @@ class BreakoutAsciiVec(VectorEnv):
 
     def _seed(self, seed, mask):
         """Seed the generators of the games where mask (N,) is true: one that they share, or each its own."""
-        if isinstance(seed, (list, tuple, np.ndarray)):
+        if not is_seed(seed):
             own = generators(seed, self.num_envs)
             self.seeded |= {game: own[game] for game in own if mask[game]}
-        else:
-            super().reset(seed=seed)
-            if seed is not None:
-                self.seeded = {game: own for game, own in self.seeded.items() if not mask[game]}
+        elif seed is not None:
+            super().reset(seed=int(seed))
+            self.seeded = {game: own for game, own in self.seeded.items() if not mask[game]}
 
     def step(self, actions):
         """Play one step of every game. Raises ResetNeeded before the first reset, ValueError for a bad action."""

@@ -383,6 +383,22 @@ def test_a_seed_for_all_ends_those_of_each():
     assert (serves_of(one, seed=3) == serves_of(other, seed=3)).all() and (serves_of(one) == serves_of(other)).all()
 
 
+@pytest.mark.parametrize("seed, plain", [(np.int64(3), 3), (np.uint8(3), 3), ((3, 4), [3, 4]), (range(3, 5), [3, 4]), (np.array([3, 4], np.uint64), [3, 4]),
+                                         ([np.int32(3), 4], [3, 4])])
+def test_seeds_may_be_of_any_integer_type(seed, plain):
+    assert (serves_of(BreakoutAsciiVec(2), seed=seed) == serves_of(BreakoutAsciiVec(2), seed=plain)).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_wrappers_of_vector_environments_see_what_was_reset():
+    env = gym.wrappers.vector.RecordEpisodeStatistics(gym.wrappers.vector.NormalizeReward(BreakoutAsciiVec(3)))
+    env.reset(seed=np.arange(3))
+    for _ in range(50):
+        env.step(np.zeros(3, int))
+    env.reset(options={"reset_mask": np.array([True, False, True])})
+    assert env.episode_lengths.tolist() == [0, 50, 0]
+
+
 @pytest.mark.filterwarnings("error")
 def test_check_env_has_nothing_to_say(capsys):
     check_env(BreakoutAscii(), skip_render_check=True)  # without a spec it cannot build the render modes
@@ -617,7 +633,8 @@ BAD_MASKS = [[True, False], np.array([1, 0]), np.array([0]), np.ones(3, bool), n
 
 
 @pytest.mark.parametrize("arguments, said", [(dict(options={"reset_mask": mask}), "reset_mask") for mask in BAD_MASKS] + [
-    (dict(seed=seeds), "a list of 2") for seeds in ([1], [1, 2, 3], [], [1, -1], [1, 1.0], [1, True], ["1", 2], [[1, 2], [3, 4]], np.array([0.0, 1.0]))])
+    (dict(seed=seeds), "a list of 2") for seeds in ([1], [1, 2, 3], [], [1, -1], [1, 1.0], [1, True], ["1", 2], [[1, 2], [3, 4]], np.array([0.0, 1.0]),
+                                                  np.array(3), -1, 1.0, True, "12")])
 def test_bad_partial_resets_and_seeds(arguments, said):
     env = BreakoutAsciiVec(2)
     env.reset(seed=0)
