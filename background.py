@@ -18,6 +18,9 @@ from command_line import signals_handled
 from device import first_line
 
 
+STARTING = threading.Lock()  # `main_hidden` changes what all threads see
+
+
 class CannotStart(RuntimeError):
     """No process can be started here, or none that finds the function; in one line."""
 
@@ -43,7 +46,7 @@ class Background:
         function, context = pickle.dumps(self.function), multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(function, theirs), daemon=True)
-        with sigint_ignored(), contextlib.nullcontext() if b"__main__" in function else main_hidden():
+        with STARTING, sigint_ignored(), contextlib.nullcontext() if b"__main__" in function else main_hidden():
             process.start()
         theirs.close()  # only the process has it now: if that ends, so does what we wait for
         self.started.append(process)

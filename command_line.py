@@ -66,12 +66,14 @@ class Constants(Mapping):
     def __init__(self, script):
         """script: its globals()."""
         self.script, self.names = script, []
-        for statement in ast.parse(Path(script["__file__"]).read_text(encoding="utf-8")).body:
+        file = script.get("__file__")  # none, or that of another script, if this one was pasted into a notebook or run by `exec`
+        for statement in ast.parse(Path(file).read_text(encoding="utf-8")).body if file else ():
             if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
                 stored = [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
                 if "CONSTANTS" in stored:
-                    break  # what follows is not for the user to set
+                    return  # what follows is not for the user to set
                 self.names += [name for name in stored if name.isupper() and name in script and name not in self.names]
+        sys.exit("the constants are read from the script's own file; import the script, or run it, instead of pasting or executing its text")
 
     def __getitem__(self, name):
         if name not in self.names:
@@ -94,8 +96,6 @@ def kind_of(name, defaults, ranges):
     return within if isinstance(within, type) else type(within[0])
 
 
-def read_command_line(argv, prog, doc, defaults, ranges):
-    """Arguments -> the run to resume or None, and the constants given: {"NUM_STEPS": 200000}."""
 class Parser(argparse.ArgumentParser):
     """Reads the words of a command line, or what a program gives instead of them: numbers and paths too. What is wrong is raised, as a
     CommandLineError."""
@@ -111,6 +111,8 @@ class Parser(argparse.ArgumentParser):
         raise CommandLineError(message)
 
 
+def read_command_line(argv, prog, doc, defaults, ranges):
+    """Arguments -> the run to resume or None, and the constants given: {"NUM_STEPS": 200000}."""
     parser = Parser(prog, doc)
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run directory, or a checkpoint in it to resume from")
     for name, value in defaults.items():
@@ -367,7 +369,7 @@ def train(trainer, run_dir, prog, advice):
     """
     received = []
     # a second Ctrl-C ends the process if that is a program of ours, and otherwise only this call: a notebook's kernel must outlive it
-    leave = signal.SIG_DFL if signal.getsignal(signal.SIGINT) is interrupt else signal.default_int_handler
+    leave = ctrl_c_outside() if signal.getsignal(signal.SIGINT) is interrupt else signal.default_int_handler
 
     def stop(signum, frame):
         received.append(signum)
@@ -566,6 +568,11 @@ def interrupt(signum, frame):
     raise KeyboardInterrupt(signum)
 
 
+def ctrl_c_outside():
+    """What Ctrl-C does before and after a program of ours: it leaves at once, but not a Python that goes on (python -i, IPython's %run)."""
+    return signal.default_int_handler if sys.flags.interactive or hasattr(sys, "ps1") else signal.SIG_DFL
+
+
 def run_script(main, prog):
     """main(words of the command line) -> the end of the program: its exit status, or one line that says what was wrong.
 
@@ -573,7 +580,7 @@ def run_script(main, prog):
     """
     prepare_output()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {shortened(message, 300)}\n"  # without its code
-    set_handler(signal.SIGINT, signal.SIG_DFL)  # before and after main, Ctrl-C leaves at once
+    set_handler(signal.SIGINT, ctrl_c_outside())
     try:
         with signals_handled(interrupt):
             stop_with_parent()

@@ -83,10 +83,11 @@ def terminal_problem():
     return None if able else "the terminal type in TERM is unknown or too simple: try TERM=xterm"
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Play Breakout in the terminal with the arrow keys.", allow_abbrev=False)
+def main(argv=()):
+    description = "Play Breakout in the terminal with the arrow keys."
+    parser = argparse.ArgumentParser(prog="play_in_terminal.py", description=description, allow_abbrev=False)
     parser.add_argument("--fps", type=float, default=15.0, help="steps per second (default 15)")
-    fps = parser.parse_args().fps
+    fps = parser.parse_args(list(map(str, argv))).fps
     if not 0.1 <= fps <= 1000:
         parser.error(f"--fps must lie between 0.1 and 1000; got {fps}")
     try:
@@ -99,4 +100,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

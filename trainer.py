@@ -51,6 +51,7 @@ class Trainer:
         self.evaluated = None  # the last of them, with its "evaluation"
         self.best_score, self.is_best = -math.inf, False  # the highest so far; did the last evaluation reach it?
 
+    @torch.enable_grad()  # whatever a notebook has set
     def learn(self):
         """Train to the end. Raises StopTraining after `request_stop`, FloatingPointError if the numbers are no longer finite."""
         self.clock = time.perf_counter()

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,6 +81,30 @@ def test_ctrl_c_is_as_before():
     with contextlib.closing(Background(work)) as background:
         background.submit(0)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_two_threads_that_start_processes_leave_the_main_module_as_it_is(monkeypatch):
+    """Without a lock the first, which ends first, would restore it, and the second then put the other's empty one in its place."""
+    main, first, seen, second_is_there = sys.modules["__main__"], [], [], threading.Event()
+
+    def start(self):
+        seen.append(sys.modules["__main__"])
+        if len(seen) == 1:
+            second_is_there.wait(0.3)
+        else:
+            second_is_there.set()
+            first[0].join()
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", start)
+    threads = [threading.Thread(target=Background, args=(work,)) for _ in range(2)]
+    first.append(threads[0])
+    threads[0].start()
+    while not seen:
+        time.sleep(0.01)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 2 and main not in seen and sys.modules["__main__"] is main
 
 
 def test_the_processes_end_with_this_one(tmp_path):

@@ -61,6 +61,12 @@ RANGES = {}
     assert (constants | {"LR": 1.0})["STEPS"] == 7
 
 
+@pytest.mark.parametrize("file", [None, __file__])  # pasted into a notebook; `exec` in another script
+def test_a_script_without_its_file_says_so_in_one_line(file):
+    with pytest.raises(SystemExit, match="^the constants are read from the script's own file; import the script, or run it"):
+        exec("from command_line import Constants; STEPS = 3; CONSTANTS = Constants(globals())", {"__file__": file} if file else {})
+
+
 @pytest.mark.parametrize("constant, value, message", [
     ("SEED", None, "SEED (--seed) must be an integer from 0 to 4,294,967,295, not None"), ("LR", (2, 5e-3), "LR (--lr) must be a number from"),
     ("LR", "2e-3", "LR (--lr) must be a number from"), ("RUN_DIR", None, "RUN_DIR (--run_dir) must be text, not None"),
@@ -138,12 +144,6 @@ def test_a_call_takes_the_constants_of_now_and_no_command_line(name, monkeypatch
         script.main()
 
 
-def test_in_a_thread_signals_stay_as_they_are():
-    before, within = signal.getsignal(signal.SIGINT), []
-
-    def handled():
-        with signals_handled(signal.SIG_IGN):
-            ignore_signals()
 def test_a_program_may_give_numbers_and_paths(tmp_path):
     parser = Parser("script.py", "what it does")
     parser.add_argument("folder", type=given_path)
@@ -153,6 +153,12 @@ def test_a_program_may_give_numbers_and_paths(tmp_path):
         parser.parse_args([tmp_path, "--fold"])
 
 
+def test_in_a_thread_signals_stay_as_they_are():
+    before, within = signal.getsignal(signal.SIGINT), []
+
+    def handled():
+        with signals_handled(signal.SIG_IGN):
+            ignore_signals()
             within.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=handled)
@@ -346,6 +352,29 @@ def test_a_second_ctrl_c_ends_the_training_and_not_a_notebooks_kernel(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         train(trainer, tmp_path, "script.py", {})
     assert trainer.stop_requested and signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("goes_on, handler", [(True, signal.default_int_handler), (False, signal.SIG_DFL)])
+def test_ctrl_c_does_not_end_a_python_that_goes_on_after_the_program(tmp_path, monkeypatch, goes_on, handler):
+    """As python -i and IPython's %run do: neither the second one in a training, nor one after it."""
+    if goes_on:
+        monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    trainer, handlers = Failing(), []
+
+    def interrupted():
+        signal.raise_signal(signal.SIGINT)
+        handlers.append(signal.getsignal(signal.SIGINT))
+        trainer.check_stop()
+
+    monkeypatch.setattr(trainer, "collect_and_update", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            run_script(lambda argv: train(trainer, tmp_path, "script.py", {}), "script.py")
+        assert [*handlers, signal.getsignal(signal.SIGINT)] == [handler, handler]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("no memory to save in")])

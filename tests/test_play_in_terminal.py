@@ -76,11 +76,17 @@ def test_a_game_that_is_over_stays_on_the_screen():
 
 
 @pytest.mark.parametrize("arguments", [["--fps", "0"], ["--fps", "nan"], ["--fp", "15"]])
-def test_bad_arguments(monkeypatch, capsys, arguments):
-    monkeypatch.setattr(sys, "argv", ["play_in_terminal.py", *arguments])
+def test_bad_arguments(capsys, arguments):
     with pytest.raises(SystemExit, match="2"):
-        play_in_terminal.main()
+        play_in_terminal.main(arguments)
     assert capsys.readouterr().err.splitlines()[-1].startswith("play_in_terminal.py: error: ")
+
+
+def test_a_call_takes_no_command_line_of_its_caller(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(play_in_terminal, "terminal_problem", lambda: "no terminal here")
+    assert play_in_terminal.main() == play_in_terminal.main(["--fps", 30]) == 1
+    assert capsys.readouterr().err == "play_in_terminal.py: no terminal here\n" * 2
 
 
 def test_play_without_a_terminal_is_one_line():

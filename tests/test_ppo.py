@@ -89,6 +89,12 @@ def test_constant_reward_is_worth_itself():
     assert values.tolist() == pytest.approx([1.0], abs=0.01)
 
 
+def test_a_caller_without_gradients_trains_all_the_same():
+    with torch.no_grad():
+        train(Probe(lambda state, action: 1.0), num_steps=64)
+        assert not torch.is_grad_enabled()
+
+
 def test_a_delayed_reward_is_discounted():
     _, values = train(Probe(lambda state, action: 1.0, length=2))
     assert values.tolist() == pytest.approx([0.9, 1.0], abs=0.02)
@@ -502,6 +508,15 @@ def rank_of_two(rank, folder):
     played = [torch.empty(64) for _ in range(2)]
     dist.all_gather(played, both.buffer.samples.old_logprobs)
     assert not torch.equal(*played)  # each rank has its own games
+    both.config.paired_envs = True
+    both.collect()
+    both.episode_returns.append(10.0 * rank)
+    third, samples = both.update(), both.buffer.samples
+    own = [third[name] for name in ("episode_return", "explained_variance", "pair_correlation")]
+    assert own == [10.0 * rank, explained_variance(samples.old_values, samples.returns).item(), both.buffer.pair_correlation.item()]
+    of_ranks = [None, None]
+    dist.all_gather_object(of_ranks, own)
+    assert all(x != y for x, y in zip(*of_ranks))  # rank 0 logs its own, as docs/runs.md says
     if rank == 1:
         both.request_stop()
     with pytest.raises(StopTraining):

@@ -284,8 +284,11 @@ def test_one_seed_one_run(tmp_path):
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch):
-    """Its learning rate jumps to that of the longer training, its seconds go on counting, and no constant that was edited meanwhile reaches it."""
-    run(tmp_path, "run")
+    """Its learning rate jumps to that of the longer training, lambda goes on, its seconds go on counting, and no constant that was edited
+    meanwhile reaches it."""
+    lambds, lambd = [], PPO.lambd
+    monkeypatch.setattr(PPO, "lambd", lambda self: lambds.append(lambd(self)) or lambds[-1])
+    run(tmp_path, "run", "--lambd_steps", str(7 * 32))
     monkeypatch.setattr(train_ppo, "GAMMA", 0.5)
     assert main(["--resume", str(tmp_path / "run"), "--num_steps", str(8 * 32), "--num_envs", "4"]) == 0
     rows = logged(tmp_path / "run")
@@ -293,6 +296,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch):
     lr, min_lr = CONSTANTS["LR"], CONSTANTS["MIN_LR"]
     planned = [min_lr + (lr - min_lr) * math.cos(math.pi / 2 * i / (6 if i < 6 else 8)) ** 2 for i in range(8)]
     assert [float(row["lr"]) for row in rows] == pytest.approx(planned, rel=1e-4)
+    assert lambds == pytest.approx([0.8 + 0.18 * i / 7 for i in range(8)])
     with open(tmp_path / "run" / "metrics.csv") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     assert seconds == sorted(seconds) and seconds[0] > 0
