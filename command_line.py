@@ -388,7 +388,8 @@ def train(trainer, run_dir, prog, advice):
                 return 0
             except Exception as error:
                 ignore_signals()  # the end is near, and the run is not saved yet
-                status = give_up(error, received, trainer, run_dir, prog, {**advice, GPUError: " --device cpu", InputNotFinite: "", CheckpointError: ""})
+                known = {GPUError: " --device cpu", InputNotFinite: "", CheckpointError: "", CommandLineError: ""}  # no defects of ours
+                status = give_up(error, received, trainer, run_dir, prog, advice | known)
                 if RANKS == 1:
                     set_handler(signal.SIGINT, leave)  # one more need not wait until all is closed
                 if received or not isinstance(error, GPUError) or RANKS > 1:  # ranks would have to agree

@@ -30,7 +30,8 @@ import torch.nn as nn
 
 from algorithms.common import Algorithm, check_models, device_of, run_algorithm
 from algorithms.language_model import (
-    SMOLLM2, TINY, RewardModel, is_adapter, load_model, load_tokenizer, place, reference_to, transformer, with_lora,
+    SMOLLM2, TINY, UNUSABLE, RewardModel, is_adapter, load_model, load_tokenizer, place, reference_to, refusing, transformer,
+    with_lora,
 )  # fmt: skip
 from algorithms.language_policy import Writer
 from callbacks import Callback, say
@@ -119,7 +120,7 @@ REWARDS = {function.__name__: function for function in (brief, sentences, friend
 
 def score_by(function, prompts, answers):
     """Lists -> rewards (N,) float32."""
-    return torch.tensor([function(*pair) for pair in zip(prompts, answers)], dtype=torch.float32)
+    return torch.tensor([float(function(*pair)) for pair in zip(prompts, answers)], dtype=torch.float32)
 
 
 def reward_model(name, device):
@@ -295,6 +296,7 @@ def make_models(c, device):
     return writer, reward, models
 
 
+@refusing(UNUSABLE)
 def make_writer(c, device):
     tokenizer = load_tokenizer(c.POLICY_MODEL)
     model = load_model(c.POLICY_MODEL, tokenizer, device, frozen=c.LORA_RANK > 0)  # steps of 1e-5 would be lost in bfloat16

@@ -22,6 +22,7 @@ from device import out_of_memory, shortened
 
 TINY, SMOLLM2 = "tiny", "smollm2"  # names of models that need no hub
 VOCABULARY = 1024  # of the tiny model's tokenizer, at most
+UNUSABLE = "the model cannot be used"
 
 
 def load_tokenizer(name, texts=()):
@@ -39,9 +40,7 @@ def load_model(name, tokenizer, device, frozen=True):
         return tiny_model(tokenizer).to(device).eval()
     dtype = torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
     if not is_adapter(name):
-        model = from_pretrained("AutoModelForCausalLM", name, dtype=dtype, output_loading_info=True)
-        model.fingerprint = fingerprint(model)
-        return model.to(device).eval()
+        return load_whole("AutoModelForCausalLM", name, dtype).to(device)
     adapted = from_pretrained("AutoPeftModelForCausalLM", name, dtype=torch.float32)
     found = fingerprint(adapted)  # before processors round sums in ways of their own
     model = adapted.merge_and_unload()
@@ -49,8 +48,19 @@ def load_model(name, tokenizer, device, frozen=True):
     return model.to(device, dtype).eval()
 
 
+def load_whole(kind, name, dtype):
+    """-> a model in eval mode with its `fingerprint`. Raises CommandLineError if it lacks weights."""
+    model, report = from_pretrained(kind, name, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        missing = f"has no weights for {min(report['missing_keys'])}, which would be random"
+        raise CommandLineError(f"the model {name!r} {missing}; take another model")
+    model.fingerprint = fingerprint(model)
+    return model.eval()
+
+
 def is_adapter(name):
-    return Path(name, "adapter_config.json").exists()
+    """Whether a folder, or a repository of the hub, holds an adapter and not a whole model."""
+    return name != SMOLLM2 and need("transformers").utils.find_adapter_config_file(name) is not None
 
 
 def place(name, own=()):
@@ -62,7 +72,7 @@ def place(name, own=()):
 
 
 def fingerprint(model):
-    """-> a hash of a model's configuration and of its weights' names, shapes and first values.
+    """-> a hash of a model's configuration, of its weights' names and shapes, and of a checksum of each.
 
     It is the same wherever the model lies, and whether it was loaded in float32 or in bfloat16.
     """
@@ -74,37 +84,37 @@ def fingerprint(model):
     settings = json.loads(json.dumps(model.config.to_diff_dict(), default=str), object_hook=lasting)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, x in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(x.shape)}".encode())
-        digest.update(x.flatten()[:64].bfloat16().float().cpu().numpy())
+        checksum = x.bfloat16().view(torch.int16).sum().item()  # of integers, which add up alike in any order
+        digest.update(f"{name} {tuple(x.shape)} {checksum}".encode())
     return digest.hexdigest()
 
 
-def from_pretrained(kind, name, **arguments):
-    """A class of transformers or peft, a hub's name or a folder. Raises CommandLineError, one line, for what cannot be loaded."""
-    transformers = need("transformers")
-    library = transformers if hasattr(transformers, kind) else need("peft")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+@contextlib.contextmanager
+def refusing(problem, what_to_do="take another model"):
+    """Within, whatever a stranger's model or tokenizer raises, but for lack of memory, becomes a CommandLineError of one line."""
     try:
-        folder = os.path.abspath(smollm2()) if name == SMOLLM2 else name
-        # By default transformers asks on a terminal whether to run the code that comes with a model
-        loaded = getattr(library, kind).from_pretrained(folder, trust_remote_code=False, **arguments)
+        yield
     except CommandLineError:
         raise
-    except Exception as error:  # a stranger's file can be broken in any way
+    except Exception as error:  # such a file can be broken in any way
         if out_of_memory(error):
             raise
         needs_code = "trust_remote_code" in str(error)
         reason = "it needs code of its own, which is never run" if needs_code else shortened(error)
-        what_to_do = "check its name and the connection, or name the place where it is now"
-        raise CommandLineError(f"the model {name!r} cannot be loaded ({reason}); {what_to_do}") from None
-    if not arguments.get("output_loading_info"):
-        return loaded
-    model, report = loaded
-    if report["missing_keys"]:
-        missing = f"has no weights for {min(report['missing_keys'])}, which would be random"
-        raise CommandLineError(f"the model {name!r} {missing}; take another model")
-    return model
+        raise CommandLineError(f"{problem} ({reason}); {what_to_do}") from error
+
+
+def from_pretrained(kind, name, **arguments):
+    """A class of transformers or peft, a hub's name or a folder -> what it loads. Raises CommandLineError."""
+    transformers = need("transformers")
+    library = transformers if hasattr(transformers, kind) else need("peft")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder = os.path.abspath(smollm2()) if name == SMOLLM2 else name
+    what_to_do = "check its name and the connection, or name the place where it is now"
+    with refusing(f"the model {name!r} cannot be loaded", what_to_do):
+        # By default transformers asks on a terminal whether to run the code that comes with a model
+        return getattr(library, kind).from_pretrained(folder, trust_remote_code=False, **arguments)
 
 
 def train_tokenizer(texts):
@@ -125,11 +135,9 @@ def train_tokenizer(texts):
 
 
 def tokenizer_from(text):
-    """What `backend_tokenizer.to_str()` of the tiny model's tokenizer gave -> the tokenizer. Raises ValueError for any other text."""
-    try:
+    """What `backend_tokenizer.to_str()` of the tiny model's tokenizer gave -> the tokenizer. Raises CommandLineError."""
+    with refusing("the tokenizer that was saved with the model cannot be read", "train one anew"):
         return wrap(need("tokenizers").Tokenizer.from_str(text))
-    except Exception as error:  # tokenizers has none of its own
-        raise ValueError(f"the tokenizer cannot be read ({shortened(error)})") from None
 
 
 def wrap(tokenizer):
@@ -205,22 +213,14 @@ def embeddings(model):
 
 def longest_text(model):
     """-> how many tokens a model reads at most, infinity if its configuration sets no limit."""
-    longest = getattr(transformer(model).config.get_text_config(), "max_position_embeddings", None)
-    return longest if longest and longest > 0 else math.inf
-
-
-@contextlib.contextmanager
-def readable():
-    """Within, whatever a stranger's model or tokenizer raises becomes a CommandLineError of one line."""
-    try:
-        yield
-    except CommandLineError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        reason = f"cannot be read in this way ({shortened(error)})"
-        raise CommandLineError(f"the model {reason}; take another model") from None
+    model = transformer(model)
+    config = model.config.get_text_config()
+    places = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # the latter is MPT's
+    if not places or places < 0:
+        return math.inf
+    # RoBERTa and its kin count from behind the number of their padding
+    paddings = [x.padding_idx for name, x in model.named_modules() if name.endswith("position_embeddings")]
+    return places - max((1 + padding for padding in paddings if padding is not None), default=0)
 
 
 def check_tokens(model, tokenizer, rows):
@@ -246,7 +246,10 @@ def check_scores(model, together, alone):
     alone: what the model says of each text by itself.
     """
     tolerance = 1e-3 if transformer(model).dtype == torch.float32 else 0.5  # steps of bfloat16 near 40 are 1/4
-    if not (together - alone).abs().max() <= tolerance:
+    difference = (together - alone).abs().max()
+    if not difference.isfinite():
+        raise CommandLineError("the model gives numbers that are not finite; take another model")
+    if difference > tolerance:
         reason = "scores a text otherwise beside others than alone, or in a way of its own"
         raise CommandLineError(f"the model {reason}; take another model")
 
@@ -254,11 +257,8 @@ def check_scores(model, together, alone):
 def chat(tokenizer, *contents, **arguments):
     """What a user says, and perhaps what is answered -> the text that the tokenizer's chat template makes of it."""
     messages = [{"role": role, "content": content} for role, content in zip(("user", "assistant"), contents)]
-    try:
+    with refusing("the chat template of the model's tokenizer has failed"):
         return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
-    except Exception as error:  # a template is a program
-        reason = f"the chat template of its tokenizer has failed ({shortened(error)})"
-        raise CommandLineError(f"the model cannot be used, for {reason}; take another model") from None
 
 
 class RewardModel:
@@ -270,22 +270,22 @@ class RewardModel:
     little beside drawing the answers.
     """
 
+    @refusing(UNUSABLE)
     def __init__(self, name, device, prompts):
         """prompts: all that there will be. Raises CommandLineError for a model that cannot read them, or has no score."""
         self.tokenizer = from_pretrained("AutoTokenizer", name)
-        kind = "AutoModelForSequenceClassification"
-        model = from_pretrained(kind, name, dtype=torch.float32, output_loading_info=True)
-        self.model = model.to(device).eval()
+        self.model = load_whole("AutoModelForSequenceClassification", name, torch.float32).to(device)
         if self.model.config.num_labels != 1:
             raise CommandLineError(f"it has {self.model.config.num_labels} outputs; a reward model has one")
-        self.fingerprint = fingerprint(self.model)
+        self.fingerprint = self.model.fingerprint
         self.longest = min(self.tokenizer.model_max_length, longest_text(self.model))
         self.accepted = inspect.signature(self.model.forward).parameters  # some tokenizers give more
-        with readable():
-            rows = [self.inputs(prompt, "")["input_ids"][0].tolist() for prompt in prompts]
-            check_tokens(self.model, self.tokenizer, rows)
-            self(prompts[:1], ["Yes."])
+        rows = [self.inputs(prompt, "")["input_ids"][0].tolist() for prompt in prompts]
+        check_tokens(self.model, self.tokenizer, rows)
+        if not self(prompts[:1] * 2, ["", "Yes."]).isfinite().all():
+            raise CommandLineError("it gives numbers that are not finite; take another model")
 
+    @refusing(UNUSABLE)
     def __call__(self, prompts, answers):
         with torch.no_grad():
             scores = [self.model(**self.inputs(*pair)).logits[0, 0] for pair in zip(prompts, answers)]

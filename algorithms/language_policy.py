@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from algorithms.common import need
 from algorithms.language_model import (
-    TrainedOnly, chat, check_scores, check_tokens, embeddings, longest_text, readable, transformer,
+    TrainedOnly, chat, check_scores, check_tokens, embeddings, longest_text, transformer,
 )  # fmt: skip
 from command_line import CommandLineError
 from ppo import Policy
@@ -56,7 +56,7 @@ class LanguagePolicy(TrainedOnly, Policy):
         check_tokens(self.model, self.tokenizer, befores + self.answers)
         if max(map(len, befores)) + max(map(len, self.answers)) > longest:
             raise CommandLineError(f"the model reads {longest} tokens at most, and the game's texts have more; take another model")
-        with readable(), torch.no_grad():
+        with torch.no_grad():
             together = self.score(self.model, self.read(self.model, self.padded(rows), self.read_prefix(self.model)))
             alone = [torch.stack([self.logprob(before, answer) for answer in self.answers]) for before in befores]
         check_scores(self.model, F.log_softmax(together, dim=-1), F.log_softmax(torch.stack(alone), dim=-1))
@@ -207,7 +207,7 @@ class Writer(TrainedOnly):
             too_short = "too few for the prompts; take another model"
             raise CommandLineError(f"the model reads {longest} tokens at most, {f'so {wanted}' if room > 0 else too_short}")
         tokens, mask = self.prompt_tokens(["Hi", max(prompts, key=len)])
-        with readable(), torch.no_grad():
+        with torch.no_grad():
             written = self.generate(tokens, mask, 4, do_sample=False, output_logits=True, return_dict_in_generate=True)
             tokens, T = written.sequences, len(written.logits)
             drawn = until_end(tokens[:, -T:], self.ends)
@@ -226,13 +226,13 @@ class Writer(TrainedOnly):
     def write(self, prompts, max_new_tokens):
         """-> all tokens (N, P + T), which of them may be seen (N, P + T), and which were drawn, (N, T) bool: up to the end token, and it."""
         tokens, mask = self.prompt_tokens(prompts)
-        written = self.generate(tokens, mask, max_new_tokens)
+        written = self.generate(tokens, mask, max_new_tokens, logits_processor=[drawable])
         drawn = until_end(written[:, tokens.shape[1] :], self.ends)
         return written, torch.cat([mask, drawn.long()], 1), drawn
 
     def generate(self, tokens, mask, max_new_tokens, **more):
         return self.model.generate(
-            input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, logits_processor=[drawable], **more
+            input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **more
         )  # fmt: skip
 
     def texts(self, tokens, drawn):

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from algorithms.breakout_text import ACTIONS, WIDTH, BreakoutTexts, ShapedReward, TextAsBytes, make_env, numbers_of, texts_of
 from algorithms.common import Algorithm, check_models, check_ppo, device_of, ppo_config, run_algorithm, summary
 from algorithms.language_model import (
-    SMOLLM2, TINY, load_model, load_tokenizer, place, reference_to, tokenizer_from, transformer, with_lora,
+    SMOLLM2, TINY, UNUSABLE, load_model, load_tokenizer, place, reference_to, refusing, tokenizer_from, transformer, with_lora,
 )  # fmt: skip
 from algorithms.language_policy import LanguagePolicy
 from background import Background
@@ -184,6 +184,7 @@ def build(c):
     return LanguagePPO(policy, envs, ppo_config(c), c.KL_COEF, c.KL_TARGET, metadata)
 
 
+@refusing(UNUSABLE)
 def make_policy(c, device, saved_tokenizer=None):
     """With a reference, if the training wants one."""
     if c.MODEL == MLP:

@@ -10,18 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import (
-    BertConfig, BertLMHeadModel, DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config, GPT2ForSequenceClassification,
-    GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast, Qwen3Config,
-    Qwen3ForCausalLM, RwkvConfig, RwkvForCausalLM, XLNetConfig, XLNetForSequenceClassification,
+    AutoModelForCausalLM, BertConfig, BertLMHeadModel, DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config,
+    GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification, Mamba2Config, Mamba2ForCausalLM, MambaConfig,
+    MambaForCausalLM, MptConfig, MptForSequenceClassification, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, RobertaConfig,
+    RobertaForSequenceClassification, RwkvConfig, RwkvForCausalLM, XLNetConfig, XLNetForSequenceClassification,
 )  # fmt: skip
 
 from algorithms import grpo_text
 from algorithms.grpo_text import ALGORITHM, GRPO, HELD_OUT, PROMPTS, advantages_of, brief, friendly, reward_model, sentences
-from algorithms.language_model import RewardModel, reference_to, train_tokenizer, with_lora
+from algorithms.language_model import RewardModel, is_adapter, reference_to, train_tokenizer, with_lora
 from algorithms.language_policy import Writer, until_end
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 from checkpoint import load_checkpoint, save_checkpoint
@@ -145,6 +147,8 @@ CLASSIFIERS = {
     "DeBERTa": (DebertaV2ForSequenceClassification, DebertaV2Config, dict(relative_attention=True, pos_att_type=["p2c", "c2p"])),
     "GPT-2": (GPT2ForSequenceClassification, GPT2Config, dict(bos_token_id=0, eos_token_id=0)),  # knows of no padding
     "Llama": (LlamaForSequenceClassification, LlamaConfig, dict(num_key_value_heads=2, pad_token_id=0)),
+    "MPT": (MptForSequenceClassification, MptConfig, {}),
+    "RoBERTa": (RobertaForSequenceClassification, RobertaConfig, {}),
     "XLNet": (XLNetForSequenceClassification, XLNetConfig, dict(d_head=8)),  # reads the last place of all, padding or not
 }
 TOKENIZERS = {
@@ -176,7 +180,7 @@ def wrapped(tokenizer, settings, template=None, closing=False):
     return result
 
 
-@pytest.mark.parametrize("kind", CLASSIFIERS)
+@pytest.mark.parametrize("kind", ["DeBERTa", "GPT-2", "Llama", "XLNet"])
 @pytest.mark.parametrize("settings", TOKENIZERS)
 def test_a_classifier_reads_each_pair_as_if_alone(kind, settings, tmp_path, tokenizer):
     model = save_classifier(tmp_path, tokenizer, kind, TOKENIZERS[settings])
@@ -229,6 +233,69 @@ def test_a_model_without_a_tokenizer_and_one_that_is_too_short_are_refused(token
         Writer(small_model("Qwen3", tokenizer), empty).check(PROMPTS, 4)
     with pytest.raises(CommandLineError, match="^the model reads 64 tokens at most, too few for the prompts; take another model$"):
         Writer(small_model("GPT-2", tokenizer), tokenizer).check(["word " * 80], 4)
+
+
+def test_a_classifier_reads_as_many_tokens_as_it_has_positions_for(tmp_path, tokenizer):
+    """Some count positions from behind the number of their padding, and MPT has a name of its own for their number."""
+    for kind, settings, longest in (("RoBERTa", dict(max_position_embeddings=40, pad_token_id=3), 36), ("MPT", dict(max_seq_len=40), 40)):
+        save_classifier(tmp_path / kind, tokenizer, kind, **settings)
+        reward = RewardModel(str(tmp_path / kind), torch.device("cpu"), ["hi"])
+        answers = ["!" * n for n in range(60)]
+        with pytest.warns(UserWarning, match=f"reads {longest} tokens at most"):
+            scores = reward(["hi"] * 60, answers)
+        assert reward.longest == longest and scores.isfinite().all() and len(scores[: longest - 2].unique()) == longest - 2
+
+
+def test_a_classifier_that_fails_is_one_line(tmp_path, tokenizer):
+    """At the start, or in the middle of a training, which is saved."""
+    save_classifier(tmp_path, tokenizer)
+    reward = RewardModel(str(tmp_path), torch.device("cpu"), ["hi"])
+    reward.model.forward = fails
+    with pytest.raises(CommandLineError, match=r"^the model cannot be used \(No API key configured. Use `wandb login`\); take another model$"):
+        reward(["hi"], ["yes"])
+    save_classifier(tmp_path, tokenizer, initializer_range=math.inf)
+    with pytest.raises(CommandLineError, match="gives numbers that are not finite; take another model$"):
+        reward_model(str(tmp_path), torch.device("cpu"))
+
+
+def test_a_function_gives_one_number_for_each_answer():
+    assert grpo_text.score_by(lambda prompt, answer: answer == "b", "xx", "ab").tolist() == [0.0, 1.0]
+    with pytest.raises(TypeError, match="not 'list'"):  # which would have made more groups
+        grpo_text.score_by(lambda prompt, answer: [0.5, 1.0], "xx", "ab")
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("no adapter fits", "the model cannot be used .*Mamba.*; take another model$"), ("virtual tokens", "the model cannot be used .*; take another model$"),
+    ("not finite", "the model gives numbers that are not finite; take another model$"),
+])  # fmt: skip
+def test_a_policy_that_cannot_learn_is_refused_in_one_line(kind, message, tmp_path, folder, tokenizer):
+    model = small_model("Qwen3", tokenizer)
+    if kind == "no adapter fits":
+        model = Mamba2ForCausalLM(Mamba2Config(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, state_size=4,
+                                               n_groups=1, eos_token_id=0))  # fmt: skip
+    elif kind == "virtual tokens":
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    else:
+        with torch.no_grad():
+            model.model.norm.weight[0] = math.nan
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    c = SimpleNamespace(**{**ALGORITHM.constants, "POLICY_MODEL": str(tmp_path), "LORA_RANK": 2})
+    with pytest.raises(CommandLineError, match=message) as error:
+        grpo_text.make_writer(c, torch.device("cpu"))
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_of_the_hub_is_an_adapter(folder, tokenizer, tmp_path, monkeypatch):
+    """Or the weights below it would be trained, and not saved. What the hub holds, a cache has."""
+    snapshot = tmp_path / "models--somebody--adapter" / "snapshots" / "1"
+    with_lora(AutoModelForCausalLM.from_pretrained(folder), 2).save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1")
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert is_adapter("somebody/adapter") and is_adapter(str(snapshot))
+    assert not any(map(is_adapter, (str(folder), "somebody/other", "smollm2")))
 
 
 def test_recurrent_models_that_ignore_the_mask_are_refused(tokenizer):

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 
 from algorithms import ppo_llm_breakout
 from algorithms.breakout_text import BUTTONS, WIDTH, BreakoutTexts, follow_the_ball, make_env, texts_of
-from algorithms.language_model import fingerprint, load_model, load_tokenizer, reference_to, train_tokenizer, with_lora
+from algorithms.language_model import (
+    UNUSABLE, fingerprint, load_model, load_tokenizer, reference_to, refusing, train_tokenizer, with_lora,
+)  # fmt: skip
 from algorithms.language_policy import LanguagePolicy
 from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, NumberReader, build, invented_texts, verify
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
@@ -95,7 +97,7 @@ def test_a_model_that_scores_answers_in_a_way_of_its_own_is_refused(tokenizer):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
-        with pytest.raises(CommandLineError, match="take another model$") as error:
+        with pytest.raises(CommandLineError, match="take another model$") as error, refusing(UNUSABLE):
             LanguagePolicy(model.eval(), tokenizer, "You play. ", ANSWERS).check(TEXTS)
         assert "\n" not in str(error.value)
     for model in small_model("Qwen3", tokenizer), small_model("GPT-2", tokenizer), small_model("Qwen3", tokenizer).bfloat16():
@@ -474,7 +476,11 @@ def test_a_model_that_has_moved_is_named_anew(tmp_path, monkeypatch):
         load_model("tiny", tokenizer, torch.device("cpu")).save_pretrained(name)
         tokenizer.save_pretrained(name)
     half = AutoModelForCausalLM.from_pretrained("base", dtype=torch.bfloat16)
-    assert fingerprint(half) == load_model("base", None, torch.device("cpu")).fingerprint  # a GPU loads it so
+    whole = load_model("base", None, torch.device("cpu"))
+    assert fingerprint(half) == whole.fingerprint == fingerprint(whole)  # a GPU loads it so
+    with torch.no_grad():
+        whole.get_input_embeddings().weight[-1, -1] += 0.1
+    assert fingerprint(whole) != whole.fingerprint
     state = small_ppo(MODEL="base", LORA_RANK=2).policy_state()
     assert state["constants"]["MODEL"] == str(tmp_path / "base")
     (tmp_path / "base").rename(tmp_path / "moved")
