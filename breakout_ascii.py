@@ -351,8 +351,9 @@ class BreakoutAsciiVec(VectorEnv):
     def reset(self, *, seed=None, options=None):
         """Start N new games -> observations, infos.
 
-        seed: an integer for all games together, or a list with one for each game, which is then the game of `BreakoutAscii` with
-            that seed, however many there are; so are the games that follow it. None in the list: as before.
+        seed: an integer for all games together, or a list with one for each game. A game with a seed of its own, and those that follow
+            it, are what `BreakoutAscii` plays with that seed, whatever stands beside it. None in the list leaves a game's random
+            numbers as they are.
         options={"serves": (5,) or (N, 5) of -1 and +1} fixes the dx of the serves of these games, first serve first,
             and makes them standard serves; games that an autoreset starts are drawn again.
         options={"reset_mask": (N,) bool} starts only these games anew, and only they have infos.

@@ -44,8 +44,8 @@ def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
 
 
 def value_loss(new_values, old_values, returns, value_clip=0.0):
-    """Half the mean squared error; all (M,). value_clip > 0 holds new values within that distance of the old, in the units
-    of the scaled return, and takes the worse of both errors."""
+    """Half the mean squared error; all (M,). With value_clip > 0 the error of each sample is the larger of two: that of the new value, and
+    that of the new value held within this distance of the old one, in units of the scaled return."""
     errors = (new_values - returns) ** 2
     if value_clip > 0:
         clipped = old_values + (new_values - old_values).clamp(-value_clip, value_clip)
@@ -85,9 +85,9 @@ def explained_variance(values, returns):
 def learning_rate(progress, lr, min_lr):
     """Half a cosine from lr, at progress 0, down to min_lr, at progress 1.
 
-    The progress of an update is the share of the training's environment steps that earlier updates have counted. So the first update
-    has lr, also if it is the only one, and min_lr is what an update after the last would have: of K updates of equal length
-    the last has min_lr + (lr - min_lr) * sin(pi / 2K)^2.
+    progress: the share of the training's environment steps that came before this update. So the first update has lr, even if it is the
+    only one, and min_lr would be that of one more after the last. Where K updates of equal length fill the training, the last has
+    min_lr + (lr - min_lr) * sin(pi / 2K)^2.
     """
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 

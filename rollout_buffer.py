@@ -38,8 +38,8 @@ def paired_baseline(advantages, in_sync):
 
     A control variate (Glynn & Szechtman 2002): the partner's advantage does not depend on this environment's action, so with a
     fixed share the expected policy gradient is unchanged, but both contain the same error of the critic. The share that leaves
-    the least mean square is the (uncentred) correlation of the pairs. It is estimated on this rollout, which adds a small bias,
-    and held at 0 or more.
+    the least mean square is the (uncentred) correlation of the pairs, each taken in both orders. It is estimated on this rollout,
+    which adds a small bias, and held at 0 or more.
     """
     a, b = advantages.chunk(2, dim=1)
     a, b = a * in_sync, b * in_sync

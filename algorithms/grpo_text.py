@@ -177,7 +177,8 @@ class GRPO(Trainer):
         return tokens, mask, drawn, advantages_of(rewards.view(-1, c.NUM_SAMPLES), c.NORMALIZE).flatten().to(self.device)
 
     def update(self, tokens, mask, drawn, advantages):
-        """EPOCHS gradient steps -> statistics. Each token that was drawn counts alike, in long answers as in short ones."""
+        """EPOCHS gradient steps -> statistics. Each token that was drawn counts alike; Shao et al. average each answer first, so that a token
+        of a long one counts less."""
         c, T = self.c, drawn.shape[1]
         with torch.no_grad(), self.reference() as model:
             reference = self.policy.logprobs(model, tokens, mask, T)[drawn]
