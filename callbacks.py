@@ -52,7 +52,7 @@ class Callback:
     warnings = frozenset()  # the lines that have been printed
 
     def hear(self, event, *arguments):
-        """Call the method of this name. If the callback has a `cost`, whatever that raises is printed, the same line but once."""
+        """Call the method of this name. If the callback has a `cost`, whatever it raises becomes a warning, once for each reason."""
         try:
             getattr(self, event)(*arguments)
         except BaseException as error:
@@ -91,14 +91,17 @@ class RunDirectory(Callback):
 class Evaluation(Callback):
     """Every so many updates, and after the last, the policy is evaluated in another process while training goes on.
 
-    At most `processes` evaluations run at once: when one more is due, training waits for the oldest. Where there can be no other
-    process, or it lacks memory, or may not share the GPU, training and evaluation take turns in this one. An evaluation that a stop interrupts is started
-    again when the run is resumed: its policy state stays in `trainer.pending`, which has one for each of our futures.
+    At most `processes` evaluations run at once: when one more is due, training waits for the oldest. Where there can be no
+    other process, or it lacks memory, or may not share the GPU, training and evaluation take turns in this one. An evaluation
+    that a stop interrupts is started again when the run is resumed: its policy state stays in `trainer.pending`, which has one
+    for each of our futures.
     """
 
     def __init__(self, evaluate, interval, processes=1):
         """evaluate(policy state) -> a dict of numbers with a "score"; it must be importable. interval: updates, at least 1."""
-        self.background, self.evaluate, self.interval, self.futures = Background(evaluate, processes), evaluate, interval, deque()
+        self.background = Background(evaluate, processes)
+        self.evaluate, self.interval = evaluate, interval
+        self.futures = deque()
         self.take_turns = False
 
     def on_training_start(self, trainer):
@@ -292,7 +295,7 @@ def read_table(path, ended=False):
 
 
 def rows_of(lines, columns, delimiter):
-    """-> rows, {column: text} but for "update", an int, in the order of their updates; and the lines that are not understood."""
+    """-> rows in the order of their updates, each {column: text}, with an int as "update"; and the lines that are not understood."""
     rows, odd = {}, []
     for line in lines:
         cells = cells_of(line, delimiter)
@@ -323,8 +326,9 @@ def with_point(cell):
 
 
 class MetricsCSV(Callback):
-    """One row per update; what cannot be written is written with the next. A resumed run drops the rows after its checkpoint, and goes
-    on as if never stopped. Where somebody has changed the file, what is understood stays, and the whole is copied before the rest goes.
+    """One row per update; what cannot be written is written with the next. A resumed run drops the rows after its checkpoint, and
+    goes on as if never stopped. Where somebody has changed the file, the rows that are understood stay, and before anything else is
+    dropped, the whole file is copied.
     """
 
     def __init__(self, path, evaluation=("score",)):
@@ -436,13 +440,14 @@ class TensorBoard(Callback):
         threading.excepthook = self.thread_ended
         from torch.utils.tensorboard import SummaryWriter  # here, because the training can do without
 
-        # purge_step hides what an interrupted run logged after the checkpoint that this one goes on from, and since the evaluations that
-        # this one repeats; of the latter, what is not repeated is logged again
+        # Hidden is what was logged from this step on: of updates after the checkpoint, and of evaluations that were under way in it.
+        # Both come again. The updates from such an evaluation to the checkpoint do not, so they are logged again.
         first = min([state["global_step"] for state in trainer.pending], default=trainer.global_step + 1)
         self.writer = SummaryWriter(self.run_dir, purge_step=first)
         for row in read_metrics(Path(self.run_dir, "metrics.csv")) if trainer.pending else ():
             if first <= row["global_step"] <= trainer.global_step:
-                self.add_stats({name: x for name, x in row.items() if name not in PROGRESS and not name.startswith("eval_")}, row["global_step"])
+                stats = {name: x for name, x in row.items() if name not in PROGRESS and not name.startswith("eval_")}
+                self.add_stats(stats, row["global_step"])
 
     def on_update_end(self, trainer):
         self.add_stats(trainer.stats, trainer.global_step)
