@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from background import Background, CannotStart
 from checkpoint import CheckpointError, atomic_write, save_checkpoint
-from command_line import write_config
+from command_line import CommandLineError, is_replaced, locked, write_config
 from device import first_line, printable, shortened, unavailable
 from trainer import StopTraining
 
@@ -74,16 +74,23 @@ class Callback:
 
 class RunDirectory(Callback):
     """If somebody renames or removes the directory of a run, or its config.json, they are made anew, so that what is saved there can be
-    resumed. The first of all callbacks, because the others write files."""
+    resumed. If another run has taken its place, the training ends. The first of all callbacks, because the others write files."""
 
     def __init__(self, path):
-        self.path = Path(path)
-        self.cost = f"{path} cannot be made anew"
+        self.path, self.lock = Path(path), contextlib.ExitStack()
 
     def keep(self, trainer):
+        if is_replaced(self.path, trainer):
+            raise CheckpointError(f"something else is at {self.path} now, which was the directory of this run")
         if not (self.path / "config.json").exists():
             say(f"warning: {self.path} was renamed or removed, or its config.json; it is made anew, and training goes on")
-            write_config(self.path, trainer)
+            with contextlib.suppress(OSError):  # `Checkpoints` says what cannot be saved
+                write_config(self.path, trainer)
+            with contextlib.suppress(CommandLineError):  # only config.json was removed: the directory is locked still
+                self.lock.enter_context(locked(self.path))
+
+    def close(self):
+        self.lock.close()
 
     on_update_end = on_evaluation_end = on_training_end = keep
 

@@ -229,7 +229,8 @@ def new_run_dir(name, parent="runs"):
             raise CommandLineError(f"{run_dir} cannot be made ({error.strerror}); name another --run_dir") from None
         if name:
             break
-    raise CommandLineError(f"{run_dir} is in use already; name another --run_dir, or --resume {quoted(run_dir)}")
+    go_on = f", or --resume {quoted(run_dir)}" if (run_dir / "last.pt").exists() else ""
+    raise CommandLineError(f"{run_dir} is in use already; name another --run_dir{go_on}")
 
 
 def in_use(run_dir):
@@ -261,6 +262,12 @@ def write_config(run_dir, trainer):
     run_dir.mkdir(parents=True, exist_ok=True)
     config = trainer.metadata["constants"] | {"RUN_ID": trainer.metadata["run_id"]}
     atomic_write(run_dir / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def is_replaced(run_dir, trainer):
+    """Whether something else is now where the directory of a run was: a file, a link to nothing, the directory of another run."""
+    no_directory = os.path.lexists(run_dir) and not run_dir.is_dir()
+    return no_directory or recorded_id(run_dir) not in (None, trainer.metadata.get("run_id"))
 
 
 @contextlib.contextmanager
@@ -428,8 +435,7 @@ def give_up(error, received, trainer, run_dir, prog, advice):
         help_with = advice.get(kind, "")
     if RANK == 0:
         how = "going on with" if isinstance(error, GPUError) and RANKS == 1 and not received else "go on with"
-        command = f"{how}: {resume_command(prog, run_dir, RANKS)}{help_with}"
-        saved, next_step = save_snapshot(trainer, run_dir, command, help_with)
+        saved, next_step = save_snapshot(trainer, run_dir, lambda place: f"{how}: {resume_command(prog, place, RANKS)}{help_with}", help_with)
         status = status if saved else 1
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(f"\n{reason}{next_step}", file=sys.stderr)
@@ -444,17 +450,23 @@ def give_up(error, received, trainer, run_dir, prog, advice):
 
 
 def save_snapshot(trainer, run_dir, command, help_with):
-    """Save what a resume needs -> whether there is something to resume now, and what to do, to follow the reason why the run ended."""
+    """Save what a resume needs -> whether there is something to resume now, and what to do, to follow the reason why the run ended.
+
+    command(directory): what goes on with the run.
+    """
     if trainer.snapshot is None:  # the first state could not be taken, so nothing is lost, and what a resumed run has stays
         return False, f"; try{help_with}" if help_with else ""
+    place, remark = run_dir, ""
     try:
-        if not (run_dir / "config.json").exists():  # the directory has just been renamed or removed
-            write_config(run_dir, trainer)
-            command = f"{run_dir} was renamed or removed, and has been made anew; {command}"
-        save_checkpoint(run_dir / "last.pt", trainer.snapshot)
+        if is_replaced(run_dir, trainer):
+            place = new_run_dir("", run_dir.parent)
+        if not (place / "config.json").exists():
+            write_config(place, trainer)
+            remark = f"{run_dir} was renamed or removed; "
+        save_checkpoint(place / "last.pt", trainer.snapshot)
     except Exception as failure:  # it must not hide the reason
-        return False, f"; {one_line(failure) or type(failure).__name__}; then {command}"
-    return True, f"; {command}"
+        return False, f"; {one_line(failure) or type(failure).__name__}; then {command(place)}"
+    return True, f"; {remark}{command(place)}"
 
 
 def check_free_memory(needed, device, what, advice):

@@ -229,13 +229,13 @@ def main(argv=()):
         raise CommandLineError(f"{len(failed)} runs did not finish, see {failed[0]}.log; start again to go on")
     rows = [values | what.result(run_dir) | what.fresh(run_dir, args.fresh) for run_dir, values in runs.items()]
     rows.sort(key=lambda row: -row["best"])
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
     with open(out / "grid.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
     if axes:
         try:
             heat_map(rows, *axes).savefig(out / "grid.png", dpi=120)

@@ -219,10 +219,10 @@ def main(argv=()):
     curves = {variant: {seed: evaluations(runs[variant, seed]) for seed in args.seeds} for variant in args.variants}
     tables = [[seed_row(variant, seed, curve) for seed, curve in seeds.items()] for variant, seeds in curves.items()]
     rows = [row for table in tables for row in table]
-    write(out / "learning.csv", rows)
     show(rows)
     show([summary_row(table, "median", statistics.median) for table in tables])
     show([summary_row(table, name, statistic) for table in tables for name, statistic in (("min", min), ("max", max))])
+    write(out / "learning.csv", rows)
     try:
         draw(curves[args.variants[0]]).savefig(out / "learning.png", dpi=120)
     except Exception as error:  # the tables are not lost

@@ -231,7 +231,10 @@ def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, name, 
     assert script == prog.split() if prog.startswith("-m") else os.path.samefile(script[0], Path(command_line.__file__).parent / prog)
     assert Path(read(["--resume", run_dir])[0]) == Path(name)
     Path(name).mkdir()
-    (Path(name) / "metrics.csv").touch()
+    (Path(name) / "notes.txt").touch()
+    with pytest.raises(CommandLineError, match="is in use already; name another --run_dir$"):  # there is nothing to resume
+        new_run_dir(name)
+    (Path(name) / "last.pt").touch()
     with pytest.raises(CommandLineError, match="is in use already") as error:
         new_run_dir(name)
     assert Path(shlex.split(str(error.value).partition("; ")[2])[-1]) == Path(name)

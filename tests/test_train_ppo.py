@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -543,6 +544,9 @@ def test_a_directory_that_is_removed_or_renamed_while_training_can_be_resumed(st
     def meanwhile(ppo):
         if ppo.update_count == 2:
             shutil.rmtree(run_dir) if removed else run_dir.rename(tmp_path / "renamed")
+        if ppo.update_count == 4:
+            with pytest.raises(CommandLineError, match="another process is training this run"):
+                command_line.read_resumed(str(run_dir), {}, CONSTANTS, RANGES, ())
         if ppo.update_count == (2 if last else 4):
             os.kill(os.getpid(), signal.SIGTERM)
         return update(ppo)
@@ -556,6 +560,35 @@ def test_a_directory_that_is_removed_or_renamed_while_training_can_be_resumed(st
     states = [load_checkpoint(path) for path in (straight, run_dir)]
     assert same(states[0]["model"], states[1]["model"])
     assert [row["update"] for row in logged(run_dir)] == list("123456")[2:]
+
+
+@pytest.mark.parametrize("another, stopped", [(True, False), (True, True), (False, False)])
+def test_what_has_taken_the_place_of_a_run_that_trains_stays_as_it_is(straight, tmp_path, monkeypatch, capsys, another, stopped):
+    """Another run, or a file; the run itself goes on from a new directory, and nothing of it is lost."""
+    update, run_dir = PPO.update, tmp_path / "run"
+
+    def meanwhile(ppo):
+        if ppo.update_count == 2:
+            run_dir.rename(tmp_path / "renamed")
+            shutil.copytree(straight, run_dir) if another else run_dir.write_text("mine")
+            if stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return update(ppo)
+
+    with monkeypatch.context() as m:
+        m.setattr(PPO, "update", meanwhile)
+        assert run(tmp_path, "run") == (143 if stopped else 1)
+    err = capsys.readouterr().err
+    (reason,) = err.strip().splitlines()
+    assert reason.startswith("stopped; " if stopped else f"something else is at {run_dir} now") and f"{run_dir} was renamed or removed; go on with" in reason
+    if another:
+        assert {file.name: file.read_bytes() for file in run_dir.iterdir()} == {file.name: file.read_bytes() for file in straight.iterdir()}
+    else:
+        assert run_dir.read_text() == "mine"
+    place = shlex.split(reason)[-1]
+    assert main(["--resume", place]) == 0
+    states = [load_checkpoint(path) for path in (straight, place)]
+    assert same(states[0]["model"], states[1]["model"])
 
 
 def test_what_cannot_be_resumed(tmp_path):
