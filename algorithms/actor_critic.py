@@ -173,6 +173,7 @@ class ActorCriticAgent:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.reward_model = RewardModel(config, self.generator)
 
+    @torch.enable_grad()  # whatever a notebook has set
     def update(self):
         """One gradient step on a batch of random states -> the mean reward and the terms of the loss, floats. Raises FloatingPointError."""
         when = f"in epoch {self.epoch + 1}"
