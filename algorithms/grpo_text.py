@@ -30,8 +30,8 @@ import torch.nn as nn
 
 from algorithms.common import Algorithm, check_models, device_of, run_algorithm
 from algorithms.language_model import (
-    SMOLLM2, TINY, UNUSABLE, RewardModel, is_adapter, load_model, load_tokenizer, place, reference_to, refusing, transformer,
-    with_lora,
+    SMOLLM2, TINY, UNUSABLE, RewardModel, is_adapter, load_model, load_tokenizer, place, reference_to, refusing,
+    transformer, with_lora,
 )  # fmt: skip
 from algorithms.language_policy import Writer
 from callbacks import Callback, say
@@ -245,7 +245,8 @@ class SavePretrained(Callback):
                 shutil.copytree(unfinished, self.directory, dirs_exist_ok=True, copy_function=os.replace)
         except Exception as error:  # safetensors has errors of its own
             reason = f"{shown(self.directory)}: not written ({shortened(error, 60)})"
-            what_to_do = f"free some disk space, and give --num_steps {trainer.num_steps + 1}"  # a resumed run must do a step
+            steps = trainer.num_steps + 1  # a resumed run must do one
+            what_to_do = f"free some disk space, and give --num_steps {steps}"
             raise CheckpointError(f"{reason}; {what_to_do}") from error
         say(f"saved {self.directory}")
 

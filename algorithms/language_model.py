@@ -1,4 +1,4 @@
-"""Language models of Hugging Face's libraries: loading them, checking them, adding adapters, keeping the model of the start."""
+"""Language models of Hugging Face's libraries: they are loaded, checked and given adapters."""
 
 import contextlib
 import copy
@@ -33,8 +33,8 @@ def load_tokenizer(name, texts=()):
 def load_model(name, tokenizer, device, frozen=True):
     """-> a causal model in eval mode, without dropout ever, whose `fingerprint` tells it from other models.
 
-    Its weights are float32, or bfloat16 on a GPU if they are frozen: adapters are float32 everywhere. A folder may
-    hold an adapter, which becomes part of the weights.
+    Its weights are float32, or bfloat16 on a GPU if they are frozen: adapters are float32 everywhere. What is named may
+    itself be an adapter, which becomes part of the weights.
     """
     if name == TINY:
         return tiny_model(tokenizer).to(device).eval()
@@ -72,7 +72,7 @@ def place(name, own=()):
 
 
 def fingerprint(model):
-    """-> a hash of a model's configuration, of its weights' names and shapes, and of a checksum of each.
+    """-> a hash of a model's configuration and of its weights, rounded to bfloat16.
 
     It is the same wherever the model lies, and whether it was loaded in float32 or in bfloat16.
     """
@@ -84,14 +84,14 @@ def fingerprint(model):
     settings = json.loads(json.dumps(model.config.to_diff_dict(), default=str), object_hook=lasting)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, x in sorted(model.state_dict().items()):
-        checksum = x.bfloat16().view(torch.int16).sum().item()  # of integers, which add up alike in any order
-        digest.update(f"{name} {tuple(x.shape)} {checksum}".encode())
+        digest.update(f"{name} {tuple(x.shape)}".encode())
+        digest.update(x.bfloat16().view(torch.int16).numpy().tobytes())  # numpy has no bfloat16
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def refusing(problem, what_to_do="take another model"):
-    """Within, whatever a stranger's model or tokenizer raises, but for lack of memory, becomes a CommandLineError of one line."""
+    """What a stranger's model or tokenizer raises becomes a CommandLineError of one line, unless memory ran out."""
     try:
         yield
     except CommandLineError:
@@ -135,7 +135,7 @@ def train_tokenizer(texts):
 
 
 def tokenizer_from(text):
-    """What `backend_tokenizer.to_str()` of the tiny model's tokenizer gave -> the tokenizer. Raises CommandLineError."""
+    """What `backend_tokenizer.to_str()` gave of a tokenizer -> the tokenizer. Raises CommandLineError."""
     with refusing("the tokenizer that was saved with the model cannot be read", "train one anew"):
         return wrap(need("tokenizers").Tokenizer.from_str(text))
 
@@ -215,7 +215,7 @@ def longest_text(model):
     """-> how many tokens a model reads at most, infinity if its configuration sets no limit."""
     model = transformer(model)
     config = model.config.get_text_config()
-    places = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # the latter is MPT's
+    places = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's
     if not places or places < 0:
         return math.inf
     # RoBERTa and its kin count from behind the number of their padding
@@ -224,13 +224,12 @@ def longest_text(model):
 
 
 def check_tokens(model, tokenizer, rows):
-    """Raises CommandLineError for a token, of the vocabulary or of these rows, that the model has no embedding for, and
-    for an empty row.
+    """Raises CommandLineError for an empty row of tokens, and for rows or a vocabulary that the model has no embeddings for.
 
-    Tokens that were added to a vocabulary, for padding for example, may lack one as long as no text has them.
+    Tokens that were added to a vocabulary, for padding for example, need none unless a row has them.
     """
     if not all(rows):
-        raise CommandLineError("the tokenizer makes nothing of a text; check that it is the model's, or take another model")
+        raise CommandLineError("the tokenizer makes nothing of a text; check that it is the model's, or take another")
     known, added = embeddings(model), tokenizer.get_added_vocab()
     vocabulary = [n for token, n in tokenizer.get_vocab().items() if token not in added]
     largest = max(vocabulary + [max(row, default=0) for row in rows])
@@ -239,17 +238,16 @@ def check_tokens(model, tokenizer, rows):
         raise CommandLineError(f"{mismatch}: they do not fit together; take another model")
 
 
-def check_scores(model, together, alone):
-    """Raises CommandLineError if log-probabilities, two tensors of one shape, differ by more than rounding.
+def check_scores(model, difference):
+    """Raises CommandLineError unless differences, a tensor of any shape, are nothing but rounding.
 
-    together: as a training computes them for several texts, with padding.
-    alone: what the model says of each text by itself.
+    They are between log-probabilities: those that a training computes, for several texts with padding, and those that
+    the model gives for each text alone.
     """
-    tolerance = 1e-3 if transformer(model).dtype == torch.float32 else 0.5  # steps of bfloat16 near 40 are 1/4
-    difference = (together - alone).abs().max()
-    if not difference.isfinite():
+    if not difference.isfinite().all():
         raise CommandLineError("the model gives numbers that are not finite; take another model")
-    if difference > tolerance:
+    tolerance = 1e-3 if transformer(model).dtype == torch.float32 else 0.5  # steps of bfloat16 near 40 are 1/4
+    if difference.abs().max() > tolerance:
         reason = "scores a text otherwise beside others than alone, or in a way of its own"
         raise CommandLineError(f"the model {reason}; take another model")
 
@@ -272,7 +270,7 @@ class RewardModel:
 
     @refusing(UNUSABLE)
     def __init__(self, name, device, prompts):
-        """prompts: all that there will be. Raises CommandLineError for a model that cannot read them, or has no score."""
+        """prompts: all that there will be. Raises CommandLineError for a model that cannot read or score them."""
         self.tokenizer = from_pretrained("AutoTokenizer", name)
         self.model = load_whole("AutoModelForSequenceClassification", name, torch.float32).to(device)
         if self.model.config.num_labels != 1:

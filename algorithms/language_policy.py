@@ -1,4 +1,4 @@
-"""Causal language models as policies: one says how probable each of some answers is behind a text, the other writes answers."""
+"""Causal language models as policies: one says how probable each of some answers is, the other writes answers."""
 
 import inspect
 
@@ -59,7 +59,7 @@ class LanguagePolicy(TrainedOnly, Policy):
         with torch.no_grad():
             together = self.score(self.model, self.read(self.model, self.padded(rows), self.read_prefix(self.model)))
             alone = [torch.stack([self.logprob(before, answer) for answer in self.answers]) for before in befores]
-        check_scores(self.model, F.log_softmax(together, dim=-1), F.log_softmax(torch.stack(alone), dim=-1))
+        check_scores(self.model, F.log_softmax(together, dim=-1) - F.log_softmax(torch.stack(alone), dim=-1))
 
     def logprob(self, before, answer):
         """Token numbers -> how probable the model's own forward pass says that the answer is behind them."""
@@ -156,13 +156,13 @@ def token_logits(head, hidden, numbers=slice(None)):
 
 
 class Writer(TrainedOnly):
-    """A causal language model that draws answers and says how probable their tokens are. In eval mode: dropout is never on."""
+    """A causal language model that draws answers and says how probable their tokens are. Dropout is never on."""
 
     def __init__(self, model, tokenizer, temperature=1.0, top_p=1.0):
         """Raises CommandLineError for a model without an end token."""
         super().__init__()
         self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
-        ends = transformer(model).generation_config.eos_token_id  # often more than the tokenizer's own: that of a turn, for one
+        ends = transformer(model).generation_config.eos_token_id  # often more than the tokenizer's: that of a turn
         known = range(embeddings(model))  # nothing else can be drawn
         self.ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} & set(known))
         if not self.ends:
@@ -203,28 +203,32 @@ class Writer(TrainedOnly):
         check_tokens(self.model, self.tokenizer, rows)
         room = longest - max(map(len, rows))
         if max_new_tokens > room:
-            wanted = f"MAX_NEW_TOKENS must be {room} or less, not {max_new_tokens}"
-            too_short = "too few for the prompts; take another model"
-            raise CommandLineError(f"the model reads {longest} tokens at most, {f'so {wanted}' if room > 0 else too_short}")
+            consequence = f"so MAX_NEW_TOKENS must be {room} or less, not {max_new_tokens}"
+            if room < 1:
+                consequence = "too few for the prompts; take another model"
+            raise CommandLineError(f"the model reads {longest} tokens at most, {consequence}")
         tokens, mask = self.prompt_tokens(["Hi", max(prompts, key=len)])
         with torch.no_grad():
             written = self.generate(tokens, mask, 4, do_sample=False, output_logits=True, return_dict_in_generate=True)
             tokens, T = written.sequences, len(written.logits)
             drawn = until_end(tokens[:, -T:], self.ends)
-            seen = torch.cat([mask.bool(), drawn], 1)
-            together = self.logprobs(self.model, tokens, seen.long(), tokens.shape[1] - 1)
-            drawn_by = self.token_logprobs(torch.stack(written.logits, 1), tokens[:, -T:])
-            pairs = [(together[:, -T:][drawn], drawn_by[drawn])]
-            for row, scores, is_seen in zip(tokens, together, seen):
-                alone = row[is_seen][None]
-                scores_alone = self.token_logprobs(self.model(input_ids=alone).logits[:, :-1], alone[:, 1:])[0]
-                pairs.append((scores[is_seen[1:]][-len(scores_alone) :], scores_alone))
-        # Differences at a low temperature are larger, and mean no more
-        check_scores(self.model, *(self.temperature * torch.cat(x) for x in zip(*pairs)))
+            seen = torch.cat([mask, drawn.long()], 1)
+            when_drawn = self.token_logprobs(torch.stack(written.logits, 1), tokens[:, -T:])
+            together = self.logprobs(self.model, tokens, seen, T)
+            for i, length in enumerate(drawn.sum(1)):
+                alone = tokens[i][seen[i].bool()][None]
+                logits = self.model(input_ids=alone).logits[:, -length - 1 : -1]
+                expected = self.token_logprobs(logits, alone[:, -length:])[0]
+                for found in when_drawn, together:
+                    # Differences at a low temperature are larger, and mean no more
+                    check_scores(self.model, self.temperature * (found[i, :length] - expected))
 
     @torch.no_grad()
     def write(self, prompts, max_new_tokens):
-        """-> all tokens (N, P + T), which of them may be seen (N, P + T), and which were drawn, (N, T) bool: up to the end token, and it."""
+        """-> tokens (N, P + T), which of them may be seen (N, P + T) int64, and which were drawn (N, T) bool.
+
+        Drawn are those up to the first end token, and it.
+        """
         tokens, mask = self.prompt_tokens(prompts)
         written = self.generate(tokens, mask, max_new_tokens, logits_processor=[drawable])
         drawn = until_end(written[:, tokens.shape[1] :], self.ends)
@@ -241,10 +245,12 @@ class Writer(TrainedOnly):
         return [self.tokenizer.decode(row[is_drawn], skip_special_tokens=True) for row, is_drawn in zip(answers, drawn)]
 
     def logprobs(self, model, tokens, mask, T):
-        """Of the last T tokens, (N, P + T) -> (N, T) float32. Positions count what may be seen, so padding changes nothing."""
+        """Of the last T tokens of (N, P + T) -> (N, T) float32. Positions leave out padding, which changes nothing."""
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=T + 1).logits[:, -T - 1 : -1]
-        return self.token_logprobs(logits, tokens[:, -T:])
+        logits = model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=T + 1
+        ).logits  # fmt: skip
+        return self.token_logprobs(logits[:, -T - 1 : -1], tokens[:, -T:])
 
     def token_logprobs(self, logits, tokens):
         """(N, T, V), (N, T) -> (N, T) float32."""

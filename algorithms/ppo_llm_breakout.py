@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from algorithms.breakout_text import ACTIONS, WIDTH, BreakoutTexts, ShapedReward, TextAsBytes, make_env, numbers_of, texts_of
 from algorithms.common import Algorithm, check_models, check_ppo, device_of, ppo_config, run_algorithm, summary
 from algorithms.language_model import (
-    SMOLLM2, TINY, UNUSABLE, load_model, load_tokenizer, place, reference_to, refusing, tokenizer_from, transformer, with_lora,
+    SMOLLM2, TINY, UNUSABLE, load_model, load_tokenizer, place, reference_to, refusing, tokenizer_from, transformer,
+    with_lora,
 )  # fmt: skip
 from algorithms.language_policy import LanguagePolicy
 from background import Background
@@ -280,7 +281,8 @@ class Video(Callback):
         self.background = Background(draw_video)
 
     def on_update_end(self, trainer):
-        if self.background and trainer.update_count % self.interval == 0 and (self.under_way is None or self.under_way.done()):
+        due = self.background and trainer.update_count % self.interval == 0
+        if due and (self.under_way is None or self.under_way.done()):
             self.finish()
             self.directory.mkdir(exist_ok=True)
             path = self.directory / f"update_{trainer.update_count}.gif"
@@ -327,8 +329,10 @@ def callbacks_of(c, run_dir):
 
 
 LEVELS = {"following the ball": 62, "random play": 1.7}
-ALGORITHM = Algorithm("ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, frame_ms=60, levels=LEVELS, check=check_ppo,
-                      callbacks=callbacks_of, models=("MODEL",))  # fmt: skip
+ALGORITHM = Algorithm(
+    "ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, frame_ms=60,
+    levels=LEVELS, check=check_ppo, callbacks=callbacks_of, models=("MODEL",),
+)  # fmt: skip
 
 
 def main(argv=()):
