@@ -238,8 +238,12 @@ def in_use(run_dir):
     return any(map(worth_keeping, run_dir.iterdir()))
 
 
-def check_begun(run_dir):
-    """Raises CommandLineError for a directory in which a search can neither begin a run nor go on with one."""
+def check_begun(run_dir, constants):
+    """Raises CommandLineError for a directory in which a search can neither begin a run with these constants nor go on with one."""
+    free = {"RUN_DIR": "", "RUN_ID": "", "DEVICE": ""}  # a GPU may have failed since, and the CPU gone on
+    begun = recorded_constants(run_dir)
+    if begun is not None and begun | free != constants | free:
+        raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
     if run_dir.exists() and not (run_dir / "last.pt").exists() and in_use(run_dir):
         raise CommandLineError(f"{run_dir} is in use already, and has no last.pt to go on from; move it away, or name another --out")
 
@@ -250,10 +254,22 @@ def worth_keeping(file):
     return not (file.name in ("config.json.tmp", "last.pt.tmp", LOCK) or file.name.startswith("events.out.tfevents."))
 
 
+def recorded_constants(run_dir):
+    """What the config.json in a directory holds, or None if there is none. Raises CommandLineError if it is damaged."""
+    config = run_dir / "config.json"
+    try:
+        found = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
+    except (ValueError, RecursionError):
+        found = ()
+    if found is not None and not isinstance(found, dict):
+        raise CommandLineError(f"{config}: is damaged; move its directory away, or name another --out")
+    return found
+
+
 def recorded_id(run_dir):
     """The number in a run's config.json that every checkpoint of the run has too. None: the run is older than that."""
-    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
-        return json.loads((run_dir / "config.json").read_text(encoding="utf-8")).get("RUN_ID")
+    with contextlib.suppress(OSError, CommandLineError, AttributeError):
+        return recorded_constants(run_dir).get("RUN_ID")
     return None
 
 

@@ -27,7 +27,7 @@ from algorithms import actor_critic
 from callbacks import new_figure, read_metrics, reason
 from checkpoint import CheckpointError, load_checkpoint
 from command_line import (
-    CommandLineError, Parser, check_begun, check_constants, convert, given_path, kind_of, run_script, run_side_by_side, shown,
+    CommandLineError, Parser, check_begun, check_constants, convert, given_path, kind_of, recorded_constants, run_script, run_side_by_side, shown,
 )  # fmt: skip
 from device import available_cores
 
@@ -48,17 +48,9 @@ class Training(NamedTuple):
     check: Callable  # raises CommandLineError for constants that do not fit together
     evaluate: Callable | None = None  # policy state, episodes, seed -> a dict with a "score"
 
-    def recorded_constants(self, run_dir):
-        """-> those of a run that has begun, or None."""
-        config = run_dir / "config.json"
-        try:
-            return json.loads(config.read_text()) if config.exists() else None
-        except (ValueError, RecursionError):
-            raise CommandLineError(f"{config}: is damaged; delete its directory, or name another --out") from None
-
-    def check_directory(self, run_dir):
-        """Raises CommandLineError for a directory in which a run can neither begin nor go on."""
-        check_begun(run_dir)
+    def check_directory(self, run_dir, constants):
+        """Raises CommandLineError for a directory in which a run with these constants can neither begin nor go on."""
+        check_begun(run_dir, constants)
 
     def command(self, run_dir, values):
         """-> what starts a run, or goes on with it."""
@@ -94,30 +86,33 @@ class Training(NamedTuple):
 class JSONTraining(Training):
     """actor_critic.py, which reads its constants from a file and leaves another kind of directory."""
 
-    def recorded_constants(self, run_dir):
-        found = super().recorded_constants(run_dir)
-        return found and {name.upper(): value for name, value in found.items()}
-
-    def check_directory(self, run_dir):
-        pass  # each run begins in a directory of its own below this one
+    def check_directory(self, run_dir, constants):
+        if recorded_constants(run_dir) not in (None, lower(constants)):
+            raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
 
     def command(self, run_dir, values):
-        started = sorted(run_dir.glob("checkpoints_*/final.pt"))
-        if started:
-            return [*self.program, "--resume", started[-1]]
+        if final := self.newest(run_dir):
+            return [*self.program, "--resume", final]
         run_dir.mkdir(parents=True, exist_ok=True)
-        config = {name.lower(): value for name, value in (self.constants | values).items()}
-        (run_dir / "config.json").write_text(json.dumps(config))
+        (run_dir / "config.json").write_text(json.dumps(lower(self.constants | values)))
         return [*self.program, run_dir / "config.json", "--directory", run_dir]
 
     def finished(self, run_dir):
-        return any(state["epoch"] >= state["config"]["num_epochs"] for state in map(load_checkpoint, run_dir.glob("checkpoints_*/final.pt")))
+        final = self.newest(run_dir)
+        return final is not None and (agent := actor_critic.load_agent(final)).epoch >= agent.config.num_epochs
 
     def result(self, run_dir):
-        (final,) = run_dir.glob("checkpoints_*/final.pt")
-        agent = actor_critic.load_agent(final)
+        agent = actor_critic.load_agent(self.newest(run_dir))
         score = agent.evaluate()["share"]
         return {"best": score, "last": score, "steps": agent.epoch * actor_critic.STEPS_PER_EPOCH}
+
+    def newest(self, run_dir):
+        """-> the last checkpoint of the run that began last, each of which has a directory of its own, or None."""
+        return max(run_dir.glob("checkpoints_*/final.pt"), default=None)
+
+
+def lower(constants):
+    return {name.lower(): value for name, value in constants.items()}
 
 
 def training(name):
@@ -213,13 +208,9 @@ def main(argv=()):
     for run_dir, values in runs.items():
         check_constants(what.constants | values, what.constants, what.ranges)
         what.check(what.constants | values)
-        begun = what.recorded_constants(run_dir)
         if values.get("EVAL_INTERVAL") == 0:
             raise CommandLineError("without evaluations there is nothing to compare; leave --eval_interval 0 out")
-        free = {name: "" for name in ("RUN_DIR", "RUN_ID", "DEVICE") if name not in values}  # a GPU may have failed since, and the CPU gone on
-        if begun is not None and begun | free != what.constants | values | free:
-            raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
-        what.check_directory(run_dir)
+        what.check_directory(run_dir, what.constants | values)
         if what.finished(run_dir):
             what.result(run_dir)  # or say now that it has lost its metrics
     out.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ the seeds, and their ranges; writes learning.csv, the first of them; and draws l
 
 import csv
 import functools
-import json
 import math
 import statistics
 import sys
@@ -100,15 +99,7 @@ def check(run_dir, variant, seed, more):
     train_ppo.check(wanted)
     if wanted["EVAL_INTERVAL"] == 0:
         raise CommandLineError("without evaluations there is no curve; leave --eval_interval out")
-    config = run_dir / "config.json"
-    try:
-        begun = json.loads(config.read_text()) if config.exists() else wanted
-    except (ValueError, RecursionError):
-        raise CommandLineError(f"{config}: is damaged; move its directory away, or name another --out") from None
-    free = {"RUN_DIR": "", "RUN_ID": "", "DEVICE": ""}  # the device may have failed since
-    if begun | free != wanted | free:
-        raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
-    check_begun(run_dir)
+    check_begun(run_dir, wanted)
 
 
 # Tables. A row is a dict {column: number or text}; None: never

@@ -1,5 +1,6 @@
 import errno
 import importlib
+import json
 import math
 import os
 import re
@@ -192,13 +193,13 @@ def test_a_directory_is_free_if_it_has_only_what_a_run_without_a_checkpoint_leav
     for name in ("config.json", "run.lock", "last.pt.tmp", "events.out.tfevents.7"):
         (tmp_path / name).write_text('{"RUN_DIR": "runs/a"}')
     assert new_run_dir(str(tmp_path)) == tmp_path
-    check_begun(tmp_path)
+    check_begun(tmp_path, {"RUN_DIR": "runs/b"})
     for name, text in (("metrics.csv", ""), ("config.json", '{"seed": 42}')):  # the latter is of actor_critic.py, or of another program
         before = (tmp_path / "config.json").read_text()
         (tmp_path / name).write_text(text)
-        for check in (new_run_dir, check_begun):
+        for check in (lambda: new_run_dir(tmp_path), lambda: check_begun(tmp_path, json.loads((tmp_path / "config.json").read_text()))):
             with pytest.raises(CommandLineError, match="is in use already"):
-                check(tmp_path)
+                check()
         (tmp_path / "metrics.csv").unlink(missing_ok=True)
         (tmp_path / "config.json").write_text(before)
 

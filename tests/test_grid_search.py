@@ -1,6 +1,7 @@
 import csv
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,15 @@ def test_a_search_deletes_nothing(tmp_path, in_this_process):
     assert left == {file: file.read_bytes() for file in killed.iterdir()} and len(in_this_process) == 1
 
 
+@pytest.mark.parametrize("name", ["reinforce_cartpole", "actor_critic"])
+@pytest.mark.parametrize("damaged", ["[1]", '"GAMMA"', "{", "7"])
+def test_the_constants_of_a_run_that_cannot_be_read(tmp_path, name, damaged):
+    (tmp_path / "seed=0").mkdir()
+    (tmp_path / "seed=0" / "config.json").write_text(damaged)
+    with pytest.raises(CommandLineError, match="config.json: is damaged; move its directory away, or name another --out"):
+        main([name, "--seed", "0", "--out", str(tmp_path)])
+
+
 @pytest.mark.parametrize("words, message", [
     ("reinforce_cartpole", "name at least one constant"), ("reinforce_cartpole --lrr 1", "--lrr: is no constant to search"),
     ("reinforce_cartpole 3", "'3' stands before any constant"), ("reinforce_cartpole --lr", "--lr needs at least one value"),
@@ -127,6 +137,12 @@ def test_the_training_with_a_config_file(tmp_path, monkeypatch, in_this_process)
     with open(tmp_path / "grid.csv") as file:
         rows = list(csv.DictReader(file))
     assert {row["SEED"] for row in rows} == {"1", "2"} and all(-1 < float(row["best"]) < 1 for row in rows)
+    (first,) = tmp_path.glob("*seed=1/checkpoints_*")
+    shutil.copytree(first, first.with_name(f"{first.name}-2"))  # somebody keeps a copy
+    assert main(words) == 0
+    (first.parent / "config.json").write_text('{"seed": 3}')
+    with pytest.raises(CommandLineError, match="seed=1 was begun with other constants; name another --out"):
+        main(words)
 
 
 def test_on_the_command_line():
