@@ -26,7 +26,6 @@ if __name__ == "__main__":
 
 import contextlib
 import json
-import logging
 import math
 import sys
 import time
@@ -56,7 +55,6 @@ FINAL = "final.pt"
 STEPS_PER_EPOCH = 200
 SAVE_FREQ = 10  # epochs
 TEST_STATES = 100_000
-REPORTED = ("score", 1), ("optimum", 1), ("share", 100)
 NAME = "actor_critic"
 RANGES = {"input_dim": (1, 4096), "output_dim": (2, 4096), "hidden_dim": (1, 65536), "learning_rate": (1e-9, 1.0),
           "batch_size": (2, 10**6), "num_epochs": (1, 10**6), "seed": (0, 2**31 - 1)}  # fmt: skip
@@ -266,39 +264,36 @@ def new_directory(parent):
     raise CommandLineError(f"{stem} exists already")
 
 
-def begin_log(directory, config):
-    """-> a logger that writes to the log in a run's directory and to the console. What cannot be written does not stop a training.
+class Log:
+    """Prints lines, and writes them into the log of a run. What cannot be written stops no training.
 
-    The first line says what is trained, by which `load_run` knows the run.
+    The log begins with what is trained: by that `load_run` knows the run. If somebody renames or removes the run's directory while it
+    trains, it is made anew with such a log, so that what is saved there can be resumed.
     """
-    path = directory / LOG
 
-    def warn(record):
-        logger.handlers[1].handle(logging.makeLogRecord({"msg": f"warning: {path}: not written; training goes on"}))
+    def __init__(self, directory, config):
+        self.path, self.begun = directory / LOG, False
+        self.title = f"training {json.dumps(config._asdict())} in {directory}"
+        show(self.title)
 
-    logger = logging.getLogger(NAME)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False  # or a handler of the root logger, which other packages install, would print each line again
-    logger.handlers = [logging.NullHandler(), logging.StreamHandler()]
-    try:
-        logger.handlers[0] = logging.FileHandler(path)
-    except OSError:
-        warn(None)
-    logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.handlers[0].handleError, logger.handlers[1].handleError = warn, lambda record: None
-    logger.info("training %s in %s", json.dumps(config._asdict()), directory)
-    return logger
+    def say(self, line):
+        show(line)
+        new = not self.path.exists()
+        if new and self.begun:
+            show(f"warning: {self.path.parent} was renamed or removed; it is made anew, and training goes on")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                for text in [self.title, line] if new else [line]:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self.begun = True
+        except OSError:
+            show(f"warning: {self.path}: not written; training goes on")
 
 
-def keep_log(log, directory, config):
-    """-> the log, begun anew with its directory if somebody has renamed or removed that, so that what is saved there can be resumed."""
-    if isinstance(log.handlers[0], logging.FileHandler) and not (directory / LOG).exists():
-        log.info("warning: %s was renamed or removed; it is made anew, and training goes on", directory)
-        with contextlib.suppress(OSError):  # the next checkpoint says why it cannot be saved
-            directory.mkdir(parents=True, exist_ok=True)
-            log.handlers[0].close()
-            return begin_log(directory, config)
-    return log
+def show(line):
+    with contextlib.suppress(OSError):  # nobody may read it
+        print(line, file=sys.stderr, flush=True)
 
 
 def train(agent, directory):
@@ -318,7 +313,7 @@ def train(agent, directory):
 
 def train_epochs(agent, directory):
     config = agent.config
-    log = begin_log(directory, config)
+    log = Log(directory, config)
     whole = agent.state_dict()
     try:
         while agent.epoch < config.num_epochs:
@@ -327,22 +322,20 @@ def train_epochs(agent, directory):
             for weights in (*agent.policy.parameters(), *agent.value.parameters()):
                 check_finite(f"after epoch {agent.epoch}", weights=weights)
             whole = agent.state_dict()
-            log = keep_log(log, directory, config)
-            log.info("epoch %d: reward %.4f, actor loss %.4f, critic loss %.4f", agent.epoch, reward, actor_loss, critic_loss)
+            log.say(f"epoch {agent.epoch}: reward {reward:.4f}, actor loss {actor_loss:.4f}, critic loss {critic_loss:.4f}")
             if agent.epoch % SAVE_FREQ == 0:
                 try:
                     save_checkpoint(directory / f"epoch_{agent.epoch}.pt", whole)
                 except CheckpointError as error:
-                    log.info("warning: %s; training goes on", error)
+                    log.say(f"warning: {error}; training goes on")
     finally:
         ignore_signals()  # the end is near, and the run is not saved yet
-        log = keep_log(log, directory, config)
+        directory.mkdir(parents=True, exist_ok=True)  # somebody may have renamed or removed it
         save_checkpoint(directory / FINAL, whole)
         if agent.epoch == config.num_epochs:
-            log.info("expected reward %.4f of %.4f, %.2f %%", *(agent.evaluate()[name] * factor for name, factor in REPORTED))
+            log.say("expected reward {:.4f} of {:.4f}, {:.2%}".format(*agent.evaluate().values()))
         elif not isinstance(sys.exc_info()[1], FloatingPointError):  # it would come again
-            log.info("stopped; go on with: %s", resume_command(f"-m algorithms.{NAME}", directory, ranks=1))
-        log.handlers[0].close()
+            log.say(f"stopped; go on with: {resume_command(f'-m algorithms.{NAME}', directory, ranks=1)}")
 
 
 def main(argv=()):
