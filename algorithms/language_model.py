@@ -100,7 +100,7 @@ def refusing(problem, what_to_do="take another model"):
         if out_of_memory(error):
             raise
         needs_code = "trust_remote_code" in str(error)
-        reason = "it needs code of its own, which is never run" if needs_code else shortened(error)
+        reason = "it needs code of its own, which is never run" if needs_code else shortened(error) or type(error).__name__
         raise CommandLineError(f"{problem} ({reason}); {what_to_do}") from error
 
 

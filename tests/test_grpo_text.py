@@ -23,7 +23,7 @@ from transformers import (
 
 from algorithms import grpo_text
 from algorithms.grpo_text import ALGORITHM, GRPO, HELD_OUT, PROMPTS, advantages_of, brief, friendly, reward_model, sentences
-from algorithms.language_model import RewardModel, is_adapter, reference_to, train_tokenizer, with_lora
+from algorithms.language_model import RewardModel, is_adapter, reference_to, refusing, train_tokenizer, with_lora
 from algorithms.language_policy import Writer, until_end
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 from checkpoint import load_checkpoint, save_checkpoint
@@ -253,6 +253,8 @@ def test_a_classifier_that_fails_is_one_line(tmp_path, tokenizer):
     reward.model.forward = fails
     with pytest.raises(CommandLineError, match=r"^the model cannot be used \(No API key configured. Use `wandb login`\); take another model$"):
         reward(["hi"], ["yes"])
+    with pytest.raises(CommandLineError, match=r"\(NotImplementedError\)"), refusing("it failed"):
+        raise NotImplementedError
     save_classifier(tmp_path, tokenizer, initializer_range=math.inf)
     with pytest.raises(CommandLineError, match="gives numbers that are not finite; take another model$"):
         reward_model(str(tmp_path), torch.device("cpu"))
