@@ -116,6 +116,8 @@ def read_command_line(argv, prog, doc, defaults, ranges):
     parser = Parser(prog, doc)
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run directory, or a checkpoint in it to resume from")
     for name, value in defaults.items():
+        if name in ("HELP", "RESUME"):
+            raise CommandLineError(f"{name} among the constants at the top of the script would hide --{name.lower()}; give it another name")
         parser.add_argument(f"--{name.lower()}", metavar=kind_of(name, defaults, ranges).__name__, help=f"default {value!r}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -225,8 +227,8 @@ def new_run_dir(name, parent="runs"):
         except FileExistsError:
             if not run_dir.exists():
                 raise CommandLineError(f"{run_dir} cannot be made: a link in this path leads nowhere; name another --run_dir") from None
-        except OSError as error:
-            raise CommandLineError(f"{run_dir} cannot be made ({error.strerror}); name another --run_dir") from None
+        except (OSError, ValueError) as error:  # a null byte in a name is a ValueError
+            raise CommandLineError(f"{run_dir} cannot be made ({getattr(error, 'strerror', error)}); name another --run_dir") from None
         if name:
             break
     go_on = f", or --resume {quoted(run_dir)}" if (run_dir / "last.pt").exists() else ""
@@ -491,6 +493,20 @@ def check_free_memory(needed, device, what, advice):
     if needed > 0.9 * free:
         room = f"{device} has {free / 1e9:,.1f} GB free, of which a tenth is for the rest"
         raise CommandLineError(f"{what} needs {needed / 1e9:,.1f} GB or more, and {room}; {advice}")
+
+
+def less_memory(constants, names, ranges, check):
+    """The option that lowers the first of these constants that can be lowered: to half, or to the next less that fits. "" if none can.
+
+    check: raises CommandLineError for constants that do not fit together.
+    """
+    for name in names:
+        lowest, value = ranges[name][0], constants[name]
+        for smaller in range(min(max(value // 2, lowest), value - 1), lowest - 1, -1):
+            with contextlib.suppress(CommandLineError):
+                check(constants | {name: smaller})
+                return f" --{name.lower()} {smaller}"
+    return ""
 
 
 @contextlib.contextmanager

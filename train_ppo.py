@@ -24,7 +24,7 @@ import torch
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard, say
 from command_line import (
-    CommandLineError, Constants, check_free_memory, load_state, memory_advice, new_run_dir, read_run, resume_command, run_script, train,
+    CommandLineError, Constants, check_free_memory, less_memory, load_state, memory_advice, new_run_dir, read_run, resume_command, run_script, train,
 )  # fmt: skip
 from device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
 from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
@@ -119,13 +119,6 @@ def check_memory(config, device):
         say(f"Building a GPT of {config.num_parameters:,} parameters; training needs {needed / 1e9:,.0f} GB or more.")
 
 
-def smaller_batch(c):
-    """-> the largest batch size up to half of this one that fits the other constants, or this one."""
-    samples = c.NUM_ENVS * c.ROLLOUT_STEPS
-    fitting = (size for size in range(c.BATCH_SIZE // 2, 1, -1) if samples % size == 0 and size % RANKS == 0)
-    return next(fitting, c.BATCH_SIZE)
-
-
 def build(c, device):
     """Constants -> the PPO that trains, without callbacks."""
     torch.manual_seed(c.SEED)
@@ -208,8 +201,9 @@ def main(argv=()):
         if RANK == 0:
             run_dir = run.directory or new_run_dir(c.RUN_DIR)
             ppo.callbacks = watch(ppo, c, run_dir, evaluation_of(c, device) if c.EVAL_INTERVAL else None)
+        largest_first = ("BATCH_SIZE", "ROLLOUT_STEPS") if c.BATCH_SIZE > c.NUM_ENVS else ("ROLLOUT_STEPS", "BATCH_SIZE")
         return train(ppo, run_dir, "train_ppo.py", {
-            MemoryError: f" --batch_size {smaller_batch(c)}",
+            MemoryError: less_memory(run.constants, largest_first, RANGES, check),
             FloatingPointError: f" --lr {c.LR / 2:g} --min_lr {min(c.MIN_LR, c.LR / 2):g}",
         })  # fmt: skip
 

@@ -282,7 +282,7 @@ def build(c):
 
 
 ALGORITHM = Algorithm("actor_critic_tictactoe", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, frame_ms=1000, check=check_lr,
-                      human=lambda state, seed: play_in_terminal(state))  # fmt: skip
+                      human=lambda state, seed: play_in_terminal(state), memory=("GAMES",))  # fmt: skip
 
 
 def main(argv=()):

@@ -24,7 +24,7 @@ from gymnasium.vector import SyncVectorEnv
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
 from checkpoint import CheckpointError, check_like, load_checkpoint, model_to_play, replacing
 from command_line import (
-    CommandLineError, Parser, check_constants_of_file, given_path, load_state, memory_advice, new_run_dir, quoted, read_run, shown,
+    CommandLineError, Parser, check_constants_of_file, given_path, less_memory, load_state, memory_advice, new_run_dir, quoted, read_run, shown,
     train,
 )  # fmt: skip
 from device import RANKS, DeviceError, choose_device, shortened
@@ -52,7 +52,7 @@ class Algorithm(NamedTuple):
     levels: dict = {}  # {label: score} for the learning curve
     check: Callable = lambda constants: None  # raises CommandLineError for constants that do not fit together
     callbacks: Callable = lambda constants, run_dir: []  # more of them
-    less_memory: Callable = lambda constants: ""  # options for a run that ran out of memory
+    memory: tuple = ()  # constants that a run which ran out of memory may lower, the first of them first
     models: tuple = ()  # constants that name a stranger's model: it may have moved when a run is resumed or played
     human: Callable | None = None  # policy state, seed: shows or plays in the terminal; None: `frames` opens a window
 
@@ -99,8 +99,9 @@ def run_algorithm(algorithm, argv):
         load_state(trainer, run)
     run_dir = run.directory or new_run_dir(c.RUN_DIR, f"runs/{algorithm.name}")
     trainer.callbacks = watch(algorithm, c, run_dir)
+    memory = less_memory(run.constants, algorithm.memory, algorithm.ranges, algorithm.check)
     lower = f" --lr {c.LR / 2:g}" + (f" --min_lr {min(c.MIN_LR, c.LR / 2):g}" if hasattr(c, "MIN_LR") else "")
-    return train(trainer, run_dir, program, {FloatingPointError: lower, MemoryError: algorithm.less_memory(c)})
+    return train(trainer, run_dir, program, {FloatingPointError: lower, MemoryError: memory})
 
 
 def check_lr(constants):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from algorithms.atari import SIZE, Replay, Stacks, make_env, make_envs, restore_game, save_game
 from algorithms.common import Algorithm, run_algorithm, summary
 from checkpoint import load_optimizer, load_weights, to_numpy
-from command_line import CommandLineError, Constants, check_free_memory, run_script
+from command_line import CommandLineError, Constants, check_free_memory, memory_advice, run_script
 from device import choose_device
 from trainer import Trainer, check_finite
 
@@ -129,7 +129,8 @@ class DQN(Trainer):
         # a large eps: where gradients are tiny, Adam would amplify noise (Hessel et al. 2018)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), c.LR, eps=1.5e-4, fused=True)
         self.rng = np.random.default_rng(c.SEED)
-        self.replay = Replay(round(c.REPLAY_SIZE * c.MEMORY_FACTOR), c.NUM_ENVS, c.STACK)
+        with memory_advice("a replay memory of this size does not fit into memory; lower --replay_size in a new run"):
+            self.replay = Replay(round(c.REPLAY_SIZE * c.MEMORY_FACTOR), c.NUM_ENVS, c.STACK)
         frames, infos = self.envs.reset(seed=c.SEED)
         self.stacks, self.first = Stacks(frames, c.STACK), np.ones(c.NUM_ENVS, bool)
         self.lives = infos["lives"]
@@ -294,7 +295,7 @@ def build(c):
         raise CommandLineError(error) from None
 
 
-ALGORITHM = Algorithm("dqn_space_invaders", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, frame_ms=60)
+ALGORITHM = Algorithm("dqn_space_invaders", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, frame_ms=60, memory=("BATCH_SIZE",))
 
 
 def main(argv=()):

@@ -313,12 +313,6 @@ def check(constants):
         raise CommandLineError(f"POLICY_MODEL {TINY} knows no words to learn from; take smollm2, a folder, or a model of the hub")
 
 
-def less_memory(c):
-    if c.NUM_SAMPLES > 2:
-        return f" --num_samples {max(c.NUM_SAMPLES // 2, 2)}"
-    return f" --max_new_tokens {max(c.MAX_NEW_TOKENS // 2, 1)}"
-
-
 # --- playing ----------------------------------------------------------------------------------------------------------
 
 AT_ONCE = 64  # answers drawn side by side
@@ -353,7 +347,7 @@ def show(state, seed):
 
 
 ALGORITHM = Algorithm("grpo_text", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, None, episodes=64, human=show, check=check, callbacks=callbacks_of,
-                      less_memory=less_memory, models=("POLICY_MODEL", "REWARD_MODEL"))  # fmt: skip
+                      memory=("NUM_SAMPLES", "MAX_NEW_TOKENS"), models=("POLICY_MODEL", "REWARD_MODEL"))  # fmt: skip
 
 
 def main(argv=()):

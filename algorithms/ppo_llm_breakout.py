@@ -331,7 +331,7 @@ def callbacks_of(c, run_dir):
 LEVELS = {"following the ball": 62, "random play": 1.7}
 ALGORITHM = Algorithm(
     "ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, frame_ms=60,
-    levels=LEVELS, check=check_ppo, callbacks=callbacks_of, models=("MODEL",),
+    levels=LEVELS, check=check_ppo, callbacks=callbacks_of, models=("MODEL",), memory=("BATCH_SIZE", "ROLLOUT_STEPS"),
 )  # fmt: skip
 
 

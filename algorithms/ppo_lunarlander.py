@@ -160,7 +160,8 @@ def frames(state, episodes, seed, human):
 
 
 LEVELS = {"solved": 200}
-ALGORITHM = Algorithm("ppo_lunarlander", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, frame_ms=20, check=check_ppo)
+ALGORITHM = Algorithm("ppo_lunarlander", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, frame_ms=20, check=check_ppo,
+                      memory=("BATCH_SIZE", "ROLLOUT_STEPS"))  # fmt: skip
 
 
 def main(argv=()):

@@ -178,7 +178,8 @@ def build(c):
 
 
 LEVELS = {"maximum": 500, "solved": 475, "random play": 22}
-ALGORITHM = Algorithm("reinforce_cartpole", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, frame_ms=20, check=check_lr)
+ALGORITHM = Algorithm("reinforce_cartpole", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, frame_ms=20, check=check_lr,
+                      memory=("EPISODES",))  # fmt: skip
 
 
 def main(argv=()):

@@ -24,8 +24,8 @@ from algorithms.grid_search import TRAININGS, training
 from callbacks import say
 from checkpoint import CheckpointError, atomic_write, replacing
 from command_line import (
-    PARENT, STOP_SIGNALS, CommandLineError, Constants, Parser, check_begun, check_constants, finish_output, given_path, ignore_signals, locked, new_run_dir,
-    one_line, read_command_line, read_run, resume_command, run_script, run_side_by_side, shown, signals_handled, stop_with_parent, train,
+    PARENT, STOP_SIGNALS, CommandLineError, Constants, Parser, check_begun, check_constants, finish_output, given_path, ignore_signals,
+    less_memory, locked, new_run_dir, one_line, read_command_line, read_run, resume_command, run_script, run_side_by_side, shown, signals_handled, stop_with_parent, train,
 )  # fmt: skip
 from device import shortened
 from trainer import Trainer
@@ -72,13 +72,15 @@ def test_a_script_without_its_file_says_so_in_one_line(file):
     ("SEED", None, "SEED (--seed) must be an integer from 0 to 4,294,967,295, not None"), ("LR", (2, 5e-3), "LR (--lr) must be a number from"),
     ("LR", "2e-3", "LR (--lr) must be a number from"), ("RUN_DIR", None, "RUN_DIR (--run_dir) must be text, not None"),
     ("PAIRED_ENVS", "no", "PAIRED_ENVS (--paired_envs) must be true or false, not 'no'"), ("DEVICE", ["cpu"], "DEVICE (--device) must be text, not ['cpu']"),
-    ("NUM_ENVS", 128.0, "NUM_ENVS (--num_envs) must be an integer"), ("MIN_LR", ..., "MIN_LR is missing among the constants at the top of the script"),
+    ("NUM_ENVS", 128.0, "NUM_ENVS (--num_envs) must be an integer"), ("RESUME", True, "RESUME among the constants"),
+    ("MIN_LR", ..., "MIN_LR is missing among the constants at the top of the script"),
 ])  # fmt: skip
 def test_a_constant_that_is_edited_wrongly_is_named(monkeypatch, constant, value, message):
     if value is ...:
         monkeypatch.setattr(train_ppo.CONSTANTS, "names", [name for name in train_ppo.CONSTANTS if name != constant])  # deleted, or renamed
     else:
-        monkeypatch.setattr(train_ppo, constant, value)
+        monkeypatch.setattr(train_ppo.CONSTANTS, "names", list(dict.fromkeys([*train_ppo.CONSTANTS, constant])))  # or added
+        monkeypatch.setattr(train_ppo, constant, value, raising=False)
     with pytest.raises(CommandLineError, match=re.escape(message)):
         train_ppo.main([])
 
@@ -202,6 +204,21 @@ def test_a_directory_is_free_if_it_has_only_what_a_run_without_a_checkpoint_leav
                 check()
         (tmp_path / "metrics.csv").unlink(missing_ok=True)
         (tmp_path / "config.json").write_text(before)
+
+
+def test_a_directory_that_no_system_can_make(tmp_path):
+    with pytest.raises(CommandLineError, match=r"cannot be made \(.*null.*\); name another --run_dir"):
+        new_run_dir(f"{tmp_path}/a\0b")  # "runs\0" is meant as a Windows path
+
+
+@pytest.mark.parametrize("name", set(TRAININGS) - {"train_ppo", "actor_critic"})
+def test_every_algorithm_names_what_takes_less_memory(name):
+    algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
+    constants = algorithm.constants | ({"POLICY_MODEL": "folder"} if name == "grpo_text" else {})
+    option, smaller = less_memory(constants, algorithm.memory, algorithm.ranges, algorithm.check).split()
+    lowered = constants | {option[2:].upper(): int(smaller)}
+    check_constants(lowered, algorithm.constants, algorithm.ranges)
+    assert lowered[algorithm.memory[0]] == constants[algorithm.memory[0]] // 2 and algorithm.memory[0] not in algorithm.kept
 
 
 def test_a_path_through_a_link_that_leads_nowhere(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ import callbacks
 import command_line
 import train_ppo
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from command_line import CommandLineError, interrupt, kind_of, signals_handled
+from command_line import CommandLineError, interrupt, kind_of, less_memory, signals_handled
 from device import DeviceError
 from fast import DeviceBreakout
 from model import GPTConfig
@@ -255,12 +255,13 @@ def test_models_too_large_are_named_before_they_are_built(monkeypatch, capsys, t
     assert "Building a GPT of 101,126,253 parameters; training needs 2 GB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("batch, ranks, smaller", [(512, 1, 256), (66, 1, 33), (33, 1, 12), (2, 1, 2), (64, 2, 32), (2, 2, 2)])
+@pytest.mark.parametrize("batch, ranks, smaller", [(512, 1, 256), (66, 1, 33), (33, 1, 12), (2, 1, None), (64, 2, 32), (2, 2, None)])
 def test_the_batch_that_is_advised_can_be_trained(monkeypatch, batch, ranks, smaller):
     monkeypatch.setattr(train_ppo, "RANKS", ranks)
-    c = SimpleNamespace(**CONSTANTS | {"NUM_ENVS": 66 if batch in (66, 33) else 64, "ROLLOUT_STEPS": 2 if batch in (66, 33) else 8, "BATCH_SIZE": batch})
-    assert train_ppo.smaller_batch(c) == smaller
-    check(vars(c) | {"BATCH_SIZE": smaller})
+    constants = CONSTANTS | {"NUM_ENVS": 66 if batch in (66, 33) else 64, "ROLLOUT_STEPS": 2 if batch in (66, 33) else 8, "BATCH_SIZE": batch}
+    assert less_memory(constants, ["BATCH_SIZE"], RANGES, check) == (f" --batch_size {smaller}" if smaller else "")
+    shorter = less_memory(constants | {"BATCH_SIZE": 2}, ["BATCH_SIZE", "ROLLOUT_STEPS"], RANGES, check)  # the batch is as small as can be
+    assert shorter == f" --rollout_steps {constants['ROLLOUT_STEPS'] // 2}"
 
 
 def test_what_a_run_leaves(tmp_path):
