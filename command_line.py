@@ -34,7 +34,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from checkpoint import CheckpointError, atomic_write, check_like, find_checkpoint, load_checkpoint, save_checkpoint
-from device import RANK, RANKS, UNDER_TORCHRUN, DeviceError, GPUError, free_memory, out_of_memory, printable, shortened
+from device import RANK, RANKS, UNDER_TORCHRUN, DeviceError, GPUError, free_memory, out_of_memory, printable, shortened, tell
 from trainer import InputNotFinite, StopTraining
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
@@ -455,11 +455,9 @@ def give_up(error, received, trainer, run_dir, prog, advice):
         how = "going on with" if isinstance(error, GPUError) and RANKS == 1 and not received else "go on with"
         saved, next_step = save_snapshot(trainer, run_dir, lambda place: f"{how}: {resume_command(prog, place, RANKS)}{help_with}", help_with)
         status = status if saved else 1
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"\n{reason}{next_step}", file=sys.stderr)
+        tell(f"\n{reason}{next_step}")
     elif reason != "stopped":
-        with contextlib.suppress(OSError):
-            print(f"rank {RANK}: {reason}", file=sys.stderr)
+        tell(f"rank {RANK}: {reason}")
     if reason != "stopped" and not isinstance(error, ChildProcessError) and kind not in advice:
         if RANKS == 1:
             raise error
@@ -637,8 +635,7 @@ def run_script(main, prog):
             raise
         rank = f"rank {RANK}: " if RANKS > 1 else ""
         line = one_line(error) if isinstance(error, OSError) or no_more_processes(error) else error
-        with contextlib.suppress(OSError):
-            print(printable(f"{prog}: {rank}{line}"), file=sys.stderr)
+        tell(printable(f"{prog}: {rank}{line}"))
         status = 1
     except KeyboardInterrupt as error:
         status = 128 + (error.args or [signal.SIGINT])[0]
@@ -666,6 +663,5 @@ def finish_output(prog, status):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes again
             if stream is sys.stdout and not isinstance(error, BrokenPipeError):
                 status = status or 1
-                with contextlib.suppress(OSError):
-                    print(f"{prog}: the output could not be written ({error.strerror})", file=sys.stderr)
+                tell(f"{prog}: the output could not be written ({error.strerror})")
     return status

@@ -39,9 +39,8 @@ def choose_device(name, kinds=("cuda", "cpu")):
     if name != "auto":
         raise DeviceError(f"--device {name} does not work here ({reason}); try --device cpu")
     if gpu_is_there():
-        with contextlib.suppress(OSError):  # nobody may read it
-            print(f"warning: the GPU cannot be used ({reason}); going on with the CPU. Most often torch and the GPU's driver do not fit: "
-                  "see https://pytorch.org/get-started", file=sys.stderr)  # fmt: skip
+        tell(f"warning: the GPU cannot be used ({reason}); going on with the CPU. Most often torch and the GPU's driver do not fit: "
+             "see https://pytorch.org/get-started")  # fmt: skip
     return torch.device("cpu")
 
 
@@ -124,6 +123,12 @@ def unavailable(error):
 
 def first_line(error):
     return shortened((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def tell(line):
+    """Print a line to the standard error. If nobody can read it there, nothing else ends for that."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def printable(text):

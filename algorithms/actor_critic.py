@@ -45,7 +45,7 @@ from command_line import (
     CommandLineError, Parser, check_free_memory, delete_unfinished, given_path, ignore_signals, locked, one_line, resume_command, run_script, shown,
     signals_handled,
 )  # fmt: skip
-from device import shortened
+from device import shortened, tell
 from ppo import policy_loss, value_loss
 from trainer import check_finite
 
@@ -274,13 +274,13 @@ class Log:
     def __init__(self, directory, config):
         self.path, self.begun = directory / LOG, False
         self.title = f"training {json.dumps(config._asdict())} in {directory}"
-        show(self.title)
+        tell(self.title)
 
     def say(self, line):
-        show(line)
+        tell(line)
         new = not self.path.exists()
         if new and self.begun:
-            show(f"warning: {self.path.parent} was renamed or removed; it is made anew, and training goes on")
+            tell(f"warning: {self.path.parent} was renamed or removed; it is made anew, and training goes on")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
@@ -288,12 +288,7 @@ class Log:
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self.begun = True
         except OSError:
-            show(f"warning: {self.path}: not written; training goes on")
-
-
-def show(line):
-    with contextlib.suppress(OSError):  # nobody may read it
-        print(line, file=sys.stderr, flush=True)
+            tell(f"warning: {self.path}: not written; training goes on")
 
 
 def train(agent, directory):
@@ -350,7 +345,7 @@ def main(argv=()):
         path = find_checkpoint(args.evaluate, (FINAL,))
         agent = load_agent(path)
         why = " (the shipped model)" if path == SHIPPED else ""
-        print(f"{shown(path)}: trained for {agent.epoch:,} epochs{why}", file=sys.stderr)
+        tell(f"{shown(path)}: trained for {agent.epoch:,} epochs{why}")
         print(json.dumps(agent.evaluate()))
         return 0
     if args.resume is not None:

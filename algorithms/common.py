@@ -27,7 +27,7 @@ from command_line import (
     CommandLineError, Parser, check_constants_of_file, given_path, less_memory, load_state, memory_advice, new_run_dir, quoted, read_run, shown,
     train,
 )  # fmt: skip
-from device import RANKS, DeviceError, choose_device, shortened
+from device import RANKS, DeviceError, choose_device, shortened, tell
 from evaluation import standard_error
 from ppo import PPOConfig
 from trainer import check_finite
@@ -214,7 +214,7 @@ def play_or_evaluate(algorithm, argv):
     try:
         places = {constant: name for constant in algorithm.models if (name := getattr(args, constant.lower()))}
         state = {**state, "constants": {**state["constants"], **places}}
-        print(f"{shown(path)}: trained for {state['global_step']:,} steps{why}", file=sys.stderr)
+        tell(f"{shown(path)}: trained for {state['global_step']:,} steps{why}")
         with memory_advice("does not fit into memory; try fewer --episodes"):
             if not playing:
                 print(json.dumps(algorithm.evaluate(state, episodes, args.seed)))

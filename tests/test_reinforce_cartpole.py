@@ -1,4 +1,6 @@
+import contextlib
 import importlib
+import json
 import math
 import os
 import re
@@ -295,3 +297,13 @@ def test_bad_input(monkeypatch, words, error, message):
 def test_the_pole_is_balanced(tmp_path, capsys):
     assert run(ALGORITHM, "--seed", 5, "--run_dir", tmp_path / "run") == 0
     assert evaluated(ALGORITHM, tmp_path / "run", capsys)["score"] >= 475
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_a_score_is_printed_even_if_the_remark_on_its_model_cannot_be(monkeypatch, capsys):
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert reinforce_cartpole.main(["--evaluate", str(common.HERE / "pretrained" / "reinforce_cartpole.pt"), "--episodes", "1"]) == 0
+        with contextlib.suppress(OSError):
+            full.close()  # what is left of the remark
+    assert json.loads(capsys.readouterr().out)["games"] == 1
