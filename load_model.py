@@ -220,7 +220,7 @@ def main(argv=()):
 
     def steps():
         played = play(policy, args.steps, args.episodes, args.seed, args.sample)
-        for step in tqdm(played, total=None if args.episodes else args.steps, unit=" frames"):
+        for step in tqdm(played, total=None if args.episodes else args.steps, unit=" frames", disable=None):  # no bar but on a terminal
             if step.last:
                 games.append(step.info)
             yield step
