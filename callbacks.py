@@ -286,7 +286,7 @@ def read_table(path, ended=False):
     They may write a byte order mark or UTF-16, semicolons or tabs and then decimal commas, a column without a name, lines above the
     header, and no end of the last line. ended: that line does not count, because a kill or a full disk may have torn it.
     """
-    data = Path(path).read_bytes() if Path(path).exists() else b""
+    data = Path(path).read_bytes() if Path(path).is_file() else b""
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16", "replace") if utf_16 else data.decode("utf-8-sig", "surrogateescape")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")

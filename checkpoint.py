@@ -150,28 +150,28 @@ def _check_plain(state, where):
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, like=None):
     """The dict given to `save_checkpoint`, its tensors on the CPU. `path`: a file, or a run directory (its last.pt).
 
-    Raises CheckpointError if there is no such file, or if it is unreadable, damaged, foreign or too new, or holds numbers
-    that are not finite.
+    Raises CheckpointError if there is no such file, or if it is unreadable, damaged, foreign or too new, if it holds numbers
+    that are not finite, or if it is not built as `like` (see `check_like`).
     """
     path = find_checkpoint(path)
     try:
-        return _read(path)
+        return _read(path, like)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_newest_good(path.parent)}") from error
 
 
-def _read(path):
+def _read(path, like=None):
     try:
         with path.open("rb") as file:  # opened once: a training run may put another file in its place at any moment
-            return _contents(path, file)
+            return _contents(path, file, like or {})
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
-def _contents(path, file):
+def _contents(path, file, like):
     size, memory = os.fstat(file.fileno()).st_size, memory_of(torch.device("cpu"))
     if size > memory:
         raise CheckpointError(f"{path}: has {size / 1e9:,.0f} GB, and this machine {memory / 1e9:,.0f} GB of memory; use another checkpoint")
@@ -203,7 +203,7 @@ def _contents(path, file):
     if spoiled:
         raise CheckpointError(f"{path}: {shortened(spoiled)} is not finite; use an earlier checkpoint of the run")
     try:
-        check_like(state, {name: x for name, x in COUNTERS.items() if name in state})
+        check_like(state, {name: x for name, x in COUNTERS.items() if name in state} | like)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; use another checkpoint of the run") from None
     return state
@@ -231,10 +231,10 @@ def _check_zip(path, file, size):
         odd, damaged = None, f"archive: {type(error).__name__}"
     file.seek(0)
     if odd:
-        raise CheckpointError(f"{path}: is not a PyTorch file, or is damaged (in the attributes of {odd!r}); "
+        raise CheckpointError(f"{path}: is not a PyTorch file, or is damaged (in the attributes of {shortened(repr(odd))}); "
                               "use a checkpoint written by train_ppo.py")
     if damaged:
-        raise CheckpointError(f"{path}: is cut off or damaged (at {damaged!r}); use another checkpoint of the run")
+        raise CheckpointError(f"{path}: is cut off or damaged (at {shortened(repr(damaged))}); use another checkpoint of the run")
 
 
 def _newest_good(directory):
@@ -390,14 +390,15 @@ def load_optimizer(optimizer, saved):
     check_like(saved, {"state": {}}, "state['optimizer']")
     if saved["state"]:  # else no step was taken yet
         check_like(saved["state"], own, "state['optimizer']['state']")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    moments = to_plain(saved["state"])  # torch would keep those of the file, and write beyond the end of one that is a view
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # --- numpy ------------------------------------------------------------------------------------------------------------
 
 
 def to_plain(value, where="state"):
-    """A copy of `value`, to any depth: tensors on the CPU, numpy arrays as tensors, numpy scalars as numbers.
+    """A copy of `value`, to any depth: tensors contiguous and on the CPU, numpy arrays as tensors, numpy scalars as numbers.
 
     Raises TypeError, naming the place, for what still is not plain.
     """
@@ -408,7 +409,7 @@ def to_plain(value, where="state"):
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(value.copy(order="C"))
     _check_plain(value, where)

@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from checkpoint import CheckpointError, atomic_write, check_like, find_checkpoint, load_checkpoint, save_checkpoint
+from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
 from device import RANK, RANKS, UNDER_TORCHRUN, DeviceError, GPUError, free_memory, out_of_memory, printable, shortened, tell
 from trainer import InputNotFinite, StopTraining
 
@@ -168,7 +168,7 @@ def check_constants_of_file(path, constants, defaults, ranges):
     except CommandLineError as error:
         raise CheckpointError(f"{path}: {error}; use another checkpoint") from None
     if ":" in constants.get("ENV_ID", ""):  # Gymnasium would import what stands before it
-        raise CheckpointError(f"{path}: its ENV_ID {constants['ENV_ID']!r} would run a module's code; name it by --env_id if you trust that")
+        raise CheckpointError(f"{path}: its ENV_ID {shortened(repr(constants['ENV_ID']))} would run a module's code; name it by --env_id if you trust that")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def recorded_constants(run_dir):
     """What the config.json in a directory holds, or None if there is none. Raises CommandLineError if it is damaged."""
     config = run_dir / "config.json"
     try:
-        found = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
+        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
     except (ValueError, RecursionError):
         found = ()
     if found is not None and not isinstance(found, dict):
@@ -271,8 +271,17 @@ def recorded_constants(run_dir):
 def recorded_id(run_dir):
     """The number in a run's config.json that every checkpoint of the run has too. None: the run is older than that."""
     with contextlib.suppress(OSError, CommandLineError, AttributeError):
-        return recorded_constants(run_dir).get("RUN_ID")
+        run_id = recorded_constants(run_dir).get("RUN_ID")
+        return run_id if isinstance(run_id, str) else None
     return None
+
+
+def finished(run_dir):
+    """Whether a run has done all its steps, and its last evaluation has ended. Raises CheckpointError."""
+    if not (run_dir / "last.pt").exists():
+        return False
+    state = load_checkpoint(run_dir, {"global_step": 0, "constants": {"NUM_STEPS": 0}, "evaluations": ({},)})
+    return state["global_step"] >= state["constants"]["NUM_STEPS"] and not state["evaluations"]
 
 
 def write_config(run_dir, trainer):
@@ -350,10 +359,9 @@ def load_state(trainer, run):
             f"{run.directory} has done {trainer.global_step:,} steps already; to go on, give a larger --num_steps"
         )
     try:
-        best = load_checkpoint(run.directory / "best_model.pt")
-        check_like(best, {"evaluation": {"score": 0.0}})
+        best = load_checkpoint(run.directory / "best_model.pt", {"evaluation": {"score": 0.0}})
         trainer.best_score = best["evaluation"]["score"]
-    except (CheckpointError, ValueError):  # none, or spoiled: the next evaluation leaves another
+    except CheckpointError:  # none, or spoiled: the next evaluation leaves another
         trainer.best_score = -math.inf
 
 
@@ -630,11 +638,11 @@ def run_script(main, prog):
             status = main(sys.argv[1:]) or 0
     except BrokenPipeError:  # the reader of the output has left (`| head`)
         status = 141  # 128 + SIGPIPE
-    except (CommandLineError, DeviceError, GPUError, CheckpointError, FloatingPointError, OSError, RuntimeError) as error:
+    except (CommandLineError, DeviceError, GPUError, CheckpointError, FloatingPointError, MemoryError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not (isinstance(error, GPUError) or no_more_processes(error)):
             raise
         rank = f"rank {RANK}: " if RANKS > 1 else ""
-        line = one_line(error) if isinstance(error, OSError) or no_more_processes(error) else error
+        line = one_line(error) if isinstance(error, OSError) or no_more_processes(error) else str(error) or "out of memory"
         tell(printable(f"{prog}: {rank}{line}"))
         status = 1
     except KeyboardInterrupt as error:

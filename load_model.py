@@ -28,7 +28,7 @@ from tqdm import tqdm
 from breakout_ascii import BreakoutAscii
 from checkpoint import CheckpointError, check_like, load_checkpoint, load_weights, model_to_play, replacing
 from command_line import CommandLineError, Parser, given_path, run_script, shown
-from device import set_threads
+from device import printable, set_threads
 from evaluation import evaluate, exact, greedy, sampled, sampling
 from model import GPT, GPTConfig
 from replay import Stage, html, record
@@ -230,7 +230,7 @@ def main(argv=()):
     for i, info in enumerate(games, 1):
         left = f"{info['bricks']} of 91 bricks left" if info["bricks"] else "the wall is cleared"
         print(f"game {i}: {info['score']} points, {left}, {info['lives']} lives left")
-    print(f"wrote {args.out} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
+    print(f"wrote {printable(args.out)} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
     return 0
 
 

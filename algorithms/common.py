@@ -27,7 +27,7 @@ from command_line import (
     CommandLineError, Parser, check_constants_of_file, given_path, less_memory, load_state, memory_advice, new_run_dir, quoted, read_run, shown,
     train,
 )  # fmt: skip
-from device import RANKS, DeviceError, choose_device, shortened, tell
+from device import RANKS, DeviceError, choose_device, printable, shortened, tell
 from evaluation import standard_error
 from ppo import PPOConfig
 from trainer import check_finite
@@ -162,7 +162,7 @@ def check_models(state, found):
             warnings.warn(f"{name} has changed since the run began, or is read otherwise than it was", stacklevel=1)
         elif name != old_name and not (same and fingerprint):
             reason = f"--{constant.lower()} {name} is not the model that the run began with"
-            raise CommandLineError(f"{reason}; name that one, which was {old_name}")
+            raise CommandLineError(f"{reason}; name that one, which was {shortened(old_name)}")
 
 
 def load_model(algorithm, name):
@@ -285,6 +285,6 @@ def show(algorithm, state, episodes, args):
 
         with replacing(args.out) as unfinished:  # an old picture stays whole until the new one is
             write_gif(unfinished, frames(), algorithm.frame_ms)
-        print(f"wrote {args.out} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
+        print(f"wrote {printable(args.out)} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
     if found:
         print(json.dumps(found))

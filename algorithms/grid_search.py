@@ -24,10 +24,12 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 from algorithms import actor_critic
+from algorithms.common import Algorithm, load_model
 from callbacks import new_figure, read_metrics, reason
-from checkpoint import CheckpointError, load_checkpoint
+from checkpoint import CheckpointError
 from command_line import (
-    CommandLineError, Parser, check_begun, check_constants, convert, given_path, kind_of, recorded_constants, run_script, run_side_by_side, shown,
+    CommandLineError, Parser, check_begun, check_constants, convert, finished, given_path, kind_of, recorded_constants, run_script,
+    run_side_by_side, shown,
 )  # fmt: skip
 from device import available_cores
 
@@ -46,7 +48,7 @@ class Training(NamedTuple):
     constants: dict
     ranges: dict
     check: Callable  # raises CommandLineError for constants that do not fit together
-    evaluate: Callable | None = None  # policy state, episodes, seed -> a dict with a "score"
+    algorithm: Algorithm | None = None  # None: not one of algorithms/common.py, and cannot be scored in fresh games
 
     def check_directory(self, run_dir, constants):
         """Raises CommandLineError for a directory in which a run with these constants can neither begin nor go on."""
@@ -61,10 +63,9 @@ class Training(NamedTuple):
     def finished(self, run_dir):
         """Whether the run has done all its steps, and its last evaluation has ended."""
         try:
-            state = load_checkpoint(run_dir)
-        except CheckpointError:
+            return finished(run_dir)
+        except CheckpointError:  # the run says what is wrong when it is to go on
             return False
-        return state["global_step"] >= state["constants"]["NUM_STEPS"] and not state["evaluations"]
 
     def result(self, run_dir):
         """-> the best and the last score of a run, its steps and minutes."""
@@ -79,7 +80,11 @@ class Training(NamedTuple):
         """-> the score of the best model in fresh games, its standard error, and the lowest of them, if asked for."""
         if episodes is None:
             return {}
-        result = self.evaluate(load_checkpoint(run_dir / "best_model.pt"), episodes, FRESH_SEED)
+        state, path, _ = load_model(self.algorithm, run_dir / "best_model.pt")
+        try:
+            result = self.algorithm.evaluate(state, episodes, FRESH_SEED)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: does not fit this program ({error}); move its directory away to train it again") from None
         return {name: result[key] for name, key in (("fresh", "score"), ("fresh error", "error"), ("fresh min", "min")) if key in result}
 
 
@@ -126,7 +131,7 @@ def training(name):
         upper = lambda x: {key.upper(): value for key, value in x.items()}
         return JSONTraining(program, upper(actor_critic.Config()._asdict()), upper(actor_critic.RANGES), check_dimensions)
     algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
-    return Training(program, algorithm.constants, algorithm.ranges, algorithm.check, algorithm.evaluate)
+    return Training(program, algorithm.constants, algorithm.ranges, algorithm.check, algorithm)
 
 
 def check_dimensions(constants):
@@ -199,8 +204,8 @@ def main(argv=()):
     args, words = parser.parse_known_args(argv)
     what, out = training(args.training), Path(args.out or f"runs/grid/{args.training}").resolve()
     grid = read_grid(words, what)
-    if args.fresh is not None and not (what.evaluate and args.fresh > 0):
-        raise CommandLineError("--fresh must be 1 or more" if what.evaluate else f"--fresh: {args.training} cannot be scored in fresh games; leave it out")
+    if args.fresh is not None and not (what.algorithm and args.fresh > 0):
+        raise CommandLineError("--fresh must be 1 or more" if what.algorithm else f"--fresh: {args.training} cannot be scored in fresh games; leave it out")
     axes = [name.upper() for name in args.map or ()]
     if missing := [name for name in axes if name not in grid]:
         raise CommandLineError(f"--map {missing[0].lower()}: is not searched; the grid has {', '.join(map(str.lower, grid))}")

@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT))
 
 import train_ppo  # noqa: E402
 from callbacks import new_figure, read_metrics, reason  # noqa: E402
-from checkpoint import load_checkpoint  # noqa: E402
 from command_line import (  # noqa: E402
-    CommandLineError, Parser, check_begun, check_constants, given_path, read_command_line, run_script, run_side_by_side,
+    CommandLineError, Parser, check_begun, check_constants, finished, given_path, read_command_line, run_script,
+    run_side_by_side,
 )  # fmt: skip
 from device import available_cores  # noqa: E402
 from evaluation import CLEARED_SCORE, RANDOM_SCORE  # noqa: E402
@@ -78,14 +78,6 @@ def train(run_dir, variant, seed, more, run):
 
 def log_of(run_dir):
     return run_dir.with_name(run_dir.name + ".log")  # beside the run, whose directory has to be empty when it starts
-
-
-def finished(run_dir):
-    """-> whether the run has done all its steps, and its last policy has been evaluated."""
-    if not (run_dir / "last.pt").exists():
-        return False
-    state = load_checkpoint(run_dir)
-    return state["global_step"] >= state["constants"]["NUM_STEPS"] and not state["evaluations"]
 
 
 def check(run_dir, variant, seed, more):

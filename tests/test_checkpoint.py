@@ -419,6 +419,11 @@ def test_moments_that_are_those_of_other_parameters_are_refused(wrong):
     saved = to_plain(other.state_dict())
     load_optimizer(optimizer, saved)
     assert optimizer.param_groups[0]["lr"] == 0.1 and torch.equal(optimizer.state[parameters[0]]["exp_avg"], saved["state"][0]["exp_avg"])
+    for moment in ("exp_avg", "exp_avg_sq"):  # all of it one number, beyond which Adam would write
+        saved["state"][0][moment] = torch.ones(1).expand(parameters[0].shape)
+    load_optimizer(optimizer, saved)
+    optimizer.step()
+    assert optimizer.state[parameters[0]]["exp_avg"].is_contiguous() and len(saved["state"][0]["exp_avg"].untyped_storage()) == 4
     load_optimizer(optimizer, {"state": {}})  # that of a run before its first update
     if wrong in ("shape", "dtype", "step"):
         name = "step" if wrong == "step" else "exp_avg"

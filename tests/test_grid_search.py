@@ -13,6 +13,7 @@ from PIL import Image
 from algorithms import actor_critic, grid_search
 from algorithms.grid_search import TRAININGS, combinations, directory_of, heat_map, main, training
 from algorithms_helpers import without_processes  # noqa: F401
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from command_line import CommandLineError
 
 SMALL = "--num_steps 60 --episodes 2 --hidden 4 8 --eval_interval 1"
@@ -129,13 +130,40 @@ def test_a_search_begun_with_other_constants_is_not_mixed(tmp_path, in_this_proc
         main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0 --gamma 0.9".split(), "--out", str(tmp_path)])
 
 
+def test_runs_with_contents_of_another_kind_are_named(tmp_path, in_this_process):
+    """A checksum does not say who wrote a checkpoint."""
+    words = ["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --eval_interval 1 --seed 0 --fresh 1".split(), "--out", str(tmp_path)]
+    assert main(words) == 0
+    (run_dir,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    what, last, best = training("reinforce_cartpole"), load_checkpoint(run_dir), load_checkpoint(run_dir / "best_model.pt")
+    for spoiled in ({"constants": None}, {"constants": {"NUM_STEPS": "x"}}, {"evaluations": 5}, {"global_step": 0.5}):
+        save_checkpoint(run_dir / "last.pt", last | spoiled)
+        assert not what.finished(run_dir)
+    save_checkpoint(run_dir / "last.pt", last)
+    for spoiled in ({"constants": 5}, {"model": {}}, {"algorithm": "another"}, {"constants": {"HIDDEN": "x"}}):
+        save_checkpoint(run_dir / "best_model.pt", best | spoiled)
+        with pytest.raises(CheckpointError, match="best_model.pt"):
+            main(words)
+    for text in ("[]", "5", "null", "{"):
+        (run_dir / "config.json").write_text(text)
+        with pytest.raises(CommandLineError, match="config.json: is damaged"):
+            main(words)
+
+
 def test_the_training_with_a_config_file(tmp_path, monkeypatch, in_this_process):
     monkeypatch.setattr(actor_critic, "STEPS_PER_EPOCH", 2)
     monkeypatch.setattr(grid_search, "run_side_by_side", in_turn(lambda command, **kwargs: actor_critic.main(list(map(str, command[3:])))))
     words = "actor_critic --num_epochs 1 --hidden_dim 4 --seed 1 2 --out".split() + [str(tmp_path)]
-    assert main(words) == main(words) == 0
+    assert main(words) == 0
+    (final,) = tmp_path.glob("*seed=1/checkpoints_*/final.pt")
+    shutil.copytree(final.parent, final.parent.with_name("checkpoints_0"))  # as of one begun twice
+    assert main(words) == 0
     with open(tmp_path / "grid.csv") as file:
         rows = list(csv.DictReader(file))
+    save_checkpoint(final, {"epoch": "x"})
+    with pytest.raises(CheckpointError, match="is no model of actor_critic"):
+        final.parent.with_name("checkpoints_0").rename(tmp_path / "elsewhere")
+        main(words)
     assert {row["SEED"] for row in rows} == {"1", "2"} and all(-1 < float(row["best"]) < 1 for row in rows)
     (first,) = tmp_path.glob("*seed=1/checkpoints_*")
     shutil.copytree(first, first.with_name(f"{first.name}-2"))  # somebody keeps a copy
