@@ -390,7 +390,7 @@ def load_optimizer(optimizer, saved):
     check_like(saved, {"state": {}}, "state['optimizer']")
     if saved["state"]:  # else no step was taken yet
         check_like(saved["state"], own, "state['optimizer']['state']")
-    moments = to_plain(saved["state"])  # torch would keep those of the file, and write beyond the end of one that is a view
+    moments = to_plain(saved["state"])  # copies: torch would write beyond the end of one that repeats a number as a view
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -398,7 +398,7 @@ def load_optimizer(optimizer, saved):
 
 
 def to_plain(value, where="state"):
-    """A copy of `value`, to any depth: tensors contiguous and on the CPU, numpy arrays as tensors, numpy scalars as numbers.
+    """A copy of `value`, to any depth: tensors on the CPU, numpy arrays as tensors, numpy scalars as numbers.
 
     Raises TypeError, naming the place, for what still is not plain.
     """
@@ -409,7 +409,7 @@ def to_plain(value, where="state"):
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return value.detach().to("cpu", copy=True)  # keeps the order in memory, on which rounding depends
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(value.copy(order="C"))
     _check_plain(value, where)

@@ -138,7 +138,7 @@ def printable(text):
 
 def shortened(text, longest=200):
     """-> one printable line of so many characters at most."""
-    line = printable(" ".join(str(text).split()))
+    line = printable(" ".join(str(text).split())[: longest + 1])  # of megabytes only the beginning
     return line if len(line) <= longest else line[: longest - 4] + " ..."
 
 
