@@ -126,9 +126,9 @@ def first_line(error):
 
 
 def tell(line):
-    """Print a line to the standard error. If nobody can read it there, nothing else ends for that."""
+    """Print a line, without what a terminal would obey, to the standard error. If nobody can read it there, nothing else ends for that."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print("\n".join(map(printable, str(line).split("\n"))), file=sys.stderr, flush=True)
 
 
 def printable(text):
