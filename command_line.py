@@ -259,11 +259,13 @@ def worth_keeping(file):
 def recorded_constants(run_dir):
     """What the config.json in a directory holds, or None if there is none. Raises CommandLineError if it is damaged."""
     config = run_dir / "config.json"
+    if not config.is_file():
+        return None
     try:
-        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
+        found = json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        found = ()
-    if found is not None and not isinstance(found, dict):
+        found = None
+    if not isinstance(found, dict):
         raise CommandLineError(f"{config}: is damaged; move its directory away, or name another --out")
     return found
 
