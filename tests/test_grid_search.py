@@ -155,19 +155,16 @@ def test_the_training_with_a_config_file(tmp_path, monkeypatch, in_this_process)
     monkeypatch.setattr(grid_search, "run_side_by_side", in_turn(lambda command, **kwargs: actor_critic.main(list(map(str, command[3:])))))
     words = "actor_critic --num_epochs 1 --hidden_dim 4 --seed 1 2 --out".split() + [str(tmp_path)]
     assert main(words) == 0
-    (final,) = tmp_path.glob("*seed=1/checkpoints_*/final.pt")
-    shutil.copytree(final.parent, final.parent.with_name("checkpoints_0"))  # as of one begun twice
     assert main(words) == 0
     with open(tmp_path / "grid.csv") as file:
         rows = list(csv.DictReader(file))
-    save_checkpoint(final, {"epoch": "x"})
-    with pytest.raises(CheckpointError, match="is no model of actor_critic"):
-        final.parent.with_name("checkpoints_0").rename(tmp_path / "elsewhere")
-        main(words)
     assert {row["SEED"] for row in rows} == {"1", "2"} and all(-1 < float(row["best"]) < 1 for row in rows)
     (first,) = tmp_path.glob("*seed=1/checkpoints_*")
     shutil.copytree(first, first.with_name(f"{first.name}-2"))  # somebody keeps a copy
     assert main(words) == 0
+    save_checkpoint(first.with_name(f"{first.name}-2") / "final.pt", {"epoch": "x"})
+    with pytest.raises(CheckpointError, match="is no model of actor_critic"):
+        main(words)
     (first.parent / "config.json").write_text('{"seed": 3}')
     with pytest.raises(CommandLineError, match="seed=1 was begun with other constants; name another --out"):
         main(words)
