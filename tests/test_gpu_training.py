@@ -13,6 +13,7 @@ import torch
 
 import command_line
 from breakout_ascii import BreakoutAsciiVec, Games
+from callbacks import Callback
 from checkpoint import load_checkpoint
 from device import GPUError
 from fast import FastGPT, gpu_training, one_layer, prefixes, run_on_gpu, self_test
@@ -435,20 +436,24 @@ def test_a_run_goes_on_with_the_cpu_in_a_fresh_process(monkeypatch, tmp_path, ca
     started, closed = [], []
 
     class Process:
-        def __init__(self, command):
+        def __init__(self, command, env):
             started.append((command, list(closed)))
 
         def wait(self):
             return 7
 
+    class Closed(Callback):
+        def close(self):
+            closed.append(0)
+
     ppo = checked()
-    ppo.callbacks = [SimpleNamespace(on_training_start=lambda trainer: None, close=lambda: closed.append(0))]
+    ppo.callbacks = [Closed()]
     ppo.metadata = {"constants": {}}
     ppo.collect_and_update = fail_for_good
     monkeypatch.setattr(command_line.subprocess, "Popen", Process)
     monkeypatch.setattr(command_line.signal, "signal", lambda signum, handler: None)
     assert command_line.train(ppo, tmp_path, "train_ppo.py", {}) == 7
-    assert started == [([sys.executable, command_line.__file__.replace("command_line", "train_ppo"), "--resume", str(tmp_path), "--device", "cpu"], [0])]
+    assert started == [([sys.executable, command_line.__file__.replace("command_line", "train_ppo"), f"--resume={tmp_path}", "--device", "cpu"], [0])]
     assert load_checkpoint(tmp_path)["update_count"] == 0
     assert f"stopped working; going on with: python train_ppo.py --resume {tmp_path} --device cpu" in capsys.readouterr().err
 
