@@ -154,7 +154,7 @@ def waits(monkeypatch):
         state, future = next((state, future) for state, future in evaluations[-1].background.asked if not future.done())
         future.set_result({"score": state["update_count"]})
 
-    monkeypatch.setattr(callbacks.time, "sleep", give)
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(sleep=give))  # not time.sleep itself, which other threads call too
     evaluations, init = [], Evaluation.__init__
     monkeypatch.setattr(Evaluation, "__init__", lambda self, *args: (init(self, *args), evaluations.append(self))[0])
     return waited

@@ -396,7 +396,8 @@ def test_a_stop_while_the_last_evaluation_is_waited_for_does_not_lose_it(tmp_pat
 
     with monkeypatch.context() as m:
         m.setattr(callbacks, "Background", Slow)
-        m.setattr(callbacks.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGINT))
+        clock = SimpleNamespace(sleep=lambda seconds: os.kill(os.getpid(), signal.SIGINT), monotonic=time.monotonic)
+        m.setattr(callbacks, "time", clock)  # not time.sleep itself, which other threads call too
         assert run(tmp_path, "run", "--eval_interval", "100", "--save_freq", "1") == 130
     assert load_checkpoint(tmp_path / "run")["update_count"] == 6 and not (tmp_path / "run" / "best_model.pt").exists()
     assert main(["--resume", str(tmp_path / "run")]) == 0
