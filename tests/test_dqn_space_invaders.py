@@ -1,6 +1,7 @@
 import re
 from types import SimpleNamespace
 
+import ale_py
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -132,6 +133,7 @@ def test_a_restored_game_goes_on_alike(env_id):
 
 @pytest.mark.faults
 def test_every_restored_game_goes_on_alike():
+    gym.register_envs(ale_py)
     games = [env_id for env_id in gym.registry if re.fullmatch(r"ALE/\w+-v5", env_id)]
     assert len(games) > 100 and [env_id for env_id in games if not goes_on_alike(env_id)] == []
 

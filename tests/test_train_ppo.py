@@ -751,7 +751,8 @@ def test_ctrl_c_stops_all_ranks(tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0 and "stopped; go on with: torchrun --standalone --nproc_per_node=2 train_ppo.py --resume run" in err
+    assert process.returncode != 0
+    assert re.search(r"stopped; go on with: torchrun --standalone --nproc_per_node=2 \S*train_ppo.py --resume run", err)
     assert load_checkpoint(tmp_path / "run")["update_count"] > 0
 
 
