@@ -38,12 +38,17 @@ class Background:
         self.function, self.processes = function, processes
         self.threads = ThreadPoolExecutor(processes)
         self.started, self.futures = [], []
-        self.idle = queue.SimpleQueue()  # connections to processes that wait for work, and whether they have said that they can work
+        self.idle = (
+            queue.SimpleQueue()
+        )  # connections to processes that wait for work, and whether they have said that they can work
         with contextlib.suppress(Exception):  # `submit` tries again
             self.start_process()  # the imports take seconds: one process starts now
 
     def start_process(self):
-        function, context = pickle.dumps(self.function), multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        function, context = (
+            pickle.dumps(self.function),
+            multiprocessing.get_context("spawn"),
+        )  # CUDA does not survive a fork
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(function, theirs), daemon=True)
         with STARTING, sigint_ignored(), contextlib.nullcontext() if b"__main__" in function else main_hidden():
@@ -77,8 +82,12 @@ class Background:
             result, error = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
             if not works:
-                raise CannotStart("no other process can run it: what it wrote stands above, or memory ran out") from None
-            raise ChildProcessError("a background process has died: what it wrote stands above, or memory ran out") from None
+                raise CannotStart(
+                    "no other process can run it: what it wrote stands above, or memory ran out"
+                ) from None
+            raise ChildProcessError(
+                "a background process has died: what it wrote stands above, or memory ran out"
+            ) from None
         finally:
             self.idle.put((connection, works))
         if error:

@@ -32,10 +32,12 @@ BRICK_POINTS, CLEAR_POINTS = 10, 50  # 91 * 10 + 50 = 960 at most
 PADDLE_MOVES = np.array([0, -2, 2])  # actions: 0 stay, 1 left, 2 right
 MAX_EPISODE_STEPS = 5000
 
-EMPTY_PAGE = np.array([list(f"{line}\n".encode()) for line in
-                       ["#" * 80] + ["#" + " " * 78 + "#"] * (ROWS - 2) + ["#" * 80]], np.uint8)  # (24, 81)
-PADDLE_LINES = np.array([list(("#" + " " * (x - 1) + PADDLE).ljust(79).encode() + b"#\n")
-                         for x in range(PADDLE_MAX + 1)], np.uint8)  # (73, 81), the line for each paddle_x
+EMPTY_PAGE = np.array(
+    [list(f"{line}\n".encode()) for line in ["#" * 80] + ["#" + " " * 78 + "#"] * (ROWS - 2) + ["#" * 80]], np.uint8
+)  # (24, 81)
+PADDLE_LINES = np.array(
+    [list(("#" + " " * (x - 1) + PADDLE).ljust(79).encode() + b"#\n") for x in range(PADDLE_MAX + 1)], np.uint8
+)  # (73, 81), the line for each paddle_x
 
 
 class Games:
@@ -49,8 +51,16 @@ class Games:
     """
 
     LIMITS = {  # of what a state holds: lowest and highest
-        "ball_x": (0, RIGHT_WALL), "ball_y": (0, FLOOR - 1), "dx": (-1, 1), "dy": (-1, 1), "paddle_x": (1, PADDLE_MAX), "lives": (0, LIVES),
-        "score": (0, 10**6), "elapsed": (0, 10**18), "bricks": (False, True), "bricks_left": (0, BRICK_ROWS * BRICK_COLUMNS),
+        "ball_x": (0, RIGHT_WALL),
+        "ball_y": (0, FLOOR - 1),
+        "dx": (-1, 1),
+        "dy": (-1, 1),
+        "paddle_x": (1, PADDLE_MAX),
+        "lives": (0, LIVES),
+        "score": (0, 10**6),
+        "elapsed": (0, 10**18),
+        "bricks": (False, True),
+        "bricks_left": (0, BRICK_ROWS * BRICK_COLUMNS),
         "serves": (-1, RIGHT_WALL),
     }
     STATE = list(LIMITS)  # pages follow from it
@@ -76,7 +86,9 @@ class Games:
         Raises ValueError for another kind of mask: game indices would be misread as one.
         """
         if mask.dtype != self.xp.bool or mask.shape != self.index.shape:
-            raise ValueError(f"mask must be bool of shape {tuple(self.index.shape)}; got {mask.dtype} of shape {tuple(mask.shape)}")
+            raise ValueError(
+                f"mask must be bool of shape {tuple(self.index.shape)}; got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
         where = self.xp.where
         self.serves = where(mask[:, None, None], serves, self.serves)
         self.bricks = where(mask[:, None, None], bricks, self.bricks)
@@ -168,8 +180,10 @@ class Games:
             if x.shape != expected:
                 raise ValueError(f"state[{name!r}] must have shape {expected} with this num_envs; got {x.shape}")
             if x.dtype.kind not in ("b" if name == "bricks" else "iu") or not low <= x.min() <= x.max() <= high:
-                raise ValueError(f"state[{name!r}] must be {'bool' if name == 'bricks' else f'integers from {low} to {high}'}; got {x.dtype}, "
-                                 f"{x.flat[0]!r} first")  # fmt: skip
+                raise ValueError(
+                    f"state[{name!r}] must be {'bool' if name == 'bricks' else f'integers from {low} to {high}'}; got {x.dtype}, "
+                    f"{x.flat[0]!r} first"
+                )
         for name, x in values.items():
             getattr(self, name)[...] = self.array(x)
         self.draw(self.index >= 0)  # all of them
@@ -184,7 +198,7 @@ class Games:
     def in_sync(self):
         """-> (N / 2,) bool: do the pages of paired games agree above the paddle's row?"""
         above, half = self.pages[:, :PADDLE_ROW], len(self.index) // 2
-        return (above[:half] == above[half:2 * half]).all((1, 2))
+        return (above[:half] == above[half : 2 * half]).all((1, 2))
 
     # The pages. A step changes few cells, so only these are written; the ball comes last, over whatever is there.
 
@@ -192,7 +206,9 @@ class Games:
         """Draw the pages from nothing where mask (N,) is true."""
         wall = np.where(self.bricks[mask, :, :, None], list(BRICK.encode()), ord(" "))  # (n, 7, 13, 6)
         self.pages[mask] = EMPTY_PAGE
-        self.pages[mask, BRICK_TOP:BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall.reshape(-1, BRICK_ROWS, BRICK_COLUMNS * BRICK_WIDTH)
+        self.pages[mask, BRICK_TOP : BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall.reshape(
+            -1, BRICK_ROWS, BRICK_COLUMNS * BRICK_WIDTH
+        )
         self.pages[mask, PADDLE_ROW] = PADDLE_LINES[self.paddle_x[mask]]
         self.pages[mask, self.ball_y[mask], self.ball_x[mask]] = ord("O")
 
@@ -226,8 +242,14 @@ class RandomNumbers(NamedTuple):
 def draw_numbers(rng, n):
     """A NumPy generator -> the `RandomNumbers` of n games."""
     serves = n, LIVES
-    return RandomNumbers(rng.integers(2, size=serves), rng.random(serves), rng.integers(1, RIGHT_WALL, size=serves),
-                         rng.random(n), rng.random(n), rng.random((n, BRICK_ROWS * BRICK_COLUMNS)))
+    return RandomNumbers(
+        rng.integers(2, size=serves),
+        rng.random(serves),
+        rng.integers(1, RIGHT_WALL, size=serves),
+        rng.random(n),
+        rng.random(n),
+        rng.random((n, BRICK_ROWS * BRICK_COLUMNS)),
+    )
 
 
 def new_games(numbers, varied_starts=0.0, xp=np):
@@ -241,7 +263,9 @@ def new_games(numbers, varied_starts=0.0, xp=np):
     paddle_x = where(varied, xp.clip(numbers.x - len(PADDLE) // 2, 1, PADDLE_MAX), PADDLE_START)
     serves = xp.stack([ball_x, 2 * numbers.right - 1, paddle_x], -1)
     bricks = numbers.brick < where(numbers.wall < varied_starts, numbers.share, 1.0)[:, None]
-    first = bricks[:, :1] | ~bricks.any(1)[:, None]  # a wall is empty with probability 1/92: it then keeps its first brick
+    first = (
+        bricks[:, :1] | ~bricks.any(1)[:, None]
+    )  # a wall is empty with probability 1/92: it then keeps its first brick
     return serves, xp.concatenate([first, bricks[:, 1:]], 1).reshape(-1, BRICK_ROWS, BRICK_COLUMNS)
 
 
@@ -262,7 +286,9 @@ def reset_mask(options, num_games):
     mask = options["reset_mask"]
     if not isinstance(mask, np.ndarray) or mask.shape != (num_games,) or mask.dtype != bool or not mask.any():
         got = f"{mask.dtype} of shape {mask.shape}" if isinstance(mask, np.ndarray) else repr(mask)
-        raise ValueError(f'options["reset_mask"] must be an array of shape ({num_games},), bool, true somewhere; got {got}')
+        raise ValueError(
+            f'options["reset_mask"] must be an array of shape ({num_games},), bool, true somewhere; got {got}'
+        )
     return mask.copy()
 
 
@@ -270,7 +296,9 @@ def generators(seeds, num_games):
     """Seeds, one per game -> {game: NumPy generator}, as `BreakoutAscii` would have it; None seeds nothing. Raises ValueError."""
     listed = list(seeds) if np.iterable(seeds) else []
     if len(listed) != num_games or not all(map(is_seed, listed)):
-        raise ValueError(f"seed must be None, an integer, or a list of {num_games} of these, integers from 0 up; got {seeds!r}")
+        raise ValueError(
+            f"seed must be None, an integer, or a list of {num_games} of these, integers from 0 up; got {seeds!r}"
+        )
     return {game: gym.utils.seeding.np_random(int(x))[0] for game, x in enumerate(listed) if x is not None}
 
 
@@ -294,8 +322,10 @@ def fixed_serves(options, num_games):
     except ValueError:
         dx = np.asarray(None)  # rows of unequal length: refused below
     if dx.shape not in ((LIVES,), (num_games, LIVES)) or dx.dtype.kind not in "iuf" or not np.isin(dx, (-1, 1)).all():
-        raise ValueError(f'options["serves"] must be the dx of the five serves, -1 or +1 each, in shape ({LIVES},) or '
-                         f"({num_games}, {LIVES}); got shape {dx.shape}, values {np.unique(dx.astype(str))[:4]}")
+        raise ValueError(
+            f'options["serves"] must be the dx of the five serves, -1 or +1 each, in shape ({LIVES},) or '
+            f"({num_games}, {LIVES}); got shape {dx.shape}, values {np.unique(dx.astype(str))[:4]}"
+        )
     return standard_serves(np.broadcast_to(dx.astype(np.int64), (num_games, LIVES)))
 
 
@@ -306,7 +336,10 @@ def check_actions(actions, shape):
         raise ValueError(f"actions must be integers of shape {shape}; got {actions.dtype} of shape {actions.shape}")
     if actions.min() < 0 or actions.max() > 2:
         bad = np.flatnonzero((actions < 0) | (actions > 2))[0]
-        raise ValueError(f"actions must be 0 (stay), 1 (left) or 2 (right); got {actions.flat[bad]}" + (f" for game {bad}" if shape else ""))
+        raise ValueError(
+            f"actions must be 0 (stay), 1 (left) or 2 (right); got {actions.flat[bad]}"
+            + (f" for game {bad}" if shape else "")
+        )
     return actions
 
 
@@ -473,8 +506,12 @@ class BreakoutAsciiVec(VectorEnv):
         final_obs = np.full(self.num_envs, None, object)
         for i in np.flatnonzero(done):
             final_obs[i] = self.games.pages[i].flatten()
-        return {"final_obs": final_obs, "_final_obs": done.copy(),
-                "final_info": self._infos(life_lost, mask=done), "_final_info": done.copy()}
+        return {
+            "final_obs": final_obs,
+            "_final_obs": done.copy(),
+            "final_info": self._infos(life_lost, mask=done),
+            "_final_info": done.copy(),
+        }
 
 
 class BreakoutAscii(gym.Env):
@@ -574,5 +611,9 @@ def untimed(**kwargs):
 untimed.metadata = BreakoutAscii.metadata  # gym.make looks up the render modes here
 
 if "BreakoutAscii-v0" not in gym.registry:  # a reload must not warn
-    gym.register("BreakoutAscii-v0", entry_point="breakout_ascii:untimed", max_episode_steps=MAX_EPISODE_STEPS,
-                 vector_entry_point="breakout_ascii:BreakoutAsciiVec")
+    gym.register(
+        "BreakoutAscii-v0",
+        entry_point="breakout_ascii:untimed",
+        max_episode_steps=MAX_EPISODE_STEPS,
+        vector_entry_point="breakout_ascii:BreakoutAsciiVec",
+    )

@@ -83,7 +83,9 @@ class RunDirectory(Callback):
         if is_replaced(self.path, trainer):
             raise CheckpointError(f"something else is at {self.path} now, which was the directory of this run")
         if not (self.path / "config.json").exists():
-            say(f"warning: {self.path} was renamed or removed, or its config.json; it is made anew, and training goes on")
+            say(
+                f"warning: {self.path} was renamed or removed, or its config.json; it is made anew, and training goes on"
+            )
             with contextlib.suppress(OSError):  # `Checkpoints` says what cannot be saved
                 write_config(self.path, trainer)
             with contextlib.suppress(CommandLineError):  # only config.json was removed: the directory is locked still
@@ -142,7 +144,9 @@ class Evaluation(Callback):
                 if not (unavailable(error) or isinstance(error, CannotStart)):
                     raise
                 if not self.take_turns:
-                    say(f"warning: no evaluation beside the training ({first_line(error)}); from now on they take turns")
+                    say(
+                        f"warning: no evaluation beside the training ({first_line(error)}); from now on they take turns"
+                    )
                 self.take_turns = True
                 evaluation = self.evaluate(trainer.pending[0])
             self.futures.popleft()
@@ -199,8 +203,10 @@ def evaluation_line(trainer):
     """trainer.evaluated as one line of text."""
     state, evaluation = trainer.evaluated, trainer.evaluated["evaluation"]
     others = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.items() if name != "score")
-    return (f"{state['global_step']:>11,} steps  {duration(state['seconds']):>6}  score {points(evaluation['score']):>5}  {others}"
-            + ("  best" if trainer.is_best else ""))  # fmt: skip
+    return (
+        f"{state['global_step']:>11,} steps  {duration(state['seconds']):>6}  score {points(evaluation['score']):>5}  {others}"
+        + ("  best" if trainer.is_best else "")
+    )
 
 
 class ProgressBar(Callback):
@@ -218,8 +224,13 @@ class ProgressBar(Callback):
         self.first_step, self.first_seconds, self.said_at = trainer.global_step, trainer.seconds, trainer.seconds
         self.estimates = []  # steps per second of the first two updates
         if sys.stderr.isatty():
-            self.bar = tqdm(total=trainer.num_steps, initial=min(trainer.global_step, trainer.num_steps), unit=" steps",
-                            unit_scale=True, dynamic_ncols=True)  # fmt: skip
+            self.bar = tqdm(
+                total=trainer.num_steps,
+                initial=min(trainer.global_step, trainer.num_steps),
+                unit=" steps",
+                unit_scale=True,
+                dynamic_ncols=True,
+            )
 
     def on_evaluation_end(self, trainer):
         say(evaluation_line(trainer))
@@ -227,7 +238,9 @@ class ProgressBar(Callback):
         self.show(trainer)
 
     def on_update_end(self, trainer):
-        rate = (trainer.global_step - self.first_step) / (trainer.seconds - self.first_seconds)  # callbacks and waiting included
+        rate = (trainer.global_step - self.first_step) / (
+            trainer.seconds - self.first_seconds
+        )  # callbacks and waiting included
         left = duration(max(trainer.num_steps - trainer.global_step, 0) / rate)
         if len(self.estimates) < 2:
             if self.first_is_slow and not self.estimates:
@@ -236,7 +249,10 @@ class ProgressBar(Callback):
             elif rate > 4 * sum(self.estimates):  # the first update, or one that has nothing to compile any more
                 say(f"the {'second' if self.estimates else 'first'} update ran at {pace(rate)}: about {left} to go")
             self.estimates.append(rate)
-            self.first_step, self.first_seconds = trainer.global_step, trainer.seconds  # later rates are of what follows
+            self.first_step, self.first_seconds = (
+                trainer.global_step,
+                trainer.seconds,
+            )  # later rates are of what follows
         self.show(trainer)
         if self.bar is None and trainer.seconds - self.said_at >= PLAIN_INTERVAL:
             say(
@@ -272,7 +288,7 @@ def read_metrics(path):
 
 
 def number(cell):
-    """"81.25" -> 81.25, "3" and "3.0" -> 3; what is no number, as "" and "n/a" -> nan."""
+    """ "81.25" -> 81.25, "3" and "3.0" -> 3; what is no number, as "" and "n/a" -> nan."""
     try:
         x = float(cell)
     except ValueError:
@@ -327,7 +343,7 @@ def cells_of(line, delimiter):
 
 
 def with_point(cell):
-    """"81,25" -> "81.25"; a text keeps its commas."""
+    """ "81,25" -> "81.25"; a text keeps its commas."""
     point = cell.replace(",", ".")
     return cell if math.isnan(number(point)) else point
 
@@ -416,7 +432,9 @@ class MetricsCSV(Callback):
             return
         first = self.first_unwritten()
         rows, odd = read_table(self.path, ended=True)
-        if sum(row["update"] < first for row in rows) < first - 1:  # a kill tears only a later row: somebody has left the end out
+        if (
+            sum(row["update"] < first for row in rows) < first - 1
+        ):  # a kill tears only a later row: somebody has left the end out
             rows, odd = read_table(self.path)
         rows = [row for row in rows if row["update"] < first]
         missing = first - 1 - len(rows)
@@ -463,7 +481,9 @@ class TensorBoard(Callback):
         self.add({f"{'charts' if name in CHARTS else 'losses'}/{name}": x for name, x in stats.items()}, step)
 
     def on_evaluation_end(self, trainer):
-        self.add({f"eval/{name}": x for name, x in trainer.evaluated["evaluation"].items()}, trainer.evaluated["global_step"])
+        self.add(
+            {f"eval/{name}": x for name, x in trainer.evaluated["evaluation"].items()}, trainer.evaluated["global_step"]
+        )
 
     def add(self, scalars, step):
         if self.writer is not None:
@@ -530,7 +550,13 @@ def learning_curve(rows, levels):
     figure = new_figure(12, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
     steps = max((row["global_step"] for row in rows if math.isfinite(row["global_step"])), default=0)
-    unit, name = (1e6, "million environment steps") if steps >= 1_000_000 else (1e3, "thousand environment steps") if steps >= 1000 else (1, "steps")
+    unit, name = (
+        (1e6, "million environment steps")
+        if steps >= 1_000_000
+        else (1e3, "thousand environment steps")
+        if steps >= 1000
+        else (1, "steps")
+    )
     draw_scores(left, rows, levels, "global_step", unit, name)
     draw_scores(right, rows, levels, "seconds", 60, "minutes")
     left.set(ylabel="score per episode")
@@ -544,10 +570,24 @@ def draw_scores(axes, rows, levels, column, unit, label):
     for (name, level), color, style in zip(levels.items(), ("tab:green", "gray", "tab:orange"), ("--", ":", "-.")):
         axes.axhline(level, color=color, linestyle=style, linewidth=1.3, label=f"{name}: {level:g}")
     scores = [row["eval_score"] for row in evaluated]
-    axes.plot([row[column] / unit for row in evaluated], scores,
-              color="tab:blue", linewidth=2, marker="o", markersize=3.5, zorder=3, label="evaluation")  # fmt: skip
-    axes.plot([row[column] / unit for row in rows], [row["episode_return"] for row in rows],
-              color="tab:blue", linewidth=1, alpha=0.4, label="training episodes: actions are sampled")  # fmt: skip
+    axes.plot(
+        [row[column] / unit for row in evaluated],
+        scores,
+        color="tab:blue",
+        linewidth=2,
+        marker="o",
+        markersize=3.5,
+        zorder=3,
+        label="evaluation",
+    )
+    axes.plot(
+        [row[column] / unit for row in rows],
+        [row["episode_return"] for row in rows],
+        color="tab:blue",
+        linewidth=1,
+        alpha=0.4,
+        label="training episodes: actions are sampled",
+    )
     axes.set(xlabel=label)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=min([0, *scores, *levels.values()]))
@@ -561,7 +601,13 @@ class Checkpoints(Callback):
     def __init__(self, run_dir, save_freq, keep=3, keep_stages=False):
         """save_freq: updates between two checkpoints. keep: how many checkpoint_<update>.pt stay; with keep_stages those before the
         first update and after a tenth of the training stay too, to look at what was learned."""
-        self.run_dir, self.save_freq, self.keep, self.keep_stages, self.best = Path(run_dir), save_freq, keep, keep_stages, None
+        self.run_dir, self.save_freq, self.keep, self.keep_stages, self.best = (
+            Path(run_dir),
+            save_freq,
+            keep,
+            keep_stages,
+            None,
+        )
 
     def on_training_start(self, trainer):
         if trainer.update_count == 0:
@@ -586,7 +632,10 @@ class Checkpoints(Callback):
             self.save("last.pt", state)
             self.save(f"checkpoint_{trainer.update_count}.pt", state)
             tenth = trainer.num_steps / trainer.global_step * trainer.update_count / 10  # in updates
-            self.prune(trainer.update_count, {0, math.ceil(tenth / self.save_freq) * self.save_freq} if self.keep_stages else {})
+            self.prune(
+                trainer.update_count,
+                {0, math.ceil(tenth / self.save_freq) * self.save_freq} if self.keep_stages else {},
+            )
 
     def on_training_end(self, trainer):
         """Raises CheckpointError if the result of the training cannot be saved."""
@@ -612,7 +661,9 @@ class Checkpoints(Callback):
         def written(file):
             return update(file) == current, file.stat().st_mtime_ns, update(file)
 
-        files = filter(Path.is_file, self.run_dir.glob("checkpoint_*.pt"))  # links to nothing, and directories, are not ours
+        files = filter(
+            Path.is_file, self.run_dir.glob("checkpoint_*.pt")
+        )  # links to nothing, and directories, are not ours
         files = [f for f in files if f.stem.removeprefix("checkpoint_").isdecimal() and update(f) not in kept]
         for file in sorted(files, key=written, reverse=True)[self.keep :]:
             with contextlib.suppress(OSError):  # one file too many is no reason to stop

@@ -30,7 +30,11 @@ from device import memory_of, shortened
 FORMAT_VERSION = 1  # raise it when a change makes older code misread the file
 PLAYED = ("best_model.pt", "last.pt")  # what is played of a run: the first of them that it has
 PLAIN_TYPES = (type(None), bool, int, float, str)
-COUNTERS = {"update_count": 0, "global_step": 0, "seconds": 0.0}  # of a training; programs read them before they know of what kind it is
+COUNTERS = {
+    "update_count": 0,
+    "global_step": 0,
+    "seconds": 0.0,
+}  # of a training; programs read them before they know of what kind it is
 MOST_VALUES = 2**18  # in a checkpoint; a tensor is one
 LONGEST_INDEX = 2**25  # bytes of everything in a file but the tensors' numbers
 
@@ -58,8 +62,9 @@ def save_checkpoint(path, state):
         atomic_write(path, buffer.getvalue())
     except OSError as error:
         intact = ", the earlier file of this name is intact" if os.path.exists(path) else ""
-        raise CheckpointError(f"{path}: not saved ({error.strerror}){intact}; "
-                              "free some disk space or check the permissions") from error
+        raise CheckpointError(
+            f"{path}: not saved ({error.strerror}){intact}; free some disk space or check the permissions"
+        ) from error
 
 
 def atomic_write(path, data):
@@ -102,7 +107,9 @@ def replacing(path):
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(f"{path}: not written ({error.strerror}); free some disk space or check the permissions") from error
+        raise OSError(
+            f"{path}: not written ({error.strerror}); free some disk space or check the permissions"
+        ) from error
 
 
 def walk(value, where="state"):
@@ -143,8 +150,10 @@ def _check_plain(state, where):
                 if type(key) not in (str, int):
                     raise TypeError(f"{place} has the key {key!r} of type {type(key).__name__}; keys are str or int")
         elif type(value) not in (*PLAIN_TYPES, list, tuple, torch.Tensor):
-            raise TypeError(f"{place} is a {type(value).__module__}.{type(value).__name__}; a checkpoint holds plain "
-                            "values and tensors (see to_plain)")
+            raise TypeError(
+                f"{place} is a {type(value).__module__}.{type(value).__name__}; a checkpoint holds plain "
+                "values and tensors (see to_plain)"
+            )
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -174,7 +183,9 @@ def _read(path, like=None):
 def _contents(path, file, like):
     size, memory = os.fstat(file.fileno()).st_size, memory_of(torch.device("cpu"))
     if size > memory:
-        raise CheckpointError(f"{path}: has {size / 1e9:,.0f} GB, and this machine {memory / 1e9:,.0f} GB of memory; use another checkpoint")
+        raise CheckpointError(
+            f"{path}: has {size / 1e9:,.0f} GB, and this machine {memory / 1e9:,.0f} GB of memory; use another checkpoint"
+        )
     _check_zip(path, file, size)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -182,24 +193,34 @@ def _contents(path, file, like):
         tensors = [(where, x) for where, x in walk(state) if isinstance(x, torch.Tensor)]
         if sum(x.numel() * x.element_size() for _, x in tensors) > size:  # one number can be a view of any shape
             raise ValueError("its tensors are larger than the file")
-        version, expected = (state.pop(key, None) if isinstance(state, dict) else None for key in ("format_version", "checksum"))
+        version, expected = (
+            state.pop(key, None) if isinstance(state, dict) else None for key in ("format_version", "checksum")
+        )
         found = checksum(state) if expected else None  # files of older versions have none
         spoiled = next((where for where, x in tensors if not x.isfinite().all()), None)
     except (pickle.UnpicklingError, TypeError) as error:
-        raise CheckpointError(f"{path}: holds more than tensors and plain values, loading it could run foreign code; "
-                              "use a checkpoint written by train_ppo.py") from error
+        raise CheckpointError(
+            f"{path}: holds more than tensors and plain values, loading it could run foreign code; "
+            "use a checkpoint written by train_ppo.py"
+        ) from error
     except Exception as error:  # torch raises whatever its reader met
-        raise CheckpointError(f"{path}: is a zip archive but not a PyTorch file; "
-                              "use a checkpoint written by train_ppo.py") from error
+        raise CheckpointError(
+            f"{path}: is a zip archive but not a PyTorch file; use a checkpoint written by train_ppo.py"
+        ) from error
 
     if type(version) is not int or not 0 < version < 2**31:
-        raise CheckpointError(f"{path}: is a PyTorch file of another kind (it has no format version); "
-                              "use a checkpoint written by train_ppo.py")
+        raise CheckpointError(
+            f"{path}: is a PyTorch file of another kind (it has no format version); "
+            "use a checkpoint written by train_ppo.py"
+        )
     if version > FORMAT_VERSION:
-        raise CheckpointError(f"{path}: has format version {version}, this code reads up to {FORMAT_VERSION}; "
-                              "update the code")
+        raise CheckpointError(
+            f"{path}: has format version {version}, this code reads up to {FORMAT_VERSION}; update the code"
+        )
     if expected != found:
-        raise CheckpointError(f"{path}: is not what was saved (its checksum differs); use another checkpoint of the run")
+        raise CheckpointError(
+            f"{path}: is not what was saved (its checksum differs); use another checkpoint of the run"
+        )
     if spoiled:
         raise CheckpointError(f"{path}: {shortened(spoiled)} is not finite; use an earlier checkpoint of the run")
     try:
@@ -214,8 +235,7 @@ def _check_zip(path, file, size):
     if not size:
         raise CheckpointError(f"{path}: is empty; use another checkpoint of the run")
     if file.read(4) != b"PK\x03\x04":
-        raise CheckpointError(f"{path}: is not a checkpoint (no zip archive); "
-                              "use a checkpoint written by train_ppo.py")
+        raise CheckpointError(f"{path}: is not a checkpoint (no zip archive); use a checkpoint written by train_ppo.py")
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -231,15 +251,20 @@ def _check_zip(path, file, size):
         odd, damaged = None, f"archive: {type(error).__name__}"
     file.seek(0)
     if odd:
-        raise CheckpointError(f"{path}: is not a PyTorch file, or is damaged (in the attributes of {shortened(repr(odd))}); "
-                              "use a checkpoint written by train_ppo.py")
+        raise CheckpointError(
+            f"{path}: is not a PyTorch file, or is damaged (in the attributes of {shortened(repr(odd))}); "
+            "use a checkpoint written by train_ppo.py"
+        )
     if damaged:
-        raise CheckpointError(f"{path}: is cut off or damaged (at {shortened(repr(damaged))}); use another checkpoint of the run")
+        raise CheckpointError(
+            f"{path}: is cut off or damaged (at {shortened(repr(damaged))}); use another checkpoint of the run"
+        )
 
 
 def _newest_good(directory):
     """-> the end of a message, which names the newest checkpoint in `directory` that loads, or "". One that can be resumed goes
     before one that can only be played."""
+
     def written(file):
         return file.stat().st_mtime_ns
 
@@ -266,10 +291,13 @@ def find_checkpoint(path, names=("last.pt",)):
             for name in names:
                 if (path / name).is_file():
                     return path / name
-            raise CheckpointError(f"{path}: has no {' or '.join(names)} in it; name a run directory or a file{_newest_good(path)}")
+            raise CheckpointError(
+                f"{path}: has no {' or '.join(names)} in it; name a run directory or a file{_newest_good(path)}"
+            )
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-                              ) from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
     raise CheckpointError(f"{path}: there is no such file; check the path{_newest_good(path.parent)}")
 
 
@@ -301,7 +329,9 @@ def newest_run(runs_dir, is_mine):
         for file in filter(Path.is_file, Path(runs_dir).glob(pattern)):
             with contextlib.suppress(OSError):  # it has just been deleted
                 written[file.parent] = max(file.stat().st_mtime_ns, written.get(file.parent, 0))
-    for run_dir in sorted(written, key=lambda run_dir: (written[run_dir], run_dir.name), reverse=True):  # a date settles a tie
+    for run_dir in sorted(
+        written, key=lambda run_dir: (written[run_dir], run_dir.name), reverse=True
+    ):  # a date settles a tie
         states = [state for name in PLAYED if (state := _peek(run_dir / name)) is not None]
         if is_mine(states[0]) if states else (run_dir / "config.json").exists():
             return run_dir
@@ -386,11 +416,16 @@ def load_optimizer(optimizer, saved):
     Raises ValueError, before anything has changed, unless they are as this optimizer's would be.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    own = {i: {"step": torch.tensor(0.0), "exp_avg": p.detach(), "exp_avg_sq": p.detach()} for i, p in enumerate(parameters)}
+    own = {
+        i: {"step": torch.tensor(0.0), "exp_avg": p.detach(), "exp_avg_sq": p.detach()}
+        for i, p in enumerate(parameters)
+    }
     check_like(saved, {"state": {}}, "state['optimizer']")
     if saved["state"]:  # else no step was taken yet
         check_like(saved["state"], own, "state['optimizer']['state']")
-    moments = to_plain(saved["state"])  # copies: torch would write beyond the end of one that repeats a number as a view
+    moments = to_plain(
+        saved["state"]
+    )  # copies: torch would write beyond the end of one that repeats a number as a view
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -34,7 +34,18 @@ except ImportError:  # Windows
     fcntl = None
 
 from checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint, save_checkpoint
-from device import RANK, RANKS, UNDER_TORCHRUN, DeviceError, GPUError, free_memory, out_of_memory, printable, shortened, tell
+from device import (
+    RANK,
+    RANKS,
+    UNDER_TORCHRUN,
+    DeviceError,
+    GPUError,
+    free_memory,
+    out_of_memory,
+    printable,
+    shortened,
+    tell,
+)
 from trainer import InputNotFinite, StopTraining
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
@@ -66,14 +77,22 @@ class Constants(Mapping):
     def __init__(self, script):
         """script: its globals()."""
         self.script, self.names = script, []
-        file = script.get("__file__")  # none, or that of another script, if this one was pasted into a notebook or run by `exec`
+        file = script.get(
+            "__file__"
+        )  # none, or that of another script, if this one was pasted into a notebook or run by `exec`
         for statement in ast.parse(Path(file).read_text(encoding="utf-8")).body if file else ():
             if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-                stored = [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+                stored = [
+                    node.id
+                    for node in ast.walk(statement)
+                    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+                ]
                 if "CONSTANTS" in stored:
                     return  # what follows is not for the user to set
                 self.names += [name for name in stored if name.isupper() and name in script and name not in self.names]
-        sys.exit("the constants are read from the script's own file; import the script, or run it, instead of pasting or executing its text")
+        sys.exit(
+            "the constants are read from the script's own file; import the script, or run it, instead of pasting or executing its text"
+        )
 
     def __getitem__(self, name):
         if name not in self.names:
@@ -114,11 +133,17 @@ class Parser(argparse.ArgumentParser):
 def read_command_line(argv, prog, doc, defaults, ranges):
     """Arguments -> the run to resume or None, and the constants given: {"NUM_STEPS": 200000}."""
     parser = Parser(prog, doc)
-    parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run directory, or a checkpoint in it to resume from")
+    parser.add_argument(
+        "--resume", type=given_path, metavar="RUN", help="a run directory, or a checkpoint in it to resume from"
+    )
     for name, value in defaults.items():
         if name in ("HELP", "RESUME"):
-            raise CommandLineError(f"{name} among the constants at the top of the script would hide --{name.lower()}; give it another name")
-        parser.add_argument(f"--{name.lower()}", metavar=kind_of(name, defaults, ranges).__name__, help=f"default {value!r}")
+            raise CommandLineError(
+                f"{name} among the constants at the top of the script would hide --{name.lower()}; give it another name"
+            )
+        parser.add_argument(
+            f"--{name.lower()}", metavar=kind_of(name, defaults, ranges).__name__, help=f"default {value!r}"
+        )
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{name.lower()}" for name in defaults] + ["--resume"]
@@ -130,7 +155,9 @@ def read_command_line(argv, prog, doc, defaults, ranges):
 
 def given_path(text):
     """The type of an option that names a file or a directory, for argparse. A leading ~ is the home directory."""
-    if not text:  # what an unset variable of the shell leaves; the default would be another file than the one that is meant
+    if (
+        not text
+    ):  # what an unset variable of the shell leaves; the default would be another file than the one that is meant
         raise argparse.ArgumentTypeError("is empty; name a file or a directory")
     return os.path.expanduser(text)
 
@@ -157,7 +184,9 @@ def check_constants(constants, defaults, ranges):
         kinds = (int, float) if kind is float else (kind,)  # an integer is a number
         limits = isinstance(within, tuple)
         if kind not in KINDS or type(value) not in kinds or (limits and not within[0] <= value <= within[1]):
-            wanted = KINDS.get(kind, "true or false, a number, or text") + (f" from {within[0]:,} to {within[1]:,}" if limits else "")
+            wanted = KINDS.get(kind, "true or false, a number, or text") + (
+                f" from {within[0]:,} to {within[1]:,}" if limits else ""
+            )
             raise CommandLineError(f"{name} (--{name.lower()}) must be {wanted}, not {shortened(repr(value))}")
 
 
@@ -168,7 +197,9 @@ def check_constants_of_file(path, constants, defaults, ranges):
     except CommandLineError as error:
         raise CheckpointError(f"{path}: {error}; use another checkpoint") from None
     if ":" in constants.get("ENV_ID", ""):  # Gymnasium would import what stands before it
-        raise CheckpointError(f"{path}: its ENV_ID {shortened(repr(constants['ENV_ID']))} would run a module's code; name it by --env_id if you trust that")
+        raise CheckpointError(
+            f"{path}: its ENV_ID {shortened(repr(constants['ENV_ID']))} would run a module's code; name it by --env_id if you trust that"
+        )
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -190,7 +221,9 @@ def read_run(argv, prog, doc, defaults, ranges, kept=(), check=lambda constants:
 
 def read_resumed(name, given, defaults, ranges, kept):
     if (Path(name) / "config.json").exists() and not any(Path(name).glob("*.pt")):
-        raise CommandLineError(f"{name} was stopped before its first checkpoint; begin it again with --run_dir {quoted(name)}")
+        raise CommandLineError(
+            f"{name} was stopped before its first checkpoint; begin it again with --run_dir {quoted(name)}"
+        )
     path = find_checkpoint(name)
     in_a_run = RANK == 0 and (path.parent / "config.json").exists()
     with locked(path.parent) if in_a_run else contextlib.nullcontext():  # or it would soon be out of date
@@ -198,17 +231,25 @@ def read_resumed(name, given, defaults, ranges, kept):
     if "optimizer" not in state:
         raise CheckpointError(f"{path}: holds a model to play, not a run to resume; resume from its run's last.pt")
     if not (path.parent / "config.json").exists():
-        raise CheckpointError(f"{path}: lies outside its run (there is no config.json beside it); resume it in its run directory")
+        raise CheckpointError(
+            f"{path}: lies outside its run (there is no config.json beside it); resume it in its run directory"
+        )
     recorded = recorded_id(path.parent)
     if recorded and state.get("run_id", recorded) != recorded:  # its rows would be joined to those of this run
-        raise CheckpointError(f"{path}: is of another run than the config.json beside it; resume it in its own run directory")
+        raise CheckpointError(
+            f"{path}: is of another run than the config.json beside it; resume it in its own run directory"
+        )
     constants = state.get("constants")
     if not isinstance(constants, dict) or constants.keys() != defaults.keys():
-        differing = shortened(", ".join(sorted(map(str, set(constants if isinstance(constants, dict) else ()) ^ set(defaults)))))
+        differing = shortened(
+            ", ".join(sorted(map(str, set(constants if isinstance(constants, dict) else ()) ^ set(defaults))))
+        )
         raise CheckpointError(
             f"{path}: has other constants than this program ({differing}); resume it with the program that wrote it"
         )
-    check_constants_of_file(path, {name: value for name, value in constants.items() if name not in given}, defaults, ranges)
+    check_constants_of_file(
+        path, {name: value for name, value in constants.items() if name not in given}, defaults, ranges
+    )
     for constant in kept:
         if given.get(constant, constants[constant]) != constants[constant]:
             raise CommandLineError(f"--{constant.lower()} cannot change in a resumed run; leave it out")
@@ -226,9 +267,13 @@ def new_run_dir(name, parent="runs"):
                 return run_dir
         except FileExistsError:
             if not run_dir.exists():
-                raise CommandLineError(f"{run_dir} cannot be made: a link in this path leads nowhere; name another --run_dir") from None
+                raise CommandLineError(
+                    f"{run_dir} cannot be made: a link in this path leads nowhere; name another --run_dir"
+                ) from None
         except (OSError, ValueError) as error:  # a null byte in a name is a ValueError
-            raise CommandLineError(f"{run_dir} cannot be made ({getattr(error, 'strerror', error)}); name another --run_dir") from None
+            raise CommandLineError(
+                f"{run_dir} cannot be made ({getattr(error, 'strerror', error)}); name another --run_dir"
+            ) from None
         if name:
             break
     go_on = f", or --resume {quoted(run_dir)}" if (run_dir / "last.pt").exists() else ""
@@ -247,7 +292,9 @@ def check_begun(run_dir, constants):
     if begun is not None and begun | free != constants | free:
         raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
     if run_dir.exists() and not (run_dir / "last.pt").exists() and in_use(run_dir):
-        raise CommandLineError(f"{run_dir} is in use already, and has no last.pt to go on from; move it away, or name another --out")
+        raise CommandLineError(
+            f"{run_dir} is in use already, and has no last.pt to go on from; move it away, or name another --out"
+        )
 
 
 def worth_keeping(file):
@@ -309,9 +356,13 @@ def locked(run_dir):
         stack.enter_context(directory_locked(run_dir))
     except (filelock.Timeout, BlockingIOError):
         stack.close()
-        raise CommandLineError(f"{run_dir}: another process is training this run; stop that one first, or name another run") from None
+        raise CommandLineError(
+            f"{run_dir}: another process is training this run; stop that one first, or name another run"
+        ) from None
     except OSError as error:
-        raise CommandLineError(f"{run_dir} cannot be written ({error.strerror}); check its permissions, or name another run") from None
+        raise CommandLineError(
+            f"{run_dir} cannot be written ({error.strerror}); check its permissions, or name another run"
+        ) from None
     with stack:
         yield
 
@@ -355,7 +406,9 @@ def load_state(trainer, run):
     except Exception as error:  # a value can be of the right type and yet be none: of a game, of a random generator, of another library
         if out_of_memory(error):
             raise
-        raise CheckpointError(f"{run.directory}: does not fit this program ({one_line(error)}); resume another run") from None
+        raise CheckpointError(
+            f"{run.directory}: does not fit this program ({one_line(error)}); resume another run"
+        ) from None
     if trainer.global_step >= trainer.num_steps and not trainer.pending:
         raise CommandLineError(
             f"{run.directory} has done {trainer.global_step:,} steps already; to go on, give a larger --num_steps"
@@ -423,7 +476,12 @@ def train(trainer, run_dir, prog, advice):
                 return 0
             except Exception as error:
                 ignore_signals()  # the end is near, and the run is not saved yet
-                known = {GPUError: " --device cpu", InputNotFinite: "", CheckpointError: "", CommandLineError: ""}  # no defects of ours
+                known = {
+                    GPUError: " --device cpu",
+                    InputNotFinite: "",
+                    CheckpointError: "",
+                    CommandLineError: "",
+                }  # no defects of ours
                 status = give_up(error, received, trainer, run_dir, prog, advice | known)
                 if RANKS == 1:
                     set_handler(signal.SIGINT, leave)  # one more need not wait until all is closed
@@ -442,7 +500,9 @@ def begin(trainer, run_dir):
 
 def go_on_with_cpu(run_dir, prog):
     """Resume a run in a fresh process -> its exit status. A signal to stop is passed on."""
-    script = [str(Path(__file__).with_name(prog))] if prog.endswith(".py") else prog.split()  # "train_ppo.py", or -m and its module
+    script = (
+        [str(Path(__file__).with_name(prog))] if prog.endswith(".py") else prog.split()
+    )  # "train_ppo.py", or -m and its module
     process = start_program([sys.executable, *script, f"--resume={run_dir}", "--device", "cpu"])
     with signals_handled(lambda signum, frame: process.terminate()):
         return process.wait()
@@ -463,7 +523,9 @@ def give_up(error, received, trainer, run_dir, prog, advice):
         help_with = advice.get(kind, "")
     if RANK == 0:
         how = "going on with" if isinstance(error, GPUError) and RANKS == 1 and not received else "go on with"
-        saved, next_step = save_snapshot(trainer, run_dir, lambda place: f"{how}: {resume_command(prog, place, RANKS)}{help_with}", help_with)
+        saved, next_step = save_snapshot(
+            trainer, run_dir, lambda place: f"{how}: {resume_command(prog, place, RANKS)}{help_with}", help_with
+        )
         status = status if saved else 1
         tell(f"\n{reason}{next_step}")
     elif reason != "stopped":
@@ -480,7 +542,9 @@ def save_snapshot(trainer, run_dir, command, help_with):
 
     command(directory): what goes on with the run.
     """
-    if trainer.snapshot is None:  # the first state could not be taken, so nothing is lost, and what a resumed run has stays
+    if (
+        trainer.snapshot is None
+    ):  # the first state could not be taken, so nothing is lost, and what a resumed run has stays
         return False, f"; try{help_with}" if help_with else ""
     place, remark = run_dir, ""
     try:
@@ -614,7 +678,9 @@ def one_line(error):
 
 
 def no_more_processes(error):
-    return isinstance(error, BlockingIOError) or isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    return (
+        isinstance(error, BlockingIOError) or isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    )
 
 
 def interrupt(signum, frame):
@@ -640,11 +706,22 @@ def run_script(main, prog):
             status = main(sys.argv[1:]) or 0
     except BrokenPipeError:  # the reader of the output has left (`| head`)
         status = 141  # 128 + SIGPIPE
-    except (CommandLineError, DeviceError, GPUError, CheckpointError, FloatingPointError, MemoryError, OSError, RuntimeError) as error:
+    except (
+        CommandLineError,
+        DeviceError,
+        GPUError,
+        CheckpointError,
+        FloatingPointError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+    ) as error:
         if isinstance(error, RuntimeError) and not (isinstance(error, GPUError) or no_more_processes(error)):
             raise
         rank = f"rank {RANK}: " if RANKS > 1 else ""
-        line = one_line(error) if isinstance(error, OSError) or no_more_processes(error) else str(error) or "out of memory"
+        line = (
+            one_line(error) if isinstance(error, OSError) or no_more_processes(error) else str(error) or "out of memory"
+        )
         tell(printable(f"{prog}: {rank}{line}"))
         status = 1
     except KeyboardInterrupt as error:
@@ -654,7 +731,9 @@ def run_script(main, prog):
 
 def prepare_output():
     """Output that is closed goes nowhere, and what it has no characters for is escaped."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # or the next file to be opened would be taken for the output
+    while (
+        descriptor := os.open(os.devnull, os.O_RDWR)
+    ) < 3:  # or the next file to be opened would be taken for the output
         pass
     os.close(descriptor)
     for name in ("stdout", "stderr"):

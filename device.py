@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-RANK, RANKS = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if UNDER_TORCHRUN else (0, 1)  # rank 0 alone writes
+RANK, RANKS = (
+    (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if UNDER_TORCHRUN else (0, 1)
+)  # rank 0 alone writes
 
 
 class DeviceError(ValueError):
@@ -39,8 +41,10 @@ def choose_device(name, kinds=("cuda", "cpu")):
     if name != "auto":
         raise DeviceError(f"--device {name} does not work here ({reason}); try --device cpu")
     if gpu_is_there():
-        tell(f"warning: the GPU cannot be used ({reason}); going on with the CPU. Most often torch and the GPU's driver do not fit: "
-             "see https://pytorch.org/get-started")  # fmt: skip
+        tell(
+            f"warning: the GPU cannot be used ({reason}); going on with the CPU. Most often torch and the GPU's driver do not fit: "
+            "see https://pytorch.org/get-started"
+        )
     return torch.device("cpu")
 
 
@@ -148,7 +152,9 @@ def joined_ranks(device):
     if RANKS == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))  # an evaluation may take long
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1)
+    )  # an evaluation may take long
     try:
         yield
     finally:

@@ -10,8 +10,15 @@ from PIL.GifImagePlugin import getdata, getheader
 
 from breakout_ascii import BRICK_ROWS, BRICK_TOP, CHARACTERS, COLUMNS, ROWS, check_tokens
 
-BRICK_COLOURS = [(232, 80, 80), (226, 120, 64), (214, 154, 58), (206, 196, 70),
-                 (92, 190, 96), (74, 170, 200), (104, 120, 240)]  # top row first, RGB
+BRICK_COLOURS = [
+    (232, 80, 80),
+    (226, 120, 64),
+    (214, 154, 58),
+    (206, 196, 70),
+    (92, 190, 96),
+    (74, 170, 200),
+    (104, 120, 240),
+]  # top row first, RGB
 COLOURS = {"#": (140, 140, 140), "=": (230, 110, 200), "O": (255, 255, 255)}
 
 PALETTE = 255  # colours that a frame of a gif can bring, beside the one that means "as before"

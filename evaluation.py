@@ -13,9 +13,22 @@ import numpy as np
 import torch
 
 from breakout_ascii import (
-    BRICK_COLUMNS, BRICK_ROWS, COLUMNS, LIVES, MAX_EPISODE_STEPS, PADDLE, PADDLE_ROW, ROWS, SERVE_ROW, TOKENS, BreakoutAsciiVec,
-    Games, draw_numbers, new_games, standard_serves,
-)  # fmt: skip
+    BRICK_COLUMNS,
+    BRICK_ROWS,
+    COLUMNS,
+    LIVES,
+    MAX_EPISODE_STEPS,
+    PADDLE,
+    PADDLE_ROW,
+    ROWS,
+    SERVE_ROW,
+    TOKENS,
+    BreakoutAsciiVec,
+    Games,
+    draw_numbers,
+    new_games,
+    standard_serves,
+)
 
 SERVES = np.array(list(itertools.product((-1, 1), repeat=LIVES)))  # (32, 5) dx
 RANDOM_SCORE = 82  # of random play: 81.6 with a standard error of 0.5 in 12,000 games
@@ -62,9 +75,13 @@ def standard_error(scores):
 def summary(results):
     """`Results` -> mean, lowest and highest score, how many of how many games are cleared, and the mean length of all in steps."""
     return {
-        "score": float(results.scores.mean()), "min": int(results.scores.min()), "max": int(results.scores.max()),
-        "cleared": int((results.bricks == 0).sum()), "games": len(results.scores), "length": float(results.lengths.mean()),
-    }  # fmt: skip
+        "score": float(results.scores.mean()),
+        "min": int(results.scores.min()),
+        "max": int(results.scores.max()),
+        "cleared": int((results.bricks == 0).sum()),
+        "games": len(results.scores),
+        "length": float(results.lengths.mean()),
+    }
 
 
 def returned(policy, starts=256, steps=300):
@@ -88,7 +105,9 @@ def returned(policy, starts=256, steps=300):
 
 def check_finite(logits):
     if not logits.isfinite().all():
-        raise FloatingPointError("the logits are not finite, so the weights are far too large; take an earlier checkpoint")
+        raise FloatingPointError(
+            "the logits are not finite, so the weights are far too large; take an earlier checkpoint"
+        )
 
 
 def greedy(policy):
@@ -142,7 +161,9 @@ def play_games(player, serves, bricks, max_steps=MAX_EPISODE_STEPS, *, sticky=0.
     playing, actions = np.ones(n, bool), np.zeros(n, int)
     results = Results(*np.zeros((4, n), int))
     for step in range(1, max_steps + 1):
-        repeated = rng.random(n) < sticky  # drawn for all n, so that no game's numbers depend on which others still go on
+        repeated = (
+            rng.random(n) < sticky
+        )  # drawn for all n, so that no game's numbers depend on which others still go on
         chosen = player(games.pages.reshape(n, TOKENS)[playing])
         actions[playing] = np.where(repeated[playing], actions[playing], chosen)
         _, terminated, _ = games.step(actions)

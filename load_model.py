@@ -9,7 +9,9 @@ prints the exact score as JSON.
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import contextlib
 import errno
@@ -114,7 +116,9 @@ def write_mp4(path, pictures):
 
     as_mp4 = ["-f", "mp4"]  # whatever the file is called that a link points to
     try:
-        with imageio.get_writer(path, format="mp4", output_params=as_mp4, fps=1000 / FRAME_MS, macro_block_size=2) as writer:
+        with imageio.get_writer(
+            path, format="mp4", output_params=as_mp4, fps=1000 / FRAME_MS, macro_block_size=2
+        ) as writer:
             for frames, picture in enumerate(pictures, 1):
                 writer.append_data(picture)
     except OSError as error:
@@ -149,18 +153,29 @@ def find_model(name):
 
 def read_command_line(argv):
     parser = Parser("load_model.py", __doc__)
-    parser.add_argument("model", nargs="?", type=given_path,
-                        help="a checkpoint or a run directory (default: the newest run, else the shipped model)")  # fmt: skip
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=given_path,
+        help="a checkpoint or a run directory (default: the newest run, else the shipped model)",
+    )
     parser.add_argument("--steps", type=int, default=1000, help="steps to play (default 1000)")
     parser.add_argument("--episodes", type=int, help="whole games to play, instead of --steps")
-    parser.add_argument("--out", default="gpt.gif", type=given_path,
-                        help="a .gif, an .html to look into the model, or an .mp4 if imageio-ffmpeg is installed (default gpt.gif)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        default="gpt.gif",
+        type=given_path,
+        help="a .gif, an .html to look into the model, or an .mp4 if imageio-ffmpeg is installed (default gpt.gif)",
+    )
     parser.add_argument("--attention", action="store_true", help="draw behind the characters what each head looks at")
     parser.add_argument("--head", type=int, help="the same for one head")
     parser.add_argument("--seed", type=int, default=0, help="of the serves and of --sample (default 0)")
     parser.add_argument("--sample", action="store_true", help="draw the actions instead of taking the most probable")
-    parser.add_argument("--evaluate", action="store_true",
-                        help="no picture: the exact score over all 32 games; with --sample, the mean of --episodes games (1000) and its standard error")  # fmt: skip
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="no picture: the exact score over all 32 games; with --sample, the mean of --episodes games (1000) and its standard error",
+    )
     args = parser.parse_args(argv)
     suffix = Path(args.out).suffix.lower()
     attention = args.attention or args.head is not None
@@ -171,7 +186,9 @@ def read_command_line(argv):
     for name, low, high in (("steps", 1, steps), ("episodes", 1, episodes), ("seed", 0, 2**32 - 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            parser.error(f"--{name} must be from {low} to {high}{kind if name != 'seed' and value > high else ''}, not {value}")
+            parser.error(
+                f"--{name} must be from {low} to {high}{kind if name != 'seed' and value > high else ''}, not {value}"
+            )
     if attention and (args.evaluate or suffix == ".html"):
         parser.error("--attention and --head are for a .gif or an .mp4; an .html shows every head in any case")
     if args.evaluate and args.episodes and not args.sample:
@@ -197,7 +214,11 @@ def write(out, steps, args, path, policy, meta):
     from drawing import to_image, write_gif  # here, because a training, which imports this file, can do without Pillow
     from replay.pictures import pictures as attention_pictures
 
-    pictures = attention_pictures(plain_gpt(policy), record(steps), args.head) if attention else (to_image(step.next_page) for step in steps)
+    pictures = (
+        attention_pictures(plain_gpt(policy), record(steps), args.head)
+        if attention
+        else (to_image(step.next_page) for step in steps)
+    )
     if suffix == ".gif":
         write_gif(out, pictures, FRAME_MS)
     else:
@@ -212,7 +233,11 @@ def main(argv=()):
     print(f"{shown(path)}: trained for {meta.get('global_step', 0):,} steps{why}")
     if args.evaluate:
         result = sampled(policy, args.episodes or 1000, args.seed) if args.sample else exact(policy)
-        print(json.dumps({name: result[name] for name in ("score", "error", "min", "max", "cleared", "games") if name in result}))
+        print(
+            json.dumps(
+                {name: result[name] for name in ("score", "error", "min", "max", "cleared", "games") if name in result}
+            )
+        )
         return 0
     if args.head is not None and not 0 <= args.head < policy.config.n_head:
         raise CommandLineError(f"--head must be from 0 to {policy.config.n_head - 1}, not {args.head}")
@@ -220,7 +245,9 @@ def main(argv=()):
 
     def steps():
         played = play(policy, args.steps, args.episodes, args.seed, args.sample)
-        for step in tqdm(played, total=None if args.episodes else args.steps, unit=" frames", disable=None):  # no bar but on a terminal
+        for step in tqdm(
+            played, total=None if args.episodes else args.steps, unit=" frames", disable=None
+        ):  # no bar but on a terminal
             if step.last:
                 games.append(step.info)
             yield step

@@ -38,7 +38,9 @@ class GPTConfig:
             raise ValueError(f"layers, heads, embedding, expansion and actions must be integers and at least 1: {self}")
         if self.n_embd % self.n_head or self.n_embd % 4:
             # sinusoids() splits rows' and columns' halves into sines and cosines
-            raise ValueError(f"n_embd must be a multiple of n_head and of 4; n_embd {self.n_embd}, n_head {self.n_head}")
+            raise ValueError(
+                f"n_embd must be a multiple of n_head and of 4; n_embd {self.n_embd}, n_head {self.n_head}"
+            )
 
     @property
     def num_parameters(self):
@@ -57,7 +59,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.size()
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        q, k, v = (
+            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        )  # (B, nh, T, hs) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -138,7 +142,9 @@ class GPT(nn.Module):
         if (unknown := characters == UNKNOWN).any():
             page, place = unknown.nonzero()[0].tolist()
             code = int(tokens[page, place])
-            raise ValueError(f"token {code} ({chr(code)!r}) of page {page}, position {place}, is not in the character set {CHARACTERS!r}")
+            raise ValueError(
+                f"token {code} ({chr(code)!r}) of page {page}, position {place}, is not in the character set {CHARACTERS!r}"
+            )
         return characters
 
     def features(self, characters):
@@ -182,8 +188,15 @@ class GPT(nn.Module):
 
 def check_pages(tokens):
     """Raises ValueError unless tokens, a tensor or an array, are (B, 1944) uint8 with B at least 1."""
-    if tokens.ndim != 2 or tokens.shape[1] != TOKENS or len(tokens) == 0 or str(tokens.dtype).removeprefix("torch.") != "uint8":
-        raise ValueError(f"pages must be (B, {TOKENS}) uint8 tokens, B at least 1, not {tuple(tokens.shape)} {tokens.dtype}")
+    if (
+        tokens.ndim != 2
+        or tokens.shape[1] != TOKENS
+        or len(tokens) == 0
+        or str(tokens.dtype).removeprefix("torch.") != "uint8"
+    ):
+        raise ValueError(
+            f"pages must be (B, {TOKENS}) uint8 tokens, B at least 1, not {tuple(tokens.shape)} {tokens.dtype}"
+        )
 
 
 def sinusoids(n, C):

@@ -38,6 +38,7 @@ def show(screen, lines):
 
 def play(screen, fps):
     """Play until q is pressed. Returns None, or one line that says why it is impossible."""
+
     def fits():
         rows, cols = screen.getmaxyx()
         return rows >= SCREEN_ROWS and cols >= SCREEN_COLUMNS

@@ -175,21 +175,27 @@ class PPO(Trainer):
         self.env, self.config = env, config
         self.env_on_device = getattr(env, "on_device", False)
         if not self.env_on_device and env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
-            raise ValueError("PPO needs a vector env that resets in the step that ends an episode: AutoresetMode.SAME_STEP")
+            raise ValueError(
+                "PPO needs a vector env that resets in the step that ends an episode: AutoresetMode.SAME_STEP"
+            )
         self.device = device = next(policy.parameters()).device
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.weights = flatten_parameters(policy)
         if self.ranks > 1:
             dist.broadcast(self.weights.detach(), 0)
         # a tensor, so that a CUDA graph sees it change; CUDA's kernel wants float32
-        self.lr = torch.tensor(config.lr, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
+        self.lr = torch.tensor(
+            config.lr, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device
+        )
         self.optimizer = torch.optim.Adam([self.weights], lr=self.lr, eps=1e-5, fused=True)
         self.generator = torch.Generator()  # of actions and minibatches
         self.buffer = RolloutBuffer(config.rollout_steps, env.num_envs, device)
         self.reset(config.seed + 100_003 * self.rank)  # every rank plays its own games
         self.noise = torch.zeros(config.rollout_steps, env.num_envs, env.single_action_space.n, device=device)
         self.in_sync = torch.zeros(env.num_envs // 2, dtype=torch.bool, device=device)
-        self.step_stats = None  # (gradient steps of an epoch, statistics), a tensor that keeps its address, for CUDA graphs
+        self.step_stats = (
+            None  # (gradient steps of an epoch, statistics), a tensor that keeps its address, for CUDA graphs
+        )
         self.stat_names = []
         self.episode_returns = deque(maxlen=100)  # of the episodes that ended last
 
@@ -265,9 +271,13 @@ class PPO(Trainer):
         all_logprobs = F.log_softmax(logits, dim=-1)  # (N, A)
         # With noise E ~ Exp(1) the argmax of p / E is a sample from p, as in torch.multinomial. Here E was drawn ahead.
         actions = (all_logprobs.exp() / self.noise.index_select(0, self.buffer.position)[0]).argmax(-1)
-        next_obs, rewards, terminated, truncated, infos = self.env.step(actions if self.env_on_device else actions.cpu().numpy())
+        next_obs, rewards, terminated, truncated, infos = self.env.step(
+            actions if self.env_on_device else actions.cpu().numpy()
+        )
         final_values = torch.zeros_like(values)
-        if "final_obs" in infos and truncated.any():  # an env on the device has none, so any() never makes the host wait
+        if (
+            "final_obs" in infos and truncated.any()
+        ):  # an env on the device has none, so any() never makes the host wait
             final_obs = np.stack(infos["final_obs"][truncated])
             check_finite(f"in update {self.update_count + 1}", observations=final_obs)
             final_values[self.tensor(truncated)] = self.act(self.policy.encode(final_obs))[1]
@@ -276,10 +286,17 @@ class PPO(Trainer):
             optional["changes"] = self.policy.changes(self.obs, next_obs)
         # A lost life ends a return like the end of an episode, but the next observation still follows from this one.
         self.buffer.add(
-            obs=encoded, actions=actions, logprobs=all_logprobs.gather(1, actions.unsqueeze(1)).squeeze(1), values=values,
-            rewards=self.tensor(rewards).float(), terminated=terminated | self.tensor(lost_lives(infos)), truncated=truncated,
-            final_values=final_values, has_next=~(terminated | truncated), **optional,
-        )  # fmt: skip
+            obs=encoded,
+            actions=actions,
+            logprobs=all_logprobs.gather(1, actions.unsqueeze(1)).squeeze(1),
+            values=values,
+            rewards=self.tensor(rewards).float(),
+            terminated=terminated | self.tensor(lost_lives(infos)),
+            truncated=truncated,
+            final_values=final_values,
+            has_next=~(terminated | truncated),
+            **optional,
+        )
         self.obs.copy_(next_obs)
 
     def tensor(self, x):
@@ -291,7 +308,9 @@ class PPO(Trainer):
 
     def record_episode_returns(self):
         """Of the episodes that ended in the rollout, undiscounted, in the environment's own rewards."""
-        for rewards, has_next in zip(self.buffer.fields["rewards"].cpu().numpy(), self.buffer.fields["has_next"].cpu().numpy()):
+        for rewards, has_next in zip(
+            self.buffer.fields["rewards"].cpu().numpy(), self.buffer.fields["has_next"].cpu().numpy()
+        ):
             self.return_so_far += rewards
             self.end_episodes(~has_next)
 
@@ -307,15 +326,23 @@ class PPO(Trainer):
         """
         config = self.config
         self.lr.fill_(learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr))
-        step_stats = self.average(torch.cat([self.epoch() for _ in range(config.epochs)]))  # (gradient steps, statistics)
-        spoiled = step_stats[~step_stats.isfinite().all(1)][:1]  # the first such step: the loss of the next follows from its gradient
+        step_stats = self.average(
+            torch.cat([self.epoch() for _ in range(config.epochs)])
+        )  # (gradient steps, statistics)
+        spoiled = step_stats[~step_stats.isfinite().all(1)][
+            :1
+        ]  # the first such step: the loss of the next follows from its gradient
         losses = [name != "grad_norm" for name in self.stat_names]
         check_finite(f"in update {self.update_count + 1}", loss=spoiled[:, losses], gradient=spoiled)
         self.update_count += 1
-        self.global_step += self.samples_per_update  # only now: learning rate and lambda are those of the steps before this update
+        self.global_step += (
+            self.samples_per_update
+        )  # only now: learning rate and lambda are those of the steps before this update
         stats = dict(zip(self.stat_names, step_stats.mean(0).tolist()))
         stats["approx_kl_max"] = step_stats[:, self.stat_names.index("approx_kl")].max().item()
-        stats["explained_variance"] = explained_variance(self.buffer.samples.old_values, self.buffer.samples.returns).item()
+        stats["explained_variance"] = explained_variance(
+            self.buffer.samples.old_values, self.buffer.samples.returns
+        ).item()
         if config.paired_envs:
             stats["pair_correlation"] = self.buffer.pair_correlation.item()
         stats["lr"] = self.lr.item()
@@ -356,7 +383,9 @@ class PPO(Trainer):
         if self.step_stats is None or len(self.step_stats) != self.buffer.num_minibatches:
             self.stat_names, shape = list(stats), (self.buffer.num_minibatches, len(stats))
             self.step_stats = torch.zeros(shape, device=self.device)
-        self.step_stats.index_copy_(0, self.buffer.minibatch_position - 1, torch.stack(list(stats.values())).unsqueeze(0))
+        self.step_stats.index_copy_(
+            0, self.buffer.minibatch_position - 1, torch.stack(list(stats.values())).unsqueeze(0)
+        )
 
     def loss(self, mb):
         """A `Minibatch` -> the loss, and its terms and what else is worth knowing of it; tensors."""

@@ -71,7 +71,9 @@ class Minibatch(NamedTuple):
     old_values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
-    changes: torch.Tensor  # (M, P) bool, which of P parts of the next observation change; (M, 0) if that is not predicted
+    changes: (
+        torch.Tensor
+    )  # (M, P) bool, which of P parts of the next observation change; (M, 0) if that is not predicted
     has_next: torch.Tensor  # (M,) bool: the next observation belongs to the same episode
 
 
@@ -113,11 +115,17 @@ class RolloutBuffer:
         """Advantages and returns. last_values (N,): the values of the observations that follow. Raises RuntimeError before S steps
         are in."""
         if int(self.position) != self.rollout_steps:
-            raise RuntimeError(f"the rollout buffer holds {int(self.position)} of {self.rollout_steps} steps; add the rest first")
+            raise RuntimeError(
+                f"the rollout buffer holds {int(self.position)} of {self.rollout_steps} steps; add the rest first"
+            )
         f = self.fields
         rewards = (f["rewards"].double() * reward_scale).float()
-        next_values = torch.where(f["truncated"], f["final_values"], torch.cat([f["values"][1:], last_values.unsqueeze(0)]))
-        advantages, returns = compute_gae(rewards, f["values"], next_values, f["terminated"], f["truncated"], gamma, lambd)
+        next_values = torch.where(
+            f["truncated"], f["final_values"], torch.cat([f["values"][1:], last_values.unsqueeze(0)])
+        )
+        advantages, returns = compute_gae(
+            rewards, f["values"], next_values, f["terminated"], f["truncated"], gamma, lambd
+        )
         if "in_sync" in f:
             advantages, self.pair_correlation = paired_baseline(advantages, f["in_sync"])
         changes = f["changes"] if "changes" in f else f["has_next"].new_zeros(*f["has_next"].shape, 0)
@@ -134,7 +142,9 @@ class RolloutBuffer:
         if self.samples is None:
             raise RuntimeError("the rollout buffer is not finished: call finish() after the last add()")
         if len(self.samples.actions) % batch_size:
-            raise ValueError(f"batch_size {batch_size} does not divide the {len(self.samples.actions)} samples of a rollout")
+            raise ValueError(
+                f"batch_size {batch_size} does not divide the {len(self.samples.actions)} samples of a rollout"
+            )
         order = random_order(self.samples.obs, group_size, generator).to(self.position.device)
         minibatches = Minibatch(*(x[order].unflatten(0, (-1, batch_size)) for x in self.samples))
         if share is not None:

@@ -10,8 +10,12 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
-    if sys.platform == "linux":  # read when torch is imported. On CUDA no two minibatches of a deeper model need equal memory
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+    if (
+        sys.platform == "linux"
+    ):  # read when torch is imported. On CUDA no two minibatches of a deeper model need equal memory
         if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name, which not all versions know
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -24,8 +28,18 @@ import torch
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard, say
 from command_line import (
-    CommandLineError, Constants, check_free_memory, less_memory, load_state, memory_advice, new_run_dir, read_run, resume_command, run_script, train,
-)  # fmt: skip
+    CommandLineError,
+    Constants,
+    check_free_memory,
+    less_memory,
+    load_state,
+    memory_advice,
+    new_run_dir,
+    read_run,
+    resume_command,
+    run_script,
+    train,
+)
 from device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
 from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
 from load_model import evaluate_state, fast, make_gpt
@@ -73,14 +87,37 @@ SAVE_FREQ = 8  # updates between two checkpoints
 
 CONSTANTS = Constants(globals())
 RANGES = {  # lowest and highest value, integers if the constant is one; or its type. One that you add need not be here
-    "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 65536), "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (2, 10**7),
-    "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "LAMBD_END": (0.0, 1.0), "LAMBD_STEPS": (1, 10**12), "EPS_CLIP": (1e-9, 1.0),
-    "VALUE_LOSS_COEF": (0.0, 1e9), "VALUE_CLIP": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9), "MOVE_COEF": (0.0, 1e9),
-    "REWARD_SCALE": (1e-9, 1e9), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "MAX_GRAD_NORM": (1e-9, 1e9), "VARIED_STARTS": (0.0, 1.0),
-    "PREDICTION_COEF": (0.0, 1e9), "N_LAYER": (1, 1024), "N_HEAD": (1, 8192), "N_EMBD": (1, 8192), "MLP_EXPANSION": (1, 1024),
-    "SEED": (0, 2**32 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
-    "PAIRED_ENVS": bool, "DEVICE": str, "RUN_DIR": str,
-}  # fmt: skip
+    "NUM_STEPS": (1, 10**12),
+    "NUM_ENVS": (1, 65536),
+    "ROLLOUT_STEPS": (1, 65536),
+    "EPOCHS": (1, 1000),
+    "BATCH_SIZE": (2, 10**7),
+    "GAMMA": (0.0, 1.0),
+    "LAMBD": (0.0, 1.0),
+    "LAMBD_END": (0.0, 1.0),
+    "LAMBD_STEPS": (1, 10**12),
+    "EPS_CLIP": (1e-9, 1.0),
+    "VALUE_LOSS_COEF": (0.0, 1e9),
+    "VALUE_CLIP": (0.0, 1e9),
+    "ENTROPY_COEF": (0.0, 1e9),
+    "MOVE_COEF": (0.0, 1e9),
+    "REWARD_SCALE": (1e-9, 1e9),
+    "LR": (1e-9, 1.0),
+    "MIN_LR": (0.0, 1.0),
+    "MAX_GRAD_NORM": (1e-9, 1e9),
+    "VARIED_STARTS": (0.0, 1.0),
+    "PREDICTION_COEF": (0.0, 1e9),
+    "N_LAYER": (1, 1024),
+    "N_HEAD": (1, 8192),
+    "N_EMBD": (1, 8192),
+    "MLP_EXPANSION": (1, 1024),
+    "SEED": (0, 2**32 - 1),
+    "EVAL_INTERVAL": (0, 10**9),
+    "SAVE_FREQ": (1, 10**9),
+    "PAIRED_ENVS": bool,
+    "DEVICE": str,
+    "RUN_DIR": str,
+}
 KEPT = "NUM_ENVS N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run must not change these
 
 
@@ -92,7 +129,9 @@ def check(constants):
             f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {c.NUM_ENVS * c.ROLLOUT_STEPS:,} samples of a rollout"
         )
     if c.NUM_ENVS % RANKS or c.BATCH_SIZE % RANKS:
-        raise CommandLineError(f"NUM_ENVS and BATCH_SIZE are shared by {RANKS} ranks; each must be a multiple of {RANKS}")
+        raise CommandLineError(
+            f"NUM_ENVS and BATCH_SIZE are shared by {RANKS} ranks; each must be a multiple of {RANKS}"
+        )
     if c.PAIRED_ENVS and c.NUM_ENVS // RANKS % 2:
         raise CommandLineError(
             "PAIRED_ENVS needs an even number of games" + (" on each rank" if RANKS > 1 else "") + "; change NUM_ENVS"
@@ -113,8 +152,10 @@ def check_memory(config, device):
     """Raises CommandLineError for a GPT that the device cannot train; says so of one that takes long to build."""
     needed, there = 16 * config.num_parameters, memory_of(device)  # weights, gradients, two moments, of 4 bytes each
     if needed > there:
-        raise CommandLineError(f"a GPT of {config.num_parameters:,} parameters needs {needed / 1e9:,.0f} GB or more to train, and {device} "
-                               f"has {there / 1e9:,.0f} GB; try a smaller --n_embd or --n_layer")  # fmt: skip
+        raise CommandLineError(
+            f"a GPT of {config.num_parameters:,} parameters needs {needed / 1e9:,.0f} GB or more to train, and {device} "
+            f"has {there / 1e9:,.0f} GB; try a smaller --n_embd or --n_layer"
+        )
     if needed > 1e9 and RANK == 0:
         say(f"Building a GPT of {config.num_parameters:,} parameters; training needs {needed / 1e9:,.0f} GB or more.")
 
@@ -142,7 +183,11 @@ def plan(c, ppo, run_dir):
     return (
         f"A GPT of {layers} and {parameters:,} parameters learns Breakout on {ppo.device}: {c.NUM_STEPS:,} steps in all, "
         f"in {c.NUM_ENVS} games at once.\nCurve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops."
-    ) + (f"\nThe first update {'compiles, and ' * (RANKS == 1)}checks itself against the CPU." if trains_on_gpu(ppo.device) else "")
+    ) + (
+        f"\nThe first update {'compiles, and ' * (RANKS == 1)}checks itself against the CPU."
+        if trains_on_gpu(ppo.device)
+        else ""
+    )
 
 
 def trains_on_gpu(device):
@@ -168,7 +213,9 @@ def watch(ppo, c, run_dir, evaluation):
 def evaluation_of(c, device):
     """Evaluation beside the training, in one process; in several beside a one-layer training on a GPU, which outruns one."""
     one_layer = c.N_LAYER == 1
-    evaluate = functools.partial(evaluate_state, device="cpu" if one_layer else str(device))  # small kernels suit the CPU
+    evaluate = functools.partial(
+        evaluate_state, device="cpu" if one_layer else str(device)
+    )  # small kernels suit the CPU
     processes = min(max(available_cores() - 1, 1), 8) if one_layer and device.type == "cuda" else 1
     return Evaluation(evaluate, c.EVAL_INTERVAL, processes)
 
@@ -176,10 +223,14 @@ def evaluation_of(c, device):
 def check_ranks(run, c):
     """Raises CommandLineError for a run of another number of ranks: rank 0 saved the pages of its own games."""
     pages = run.state.get("obs") if run.state else None
-    of_some_games = isinstance(pages, torch.Tensor) and pages.dim() and len(pages)  # otherwise `load_state` says what is wrong
+    of_some_games = (
+        isinstance(pages, torch.Tensor) and pages.dim() and len(pages)
+    )  # otherwise `load_state` says what is wrong
     if of_some_games and (ranks := c.NUM_ENVS // len(pages)) != RANKS:
-        raise CommandLineError(f"{run.directory} was trained by {ranks} ranks, not {RANKS}; go on with "
-                               f"{resume_command('train_ppo.py', run.directory, ranks)}")  # fmt: skip
+        raise CommandLineError(
+            f"{run.directory} was trained by {ranks} ranks, not {RANKS}; go on with "
+            f"{resume_command('train_ppo.py', run.directory, ranks)}"
+        )
 
 
 def main(argv=()):
@@ -201,11 +252,18 @@ def main(argv=()):
         if RANK == 0:
             run_dir = run.directory or new_run_dir(c.RUN_DIR)
             ppo.callbacks = watch(ppo, c, run_dir, evaluation_of(c, device) if c.EVAL_INTERVAL else None)
-        largest_first = ("BATCH_SIZE", "ROLLOUT_STEPS") if c.BATCH_SIZE > c.NUM_ENVS else ("ROLLOUT_STEPS", "BATCH_SIZE")
-        return train(ppo, run_dir, "train_ppo.py", {
-            MemoryError: less_memory(run.constants, largest_first, RANGES, check),
-            FloatingPointError: f" --lr {c.LR / 2:g} --min_lr {min(c.MIN_LR, c.LR / 2):g}",
-        })  # fmt: skip
+        largest_first = (
+            ("BATCH_SIZE", "ROLLOUT_STEPS") if c.BATCH_SIZE > c.NUM_ENVS else ("ROLLOUT_STEPS", "BATCH_SIZE")
+        )
+        return train(
+            ppo,
+            run_dir,
+            "train_ppo.py",
+            {
+                MemoryError: less_memory(run.constants, largest_first, RANGES, check),
+                FloatingPointError: f" --lr {c.LR / 2:g} --min_lr {min(c.MIN_LR, c.LR / 2):g}",
+            },
+        )
 
 
 if __name__ == "__main__":

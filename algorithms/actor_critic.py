@@ -22,7 +22,9 @@ checkpoint in it.
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import contextlib
 import json
@@ -39,12 +41,29 @@ import torch.nn.functional as F
 
 from algorithms.common import HERE, check_algorithm
 from checkpoint import (
-    CheckpointError, atomic_write, check_like, find_checkpoint, load_checkpoint, load_optimizer, save_checkpoint, to_plain,
-)  # fmt: skip
+    CheckpointError,
+    atomic_write,
+    check_like,
+    find_checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    save_checkpoint,
+    to_plain,
+)
 from command_line import (
-    CommandLineError, Parser, check_free_memory, delete_unfinished, given_path, ignore_signals, locked, one_line, resume_command, run_script, shown,
+    CommandLineError,
+    Parser,
+    check_free_memory,
+    delete_unfinished,
+    given_path,
+    ignore_signals,
+    locked,
+    one_line,
+    resume_command,
+    run_script,
+    shown,
     signals_handled,
-)  # fmt: skip
+)
 from device import shortened, tell
 from ppo import policy_loss, value_loss
 from trainer import check_finite
@@ -56,8 +75,15 @@ STEPS_PER_EPOCH = 200
 SAVE_FREQ = 10  # epochs
 TEST_STATES = 100_000
 NAME = "actor_critic"
-RANGES = {"input_dim": (1, 4096), "output_dim": (2, 4096), "hidden_dim": (1, 65536), "learning_rate": (1e-9, 1.0),
-          "batch_size": (2, 10**6), "num_epochs": (1, 10**6), "seed": (0, 2**31 - 1)}  # fmt: skip
+RANGES = {
+    "input_dim": (1, 4096),
+    "output_dim": (2, 4096),
+    "hidden_dim": (1, 65536),
+    "learning_rate": (1e-9, 1.0),
+    "batch_size": (2, 10**6),
+    "num_epochs": (1, 10**6),
+    "seed": (0, 2**31 - 1),
+}
 
 
 class Config(NamedTuple):
@@ -88,9 +114,11 @@ def read_config(path):
 def check_config(given, path):
     """What a file has -> `Config`. Raises CommandLineError for what is wrong in it."""
     if not isinstance(given, dict):
-        raise CommandLineError(f"{path}: must hold an object, as {{\"seed\": 1}}; delete it for the defaults")
+        raise CommandLineError(f'{path}: must hold an object, as {{"seed": 1}}; delete it for the defaults')
     if unknown := [name for name in given if name not in Config._fields]:
-        raise CommandLineError(f"{path}: unknown key {shortened(repr(unknown[0]))}; the keys are {', '.join(Config._fields)}")
+        raise CommandLineError(
+            f"{path}: unknown key {shortened(repr(unknown[0]))}; the keys are {', '.join(Config._fields)}"
+        )
     for name, value in given.items():
         low, high = RANGES[name]
         kinds = (int, float) if name == "learning_rate" else (int,)
@@ -105,10 +133,14 @@ def check_config(given, path):
 
 def check_memory(config):
     """Raises CommandLineError for networks and batches that do not fit into memory."""
-    hidden = config.hidden_dim * config.batch_size * 2 * 2 * 4  # of both networks, before and after its ReLU, in float32
+    hidden = (
+        config.hidden_dim * config.batch_size * 2 * 2 * 4
+    )  # of both networks, before and after its ReLU, in float32
     states = config.batch_size * (config.input_dim + config.output_dim) * 4
     weights = config.hidden_dim * (2 * config.input_dim + config.output_dim) * 4 * 4  # with gradients and two moments
-    lower = "hidden_dim" if weights > hidden + states else "batch_size" if states > hidden else "batch_size or hidden_dim"
+    lower = (
+        "hidden_dim" if weights > hidden + states else "batch_size" if states > hidden else "batch_size or hidden_dim"
+    )
     check_free_memory(hidden + states + weights, torch.device("cpu"), "this training", f"lower {lower}")
 
 
@@ -167,7 +199,9 @@ class ActorCriticAgent:
         torch.manual_seed(config.seed)
         self.config, self.epoch = config, 0
         self.policy, self.value = PolicyNetwork(config), ValueNetwork(config)
-        self.optimizer = torch.optim.Adam([*self.policy.parameters(), *self.value.parameters()], lr=config.learning_rate)
+        self.optimizer = torch.optim.Adam(
+            [*self.policy.parameters(), *self.value.parameters()], lr=config.learning_rate
+        )
         self.generator = torch.Generator().manual_seed(config.seed)
         self.reward_model = RewardModel(config, self.generator)
 
@@ -207,11 +241,18 @@ class ActorCriticAgent:
         return {"score": score, "optimum": optimum, "share": score / optimum}
 
     def state_dict(self):
-        return to_plain({
-            "algorithm": NAME, "config": self.config._asdict(), "epoch": self.epoch, "policy": self.policy.state_dict(),
-            "value": self.value.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
-            "directions": self.reward_model.directions,  # another version of LAPACK could find others
-        })  # fmt: skip
+        return to_plain(
+            {
+                "algorithm": NAME,
+                "config": self.config._asdict(),
+                "epoch": self.epoch,
+                "policy": self.policy.state_dict(),
+                "value": self.value.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "generator": self.generator.get_state(),
+                "directions": self.reward_model.directions,  # another version of LAPACK could find others
+            }
+        )
 
     def load_state_dict(self, state):
         own = self.state_dict()
@@ -245,9 +286,13 @@ def load_run(path):
     """A checkpoint of a run -> the agent that it holds. Raises CheckpointError if the run whose log lies beside it is another."""
     agent = load_agent(path)
     log = path.with_name(LOG)
-    known = json.dumps(agent.config._asdict()) in log.read_text(errors="replace") if log.is_file() else path.name == FINAL
+    known = (
+        json.dumps(agent.config._asdict()) in log.read_text(errors="replace") if log.is_file() else path.name == FINAL
+    )
     if not known:
-        raise CheckpointError(f"{path}: lies outside its run (no {LOG} beside it tells of it); resume it in its run's directory")
+        raise CheckpointError(
+            f"{path}: lies outside its run (no {LOG} beside it tells of it); resume it in its run's directory"
+        )
     return agent
 
 
@@ -317,7 +362,9 @@ def train_epochs(agent, directory):
             for weights in (*agent.policy.parameters(), *agent.value.parameters()):
                 check_finite(f"after epoch {agent.epoch}", weights=weights)
             whole = agent.state_dict()
-            log.say(f"epoch {agent.epoch}: reward {reward:.4f}, actor loss {actor_loss:.4f}, critic loss {critic_loss:.4f}")
+            log.say(
+                f"epoch {agent.epoch}: reward {reward:.4f}, actor loss {actor_loss:.4f}, critic loss {critic_loss:.4f}"
+            )
             if agent.epoch % SAVE_FREQ == 0:
                 try:
                     save_checkpoint(directory / f"epoch_{agent.epoch}.pt", whole)
@@ -337,7 +384,9 @@ def main(argv=()):
     parser = Parser(f"-m algorithms.{NAME}", __doc__)
     parser.add_argument("config", nargs="?", type=given_path, default="config.json")
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run's directory, or a checkpoint in it")
-    parser.add_argument("--directory", type=given_path, default=".", help="where the run's directory is made (default: here)")
+    parser.add_argument(
+        "--directory", type=given_path, default=".", help="where the run's directory is made (default: here)"
+    )
     parser.add_argument("--evaluate", type=given_path, nargs="?", const=SHIPPED, metavar="CHECKPOINT")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # small networks

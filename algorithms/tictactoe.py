@@ -82,7 +82,9 @@ class TicTacToe(gym.Env):
         if not self.action_space.contains(action):
             raise ValueError(f"a move is a cell, 0 to 8, not {action!r}")
         if self.board[action] != 0:
-            raise ValueError(f"cell {action} is taken; the empty ones are {', '.join(map(str, np.flatnonzero(self.board == 0)))}")
+            raise ValueError(
+                f"cell {action} is taken; the empty ones are {', '.join(map(str, np.flatnonzero(self.board == 0)))}"
+            )
         self.board[action] = self.player
         if not over(self.board[None])[0]:
             self.board[self.opponent(self.board, -self.player)] = -self.player
@@ -106,7 +108,9 @@ def picture(board, probabilities, value):
     for i in range(9):
         x, y = i % 3 * 100, i // 3 * 100
         shade = 255 - int(150 * probabilities[i])
-        draw.rectangle((x, y, x + 100, y + 100), fill=(shade, 255, shade) if board[i] == 0 else "white", outline="black", width=2)
+        draw.rectangle(
+            (x, y, x + 100, y + 100), fill=(shade, 255, shade) if board[i] == 0 else "white", outline="black", width=2
+        )
         if board[i] == X:
             draw.line((x + 20, y + 20, x + 80, y + 80), fill="black", width=6)
             draw.line((x + 80, y + 20, x + 20, y + 80), fill="black", width=6)
@@ -114,7 +118,9 @@ def picture(board, probabilities, value):
             draw.ellipse((x + 20, y + 20, x + 80, y + 80), outline="black", width=6)
         elif probabilities.any():
             draw.text((x + 50, y + 50), f"{probabilities[i]:.0%}", fill="black", anchor="mm", font_size=22)
-    draw.text((150, 315), f"expects {value:+.2f}" if probabilities.any() else "", fill="black", anchor="mm", font_size=18)
+    draw.text(
+        (150, 315), f"expects {value:+.2f}" if probabilities.any() else "", fill="black", anchor="mm", font_size=18
+    )
     return np.asarray(image)
 
 

@@ -31,9 +31,22 @@ from device import set_threads  # noqa: E402
 from evaluation import exact  # noqa: E402
 from ppo import Policy, lost_lives  # noqa: E402
 from train_ppo import (  # noqa: E402
-    BATCH_SIZE, CONSTANTS, ENTROPY_COEF, EPS_CLIP, EVAL_INTERVAL, GAMMA, LAMBD, MAX_GRAD_NORM, NUM_ENVS, NUM_STEPS, RANGES, REWARD_SCALE,
-    ROLLOUT_STEPS, VALUE_LOSS_COEF, VARIED_STARTS,
-)  # fmt: skip
+    BATCH_SIZE,
+    CONSTANTS,
+    ENTROPY_COEF,
+    EPS_CLIP,
+    EVAL_INTERVAL,
+    GAMMA,
+    LAMBD,
+    MAX_GRAD_NORM,
+    NUM_ENVS,
+    NUM_STEPS,
+    RANGES,
+    REWARD_SCALE,
+    ROLLOUT_STEPS,
+    VALUE_LOSS_COEF,
+    VARIED_STARTS,
+)
 
 
 class Games(VecEnv):
@@ -84,10 +97,19 @@ def scaled(tokens):
 def train(seed, num_steps):
     """Yields update, steps, seconds, score, cleared after each evaluation, as often as train_ppo.py evaluates."""
     model = PPO(
-        "MlpPolicy", Games(BreakoutAsciiVec(NUM_ENVS, varied_starts=VARIED_STARTS)), n_steps=ROLLOUT_STEPS, batch_size=BATCH_SIZE,
-        gamma=GAMMA, gae_lambda=LAMBD, clip_range=EPS_CLIP, max_grad_norm=MAX_GRAD_NORM, ent_coef=ENTROPY_COEF, seed=seed, device="cpu",
+        "MlpPolicy",
+        Games(BreakoutAsciiVec(NUM_ENVS, varied_starts=VARIED_STARTS)),
+        n_steps=ROLLOUT_STEPS,
+        batch_size=BATCH_SIZE,
+        gamma=GAMMA,
+        gae_lambda=LAMBD,
+        clip_range=EPS_CLIP,
+        max_grad_norm=MAX_GRAD_NORM,
+        ent_coef=ENTROPY_COEF,
+        seed=seed,
+        device="cpu",
         vf_coef=VALUE_LOSS_COEF / 2,  # of the whole squared error; ours is half of it
-    )  # fmt: skip
+    )
     model.set_logger(Logger(folder=None, output_formats=[]))  # its own leaves a directory behind at every learn()
     samples, start = NUM_ENVS * ROLLOUT_STEPS, time.perf_counter()
     while (left := num_steps - model.num_timesteps) > 0:
@@ -100,7 +122,9 @@ def train(seed, num_steps):
 def main(argv=()):
     parser = Parser("baseline.py", __doc__)
     parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--num_steps", type=int, default=NUM_STEPS, help=f"environment steps in all (default {NUM_STEPS})")
+    parser.add_argument(
+        "--num_steps", type=int, default=NUM_STEPS, help=f"environment steps in all (default {NUM_STEPS})"
+    )
     parser.add_argument("--out", type=given_path, default="runs/baseline", help="default runs/baseline")
     args = parser.parse_args(argv)
     check_constants({"SEED": args.seed, "NUM_STEPS": args.num_steps}, CONSTANTS, RANGES)

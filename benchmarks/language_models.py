@@ -41,7 +41,9 @@ def prefix(name, device, turns):
             act(encoded)[0].cpu()  # waits for a GPU
             times.append(time.perf_counter() - clock)
     longest = [int((encoded[:, : -len(ANSWERS)] >= 0).sum(1).max()) for _, encoded in passes]
-    print(f"{name}: the beginning has {once.prefix.shape[1]} tokens; a pass reads {longest[0]} without it, and {longest[1]} with all but its first")
+    print(
+        f"{name}: the beginning has {once.prefix.shape[1]} tokens; a pass reads {longest[0]} without it, and {longest[1]} with all but its first"
+    )
     return [statistics.median(times) for times in seconds]
 
 
@@ -57,10 +59,19 @@ def levels(games):
 
 def main(argv=()):
     parser = Parser("language_models.py", __doc__)
-    parser.add_argument("--model", default="smollm2", help='as ppo_llm_breakout takes it, but for "mlp" (default smollm2)')
+    parser.add_argument(
+        "--model", default="smollm2", help='as ppo_llm_breakout takes it, but for "mlp" (default smollm2)'
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--levels", nargs="?", const=30, type=int, metavar="GAMES", help="scores of a rule and of random play (default 30 games)")
+    parser.add_argument(
+        "--levels",
+        nargs="?",
+        const=30,
+        type=int,
+        metavar="GAMES",
+        help="scores of a rule and of random play (default 30 games)",
+    )
     args = parser.parse_args(argv)
     if args.turns < 1 or args.levels is not None and args.levels < 1:
         raise CommandLineError("--turns and --levels must be 1 or more")

@@ -21,9 +21,16 @@ sys.path.insert(0, str(ROOT))
 import train_ppo  # noqa: E402
 from callbacks import new_figure, read_metrics, reason  # noqa: E402
 from command_line import (  # noqa: E402
-    CommandLineError, Parser, check_begun, check_constants, finished, given_path, read_command_line, run_script,
+    CommandLineError,
+    Parser,
+    check_begun,
+    check_constants,
+    finished,
+    given_path,
+    read_command_line,
+    run_script,
     run_side_by_side,
-)  # fmt: skip
+)
 from device import available_cores  # noqa: E402
 from evaluation import CLEARED_SCORE, RANDOM_SCORE  # noqa: E402
 from model import GPT  # noqa: E402
@@ -99,8 +106,10 @@ def check(run_dir, variant, seed, more):
 
 def evaluations(run_dir):
     """metrics.csv -> (evaluations, 4): steps, minutes, score, games cleared. Raises CommandLineError if there are none."""
-    curve = [[row["global_step"], row["seconds"] / 60, row["eval_score"], row["eval_cleared"]]
-             for row in read_metrics(run_dir / "metrics.csv")]  # fmt: skip
+    curve = [
+        [row["global_step"], row["seconds"] / 60, row["eval_score"], row["eval_cleared"]]
+        for row in read_metrics(run_dir / "metrics.csv")
+    ]
     curve = [evaluation for evaluation in curve if all(map(math.isfinite, evaluation))]
     if not curve:
         raise CommandLineError(f"{run_dir / 'metrics.csv'} has no evaluations; name another --out")
@@ -136,7 +145,11 @@ def show(rows):
     """Prints a markdown table."""
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
-        print("| " + " | ".join("-" if x is None else f"{x:g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
+        print(
+            "| "
+            + " | ".join("-" if x is None else f"{x:g}" if isinstance(x, float) else str(x) for x in row.values())
+            + " |"
+        )
     print()
 
 
@@ -165,16 +178,22 @@ def draw(curves):
     drawn = np.random.default_rng(0).integers(len(data), size=(2000, len(data)))
     low, high = np.percentile(interquartile_mean(scores[:, drawn]), (2.5, 97.5), axis=1)
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, column, unit, label in ((left, 0, 1e6, "million environment steps"),
-                                      (right, 1, 1, "minutes, as many runs side by side as cores")):  # fmt: skip
+    for axes, column, unit, label in (
+        (left, 0, 1e6, "million environment steps"),
+        (right, 1, 1, "minutes, as many runs side by side as cores"),
+    ):
         for seed, curve in zip(curves, data):
             axes.plot(curve[:, column] / unit, curve[:, 2], linewidth=0.8, alpha=0.6, label=f"seed {seed}")
         x = np.median(data[:, :, column], axis=0) / unit
-        axes.plot(x, interquartile_mean(scores), color="black", linewidth=2.2, label="interquartile mean, 95 % bootstrap")
+        axes.plot(
+            x, interquartile_mean(scores), color="black", linewidth=2.2, label="interquartile mean, 95 % bootstrap"
+        )
         axes.fill_between(x, low, high, color="black", alpha=0.15, linewidth=0)
-        for level, color, style, name in ((CLEARED_SCORE, "tab:green", "--", "the whole wall, as a simple tracker plays it"),
-                                          (320, "tab:orange", "-.", "best published agent of this kind"),
-                                          (RANDOM_SCORE, "gray", ":", "random play")):  # fmt: skip
+        for level, color, style, name in (
+            (CLEARED_SCORE, "tab:green", "--", "the whole wall, as a simple tracker plays it"),
+            (320, "tab:orange", "-.", "best published agent of this kind"),
+            (RANDOM_SCORE, "gray", ":", "random play"),
+        ):
             axes.axhline(level, color=color, linestyle=style, linewidth=1.3, label=f"{name}: {level}")
         axes.set(xlabel=label, ylim=(0, 1000))
         axes.grid(alpha=0.25)

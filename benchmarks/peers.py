@@ -77,10 +77,21 @@ def ours_on_the_moon(seed, num_steps):
 
 def theirs_on_the_moon(seed, num_steps):
     sb3, quiet = stable_baselines3()
-    found, model = [], sb3.PPO(
-        "MlpPolicy", sb3.common.vec_env.DummyVecEnv([lander.make_env] * 16), n_steps=1024, batch_size=64, gae_lambda=0.98, gamma=0.999, n_epochs=4,
-        ent_coef=0.01, seed=seed, device="cpu",
-    )  # fmt: skip
+    found, model = (
+        [],
+        sb3.PPO(
+            "MlpPolicy",
+            sb3.common.vec_env.DummyVecEnv([lander.make_env] * 16),
+            n_steps=1024,
+            batch_size=64,
+            gae_lambda=0.98,
+            gamma=0.999,
+            n_epochs=4,
+            ent_coef=0.01,
+            seed=seed,
+            device="cpu",
+        ),
+    )
     model.set_logger(quiet)
     seconds = 0.0
     while model.num_timesteps < num_steps:
@@ -112,21 +123,43 @@ def lunarlander(seed, num_steps):
 def space_invaders(seed, turns, bf16):
     """One turn of each, again and again: the games go on where they were."""
     sb3, quiet = stable_baselines3()
-    constants = {**dqn.CONSTANTS, "SEED": seed, "REPLAY_SIZE": 10_000, "BURN_IN": 600, "EPSILON": 0.1, "DEVICE": "cpu", "BF16": bf16}
+    constants = {
+        **dqn.CONSTANTS,
+        "SEED": seed,
+        "REPLAY_SIZE": 10_000,
+        "BURN_IN": 600,
+        "EPSILON": 0.1,
+        "DEVICE": "cpu",
+        "BF16": bf16,
+    }
     c = SimpleNamespace(**constants)
     ours = dqn.build(c)
     while not len(ours.replay) or ours.replay.added * c.NUM_ENVS < 600:
         ours.act()
     theirs = sb3.DQN(
-        "CnnPolicy", gym.wrappers.FrameStackObservation(dqn.make_env(c), c.STACK), learning_rate=c.LR, buffer_size=10_000, learning_starts=600,
-        batch_size=c.BATCH_SIZE, gamma=c.GAMMA, train_freq=c.LEARN_EVERY, gradient_steps=1, target_update_interval=3 * c.SYNC_EVERY,
-        exploration_initial_eps=0.1, exploration_final_eps=0.1, seed=seed, device="cpu",
-    )  # fmt: skip
+        "CnnPolicy",
+        gym.wrappers.FrameStackObservation(dqn.make_env(c), c.STACK),
+        learning_rate=c.LR,
+        buffer_size=10_000,
+        learning_starts=600,
+        batch_size=c.BATCH_SIZE,
+        gamma=c.GAMMA,
+        train_freq=c.LEARN_EVERY,
+        gradient_steps=1,
+        target_update_interval=3 * c.SYNC_EVERY,
+        exploration_initial_eps=0.1,
+        exploration_final_eps=0.1,
+        seed=seed,
+        device="cpu",
+    )
     theirs.set_logger(quiet)
     theirs.learn(600, reset_num_timesteps=False)
     c.UPDATE_STEPS, ours.num_steps, rates = STEPS, 10**9, {"ours": [], "SB3": []}
     for turn in range(turns):
-        for name, run in (("ours", ours.collect_and_update), ("SB3", lambda: theirs.learn(STEPS, reset_num_timesteps=False))):
+        for name, run in (
+            ("ours", ours.collect_and_update),
+            ("SB3", lambda: theirs.learn(STEPS, reset_num_timesteps=False)),
+        ):
             clock = time.perf_counter()
             run()
             rates[name].append(STEPS / (time.perf_counter() - clock))
@@ -155,9 +188,15 @@ def ours_in_words(c):
 def theirs_in_words(c, prompts):
     """-> the weights at the end, the seconds of each step."""
     trl, transformers, datasets = need("trl", "trl"), need("transformers"), need("datasets", "trl")
-    writer, score, seconds = grpo.make_writer(c, torch.device("cpu")), grpo.reward_model(c.REWARD_MODEL, torch.device("cpu")), []
+    writer, score, seconds = (
+        grpo.make_writer(c, torch.device("cpu")),
+        grpo.reward_model(c.REWARD_MODEL, torch.device("cpu")),
+        [],
+    )
     chat = bool(writer.tokenizer.chat_template)
-    rows = [{"question": prompt, "prompt": [{"role": "user", "content": prompt}] if chat else prompt} for prompt in prompts]
+    rows = [
+        {"question": prompt, "prompt": [{"role": "user", "content": prompt}] if chat else prompt} for prompt in prompts
+    ]
     rewards = None
 
     def reward(completions, question, **_):
@@ -177,15 +216,41 @@ def theirs_in_words(c, prompts):
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between trl and transformers
         config = trl.GRPOConfig(
-            directory, seed=c.SEED, max_steps=len(prompts), shuffle_dataset=False, per_device_train_batch_size=c.NUM_SAMPLES,
-            num_generations=c.NUM_SAMPLES, max_completion_length=c.MAX_NEW_TOKENS, temperature=c.TEMPERATURE, top_p=c.TOP_P,
-            loss_type="bnpo", scale_rewards="group" if c.NORMALIZE else "none", epsilon=c.EPS_CLIP, beta=c.KL_COEF,
-            use_bias_correction_kl=False, learning_rate=c.LR, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=c.MAX_GRAD_NORM,
-            disable_dropout=True, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no",
-            logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        trainer = trl.GRPOTrainer(writer.model, reward, config, datasets.Dataset.from_list(rows), processing_class=writer.tokenizer,
-                                  callbacks=[Steps()])  # fmt: skip
+            directory,
+            seed=c.SEED,
+            max_steps=len(prompts),
+            shuffle_dataset=False,
+            per_device_train_batch_size=c.NUM_SAMPLES,
+            num_generations=c.NUM_SAMPLES,
+            max_completion_length=c.MAX_NEW_TOKENS,
+            temperature=c.TEMPERATURE,
+            top_p=c.TOP_P,
+            loss_type="bnpo",
+            scale_rewards="group" if c.NORMALIZE else "none",
+            epsilon=c.EPS_CLIP,
+            beta=c.KL_COEF,
+            use_bias_correction_kl=False,
+            learning_rate=c.LR,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=c.MAX_GRAD_NORM,
+            disable_dropout=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = trl.GRPOTrainer(
+            writer.model,
+            reward,
+            config,
+            datasets.Dataset.from_list(rows),
+            processing_class=writer.tokenizer,
+            callbacks=[Steps()],
+        )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return writer.state_dict(), seconds
@@ -198,8 +263,18 @@ def tell(name, seconds, rewards, more=""):
 def in_words(seed, num_steps, model):
     need("trl", "trl")  # or say at once that it is missing
     grpo.check({"POLICY_MODEL": model})
-    c = SimpleNamespace(**{**grpo.CONSTANTS, "POLICY_MODEL": model, "SEED": seed, "NUM_STEPS": num_steps, "DEVICE": "cpu", "LORA_RANK": 0,
-                           "PROMPTS_PER_STEP": 1, "EPOCHS": 1})  # fmt: skip
+    c = SimpleNamespace(
+        **{
+            **grpo.CONSTANTS,
+            "POLICY_MODEL": model,
+            "SEED": seed,
+            "NUM_STEPS": num_steps,
+            "DEVICE": "cpu",
+            "LORA_RANK": 0,
+            "PROMPTS_PER_STEP": 1,
+            "EPOCHS": 1,
+        }
+    )
 
     def score_of(weights):
         return grpo.evaluate({"constants": vars(c), "model": weights})
@@ -210,8 +285,10 @@ def in_words(seed, num_steps, model):
     weights, seconds = theirs_in_words(c, prompts)
     results["TRL"] = (score_of(weights), seconds)
     for name, (after, seconds) in results.items():
-        print(f"{name}: reward {before['score']:.3f} (standard error {before['error']:.3f}) before, {after['score']:.3f} ({after['error']:.3f}) "
-              f"after {num_steps} steps, {statistics.median(seconds):.2f} s per step")  # fmt: skip
+        print(
+            f"{name}: reward {before['score']:.3f} (standard error {before['error']:.3f}) before, {after['score']:.3f} ({after['error']:.3f}) "
+            f"after {num_steps} steps, {statistics.median(seconds):.2f} s per step"
+        )
 
 
 def main(argv=()):
@@ -222,7 +299,9 @@ def main(argv=()):
     parser.add_argument("--turns", type=int, default=5, help="of Space Invaders (default 5)")
     parser.add_argument("--float32", action="store_true")
     parser.add_argument("--steps", type=int, default=50, help="of GRPO (default 50)")
-    parser.add_argument("--model", default=grpo.POLICY_MODEL, help=f"of GRPO, as grpo_text takes it (default {grpo.POLICY_MODEL})")
+    parser.add_argument(
+        "--model", default=grpo.POLICY_MODEL, help=f"of GRPO, as grpo_text takes it (default {grpo.POLICY_MODEL})"
+    )
     args = parser.parse_args(argv)
     for name, low in (("seed", 0), ("num_steps", 1), ("turns", 1), ("steps", 1)):
         if not low <= getattr(args, name) < 2**31:

@@ -38,7 +38,9 @@ def conditions(num_games, seed, deterministic):
     """-> {name: (serves (n, 5, 3), bricks (n, 7, 13) bool, probability that an action is repeated)}"""
     numbers = draw_numbers(np.random.default_rng(seed), num_games)
     (serves, whole), (varied_serves, layouts) = new_games(numbers), new_games(numbers, 1.0)
-    standard = (standard_serves(SERVES), np.ones((len(SERVES), *whole.shape[1:]), bool)) if deterministic else (serves, whole)
+    standard = (
+        (standard_serves(SERVES), np.ones((len(SERVES), *whole.shape[1:]), bool)) if deterministic else (serves, whole)
+    )
     return {
         "standard": (*standard, 0.0),
         "random serves": (varied_serves, whole, 0.0),
@@ -52,8 +54,16 @@ def play(player, serves, bricks, sticky, seed, deterministic):
     parts = []
     for first in range(0, len(serves), GAMES_AT_ONCE):
         some = slice(first, first + GAMES_AT_ONCE)
-        parts.append(play_games(player, serves[some], bricks[some], sticky=sticky, seed=[seed, first],
-                                deterministic=deterministic and not sticky))  # fmt: skip
+        parts.append(
+            play_games(
+                player,
+                serves[some],
+                bricks[some],
+                sticky=sticky,
+                seed=[seed, first],
+                deterministic=deterministic and not sticky,
+            )
+        )
     return Results(*map(np.concatenate, zip(*parts)))
 
 
@@ -77,7 +87,9 @@ def show_rows(name, make_player, deterministic, num_games, seed):
 
 def read_command_line(argv):
     parser = Parser("robustness.py", __doc__)
-    parser.add_argument("models", nargs="*", type=given_path, default=[SHIPPED], help="checkpoints or runs (default: the shipped one)")
+    parser.add_argument(
+        "models", nargs="*", type=given_path, default=[SHIPPED], help="checkpoints or runs (default: the shipped one)"
+    )
     parser.add_argument("--games", type=int, default=200, help="games for each row (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
     args = parser.parse_args(argv)

@@ -29,13 +29,23 @@ def look(pid):
 def soak(minutes, arguments):
     """-> looks, a list of (megabytes, open files), and the steps per second of each update."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "train_ppo.py", *arguments, "--num_steps", str(10**12), "--run_dir", f"{folder}/run"]
+        command = [
+            sys.executable,
+            ROOT / "train_ppo.py",
+            *arguments,
+            "--num_steps",
+            str(10**12),
+            "--run_dir",
+            f"{folder}/run",
+        ]
         process, looks, end = start_program(command, stdout=subprocess.DEVNULL), [], time.monotonic() + 60 * minutes
         try:
             while time.monotonic() < end:
                 time.sleep(1)
                 if process.poll() is not None:
-                    raise CommandLineError(f"the training has ended with status {process.returncode}; its reason stands above")
+                    raise CommandLineError(
+                        f"the training has ended with status {process.returncode}; its reason stands above"
+                    )
                 looks.append(look(process.pid))
         finally:
             process.terminate()

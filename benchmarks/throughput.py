@@ -153,7 +153,9 @@ def work(gpt, pages):
 
     def forward_backward():
         logits, values = gpt.heads(gpt.features(kept))
-        return torch.autograd.grad(logits.square().sum() + values.square().sum(), list(gpt.parameters()), allow_unused=True)
+        return torch.autograd.grad(
+            logits.square().sum() + values.square().sum(), list(gpt.parameters()), allow_unused=True
+        )
 
     return forward, forward_backward
 
@@ -165,7 +167,9 @@ def speed_table(policy, args):
     rows, deep = [game_row(args.repetitions)], make_gpt(GPTConfig(**DEEP), policy.device)
     for level in RANDOM_ACTIONS:
         rows += model_rows(f"one layer, {level} play", policy, training_pages(policy, level), args.repetitions)
-        rows += model_rows(f"six layers, {level} play", deep, training_pages(policy, level, deep.group_size), args.repetitions)
+        rows += model_rows(
+            f"six layers, {level} play", deep, training_pages(policy, level, deep.group_size), args.repetitions
+        )
     return "speed", SPEED, rows
 
 
@@ -206,7 +210,9 @@ def model_rows(label, policy, pages, repetitions):
         baselines[", baseline in bf16, compiled"] = plain_gpt(policy, strengthened=True)
     tasks = ("forward", "pages/s"), ("forward + backward", "samples/s")
     contenders = [work(gpt, pages[:few]) for gpt in baselines.values()]
-    for (task, unit), own, own_few, *plain in zip(tasks, work(ours, pages[:size]), work(ours, pages[:few]), *contenders):
+    for (task, unit), own, own_few, *plain in zip(
+        tasks, work(ours, pages[:size]), work(ours, pages[:few]), *contenders
+    ):
         error = f"{relative_error(own_few(), plain[0]()):.0e}"
         own_speeds, *speeds = race(repetitions, (own, size), *[(f, few) for f in plain])
         for baseline, plain_speeds in zip(baselines, speeds):
@@ -259,8 +265,9 @@ def split(policy, num_steps):
     interval, silence, (trainer, c) = C.EVAL_INTERVAL * C.ROLLOUT_STEPS * C.NUM_ENVS, io.StringIO(), endless(policy)
     with (
         tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence),
-    ):  # fmt: skip
+        contextlib.redirect_stdout(silence),
+        contextlib.redirect_stderr(silence),
+    ):
         evaluation = evaluation_of(c, policy.device)
         trainer.callbacks = watch(trainer, c, Path(folder), evaluation)
         begin(trainer, Path(folder))
@@ -288,11 +295,20 @@ def clocks(trainer, evaluation):
     rollout = [("rollout", trainer, "collect")]  # on a GPU its steps are one CUDA graph, elsewhere
     if not trainer.env_on_device:
         rollout = [
-            ("game", env, "step"), ("game", env, "pair"), ("game", env, "in_sync"), ("forward", policy, "encode"),
-            ("forward", policy, "inference_cache"), ("prediction targets", policy, "changes"), ("buffer.add", buffer, "add"),
+            ("game", env, "step"),
+            ("game", env, "pair"),
+            ("game", env, "in_sync"),
+            ("forward", policy, "encode"),
+            ("forward", policy, "inference_cache"),
+            ("prediction targets", policy, "changes"),
+            ("buffer.add", buffer, "add"),
             ("GAE", buffer, "finish"),
-        ]  # fmt: skip
-    rest = ("update", trainer, "update"), ("evaluations", evaluation, "on_update_end"), ("other callbacks", trainer, "emit")
+        ]
+    rest = (
+        ("update", trainer, "update"),
+        ("evaluations", evaluation, "on_update_end"),
+        ("other callbacks", trainer, "emit"),
+    )
     methods = (*rollout, *rest)
     parts = {part: 0.0 for part, *_ in methods}
 
@@ -358,7 +374,9 @@ def main(argv=()):
     parser = Parser("throughput.py", __doc__)
     parser.add_argument("--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), help="default all")
     parser.add_argument("--repetitions", type=int, default=5, help="of every timing but those of table 2 (default 5)")
-    parser.add_argument("--num_steps", type=int, default=C.NUM_STEPS, help=f"of the training in table 2 (default {C.NUM_STEPS})")
+    parser.add_argument(
+        "--num_steps", type=int, default=C.NUM_STEPS, help=f"of the training in table 2 (default {C.NUM_STEPS})"
+    )
     parser.add_argument("--device", default="auto", help="default auto: CUDA if it works, else the CPU")
     args = parser.parse_args(argv)
     given = {"NUM_STEPS": args.num_steps, "REPETITIONS": args.repetitions}
@@ -369,7 +387,9 @@ def main(argv=()):
     torch.manual_seed(0)  # of the deeper GPTs, which are untrained
     set_threads(policy.config.n_layer)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"torch {torch.__version__} on {where}, {torch.get_num_threads()} threads, Python {platform.python_version()}")
+    print(
+        f"torch {torch.__version__} on {where}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+    )
     for table in sorted(set(args.tables)):
         try:
             show(table, *TABLES[table](policy, args))

@@ -6,9 +6,24 @@ import torch.nn.functional as F
 from gymnasium.spaces import Discrete
 
 from breakout_ascii import (
-    BRICK, BRICK_COLUMNS, BRICK_ROWS, BRICK_TOP, BRICK_WIDTH, COLUMNS, EMPTY_PAGE, LIVES, MAX_EPISODE_STEPS, PADDLE, PADDLE_MOVES,
-    PADDLE_ROW, RIGHT_WALL, TOKENS, Games, RandomNumbers, new_games,
-)  # fmt: skip
+    BRICK,
+    BRICK_COLUMNS,
+    BRICK_ROWS,
+    BRICK_TOP,
+    BRICK_WIDTH,
+    COLUMNS,
+    EMPTY_PAGE,
+    LIVES,
+    MAX_EPISODE_STEPS,
+    PADDLE,
+    PADDLE_MOVES,
+    PADDLE_ROW,
+    RIGHT_WALL,
+    TOKENS,
+    Games,
+    RandomNumbers,
+    new_games,
+)
 from rollout_buffer import copy_into, select
 
 
@@ -27,7 +42,9 @@ class TensorGames(Games):
         cell, whole_page = np.arange(TOKENS), EMPTY_PAGE.copy()
         whole_page[BRICK_TOP : BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = list((BRICK * BRICK_COLUMNS).encode())
         row, column = cell // COLUMNS - BRICK_TOP, (cell % COLUMNS - 1) // BRICK_WIDTH
-        brick = np.where(whole_page.ravel() != EMPTY_PAGE.ravel(), row * BRICK_COLUMNS + column, BRICK_ROWS * BRICK_COLUMNS)
+        brick = np.where(
+            whole_page.ravel() != EMPTY_PAGE.ravel(), row * BRICK_COLUMNS + column, BRICK_ROWS * BRICK_COLUMNS
+        )
         self.cell, self.brick, self.empty_page, self.whole_page = map(
             self.array, (cell, brick, EMPTY_PAGE.ravel(), whole_page.ravel())
         )
@@ -38,7 +55,9 @@ class TensorGames(Games):
 
     def draw(self, *_):
         """Every page from nothing: which cells have changed would be a list of no fixed length, which CUDA graphs forbid."""
-        bricks = F.pad(self.bricks.flatten(1), (0, 1))[:, self.brick]  # (N, 1944); cells without a brick see the padding
+        bricks = F.pad(self.bricks.flatten(1), (0, 1))[
+            :, self.brick
+        ]  # (N, 1944); cells without a brick see the padding
         pages = torch.where(bricks, self.whole_page, self.empty_page)
         along = self.cell - (PADDLE_ROW * COLUMNS + self.paddle_x).unsqueeze(1)
         pages = torch.where((along >= 0) & (along < len(PADDLE)), ord(PADDLE[0]), pages)
@@ -72,10 +91,17 @@ class DeviceBreakout:
     on_device = True  # actions, rewards and observations are tensors
 
     def __init__(self, num_envs, device, *, varied_starts=0.0, max_episode_steps=MAX_EPISODE_STEPS):
-        self.num_envs, self.device, self.varied_starts, self.max_episode_steps = num_envs, device, varied_starts, max_episode_steps
+        self.num_envs, self.device, self.varied_starts, self.max_episode_steps = (
+            num_envs,
+            device,
+            varied_starts,
+            max_episode_steps,
+        )
         self.single_action_space = Discrete(len(PADDLE_MOVES))
         self.games = TensorGames(num_envs, device)
-        self.numbers = None  # `RandomNumbers` with a leading axis: those of each step of a rollout, and those of its start
+        self.numbers = (
+            None  # `RandomNumbers` with a leading axis: those of each step of a rollout, and those of its start
+        )
         self.played = torch.zeros(1, dtype=torch.int64, device=device)  # how many of these steps have been played
 
     def reset(self, *, seed):
@@ -100,10 +126,13 @@ class DeviceBreakout:
         generator = torch.Generator(self.device).manual_seed(int(self.np_random.integers(2**62)))
         options, games = dict(generator=generator, device=self.device), (steps, self.num_envs)
         return RandomNumbers(
-            torch.randint(2, (*games, LIVES), **options), torch.rand(*games, LIVES, **options),
-            torch.randint(1, RIGHT_WALL, (*games, LIVES), **options), torch.rand(games, **options), torch.rand(games, **options),
+            torch.randint(2, (*games, LIVES), **options),
+            torch.rand(*games, LIVES, **options),
+            torch.randint(1, RIGHT_WALL, (*games, LIVES), **options),
+            torch.rand(games, **options),
+            torch.rand(games, **options),
             torch.rand(*games, BRICK_ROWS * BRICK_COLUMNS, **options),
-        )  # fmt: skip
+        )
 
     def new_games(self, mask, numbers):
         """Start new games where mask (N,) is true, made of the `RandomNumbers` of N games."""

@@ -52,7 +52,9 @@ def distinct_lines(characters, capacity=0):
     capacity = max(capacity, 1 << (int(counts.max()) - 1).bit_length())
     an_occurrence = torch.empty_like(kept).scatter_(0, kept_id, i)
     slot = kept_batch, torch.arange(len(kept), device=lines.device) - start[kept_batch]
-    shared = Lines(lines.new_zeros(K, capacity, COLUMNS), row.new_zeros(K, capacity), (kept_id - start[batch]).view(K, B, ROWS))
+    shared = Lines(
+        lines.new_zeros(K, capacity, COLUMNS), row.new_zeros(K, capacity), (kept_id - start[batch]).view(K, B, ROWS)
+    )
     shared.characters[slot] = lines[an_occurrence]
     shared.rows[slot] = row[an_occurrence]
     return shared
@@ -77,7 +79,9 @@ def line_attention(table, rstd, lines):
         "lth,tdh->ldh", scaled, of_column[:, 1:]
     )
     values = values + scaled.sum(1).unsqueeze(1) * of_row[:, 1:]
-    sums = torch.cat([weights.sum(1).unsqueeze(1), values], dim=1)  # denominator and numerator of each line, (L, 1 + D, H)
+    sums = torch.cat(
+        [weights.sum(1).unsqueeze(1), values], dim=1
+    )  # denominator and numerator of each line, (L, 1 + D, H)
     numbers = lines.pages.flatten()
     m = m.index_select(0, numbers).unflatten(0, (-1, ROWS))  # (B, 24, H)
     factors = torch.exp2(m - m.amax(1, keepdim=True))

@@ -34,13 +34,17 @@ class FastGPT(GPT):
 
     def encode(self, tokens):
         """(B, 1944) uint8 ASCII codes, a tensor or an array -> (B, 24) int64 ids of their lines. Raises ValueError."""
-        return torch.from_numpy(self.index.encode(tokens.cpu() if isinstance(tokens, torch.Tensor) else tokens)).to(self.device)
+        return torch.from_numpy(self.index.encode(tokens.cpu() if isinstance(tokens, torch.Tensor) else tokens)).to(
+            self.device
+        )
 
     def features(self, lines):
         """(B, 24) line ids -> (B, C)."""
         if self.config.n_layer == 1 and self.index.pages_end_alike:
             return after_attention(self, shared_attention(*pair_table(self), tree_of(self.index, lines.numpy())))
-        return prefix_features(self, prefix_tree(self.index, lines.cpu().numpy(), self.device), self.bf16, self.compile_blocks)
+        return prefix_features(
+            self, prefix_tree(self.index, lines.cpu().numpy(), self.device), self.bf16, self.compile_blocks
+        )
 
     def inference_cache(self):
         """As in `GPT`, with every distinct line summed once. Forgets all line ids, so an older cache is of no use any more."""

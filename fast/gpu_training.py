@@ -95,7 +95,9 @@ class CheckedUpdates:
         """What the first update might not show: every token of deeper models; rare moments of the games."""
         ppo, self.checks = self.ppo, []
         if self.more_layers:
-            self.judge(Blamed(check_prefixes, COMPILE)(ppo.policy) if COMPILE in self.shortcuts else check_prefixes(ppo.policy))
+            self.judge(
+                Blamed(check_prefixes, COMPILE)(ppo.policy) if COMPILE in self.shortcuts else check_prefixes(ppo.policy)
+            )
             return
         for _ in range(2):  # the second time from a recorded graph
             state = set_rare_cases(ppo)
@@ -108,7 +110,9 @@ class CheckedUpdates:
         self.checks += checks
         wrong = [check for check in checks if not check.passed]
         if self.ppo.average(torch.tensor(float(len(wrong)), device=self.ppo.device)).item() > 0:
-            raise ShortcutFailed(f"wrong results on {gpu_name(self.ppo.device)} ({wrong[0] if wrong else 'in another rank'})")
+            raise ShortcutFailed(
+                f"wrong results on {gpu_name(self.ppo.device)} ({wrong[0] if wrong else 'in another rank'})"
+            )
 
     def restore(self):
         """The state before the update."""

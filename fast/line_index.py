@@ -10,7 +10,9 @@ import torch
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS
 from model import CHARACTER_OF, check_pages
 
-PIECE = 9  # characters in a piece of a line, a divisor of 81; its key, below 13608 * 7**PIECE, fits into 64 bits up to 17
+PIECE = (
+    9  # characters in a piece of a line, a divisor of 81; its key, below 13608 * 7**PIECE, fits into 64 bits up to 17
+)
 
 
 class LineIndex:
@@ -26,7 +28,9 @@ class LineIndex:
         self.lines = {}  # hash of a line: its id
         self.line_pieces = GrowingTable(COLUMNS // PIECE, dtype=torch.int64)  # id of a line -> ids of its 9 pieces
         self.pieces = {}  # key of a piece: its id
-        self.piece_pairs = GrowingTable(PIECE, dtype=torch.int64)  # id of a piece -> its 9 pairs, character * 1944 + position
+        self.piece_pairs = GrowingTable(
+            PIECE, dtype=torch.int64
+        )  # id of a piece -> its 9 pairs, character * 1944 + position
         self.last = None  # the last batch of pages and its ids: from step to step few lines change
         self.pages_end_alike = True  # with a newline, as those of the game do; once false it stays so
 

@@ -26,7 +26,9 @@ from fast.line_index import GrowingTable
 from fast.one_layer import NUM_EMBEDDINGS, PAIRS, after_attention, pair_table
 
 HEADROOM = 86  # bits that the sums may rise above 1: float32 ends at 2^128, 1944 terms take 11 bits, 31 are left for the values
-LEAST = -90  # float32 may flush terms below 2^-126 to zero: 1944 of them are 2^-25 of a sum of 2^-90, and no less matters
+LEAST = (
+    -90
+)  # float32 may flush terms below 2^-126 to zero: 1944 of them are 2^-25 of a sum of 2^-90, and no less matters
 
 
 class Level(NamedTuple):
@@ -105,7 +107,9 @@ def pair_sums(table, rstd, embeddings, rescale):
     scores = rows[:, 0] * rstd
     whole = scores.ceil()
     m = whole if rescale else whole.max(0).values - HEADROOM  # three times as fast as amax(0)
-    weights = torch.exp2(scores - whole) * torch.exp2(whole - m)  # in two factors, so that what is rounded does not depend on m
+    weights = torch.exp2(scores - whole) * torch.exp2(
+        whole - m
+    )  # in two factors, so that what is rounded does not depend on m
     sums = rows * (weights * rstd).unsqueeze(1)
     sums[:, 0] = weights
     return rows, weights, sums, m

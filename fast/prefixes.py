@@ -88,7 +88,9 @@ def lower_right_attention(q, kv, n_head):
 def prefix_attention(q, kv, n_head, levels):
     """Queries (n, T, C) of the last T positions of each prefix, keys and values (K, CHUNK, 2C) of all chunks -> (n, T, C)."""
     queries, paths = q.split([len(level.children) for level in levels]), Paths.apply(kv.flatten(1), levels)
-    return torch.cat([lower_right_attention(q, path.view(len(q), -1, kv.size(2)), n_head) for q, path in zip(queries, paths)])
+    return torch.cat(
+        [lower_right_attention(q, path.view(len(q), -1, kv.size(2)), n_head) for q, path in zip(queries, paths)]
+    )
 
 
 def before_attention(block, x):

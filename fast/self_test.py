@@ -18,8 +18,17 @@ import torch
 import torch.nn.functional as F
 
 from breakout_ascii import (
-    BRICK_ROWS, BRICK_TOP, CHARACTERS, PADDLE_ROW, RIGHT_WALL, TOKENS, BreakoutAsciiVec, Games, RandomNumbers, new_games,
-)  # fmt: skip
+    BRICK_ROWS,
+    BRICK_TOP,
+    CHARACTERS,
+    PADDLE_ROW,
+    RIGHT_WALL,
+    TOKENS,
+    BreakoutAsciiVec,
+    Games,
+    RandomNumbers,
+    new_games,
+)
 from fast.fast_gpt import FastGPT
 from fast.prefixes import features_of_every_token, prefix_tree
 from model import CHARACTER_OF, GPT
@@ -47,9 +56,16 @@ class Check(NamedTuple):
 
 def check_update(ppo, before):
     """What `ppo.collect_and_update()` has just made of the state_dict `before` -> a list of `Check`. Leaves ppo as it was."""
-    if isinstance(ppo.policy, FastGPT):  # more layers: NumPy plays, and bf16 has a tolerance of its own, in `check_prefixes`
+    if isinstance(
+        ppo.policy, FastGPT
+    ):  # more layers: NumPy plays, and bf16 has a tolerance of its own, in `check_prefixes`
         return check_steps(ppo)
-    return [check_games(ppo, before["env"]), *check_policy(ppo, before), check_minibatches(ppo), *check_steps(ppo, gradient_on_cpu(ppo))]
+    return [
+        check_games(ppo, before["env"]),
+        *check_policy(ppo, before),
+        check_minibatches(ppo),
+        *check_steps(ppo, gradient_on_cpu(ppo)),
+    ]
 
 
 # Games
@@ -77,9 +93,13 @@ def check_games(ppo, state, name="A games, values that differ"):
         if ppo.config.prediction_coef:
             pages = torch.from_numpy(page), torch.from_numpy(games.pages.reshape(num_games, TOKENS))
             found["changes"] = ppo.policy.changes(*pages).numpy()
-        wrong += sum(int((fields[name][t] != x).sum()) for name, x in found.items()) + int(fields["truncated"][t].sum())  # only between rollouts
+        wrong += sum(int((fields[name][t] != x).sum()) for name, x in found.items()) + int(
+            fields["truncated"][t].sum()
+        )  # only between rollouts
     wrong += sum(int((getattr(games, name) != x).sum()) for name, x in env.games.state_dict().items())
-    wrong += sum(int((games.pages.reshape(num_games, TOKENS) != x.cpu().numpy()).sum()) for x in (ppo.obs, env.observation()))
+    wrong += sum(
+        int((games.pages.reshape(num_games, TOKENS) != x.cpu().numpy()).sum()) for x in (ppo.obs, env.observation())
+    )
     return Check(name, wrong, 0)
 
 
@@ -93,10 +113,13 @@ def set_rare_cases(ppo):
     cases = (
         dict(lives=1, ball_x=70, ball_y=PADDLE_ROW - 1, dx=1, dy=1, paddle_x=1),
         dict(bricks=False, bricks_left=1, ball_x=39, ball_y=BRICK_TOP + BRICK_ROWS, dx=1, dy=-1),
-        dict(elapsed=longest), dict(elapsed=longest - 1),
-        dict(ball_x=36, ball_y=PADDLE_ROW - 1, dx=1, dy=1, paddle_x=36), dict(ball_x=40, ball_y=PADDLE_ROW - 1, dx=1, dy=1, paddle_x=36),
-        dict(ball_x=1, ball_y=15, dx=-1), dict(ball_x=RIGHT_WALL - 1, ball_y=1, dx=1, dy=-1),
-    )  # fmt: skip
+        dict(elapsed=longest),
+        dict(elapsed=longest - 1),
+        dict(ball_x=36, ball_y=PADDLE_ROW - 1, dx=1, dy=1, paddle_x=36),
+        dict(ball_x=40, ball_y=PADDLE_ROW - 1, dx=1, dy=1, paddle_x=36),
+        dict(ball_x=1, ball_y=15, dx=-1),
+        dict(ball_x=RIGHT_WALL - 1, ball_y=1, dx=1, dy=-1),
+    )
     state, num_games = ppo.env.state_dict(), ppo.env.num_envs
     case = np.arange(num_games) % max(num_games // 2, 1) % len(cases)  # paired games have the same
     for i, values in enumerate(cases):
@@ -139,9 +162,16 @@ def check_policy(ppo, before):
         logits, values = read(on_cpu(ppo.policy.config, before["model"], dtype), pages)
         results.append((F.log_softmax(logits, dim=-1).double(), values.double()))
     (exact, exact_values), (rounded, rounded_values) = results
-    logprobs = Check("B log-probabilities", largest(fields["logprobs"] - exact.gather(1, actions).squeeze(1)),
-                     VALUES_MARGIN * largest(rounded - exact) + ROUNDING)  # fmt: skip
-    values = Check("B values", largest(fields["values"] - exact_values), VALUES_MARGIN * largest(rounded_values - exact_values) + ROUNDING)
+    logprobs = Check(
+        "B log-probabilities",
+        largest(fields["logprobs"] - exact.gather(1, actions).squeeze(1)),
+        VALUES_MARGIN * largest(rounded - exact) + ROUNDING,
+    )
+    values = Check(
+        "B values",
+        largest(fields["values"] - exact_values),
+        VALUES_MARGIN * largest(rounded_values - exact_values) + ROUNDING,
+    )
     scores = exact - ppo.noise.flatten(0, 1)[rows].cpu().double().log()  # the action is where this is largest
     gap = scores.amax(1) - scores.gather(1, actions).squeeze(1)
     actions = Check("B actions, gap to the best", largest(gap), 2 * logprobs.tolerance)
@@ -171,7 +201,13 @@ def check_minibatches(ppo):
 
     def sorted_samples(pages, x):
         """-> (6, n) int64: a column for each sample, in an order of their own."""
-        numbers = [x.actions, x.old_logprobs.view(torch.int32), x.old_values.view(torch.int32), x.returns.view(torch.int32), x.has_next]
+        numbers = [
+            x.actions,
+            x.old_logprobs.view(torch.int32),
+            x.old_values.view(torch.int32),
+            x.returns.view(torch.int32),
+            x.has_next,
+        ]
         columns = [pages.flatten(end_dim=-2).cpu().numpy().astype(np.int64) @ hashes]
         table = np.stack(columns + [column.flatten().cpu().numpy().astype(np.int64) for column in numbers])
         return table[:, np.lexsort(table)]
@@ -188,9 +224,14 @@ def gradient_on_cpu(ppo):
     for dtype in (torch.float32, torch.float64):
         gpt = on_cpu(ppo.policy.config, ppo.policy.state_dict(), dtype)
         others = (x.cpu().to(dtype) if x.is_floating_point() else x.cpu() for x in first[1:])
-        loss, terms = type(ppo).loss(SimpleNamespace(policy=gpt, config=ppo.config, further_loss=ppo.further_loss), Minibatch(gpt.encode(pages), *others))
+        loss, terms = type(ppo).loss(
+            SimpleNamespace(policy=gpt, config=ppo.config, further_loss=ppo.further_loss),
+            Minibatch(gpt.encode(pages), *others),
+        )
         loss.backward()
-        gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in gpt.parameters()])
+        gradient = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in gpt.parameters()]
+        )
         gradient = ppo.average(gradient.to(ppo.device)).cpu()
         gradients.append(gradient * min(ppo.config.max_grad_norm / (gradient.norm().item() + 1e-6), 1.0))
     return terms, gradients[1], relative_error(*gradients)
@@ -202,8 +243,17 @@ def gradient_on_cpu(ppo):
 def check_steps(ppo, reference=None):
     """Two training steps on the first minibatch. reference: of `gradient_on_cpu`."""
     weights, checks = ppo.weights, []
-    state, betas, eps = ppo.optimizer.state[weights], ppo.optimizer.param_groups[0]["betas"], ppo.optimizer.param_groups[0]["eps"]
-    kept = [weights.detach(), *(state[name] for name in ("exp_avg", "exp_avg_sq", "step")), ppo.lr, ppo.buffer.minibatch_position]
+    state, betas, eps = (
+        ppo.optimizer.state[weights],
+        ppo.optimizer.param_groups[0]["betas"],
+        ppo.optimizer.param_groups[0]["eps"],
+    )
+    kept = [
+        weights.detach(),
+        *(state[name] for name in ("exp_avg", "exp_avg_sq", "step")),
+        ppo.lr,
+        ppo.buffer.minibatch_position,
+    ]
     copies = [x.clone() for x in kept]
     exact = [x.cpu().double() for x in copies[:5]]
     for lr, label in ((exact[4].item(), ""), (exact[4].item() / 2, ", lr halved")):
@@ -220,10 +270,18 @@ def check_steps(ppo, reference=None):
         checks.append(Check("D weights" + label, error.max().item(), ROUNDING))
         if reference is not None:
             terms, exact_gradient, rounding = reference
-            checks.append(Check("C gradient" + label, relative_error(gradient, exact_gradient), GRADIENT_MARGIN * rounding + ROUNDING))
+            checks.append(
+                Check(
+                    "C gradient" + label,
+                    relative_error(gradient, exact_gradient),
+                    GRADIENT_MARGIN * rounding + ROUNDING,
+                )
+            )
             found = dict(zip(ppo.stat_names, ppo.step_stats[0].tolist()))
             # of clipfrac, a count, one sample more or less is no error
-            errors = [abs(found[name] - x.item()) / (1 + abs(x.item())) for name, x in terms.items() if name != "clipfrac"]
+            errors = [
+                abs(found[name] - x.item()) / (1 + abs(x.item())) for name, x in terms.items() if name != "clipfrac"
+            ]
             checks.append(Check("C loss, each term" + label, largest(torch.tensor(errors)), 1e-4))
     restore(kept, copies)
     return checks
@@ -256,7 +314,9 @@ def check_prefixes(gpt):
 
     def errors(model, features):
         pairs = zip(gradients(model, features), exact_gradients, strict=True)
-        return largest(features.cpu() - exact), largest(1 - torch.stack([F.cosine_similarity(*pair, dim=0) for pair in pairs]))
+        return largest(features.cpu() - exact), largest(
+            1 - torch.stack([F.cosine_similarity(*pair, dim=0) for pair in pairs])
+        )
 
     with torch.autocast("cpu", torch.bfloat16, enabled=gpt.bf16):
         rounding, of_gradient = errors(plain, plain.ln_f(plain.hidden(plain.encode(pages))))
@@ -276,7 +336,11 @@ def check_prefixes(gpt):
 def gradients(gpt, features):
     """The gradient of a weighted sum of features (B, T, C) by each parameter but the heads', vectors on the CPU."""
     loss = (features * torch.linspace(-1, 1, features.numel(), device=features.device).view_as(features)).sum()
-    return [g.float().cpu().flatten() for g in torch.autograd.grad(loss, list(gpt.parameters()), allow_unused=True) if g is not None]
+    return [
+        g.float().cpu().flatten()
+        for g in torch.autograd.grad(loss, list(gpt.parameters()), allow_unused=True)
+        if g is not None
+    ]
 
 
 # Errors

@@ -13,16 +13,37 @@ import numpy as np
 import torch
 
 from breakout_ascii import (
-    BRICK, BRICK_COLUMNS, BRICK_ROWS, BRICK_TOP, BRICK_WIDTH, CHARACTERS, COLUMNS, LIVES, PADDLE, PADDLE_MAX, PADDLE_ROW, ROWS, SERVE_ROW,
-)  # fmt: skip
+    BRICK,
+    BRICK_COLUMNS,
+    BRICK_ROWS,
+    BRICK_TOP,
+    BRICK_WIDTH,
+    CHARACTERS,
+    COLUMNS,
+    LIVES,
+    PADDLE,
+    PADDLE_MAX,
+    PADDLE_ROW,
+    ROWS,
+    SERVE_ROW,
+)
 from replay.attention import THINGS, name_of, plain_gpt, shares, sort_heads, spread
 
 HERE = Path(__file__).parent
 ACTIONS = ["stay", "left", "right"]
 GAME = {
-    "characters": CHARACTERS, "rows": ROWS, "columns": COLUMNS, "brick": BRICK, "brick_top": BRICK_TOP, "brick_rows": BRICK_ROWS,
-    "brick_columns": BRICK_COLUMNS, "paddle": PADDLE, "paddle_row": PADDLE_ROW, "paddle_max": PADDLE_MAX, "serve_row": SERVE_ROW,
-}  # fmt: skip
+    "characters": CHARACTERS,
+    "rows": ROWS,
+    "columns": COLUMNS,
+    "brick": BRICK,
+    "brick_top": BRICK_TOP,
+    "brick_rows": BRICK_ROWS,
+    "brick_columns": BRICK_COLUMNS,
+    "paddle": PADDLE,
+    "paddle_row": PADDLE_ROW,
+    "paddle_max": PADDLE_MAX,
+    "serve_row": SERVE_ROW,
+}
 GAME_OVER, RECORDING_ENDS = -1, -2
 PAGES_AT_ONCE = 256
 
@@ -54,15 +75,25 @@ def html(frames, stages, name, about):
     """frames: a list of what `record` yields. stages: of one architecture; the last one played. name, about: of the model, any text. -> the file's text."""
     pages = np.stack([frame.page for frame in frames])
     data = {
-        "name": name, "about": about, "game": GAME, "actions": ACTIONS, "things": THINGS, "config": vars(stages[-1].policy.config),
-        "frames": [[*place_of(frame.page), frame.action, frame.score, frame.lives] for frame in frames], "walls": walls_of(pages),
+        "name": name,
+        "about": about,
+        "game": GAME,
+        "actions": ACTIONS,
+        "things": THINGS,
+        "config": vars(stages[-1].policy.config),
+        "frames": [[*place_of(frame.page), frame.action, frame.score, frame.lives] for frame in frames],
+        "walls": walls_of(pages),
         "weights": [[key, weight.numel()] for key, weight in stages[-1].policy.state_dict().items()],
         "stages": [describe(stage, pages) for stage in stages],
-    }  # fmt: skip
+    }
     parts = {"style": "page.css", "gpt": "gpt.js", "script": "page.js"}
     template = Template((HERE / "page.html").read_text(encoding="utf-8"))
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no text of a checkpoint can end the element, or begin another
-    return template.substitute({part: (HERE / file).read_text(encoding="utf-8") for part, file in parts.items()}, data=text)
+    text = json.dumps(data, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )  # no text of a checkpoint can end the element, or begin another
+    return template.substitute(
+        {part: (HERE / file).read_text(encoding="utf-8") for part, file in parts.items()}, data=text
+    )
 
 
 def place_of(page):
@@ -70,12 +101,18 @@ def place_of(page):
     row, column = divmod(int((page == ord("O")).argmax()), COLUMNS)
     left, right = np.flatnonzero(page == ord("="))[[0, -1]] % COLUMNS
     whole = right - left == len(PADDLE) - 1
-    return column, row, int(left if whole else min(left, column))  # the last ball of a game may lie over an end of the paddle
+    return (
+        column,
+        row,
+        int(left if whole else min(left, column)),
+    )  # the last ball of a game may lie over an end of the paddle
 
 
 def walls_of(pages):
     """(n, 1944) -> {frame: its bricks row by row, a string of 0 and 1}, for each frame whose wall differs from the one before."""
-    rows = pages.reshape(-1, ROWS, COLUMNS)[:, BRICK_TOP : BRICK_TOP + BRICK_ROWS, 1 : 1 + BRICK_COLUMNS * BRICK_WIDTH : BRICK_WIDTH]
+    rows = pages.reshape(-1, ROWS, COLUMNS)[
+        :, BRICK_TOP : BRICK_TOP + BRICK_ROWS, 1 : 1 + BRICK_COLUMNS * BRICK_WIDTH : BRICK_WIDTH
+    ]
     bricks = (rows == ord(BRICK[0])).reshape(len(pages), -1)
     changed = np.flatnonzero(np.r_[True, (bricks[1:] != bricks[:-1]).any(1)])
     return {int(i): "".join("01"[brick] for brick in bricks[i].astype(int)) for i in changed}
@@ -87,9 +124,13 @@ def describe(stage, pages):
     weights = np.concatenate([weight.numpy().ravel() for weight in gpt.state_dict().values()]).astype("<f4")
     found = shares(gpt, spread(pages))
     return {
-        "label": stage.label, "weights": base64.b64encode(weights.tobytes()).decode(), "values": values_of(stage.policy, pages),
-        "shares": found.round(5).tolist(), "names": [name_of(head) for head in found], "order": sort_heads(found),
-    }  # fmt: skip
+        "label": stage.label,
+        "weights": base64.b64encode(weights.tobytes()).decode(),
+        "values": values_of(stage.policy, pages),
+        "shares": found.round(5).tolist(),
+        "names": [name_of(head) for head in found],
+        "order": sort_heads(found),
+    }
 
 
 def values_of(policy, pages):

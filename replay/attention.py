@@ -9,7 +9,16 @@ from model import GPT
 
 PAGES_AT_ONCE = 32  # their keys take 16 MB
 MEASURED = 500
-THINGS = ("ball", "paddle's left end", "paddle's middle", "paddle's right end", "bricks", "walls", "empty space", "line ends")
+THINGS = (
+    "ball",
+    "paddle's left end",
+    "paddle's middle",
+    "paddle's right end",
+    "bricks",
+    "walls",
+    "empty space",
+    "line ends",
+)
 PADDLE_THINGS = THINGS[1:4]
 
 
@@ -44,7 +53,15 @@ def things_on(pages):
     paddle = pages == ord("=")
     left = paddle & (np.cumsum(paddle, 1) == 1)
     right = paddle & (np.cumsum(paddle[:, ::-1], 1)[:, ::-1] == 1)
-    seen = [pages == ord("O"), left, paddle & ~left & ~right, right, np.isin(pages, (ord("|"), ord("_"))), pages == ord("#"), pages == ord(" ")]
+    seen = [
+        pages == ord("O"),
+        left,
+        paddle & ~left & ~right,
+        right,
+        np.isin(pages, (ord("|"), ord("_"))),
+        pages == ord("#"),
+        pages == ord(" "),
+    ]
     return np.select(seen, range(len(seen)), len(seen))
 
 
@@ -73,5 +90,3 @@ def sort_heads(all_shares):
     order = ["ball", "paddle", *THINGS[4:]]
     named = [name_of(head_shares) for head_shares in all_shares]
     return sorted(range(len(named)), key=lambda head: (order.index(named[head][0]), -named[head][1]))
-
-

@@ -31,11 +31,17 @@ def pictures(gpt, frames, head=None):
     names = [name_of(head_shares) for head_shares in shares(gpt, spread(np.stack(first)))]
     labels = [label(f"head {i}: {names[i][0]} {100 * names[i][1]:.0f} %", 480 // smaller) for i in heads]
     across = math.ceil(math.sqrt(len(heads)))
-    rows, columns = np.arange(0, 264, smaller) // 11, np.arange(0, 480, smaller) // 6  # of the page, for each line and dot
+    rows, columns = (
+        np.arange(0, 264, smaller) // 11,
+        np.arange(0, 480, smaller) // 6,
+    )  # of the page, for each line and dot
     for page, weights in zip(pages, attention_of_pages(gpt, read)):
         # the brightest of four dots stays, so that thin strokes do
         image = to_image(page).max(2).reshape(len(rows), smaller, len(columns), smaller).max((1, 3))[..., None] // 4 * 3
-        tiles = [np.concatenate([name, heated(image, heat(weights[i])[rows][:, columns], ink=255 if head is None else 90)]) for i, name in zip(heads, labels)]
+        tiles = [
+            np.concatenate([name, heated(image, heat(weights[i])[rows][:, columns], ink=255 if head is None else 90)])
+            for i, name in zip(heads, labels)
+        ]
         tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % across)
         yield np.concatenate([np.concatenate(tiles[i : i + across], 1) for i in range(0, len(tiles), across)])
 

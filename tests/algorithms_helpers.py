@@ -66,7 +66,10 @@ def plain(state):
 
 def logged(run_dir):
     with open(run_dir / "metrics.csv") as file:
-        return [{name: x for name, x in row.items() if name not in ("seconds", "steps_per_second", "eval_score")} for row in csv.DictReader(file)]
+        return [
+            {name: x for name, x in row.items() if name not in ("seconds", "steps_per_second", "eval_score")}
+            for row in csv.DictReader(file)
+        ]
 
 
 def same(a, b):

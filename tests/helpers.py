@@ -29,10 +29,25 @@ def device_trainer(max_episode_steps=5000, seed=0, num_envs=4, device="cpu", **c
     """The training that a GPU runs, here on the CPU."""
     env = DeviceBreakout(num_envs, torch.device(device), varied_starts=0.7, max_episode_steps=max_episode_steps)
     constants = dict(
-        num_steps=96, rollout_steps=6, epochs=1, batch_size=12, gamma=0.9, lambd=0.5, lambd_end=0.5, lambd_steps=1, eps_clip=0.2, lr=1e-3,
-        min_lr=1e-4, value_loss_coef=0.5, entropy_coef=0.01, max_grad_norm=0.5, prediction_coef=0.1, move_coef=0.04, paired_envs=True,
+        num_steps=96,
+        rollout_steps=6,
+        epochs=1,
+        batch_size=12,
+        gamma=0.9,
+        lambd=0.5,
+        lambd_end=0.5,
+        lambd_steps=1,
+        eps_clip=0.2,
+        lr=1e-3,
+        min_lr=1e-4,
+        value_loss_coef=0.5,
+        entropy_coef=0.01,
+        max_grad_norm=0.5,
+        prediction_coef=0.1,
+        move_coef=0.04,
+        paired_envs=True,
         reward_scale=0.1,
-    )  # fmt: skip
+    )
     return PPO(make_gpt(seed, DeviceGPT, n_head=4, n_embd=16), env, PPOConfig(**constants | changes))
 
 

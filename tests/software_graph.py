@@ -70,8 +70,14 @@ def use_software_graphs(monkeypatch):
         tapes.append(graph.tape)
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    stand_ins = {"CUDAGraph": Graph, "graph": recording, "Stream": lambda device: stream, "current_stream": lambda: stream,
-                 "stream": lambda stream: contextlib.nullcontext(), "set_stream": lambda stream: None}  # fmt: skip
+    stand_ins = {
+        "CUDAGraph": Graph,
+        "graph": recording,
+        "Stream": lambda device: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "set_stream": lambda stream: None,
+    }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     return tapes

@@ -22,7 +22,9 @@ def test_the_optimum_is_known():
     assert expected_maximum(2) == pytest.approx(1 / math.sqrt(math.pi), rel=1e-6)
     assert expected_maximum(3) == pytest.approx(3 / (2 * math.sqrt(math.pi)), rel=1e-6)
     drawn = torch.randn(200_000, 10, generator=torch.Generator().manual_seed(0)).amax(1)
-    assert expected_maximum(10) == pytest.approx(drawn.mean().item(), abs=5 * drawn.std().item() / math.sqrt(len(drawn)))
+    assert expected_maximum(10) == pytest.approx(
+        drawn.mean().item(), abs=5 * drawn.std().item() / math.sqrt(len(drawn))
+    )
 
 
 def test_rewards_of_actions_are_independent_and_standard_normal():
@@ -47,7 +49,9 @@ def test_a_step_by_hand():
     probabilities, values = twin.policy(states).exp(), twin.value(states)
     actions = torch.multinomial(probabilities.detach(), 1, generator=twin.generator).squeeze(1)
     errors = (twin.reward_model(states)[range(5), actions] - values).detach()
-    bias = ((probabilities - torch.eye(2)[actions]) * errors.unsqueeze(1)).mean(0)  # of minus the mean of log p(a) * error
+    bias = ((probabilities - torch.eye(2)[actions]) * errors.unsqueeze(1)).mean(
+        0
+    )  # of minus the mean of log p(a) * error
     agent.optimizer.step = lambda: None
     with torch.no_grad():  # as a notebook may have set it
         agent.update()
@@ -77,7 +81,14 @@ def test_what_a_run_leaves(small):
     main(["small.json"])
     (directory,) = small.glob("checkpoints_*")
     assert len(directory.name) == len("checkpoints_YYYYMMDD_HHMMSS")
-    assert {file.name for file in directory.iterdir()} == {"run.lock", "training.log", "epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "final.pt"}
+    assert {file.name for file in directory.iterdir()} == {
+        "run.lock",
+        "training.log",
+        "epoch_1.pt",
+        "epoch_2.pt",
+        "epoch_3.pt",
+        "final.pt",
+    }
     log = (directory / "training.log").read_text()
     assert log.count("epoch ") == 3 and '"seed": 42' in log and "expected reward" in log
 
@@ -108,7 +119,9 @@ def test_a_checkpoint_outside_its_run_is_not_resumed(small):
     (other / "epoch_9.pt").write_bytes((directory / "epoch_1.pt").read_bytes())
     for file in (models / "epoch_1.pt", other / "epoch_9.pt"):
         left = {path: path.read_bytes() for path in file.parent.iterdir()}
-        with pytest.raises(CheckpointError, match=f"{file.name}: lies outside its run .no training.log beside it tells of it.") as error:
+        with pytest.raises(
+            CheckpointError, match=f"{file.name}: lies outside its run .no training.log beside it tells of it."
+        ) as error:
             main(["--resume", str(file)])
         assert "\n" not in str(error.value) and left == {path: path.read_bytes() for path in file.parent.iterdir()}
 
@@ -153,7 +166,9 @@ def test_a_directory_that_is_removed_while_training_can_be_resumed(small, monkey
     assert load_checkpoint(directory / "final.pt")["epoch"] == 4
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)])
+@pytest.mark.parametrize(
+    "signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)]
+)
 def test_a_signal_saves_whole_epochs(small, monkeypatch, signum, status):
     calls, update = [], ActorCriticAgent.update
 
@@ -167,7 +182,9 @@ def test_a_signal_saves_whole_epochs(small, monkeypatch, signum, status):
         m.setattr(ActorCriticAgent, "update", interrupted)
         assert main(["small.json"]) == status
     (directory,) = small.glob("checkpoints_*")
-    assert load_checkpoint(directory / "final.pt")["epoch"] == 1 and "--resume" in (directory / "training.log").read_text()
+    assert (
+        load_checkpoint(directory / "final.pt")["epoch"] == 1 and "--resume" in (directory / "training.log").read_text()
+    )
     with locked(directory), pytest.raises(CommandLineError, match="another process is training this run"):
         main(["--resume", str(directory)])
     main(["--resume", str(directory)])
@@ -178,11 +195,14 @@ def test_a_signal_saves_whole_epochs(small, monkeypatch, signum, status):
         main(["--resume", str(directory / "final.pt")])
 
 
-@pytest.mark.parametrize("spoiled, message", [
-    ("reward_model", "the rewards are not finite in epoch 2; mend what gives them"),
-    ("policy", "the logits are not finite in epoch 2; try a lower learning rate"),
-    ("value", "the values are not finite in epoch 2; try a lower learning rate"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoiled, message",
+    [
+        ("reward_model", "the rewards are not finite in epoch 2; mend what gives them"),
+        ("policy", "the logits are not finite in epoch 2; try a lower learning rate"),
+        ("value", "the values are not finite in epoch 2; try a lower learning rate"),
+    ],
+)
 def test_what_is_not_finite_is_named_and_ends_the_training(spoiled, message, small, monkeypatch):
     calls, update = [], ActorCriticAgent.update
 
@@ -198,7 +218,10 @@ def test_what_is_not_finite_is_named_and_ends_the_training(spoiled, message, sma
     with pytest.raises(FloatingPointError, match=message):
         main(["small.json"])
     (directory,) = small.glob("checkpoints_*")
-    assert load_checkpoint(directory / "final.pt")["epoch"] == 1 and "--resume" not in (directory / "training.log").read_text()
+    assert (
+        load_checkpoint(directory / "final.pt")["epoch"] == 1
+        and "--resume" not in (directory / "training.log").read_text()
+    )
 
 
 def test_a_log_that_cannot_be_opened_ends_no_training(small, capsys):
@@ -232,23 +255,43 @@ def test_a_disk_that_is_full_for_a_while_costs_files_only(small, monkeypatch, ca
     (directory,) = small.glob("checkpoints_*")
     assert {file.name for file in directory.glob("*.pt")} == {"epoch_1.pt", "epoch_3.pt", "final.pt"}
     err = capsys.readouterr().err
-    assert "training.log: not written; training goes on" in err and "epoch_2.pt: not saved (File too large)" in err and "Traceback" not in err
+    assert (
+        "training.log: not written; training goes on" in err
+        and "epoch_2.pt: not saved (File too large)" in err
+        and "Traceback" not in err
+    )
     assert load_checkpoint(directory / "final.pt")["epoch"] == 3
 
 
 def test_the_config_is_written_if_there_is_none(tmp_path, capsys):
     assert read_config(tmp_path / "config.json") == Config() and "wrote" in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text()) == {
-        "input_dim": 10, "output_dim": 2, "hidden_dim": 256, "learning_rate": 1e-4, "batch_size": 32, "num_epochs": 100, "seed": 42}  # fmt: skip
+        "input_dim": 10,
+        "output_dim": 2,
+        "hidden_dim": 256,
+        "learning_rate": 1e-4,
+        "batch_size": 32,
+        "num_epochs": 100,
+        "seed": 42,
+    }
     assert read_config(tmp_path / "config.json") == Config()
 
 
-@pytest.mark.parametrize("text, message", [
-    ("[" * 100_000, "cannot be read as JSON"), ("{", "cannot be read as JSON"), ("[1]", "must hold an object"), ('{"sed": 1}', "unknown key 'sed'; the keys are input_dim"),
-    ('{"seed": 1.5}', "seed must be an integer from 0 to 2.14748e.09, not 1.5"), ('{"seed": true}', "seed must be an integer"),
-    ('{"learning_rate": "fast"}', 'learning_rate must be a number from 1e-09 to 1, not "fast"'), ('{"batch_size": 0}', "batch_size must be an integer from 2"),
-    ('{"output_dim": 11}', "output_dim 11 must not exceed input_dim 10"), ('{"learning_rate": NaN}', "learning_rate must be a number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("{", "cannot be read as JSON"),
+        ("[1]", "must hold an object"),
+        ('{"sed": 1}', "unknown key 'sed'; the keys are input_dim"),
+        ('{"seed": 1.5}', "seed must be an integer from 0 to 2.14748e.09, not 1.5"),
+        ('{"seed": true}', "seed must be an integer"),
+        ('{"learning_rate": "fast"}', 'learning_rate must be a number from 1e-09 to 1, not "fast"'),
+        ('{"batch_size": 0}', "batch_size must be an integer from 2"),
+        ('{"output_dim": 11}', "output_dim 11 must not exceed input_dim 10"),
+        ('{"learning_rate": NaN}', "learning_rate must be a number"),
+    ],
+)
 def test_bad_configs(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CommandLineError, match=message) as error:
@@ -264,18 +307,29 @@ def test_a_directory_is_no_config(tmp_path):
 def test_the_shipped_model_is_near_the_optimum(capsys):
     main(["--evaluate"])
     out, err = capsys.readouterr()
-    assert json.loads(out)["share"] >= 0.99 and err.endswith("actor_critic.pt: trained for 100 epochs (the shipped model)\n")
+    assert json.loads(out)["share"] >= 0.99 and err.endswith(
+        "actor_critic.pt: trained for 100 epochs (the shipped model)\n"
+    )
     with pytest.raises(CheckpointError, match="is no model of actor_critic"):
         main(["--evaluate", str(actor_critic.HERE / "pretrained" / "reinforce_cartpole.pt")])
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"config": 3}, "must hold an object"), ({"config": {"hidden_dim": 10**9}}, "hidden_dim must be an integer from"),
-    ({"config": {"hidden_dim": 65536, "input_dim": 4096}}, r"state\['policy'\]\['layers.0.weight'\] is a tensor"), ({"config": {3: 3}}, "unknown key 3"),
-    ({"epoch": "x"}, r"state\['epoch'\] is str"), ({"epoch": -1}, r"state\['epoch'\] is int -1"), ({"policy": {}}, "lacks 'layers.0.weight'"),
-    ({"optimizer": {"state": {0: {}}}}, "lacks 1"), ({"directions": torch.ones(3)}, "is a tensor .3,. of float32"), ({"generator": torch.ones(4)}, "float32"),
-    ({"generator": torch.zeros(5056, dtype=torch.uint8)}, "does not fit this program"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"config": 3}, "must hold an object"),
+        ({"config": {"hidden_dim": 10**9}}, "hidden_dim must be an integer from"),
+        ({"config": {"hidden_dim": 65536, "input_dim": 4096}}, r"state\['policy'\]\['layers.0.weight'\] is a tensor"),
+        ({"config": {3: 3}}, "unknown key 3"),
+        ({"epoch": "x"}, r"state\['epoch'\] is str"),
+        ({"epoch": -1}, r"state\['epoch'\] is int -1"),
+        ({"policy": {}}, "lacks 'layers.0.weight'"),
+        ({"optimizer": {"state": {0: {}}}}, "lacks 1"),
+        ({"directions": torch.ones(3)}, "is a tensor .3,. of float32"),
+        ({"generator": torch.ones(4)}, "float32"),
+        ({"generator": torch.zeros(5056, dtype=torch.uint8)}, "does not fit this program"),
+    ],
+)
 def test_a_checkpoint_of_a_stranger(small, change, message):
     save_checkpoint("final.pt", ActorCriticAgent(Config(hidden_dim=8)).state_dict() | change)
     for option in "--evaluate", "--resume":
@@ -284,14 +338,20 @@ def test_a_checkpoint_of_a_stranger(small, change, message):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("changes, lower", [
-    ({"batch_size": 10**6, "hidden_dim": 65536}, "lower batch_size or hidden_dim"), ({"hidden_dim": 65536, "input_dim": 4096}, "lower hidden_dim"),
-    ({"batch_size": 10**6, "hidden_dim": 1, "input_dim": 4096}, "lower batch_size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, lower",
+    [
+        ({"batch_size": 10**6, "hidden_dim": 65536}, "lower batch_size or hidden_dim"),
+        ({"hidden_dim": 65536, "input_dim": 4096}, "lower hidden_dim"),
+        ({"batch_size": 10**6, "hidden_dim": 1, "input_dim": 4096}, "lower batch_size"),
+    ],
+)
 def test_what_does_not_fit_into_memory_does_not_begin(tmp_path, monkeypatch, changes, lower):
     monkeypatch.setattr(command_line, "free_memory", lambda device: 4e9)
     (tmp_path / "config.json").write_text(json.dumps(changes))
-    with pytest.raises(CommandLineError, match=f"^this training needs .* GB or more, and cpu has 4.0 GB free, .*; {lower}$"):
+    with pytest.raises(
+        CommandLineError, match=f"^this training needs .* GB or more, and cpu has 4.0 GB free, .*; {lower}$"
+    ):
         main([str(tmp_path / "config.json"), "--directory", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     actor_critic.check_memory(Config())

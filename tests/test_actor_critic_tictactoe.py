@@ -23,10 +23,19 @@ def board(text):
     return np.array([[{"X": X, "O": O, ".": 0}[c] for c in text.replace(" ", "")]], np.int8)
 
 
-@pytest.mark.parametrize("text, x, o, ended", [
-    ("... ... ...", False, False, False), ("XXX OO. ...", True, False, True), ("XX. OOO X..", False, True, True),
-    ("XO. XO. .O.", False, True, True), ("XO. OX. ..X", True, False, True), ("..X OX. X..", True, False, True),
-    ("XOX XOO OXX", False, False, True), ("XXO O.. ...", False, False, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, x, o, ended",
+    [
+        ("... ... ...", False, False, False),
+        ("XXX OO. ...", True, False, True),
+        ("XX. OOO X..", False, True, True),
+        ("XO. XO. .O.", False, True, True),
+        ("XO. OX. ..X", True, False, True),
+        ("..X OX. X..", True, False, True),
+        ("XOX XOO OXX", False, False, True),
+        ("XXO O.. ...", False, False, False),
+    ],
+)
 def test_who_has_won(text, x, o, ended):
     b = board(text)
     assert (wins(b, X)[0], wins(b, O)[0], over(b)[0]) == (x, o, ended)
@@ -144,7 +153,9 @@ def trainer(**changes):
 def test_what_a_batch_of_games_holds():
     selfplay = trainer(OPENINGS=0.0)
     obs, actions, rewards, values, ends, played = selfplay.play()
-    assert obs.shape == (5, 64, 18) and (ends.sum(0) == 1).all()  # every game ends once, after a move of the learner or the reply to it
+    assert (
+        obs.shape == (5, 64, 18) and (ends.sum(0) == 1).all()
+    )  # every game ends once, after a move of the learner or the reply to it
     assert (played[0]).all() and (played[1:] <= played[:-1]).all() and (rewards[~ends] == 0).all()
     own, other = obs.view(5, 64, 2, 9).unbind(2)
     taken = (own + other).gather(2, actions.unsqueeze(2)).squeeze(2)
@@ -172,7 +183,9 @@ def test_a_person_plays(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda prompt: next(answers, "q"))
     assert run(ALGORITHM, "--play", "--human") == 0
     out = capsys.readouterr().out
-    assert "It expects" in out and "'5' is no empty cell" in out and "'x' is no empty cell" in out and "You win" not in out
+    assert (
+        "It expects" in out and "'5' is no empty cell" in out and "'x' is no empty cell" in out and "You win" not in out
+    )
 
 
 def test_a_person_who_has_closed_the_input(tmp_path, monkeypatch):

@@ -44,10 +44,17 @@ def test_in_the_background():
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("owner, name, error", [
-    (multiprocessing.get_context("spawn").Process, "start", BlockingIOError(11, "Resource temporarily unavailable")),
-    (ThreadPoolExecutor, "submit", RuntimeError("can't start new thread")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "owner, name, error",
+    [
+        (
+            multiprocessing.get_context("spawn").Process,
+            "start",
+            BlockingIOError(11, "Resource temporarily unavailable"),
+        ),
+        (ThreadPoolExecutor, "submit", RuntimeError("can't start new thread")),
+    ],
+)
 def test_where_no_process_or_thread_can_be_started(monkeypatch, owner, name, error):
     """As under a low `ulimit -u`: who wants a result is told each time, and none waits for ever."""
 

@@ -45,12 +45,14 @@ def load(name):
 
 robustness, learning, throughput, self_test, soak, peers, language_models = map(
     load, ("robustness", "learning", "throughput", "self_test", "soak", "peers", "language_models")
-)  # fmt: skip
+)
 
 
 def table(text):
     """A markdown table -> its header and rows, lists of str."""
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
     return header, rows
 
 
@@ -58,24 +60,29 @@ def still(tokens):
     return np.zeros(len(tokens), int)
 
 
-@pytest.mark.parametrize("main, arguments, message", [
-    (soak.main, "--minutes 0", "--minutes must be from 0.01 to 10000, not 0.0"), (soak.main, "--minutes", "expected one argument"),
-    (robustness.main, "--games 0", "--games must be from 1 to 10000, not 0"),
-    (robustness.main, "--games few", "invalid int value: 'few'"),
-    (robustness.main, "nowhere", "nowhere: there is no such file"),
-    (learning.main, "--seeds -1", "SEED (--seed) must be an integer from 0"),
-    (learning.main, "--variants best", "invalid choice: 'best'"),
-    (learning.main, "--seed 1", "give --seeds and --out"),
-    (learning.main, "--resume run", "give --seeds and --out"),
-    (learning.main, "--eval_interval 0", "without evaluations there is no curve"),
-    (learning.main, "--n_head 7", "multiple of n_head"),
-    (throughput.main, "--tables 6", "invalid choice: 6"),
-    (throughput.main, "--repetitions 0", "--repetitions) must be an integer from 1"),
-    (throughput.main, "--device tpu9", "--device tpu9 does not work here"),
-    (peers.main, "lunarlander --num_steps 0", "--num_steps must be from 1"), (peers.main, "grpo --seed -1", "--seed must be from 0"),
-    (language_models.main, "--turns 0", "--turns and --levels must be 1 or more"),
-    (language_models.main, "--device tpu9", "--device tpu9 does not work here"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "main, arguments, message",
+    [
+        (soak.main, "--minutes 0", "--minutes must be from 0.01 to 10000, not 0.0"),
+        (soak.main, "--minutes", "expected one argument"),
+        (robustness.main, "--games 0", "--games must be from 1 to 10000, not 0"),
+        (robustness.main, "--games few", "invalid int value: 'few'"),
+        (robustness.main, "nowhere", "nowhere: there is no such file"),
+        (learning.main, "--seeds -1", "SEED (--seed) must be an integer from 0"),
+        (learning.main, "--variants best", "invalid choice: 'best'"),
+        (learning.main, "--seed 1", "give --seeds and --out"),
+        (learning.main, "--resume run", "give --seeds and --out"),
+        (learning.main, "--eval_interval 0", "without evaluations there is no curve"),
+        (learning.main, "--n_head 7", "multiple of n_head"),
+        (throughput.main, "--tables 6", "invalid choice: 6"),
+        (throughput.main, "--repetitions 0", "--repetitions) must be an integer from 1"),
+        (throughput.main, "--device tpu9", "--device tpu9 does not work here"),
+        (peers.main, "lunarlander --num_steps 0", "--num_steps must be from 1"),
+        (peers.main, "grpo --seed -1", "--seed must be from 0"),
+        (language_models.main, "--turns 0", "--turns and --levels must be 1 or more"),
+        (language_models.main, "--device tpu9", "--device tpu9 does not work here"),
+    ],
+)
 def test_wrong_arguments_are_refused_in_one_line(main, arguments, message):
     with pytest.raises((CommandLineError, CheckpointError, DeviceError), match=re.escape(message)) as error:
         main(arguments.split())
@@ -109,15 +116,25 @@ def test_the_conditions_differ_in_one_thing_each():
     n = 4000
     conditions = robustness.conditions(n, 0, False)
     standard, whole, _ = conditions["standard"]
-    assert (standard[..., 0] == 40).all() and (standard[..., 2] == 36).all() and whole.all() and whole.shape == (n, 7, 13)
+    assert (
+        (standard[..., 0] == 40).all() and (standard[..., 2] == 36).all() and whole.all() and whole.shape == (n, 7, 13)
+    )
     assert np.mean(standard[..., 1] == 1) == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(5 * n))
     serves, bricks, _ = conditions["random serves"]
     counts = np.bincount(serves[..., 0].ravel(), minlength=80)
-    assert (counts[[0, 79]] == 0).all() and np.abs(counts[1:79] / (5 * n) - 1 / 78).max() < 5 * math.sqrt(1 / 78 / (5 * n))
-    assert (serves[..., 1] == standard[..., 1]).all() and (np.abs(serves[..., 0] - serves[..., 2] - 3) <= 3).all() and bricks.all()
+    assert (counts[[0, 79]] == 0).all() and np.abs(counts[1:79] / (5 * n) - 1 / 78).max() < 5 * math.sqrt(
+        1 / 78 / (5 * n)
+    )
+    assert (
+        (serves[..., 1] == standard[..., 1]).all()
+        and (np.abs(serves[..., 0] - serves[..., 2] - 3) <= 3).all()
+        and bricks.all()
+    )
     serves, bricks, _ = conditions["random layouts"]
     shares = bricks.mean((1, 2))  # any share alike
-    assert (serves == standard).all() and np.abs(np.quantile(shares, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.04
+    assert (serves == standard).all() and np.abs(
+        np.quantile(shares, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]
+    ).max() < 0.04
     assert [sticky for *_, sticky in conditions.values()] == [0.0, 0.0, 0.0, 0.1]
     for name, (serves, bricks, sticky) in robustness.conditions(n, 0, True).items():  # all players get the same
         same = [np.array_equal(x, y) for x, y in zip((serves, bricks), conditions[name])]
@@ -147,7 +164,9 @@ def test_the_table_of_robustness(tmp_path, monkeypatch, capsys):
     )  # enough for the tracker
     for seed, name in enumerate(("b.pt", "a.pt")):
         gpt = make_gpt(seed, n_head=2, n_embd=8)
-        save_checkpoint(tmp_path / name, {"model": gpt.state_dict(), "gpt_config": asdict(gpt.config), "global_step": 1000})
+        save_checkpoint(
+            tmp_path / name, {"model": gpt.state_dict(), "gpt_config": asdict(gpt.config), "global_step": 1000}
+        )
     robustness.main([str(tmp_path / "b.pt"), str(tmp_path / "a.pt"), "--games", "2"])
     output = capsys.readouterr().out
     header, rows = table(output)
@@ -156,7 +175,9 @@ def test_the_table_of_robustness(tmp_path, monkeypatch, capsys):
     assert players == ["b.pt, greedy", "b.pt, sampled", "a.pt, greedy", "a.pt, sampled", "tracker", "random"]
     assert [row[1] for row in rows] == 6 * ["standard", "random serves", "random layouts", "sticky actions"]
     assert all(re.fullmatch(r"[\d.]+%?", cell) for row in rows for cell in row[2:3] + row[4:])
-    assert [" ± " in row[3] for row in rows] == 2 * ([False] + 7 * [True]) + [False] + 7 * [True]  # where games are drawn
+    assert [" ± " in row[3] for row in rows] == 2 * ([False] + 7 * [True]) + [False] + 7 * [
+        True
+    ]  # where games are drawn
     assert rows[16] == ["tracker", "standard", "32", "960.0", "100.0%", "100.0%", "0.0%", "0.0%", "0.00"]
     assert [row[2] for row in rows[:8]] == ["32", "2", "2", "2", "2", "2", "2", "2"]
 
@@ -181,10 +202,17 @@ def leave_run(run_dir, seed, curve=(), global_step=CONSTANTS["NUM_STEPS"], evalu
     run_dir.mkdir(parents=True)
     constants = CONSTANTS | {"SEED": seed, "RUN_DIR": str(run_dir), "DEVICE": "cpu"}  # as it is after a GPU has failed
     (run_dir / "config.json").write_text(json.dumps(constants))
-    save_checkpoint(run_dir / "last.pt", {"global_step": global_step, "constants": constants, "evaluations": list(evaluations)})
-    rows = [f"{i},{steps},{seconds},{score},{cleared}\n" for i, (steps, seconds, score, cleared) in enumerate(curve, start=1)]
+    save_checkpoint(
+        run_dir / "last.pt", {"global_step": global_step, "constants": constants, "evaluations": list(evaluations)}
+    )
+    rows = [
+        f"{i},{steps},{seconds},{score},{cleared}\n"
+        for i, (steps, seconds, score, cleared) in enumerate(curve, start=1)
+    ]
     between = '9,3500000,999,,\n10,3600000,999,n/a,\n11,3700000,999,"81,25",3\n'  # an update without evaluation, and cells that hold no number
-    (run_dir / "metrics.csv").write_text("update,global_step,seconds,eval_score,eval_cleared\n" + "".join(rows) + between)
+    (run_dir / "metrics.csv").write_text(
+        "update,global_step,seconds,eval_score,eval_cleared\n" + "".join(rows) + between
+    )
 
 
 def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):
@@ -194,22 +222,33 @@ def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):
     learning.main(["--seeds", "0", "1", "--out", str(tmp_path)])
     seeds, medians, ranges = map(table, capsys.readouterr().out.strip().split("\n\n"))
     last = ["best", "best: games cleared", "best: M steps", "last"]
-    assert seeds == (["variant", "seed", *MARKS, *last], [
-        ["recipe", "0", "1", "1", "2", "2", "2", "2", "2", "2", "960", "32", "2", "945"],
-        ["recipe", "1", "2", "3", "2", "3", "-", "-", "-", "-", "650.5", "1", "2", "640"],
-    ])  # fmt: skip
-    assert medians == (["variant", "seeds", "of the seeds", *MARKS, *last], [
-        ["recipe", "2", "median", "1.5", "2", "2", "2.5", "-", "-", "-", "-", "805.2", "16.5", "2", "792.5"],
-    ])  # fmt: skip
-    assert ranges == (medians[0], [
-        ["recipe", "2", "min", "1", "1", "2", "2", "2", "2", "2", "2", "650.5", "1", "2", "640"],
-        ["recipe", "2", "max", "2", "3", "2", "3", "-", "-", "-", "-", "960", "32", "2", "945"],
-    ])  # fmt: skip
+    assert seeds == (
+        ["variant", "seed", *MARKS, *last],
+        [
+            ["recipe", "0", "1", "1", "2", "2", "2", "2", "2", "2", "960", "32", "2", "945"],
+            ["recipe", "1", "2", "3", "2", "3", "-", "-", "-", "-", "650.5", "1", "2", "640"],
+        ],
+    )
+    assert medians == (
+        ["variant", "seeds", "of the seeds", *MARKS, *last],
+        [
+            ["recipe", "2", "median", "1.5", "2", "2", "2.5", "-", "-", "-", "-", "805.2", "16.5", "2", "792.5"],
+        ],
+    )
+    assert ranges == (
+        medians[0],
+        [
+            ["recipe", "2", "min", "1", "1", "2", "2", "2", "2", "2", "2", "650.5", "1", "2", "640"],
+            ["recipe", "2", "max", "2", "3", "2", "3", "-", "-", "-", "-", "960", "32", "2", "945"],
+        ],
+    )
     with open(tmp_path / "learning.csv") as file:
         assert [row["300: min"] for row in csv.DictReader(file)] == ["1.0", "3.0"]
     assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(CommandLineError, match="learning.png: not drawn .import of matplotlib.figure halted.*install it with pip"):
+    with pytest.raises(
+        CommandLineError, match="learning.png: not drawn .import of matplotlib.figure halted.*install it with pip"
+    ):
         learning.main(["--seeds", "0", "1", "--out", str(tmp_path)])
     assert len(capsys.readouterr().out.strip().split("\n\n")) == 3  # the tables come first
 
@@ -251,12 +290,16 @@ def test_a_run_is_started_resumed_or_left_alone(tmp_path, monkeypatch):
     leave_run(tmp_path / "new", 3, global_step=CONSTANTS["NUM_STEPS"] // 2)
     learning.train(tmp_path / "new", "small_weights", 3, [], run)
     assert commands[-1] == [train, "--resume", str(tmp_path / "new")]
-    assert (tmp_path / "killed").exists() and {"half.log", "killed.log", "new.log"} <= {x.name for x in tmp_path.iterdir()}
+    assert (tmp_path / "killed").exists() and {"half.log", "killed.log", "new.log"} <= {
+        x.name for x in tmp_path.iterdir()
+    }
 
 
 def test_runs_that_did_not_end_and_runs_of_other_constants(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "run_side_by_side", in_turn(lambda command, **kwargs: None))
-    with pytest.raises(CommandLineError, match="did not finish, see .*recipe/seed0.log, .*recipe/seed1.log; start again"):
+    with pytest.raises(
+        CommandLineError, match="did not finish, see .*recipe/seed0.log, .*recipe/seed1.log; start again"
+    ):
         learning.main(["--seeds", "0", "1", "--out", str(tmp_path)])
     leave_run(tmp_path / "recipe" / "seed0", 0)
     with pytest.raises(CommandLineError, match="recipe/seed0 was begun with other constants"):
@@ -264,7 +307,10 @@ def test_runs_that_did_not_end_and_runs_of_other_constants(tmp_path, monkeypatch
     lost = tmp_path / "recipe" / "seed1"
     lost.mkdir()
     (lost / "best_model.pt").touch()
-    with pytest.raises(CommandLineError, match="seed1 is in use already, and has no last.pt to go on from; move it away, or name another --out"):
+    with pytest.raises(
+        CommandLineError,
+        match="seed1 is in use already, and has no last.pt to go on from; move it away, or name another --out",
+    ):
         learning.main(["--seeds", "0", "1", "--out", str(tmp_path)])
     assert (lost / "best_model.pt").exists()
     with pytest.raises(CommandLineError, match="metrics.csv has no evaluations"):
@@ -298,9 +344,14 @@ def test_small_trainings_end_to_end(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     runs = [load_checkpoint(tmp_path / variant / "seed5" / "best_model.pt") for variant in variants]
     assert [(row["variant"], row["seed"], float(row["best"])) for row in rows] == [
-        (variant, "5", round(run["evaluation"]["score"], 1)) for variant, run in zip(variants, runs)]  # fmt: skip
+        (variant, "5", round(run["evaluation"]["score"], 1)) for variant, run in zip(variants, runs)
+    ]
     assert [run["constants"]["PAIRED_ENVS"] for run in runs] == [False] + 2 * [CONSTANTS["PAIRED_ENVS"]]
-    assert [run["constants"]["PREDICTION_COEF"] for run in runs] == [CONSTANTS["PREDICTION_COEF"], 0.0, CONSTANTS["PREDICTION_COEF"]]
+    assert [run["constants"]["PREDICTION_COEF"] for run in runs] == [
+        CONSTANTS["PREDICTION_COEF"],
+        0.0,
+        CONSTANTS["PREDICTION_COEF"],
+    ]
     for name, p in make_gpt().named_parameters():  # GPT.init_weights is what the last run left
         std = 0.02 / math.sqrt(2) if "c_proj" in name else 0.02
         if p.dim() > 1:
@@ -356,8 +407,16 @@ def test_stable_baselines3_weighs_the_losses_as_ours_does(baseline, monkeypatch)
     c, errors = SimpleNamespace(**CONSTANTS), torch.tensor([1.0, -3.0])
     ours, _ = value_loss(errors, torch.zeros(2), torch.zeros(2))
     assert given["vf_coef"] * torch.nn.functional.mse_loss(errors, torch.zeros(2)) == c.VALUE_LOSS_COEF * ours
-    assert (given["ent_coef"], given["max_grad_norm"], given["clip_range"](1.0)) == (c.ENTROPY_COEF, c.MAX_GRAD_NORM, c.EPS_CLIP)
-    assert given["normalize_advantage"] and given["policy"].optimizer.defaults["eps"] == 1e-5 and given["clip_range_vf"] is None
+    assert (given["ent_coef"], given["max_grad_norm"], given["clip_range"](1.0)) == (
+        c.ENTROPY_COEF,
+        c.MAX_GRAD_NORM,
+        c.EPS_CLIP,
+    )
+    assert (
+        given["normalize_advantage"]
+        and given["policy"].optimizer.defaults["eps"] == 1e-5
+        and given["clip_range_vf"] is None
+    )
 
 
 def test_the_games_as_stable_baselines3_sees_them(baseline):
@@ -376,7 +435,9 @@ def test_the_games_as_stable_baselines3_sees_them(baseline):
         lost = our_infos["life_lost"] | our_infos.get("final_info", {}).get("life_lost", False)
         np.testing.assert_array_equal(dones, terminated | truncated | lost)
         cut = np.array(["TimeLimit.truncated" in info for info in infos])
-        assert (cut <= truncated).all() and all(info["terminal_observation"].shape == (TOKENS,) for info in infos if info)
+        assert (cut <= truncated).all() and all(
+            info["terminal_observation"].shape == (TOKENS,) for info in infos if info
+        )
         seen += (points > 0).sum(), lost.sum(), cut.sum()
     assert (seen > 0).all()
 
@@ -388,9 +449,17 @@ def test_the_games_as_stable_baselines3_sees_them(baseline):
 def small(monkeypatch):
     """Small constants -> a GPT of that size."""
     for name, value in dict(
-        NUM_ENVS=4, ROLLOUT_STEPS=16, BATCH_SIZE=8, EVAL_INTERVAL=1, N_HEAD=2, N_EMBD=8, MLP_EXPANSION=1,
-        PAIRED_ENVS=True, PREDICTION_COEF=0.1, VARIED_STARTS=0.7,
-    ).items():  # fmt: skip
+        NUM_ENVS=4,
+        ROLLOUT_STEPS=16,
+        BATCH_SIZE=8,
+        EVAL_INTERVAL=1,
+        N_HEAD=2,
+        N_EMBD=8,
+        MLP_EXPANSION=1,
+        PAIRED_ENVS=True,
+        PREDICTION_COEF=0.1,
+        VARIED_STARTS=0.7,
+    ).items():
         monkeypatch.setattr(throughput.C, name, value)
     monkeypatch.setattr(throughput, "SPREAD_STEPS", 30)
     monkeypatch.setattr(throughput, "GAMES", (2, 4))
@@ -413,7 +482,9 @@ def test_the_table_of_speed(small):
     _, header, rows = throughput.speed_table(small, ONCE)
     assert [len(row) for row in rows] == 5 * [len(header)] and rows[0][-1] == "equal"
     for row in rows:
-        assert amount(row[3]) == pytest.approx(amount(row[1]) / amount(row[2]), rel=0.02)  # one repetition: the ratio itself
+        assert amount(row[3]) == pytest.approx(
+            amount(row[1]) / amount(row[2]), rel=0.02
+        )  # one repetition: the ratio itself
     assert all(float(row[-1]) < 1e-4 for row in rows[1:]), rows
 
 
@@ -442,7 +513,9 @@ def test_a_wrong_gpt_is_seen(small, monkeypatch):
 
 def test_the_table_of_changes(small):
     _, header, rows = throughput.changes_table(small, ONCE)
-    assert [row[0].split(", ")[1] for row in rows[::2]] == [f"{share} % changed" for share in ("0", "0.1", "1", "10", "100")]
+    assert [row[0].split(", ")[1] for row in rows[::2]] == [
+        f"{share} % changed" for share in ("0", "0.1", "1", "10", "100")
+    ]
     assert all(float(row[-1]) < 1e-4 for row in rows), rows
 
 
@@ -471,7 +544,9 @@ def test_where_the_time_goes(small, monkeypatch):
     steps, seconds, parts = throughput.split(small, 3 * 64)
     assert steps == 3 * 64
     for name, x in trainers[0][0].policy.state_dict().items():
-        torch.testing.assert_close(x, small.state_dict()[name], rtol=0, atol=1e-4)  # steps of Adam, of at most a few times the rate of 1e-9
+        torch.testing.assert_close(
+            x, small.state_dict()[name], rtol=0, atol=1e-4
+        )  # steps of Adam, of at most a few times the rate of 1e-9
     assert list(parts) == [
         "game",
         "forward",
@@ -525,10 +600,16 @@ def test_speed_and_memory_of_a_whole_training(monkeypatch):
 
 
 def test_throughput_from_the_command_line(small, monkeypatch, capsys):
-    monkeypatch.setattr(throughput, "C", SimpleNamespace(**CONSTANTS | {"ROLLOUT_STEPS": 8}))  # the shipped model is not small
+    monkeypatch.setattr(
+        throughput, "C", SimpleNamespace(**CONSTANTS | {"ROLLOUT_STEPS": 8})
+    )  # the shipped model is not small
     throughput.main("--tables 3 --repetitions 1 --device cpu".split())
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("torch ") and lines[2] == "Table 3: rollouts as games grow: learned play" and len(lines) == 7
+    assert (
+        lines[0].startswith("torch ")
+        and lines[2] == "Table 3: rollouts as games grow: learned play"
+        and len(lines) == 7
+    )
 
 
 @pytest.mark.parametrize("constants, kinds", [("--n_layer 1 --n_head 2", "ABCD"), ("--n_layer 2 --n_head 2", "DE")])
@@ -542,14 +623,19 @@ def test_the_self_test_prints_every_check(capsys, constants, kinds):
 
 def test_the_self_test_says_what_is_wrong(capsys, monkeypatch):
     monkeypatch.setattr(TensorGames, "bounce_off_walls", lambda self: None)
-    assert self_test.main("--device cpu --n_embd 8 --n_head 2 --num_envs 16 --rollout_steps 4 --batch_size 8".split()) == 1
+    assert (
+        self_test.main("--device cpu --n_embd 8 --n_head 2 --num_envs 16 --rollout_steps 4 --batch_size 8".split()) == 1
+    )
     *_, row, line = capsys.readouterr().out.splitlines()
     assert row.endswith("WRONG") and line.startswith("  wrong results on cpu, torch 2.")
 
 
 def test_the_self_test_takes_no_run_of_several_ranks(tmp_path):
     constants = CONSTANTS | {"NUM_ENVS": 8, "ROLLOUT_STEPS": 4, "BATCH_SIZE": 8, "RUN_DIR": str(tmp_path)}
-    save_checkpoint(tmp_path / "last.pt", {"constants": constants, "obs": torch.zeros(4, 1944, dtype=torch.uint8), "optimizer": {}, "global_step": 32})
+    save_checkpoint(
+        tmp_path / "last.pt",
+        {"constants": constants, "obs": torch.zeros(4, 1944, dtype=torch.uint8), "optimizer": {}, "global_step": 32},
+    )
     (tmp_path / "config.json").touch()
     with pytest.raises(CommandLineError, match="was trained by 2 ranks, not 1; go on with torchrun"):
         self_test.main(["--resume", str(tmp_path)])
@@ -563,13 +649,17 @@ def test_peers_small(monkeypatch, capsys):
     monkeypatch.setattr(peers, "SOLVED", -1e9)
     peers.main(["lunarlander", "--num_steps", "4096"])
     out = capsys.readouterr().out
-    assert re.search(r"ours: -1e\+09 points after 4,096 steps", out) and re.search(r"SB3: -1e\+09 points after 16,384 steps", out)
+    assert re.search(r"ours: -1e\+09 points after 4,096 steps", out) and re.search(
+        r"SB3: -1e\+09 points after 16,384 steps", out
+    )
     monkeypatch.setattr(peers, "STEPS", 24)
     peers.main(["space_invaders", "--turns", "1"])
     assert re.search(r"ours \d+, SB3 \d+ steps/s, ratio \d", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("task, package", [("lunarlander", "stable_baselines3"), ("space_invaders", "stable_baselines3"), ("grpo", "trl")])
+@pytest.mark.parametrize(
+    "task, package", [("lunarlander", "stable_baselines3"), ("space_invaders", "stable_baselines3"), ("grpo", "trl")]
+)
 def test_a_task_names_the_peer_it_lacks(monkeypatch, task, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(CommandLineError, match=f"^needs {package}: pip install {package.replace('_', '-')}$"):
@@ -609,15 +699,22 @@ def test_what_reading_the_beginning_once_saves(capsys, monkeypatch):
     monkeypatch.setattr(language_models, "load_tokenizer", lambda name, texts: train_tokenizer(["letters"]))
     language_models.main(["--model", "tiny", "--turns", "1"])
     out = capsys.readouterr().out
-    once, every, ratio = map(float, re.search(r"read once (\S+) s, before every text (\S+) s, ratio (\S+)", out).groups())
-    beginning, without, with_it = map(int, re.search(r"has (\d+) tokens; a pass reads (\d+) without it, and (\d+) with", out).groups())
+    once, every, ratio = map(
+        float, re.search(r"read once (\S+) s, before every text (\S+) s, ratio (\S+)", out).groups()
+    )
+    beginning, without, with_it = map(
+        int, re.search(r"has (\d+) tokens; a pass reads (\d+) without it, and (\d+) with", out).groups()
+    )
     assert once > 0 and every > 0 and ratio > 0 and 1 < beginning == with_it - without + 1
 
 
 def test_levels_to_compare_with(capsys):
     language_models.main(["--levels", "2"])
     scores = json.loads(capsys.readouterr().out)
-    assert scores["following the ball"]["games"] == 2 and scores["following the ball"]["min"] > scores["random play"]["max"]
+    assert (
+        scores["following the ball"]["games"] == 2
+        and scores["following the ball"]["min"] > scores["random play"]["max"]
+    )
 
 
 def test_the_pages_name_variants_and_margins_that_there_are():
@@ -625,7 +722,12 @@ def test_the_pages_name_variants_and_margins_that_there_are():
     rows = re.findall(r"^\| [^|]+ \| `([a-z_0-9.]+)` \| \d \|", (docs / "results.md").read_text(encoding="utf-8"), re.M)
     assert len(rows) == 7 and set(rows) <= set(learning.VARIANTS)
     margins = (VALUES_MARGIN, GRADIENT_MARGIN, BF16_MARGIN, BF16_MARGIN**2)
-    for line in ("{} times the error of float32", "{} times the error of float32", "{} times the error of bf16", "{} times that of bf16"):
+    for line in (
+        "{} times the error of float32",
+        "{} times the error of float32",
+        "{} times the error of bf16",
+        "{} times that of bf16",
+    ):
         value, *margins = margins
         assert line.format(value) in (docs / "performance.md").read_text(encoding="utf-8")
 

@@ -14,12 +14,22 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import breakout_ascii
-from breakout_ascii import BreakoutAscii, BreakoutAsciiVec, Games, RandomNumbers, draw_numbers, new_games, standard_serves, to_text
+from breakout_ascii import (
+    BreakoutAscii,
+    BreakoutAsciiVec,
+    Games,
+    RandomNumbers,
+    draw_numbers,
+    new_games,
+    standard_serves,
+    to_text,
+)
 
 ALL_SERVES = np.array(list(itertools.product((-1, 1), repeat=5)))  # (32, 5)
 
 
 # A reference: one game in plain Python, its page drawn from nothing, character by character.
+
 
 class SlowGame:
     def __init__(self, serves, bricks):
@@ -68,8 +78,8 @@ class SlowGame:
     def page(self):
         page = [["#"] * 80] + [["#"] + [" "] * 78 + ["#"] for _ in range(22)] + [["#"] * 80]
         for r, j in self.bricks:
-            page[5 + r][1 + 6 * j:7 + 6 * j] = "|____|"
-        page[22][self.px:self.px + 7] = "======="
+            page[5 + r][1 + 6 * j : 7 + 6 * j] = "|____|"
+        page[22][self.px : self.px + 7] = "======="
         page[self.y][self.x] = "O"
         return "".join("".join(line) + "\n" for line in page)
 
@@ -135,10 +145,18 @@ def test_careless_play_from_varied_starts_with_truncation_equals_the_reference()
     assert seen["truncated"] and seen["terminated"] and seen["lost"] > 5
 
 
-@pytest.mark.parametrize("name, value", [
-    ("PADDLE_MOVES", np.array([0, -1, 1])), ("FLOOR", 22), ("RIGHT_WALL", 78), ("PADDLE_MAX", 71),
-    ("BRICK_POINTS", 11), ("PADDLE_START", 37), ("PADDLE_LINES", breakout_ascii.PADDLE_LINES.copy()[::-1]),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("PADDLE_MOVES", np.array([0, -1, 1])),
+        ("FLOOR", 22),
+        ("RIGHT_WALL", 78),
+        ("PADDLE_MAX", 71),
+        ("BRICK_POINTS", 11),
+        ("PADDLE_START", 37),
+        ("PADDLE_LINES", breakout_ascii.PADDLE_LINES.copy()[::-1]),
+    ],
+)
 def test_a_wrong_constant_is_noticed(monkeypatch, name, value):
     monkeypatch.setattr(breakout_ascii, name, value)
     with pytest.raises((AssertionError, ValueError)):  # the paddles go right to the wall, and lose their balls
@@ -153,6 +171,7 @@ def test_a_missing_rule_is_noticed(monkeypatch, rule):
 
 
 # Each rule by hand.
+
 
 def one_game(**values):
     """-> a fresh game with these arrays set."""
@@ -177,22 +196,30 @@ def test_the_first_page():
     assert lines[22] == "#" + " " * 35 + "=======" + " " * 36 + "#"
 
 
-@pytest.mark.parametrize("action, before, after", [
-    (0, 36, 36), (1, 36, 34), (2, 36, 38), (1, 2, 1), (1, 1, 1), (2, 71, 72), (2, 72, 72)])
+@pytest.mark.parametrize(
+    "action, before, after", [(0, 36, 36), (1, 36, 34), (2, 36, 38), (1, 2, 1), (1, 1, 1), (2, 71, 72), (2, 72, 72)]
+)
 def test_paddle(action, before, after):
     games = one_game(paddle_x=before)
     games.move_paddles([action])
     assert games.paddle_x[0] == after
 
 
-@pytest.mark.parametrize("before, after", [
-    ((40, 15, 1, -1), (41, 14, 1, -1)),
-    ((1, 15, -1, -1), (0, 14, 1, -1)), ((0, 14, 1, -1), (1, 13, 1, -1)),
-    ((78, 15, 1, 1), (79, 16, -1, 1)), ((79, 16, -1, 1), (78, 17, -1, 1)),
-    ((40, 1, 1, -1), (41, 0, 1, 1)), ((41, 0, 1, 1), (42, 1, 1, 1)),
-    ((1, 1, -1, -1), (0, 0, 1, 1)), ((78, 1, 1, -1), (79, 0, -1, 1)),
-    ((78, 21, 1, 1), (79, 22, -1, 1)),
-])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ((40, 15, 1, -1), (41, 14, 1, -1)),
+        ((1, 15, -1, -1), (0, 14, 1, -1)),
+        ((0, 14, 1, -1), (1, 13, 1, -1)),
+        ((78, 15, 1, 1), (79, 16, -1, 1)),
+        ((79, 16, -1, 1), (78, 17, -1, 1)),
+        ((40, 1, 1, -1), (41, 0, 1, 1)),
+        ((41, 0, 1, 1), (42, 1, 1, 1)),
+        ((1, 1, -1, -1), (0, 0, 1, 1)),
+        ((78, 1, 1, -1), (79, 0, -1, 1)),
+        ((78, 21, 1, 1), (79, 22, -1, 1)),
+    ],
+)
 def test_flight_and_walls(before, after):
     x, y, dx, dy = before
     games = one_game(ball_x=x, ball_y=y, dx=dx, dy=dy)
@@ -242,7 +269,7 @@ def test_a_brick_goes_and_the_ball_turns(x, dy):
     assert (rewards[0], terminated[0], life_lost[0], games.score[0], games.bricks_left[0]) == (10, False, False, 10, 77)
     assert ball(games)[1::2] == (8, -dy) and not games.bricks[0, 3, column]
     line = bytearray(b"#" + b"|____|" * 13 + b"#\n")
-    line[1 + 6 * column:7 + 6 * column] = b" " * 6
+    line[1 + 6 * column : 7 + 6 * column] = b" " * 6
     line[x] = ord("O")
     assert bytes(games.pages[0, 8]) == bytes(line)
 
@@ -313,6 +340,7 @@ def test_the_rules_have_a_cycle_that_no_paddle_can_leave_and_two_bounces_that_no
 
 # Both environments.
 
+
 def assert_same(a, b, path="infos"):
     """Equal keys, types, dtypes and values, all the way down."""
     assert type(a) is type(b), path
@@ -371,7 +399,9 @@ def test_seeds_for_each_game_and_partial_resets_are_those_of_gymnasiums_sync_vec
             seeds = [None if rng.random() < 0.5 else int(rng.integers(9)) for _ in range(5)]
             arguments = dict(seed=seeds if rng.random() < 0.7 else None)
             options = {"reset_mask": mask} | ({"serves": [1, -1, 1, 1, 1]} if rng.random() < 0.3 else {})
-            assert_same(now := ours.reset(**arguments, options=options), theirs.reset(**arguments, options=dict(options)))
+            assert_same(
+                now := ours.reset(**arguments, options=options), theirs.reset(**arguments, options=dict(options))
+            )
             assert (now[0][~mask] == before[~mask]).all()
             resets += 1
     assert resets > 15 and ends > 5
@@ -383,8 +413,17 @@ def test_a_seed_for_all_ends_those_of_each():
     assert (serves_of(one, seed=3) == serves_of(other, seed=3)).all() and (serves_of(one) == serves_of(other)).all()
 
 
-@pytest.mark.parametrize("seed, plain", [(np.int64(3), 3), (np.uint8(3), 3), ((3, 4), [3, 4]), (range(3, 5), [3, 4]), (np.array([3, 4], np.uint64), [3, 4]),
-                                         ([np.int32(3), 4], [3, 4])])
+@pytest.mark.parametrize(
+    "seed, plain",
+    [
+        (np.int64(3), 3),
+        (np.uint8(3), 3),
+        ((3, 4), [3, 4]),
+        (range(3, 5), [3, 4]),
+        (np.array([3, 4], np.uint64), [3, 4]),
+        ([np.int32(3), 4], [3, 4]),
+    ],
+)
 def test_seeds_may_be_of_any_integer_type(seed, plain):
     assert (serves_of(BreakoutAsciiVec(2), seed=seed) == serves_of(BreakoutAsciiVec(2), seed=plain)).all()
 
@@ -417,8 +456,9 @@ def test_make():
 
 def test_a_reload_does_not_warn():
     reload = "import importlib, breakout_ascii; importlib.reload(breakout_ascii)"  # elsewhere: it makes new classes
-    subprocess.run([sys.executable, "-W", "error", "-c", reload], check=True,
-                   cwd=os.path.dirname(breakout_ascii.__file__))
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", reload], check=True, cwd=os.path.dirname(breakout_ascii.__file__)
+    )
 
 
 def steps_until_truncation(env):
@@ -431,7 +471,9 @@ def steps_until_truncation(env):
             return t
 
 
-@pytest.mark.parametrize("make, limit", [(gym.make, 100), (gym.make_vec, 100), (gym.make, 5010)])  # 5010: no limit of 5000 within
+@pytest.mark.parametrize(
+    "make, limit", [(gym.make, 100), (gym.make_vec, 100), (gym.make, 5010)]
+)  # 5010: no limit of 5000 within
 def test_truncation_comes_when_asked(make, limit):
     assert steps_until_truncation(make("BreakoutAscii-v0", max_episode_steps=limit)) == limit
 
@@ -516,10 +558,13 @@ def test_returned_arrays_are_copies():
 
 # Random draws: what becomes of random numbers, seeds, serves, varied starts.
 
+
 def one_new_game(varied_starts=0.0, **chosen):
     """A game of middling random numbers, but for the chosen ones -> serves (5, 3), bricks (91,)."""
     half = np.full((1, 5), 0.5)
-    numbers = RandomNumbers(np.ones((1, 5), int), half, np.full((1, 5), 30), half[:, 0], half[:, 0], np.full((1, 91), 0.5))
+    numbers = RandomNumbers(
+        np.ones((1, 5), int), half, np.full((1, 5), 30), half[:, 0], half[:, 0], np.full((1, 91), 0.5)
+    )
     serves, bricks = new_games(numbers._replace(**{name: np.array([x]) for name, x in chosen.items()}), varied_starts)
     return serves[0], bricks.reshape(91)
 
@@ -529,7 +574,9 @@ def test_what_becomes_of_random_numbers():
     serves, bricks = one_new_game(right=[0, 0, 1, 1, 1], varied=[0.0] * 5, wall=0.0, share=0.0, brick=[below_one] * 91)
     assert (serves == [[40, dx, 36] for dx in (-1, -1, 1, 1, 1)]).all() and bricks.all()  # nothing varies unless asked
     serves, bricks = one_new_game(0.5, varied=[0, 0.25, 0.49, 0.5, below_one], x=[1, 78, 20, 20, 20])
-    assert serves[:, 0].tolist() == [1, 78, 20, 40, 40] and serves[:, 2].tolist() == [1, 72, 17, 36, 36] and bricks.all()
+    assert (
+        serves[:, 0].tolist() == [1, 78, 20, 40, 40] and serves[:, 2].tolist() == [1, 72, 17, 36, 36] and bricks.all()
+    )
 
     brick = np.linspace(below_one, 0, 91)
     brick[45] = 0.25  # not below the share
@@ -619,7 +666,9 @@ def test_a_run_goes_on_bit_for_bit(saved_at, seed):
 BAD_SERVES = [[1, 1, 1, 1], [[1] * 5] * 3, [1, 1, 0, 1, 1], [1, 1, 2, 1, 1], "left", [[1], [1, 1]], [None] * 5, 1]
 
 
-@pytest.mark.parametrize("options", [{"serves": bad} for bad in BAD_SERVES] + [{"serve": [1] * 5}, 5, "serves", [], True])
+@pytest.mark.parametrize(
+    "options", [{"serves": bad} for bad in BAD_SERVES] + [{"serve": [1] * 5}, 5, "serves", [], True]
+)
 def test_bad_reset_options(options):
     for env in (BreakoutAsciiVec(2), BreakoutAscii()):
         with pytest.raises(ValueError, match="serves") as error:
@@ -629,12 +678,40 @@ def test_bad_reset_options(options):
             env.step(0)
 
 
-BAD_MASKS = [[True, False], np.array([1, 0]), np.array([0]), np.ones(3, bool), np.ones((2, 1), bool), np.zeros(2, bool), True]
+BAD_MASKS = [
+    [True, False],
+    np.array([1, 0]),
+    np.array([0]),
+    np.ones(3, bool),
+    np.ones((2, 1), bool),
+    np.zeros(2, bool),
+    True,
+]
 
 
-@pytest.mark.parametrize("arguments, said", [(dict(options={"reset_mask": mask}), "reset_mask") for mask in BAD_MASKS] + [
-    (dict(seed=seeds), "a list of 2") for seeds in ([1], [1, 2, 3], [], [1, -1], [1, 1.0], [1, True], ["1", 2], [[1, 2], [3, 4]], np.array([0.0, 1.0]),
-                                                  np.array(3), -1, 1.0, True, "12")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [(dict(options={"reset_mask": mask}), "reset_mask") for mask in BAD_MASKS]
+    + [
+        (dict(seed=seeds), "a list of 2")
+        for seeds in (
+            [1],
+            [1, 2, 3],
+            [],
+            [1, -1],
+            [1, 1.0],
+            [1, True],
+            ["1", 2],
+            [[1, 2], [3, 4]],
+            np.array([0.0, 1.0]),
+            np.array(3),
+            -1,
+            1.0,
+            True,
+            "12",
+        )
+    ],
+)
 def test_bad_partial_resets_and_seeds(arguments, said):
     env = BreakoutAsciiVec(2)
     env.reset(seed=0)
@@ -647,9 +724,21 @@ def test_bad_partial_resets_and_seeds(arguments, said):
         BreakoutAsciiVec(2).reset(options={"reset_mask": np.array([True, False])})
 
 
-@pytest.mark.parametrize("actions, said", [
-    ([0, 3], "got 3 for game 1"), ([-1, 0], "got -1 for game 0"), ([np.nan, 1], "float64"), ([0], r"shape \(1,\)"), ([[0, 1]], "shape"), (1, "shape"),
-    ([0.0, 1.0], "float64"), ([True, False], "bool"), (["0", "1"], "integers"), ([0, None], "object")])
+@pytest.mark.parametrize(
+    "actions, said",
+    [
+        ([0, 3], "got 3 for game 1"),
+        ([-1, 0], "got -1 for game 0"),
+        ([np.nan, 1], "float64"),
+        ([0], r"shape \(1,\)"),
+        ([[0, 1]], "shape"),
+        (1, "shape"),
+        ([0.0, 1.0], "float64"),
+        ([True, False], "bool"),
+        (["0", "1"], "integers"),
+        ([0, None], "object"),
+    ],
+)
 def test_bad_actions(actions, said):
     env = BreakoutAsciiVec(2)
     env.reset(seed=0)
@@ -668,11 +757,22 @@ def test_bad_action(action):
         env.step(action)
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (dict(num_envs=True), "num_envs"), (dict(max_episode_steps=True), "max_episode_steps"), (dict(varied_starts="a"), "varied_starts"),
-    (dict(varied_starts=None), "varied_starts"), (dict(num_envs=0), "num_envs"), (dict(num_envs=2.0), "num_envs"), (dict(varied_starts=1.1), "varied_starts"),
-    (dict(varied_starts=float("nan")), "varied_starts"), (dict(max_episode_steps=0), "max_episode_steps"),
-    (dict(max_episode_steps=1.5), "max_episode_steps"), (dict(render_mode="human"), "render_mode")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (dict(num_envs=True), "num_envs"),
+        (dict(max_episode_steps=True), "max_episode_steps"),
+        (dict(varied_starts="a"), "varied_starts"),
+        (dict(varied_starts=None), "varied_starts"),
+        (dict(num_envs=0), "num_envs"),
+        (dict(num_envs=2.0), "num_envs"),
+        (dict(varied_starts=1.1), "varied_starts"),
+        (dict(varied_starts=float("nan")), "varied_starts"),
+        (dict(max_episode_steps=0), "max_episode_steps"),
+        (dict(max_episode_steps=1.5), "max_episode_steps"),
+        (dict(render_mode="human"), "render_mode"),
+    ],
+)
 def test_bad_arguments(arguments, said):
     with pytest.raises(ValueError, match=said):
         BreakoutAsciiVec(**{"num_envs": 2} | arguments)
@@ -712,9 +812,17 @@ def test_bad_states():
             env.load_state_dict(bad)
     with pytest.raises(ValueError, match="np_random"):
         env.load_state_dict({key: state[key] for key in state if key != "np_random"})
-    bad_values = {"lives": np.array([5, 9]), "ball_x": np.array([0, 10**6]), "ball_y": np.array([-1, 1]), "dx": np.array([0.5, 1]),
-                  "bricks": state["bricks"].astype(int), "serves": state["serves"].astype(object), "paddle_x": np.array(["a", "b"]),
-                  "score": None, "np_random": {"bit_generator": "PCG64", "state": "x"}}  # fmt: skip
+    bad_values = {
+        "lives": np.array([5, 9]),
+        "ball_x": np.array([0, 10**6]),
+        "ball_y": np.array([-1, 1]),
+        "dx": np.array([0.5, 1]),
+        "bricks": state["bricks"].astype(int),
+        "serves": state["serves"].astype(object),
+        "paddle_x": np.array(["a", "b"]),
+        "score": None,
+        "np_random": {"bit_generator": "PCG64", "state": "x"},
+    }
     for seeded in (5, {"0": {}}, {"a": state["np_random"]}):
         with pytest.raises(ValueError, match="np_random"):
             env.load_state_dict({**state, "seeded": seeded})
@@ -728,6 +836,7 @@ def test_bad_states():
 
 
 # Text and render modes.
+
 
 def test_to_text_is_the_page_and_refuses_anything_else():
     tokens = BreakoutAscii().reset()[0]

@@ -17,12 +17,23 @@ from matplotlib.figure import Figure
 
 import callbacks
 from background import CannotStart
-from callbacks import Callback, Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, TensorBoard, duration, read_metrics
+from callbacks import (
+    Callback,
+    Checkpoints,
+    Evaluation,
+    LearningCurve,
+    MetricsCSV,
+    ProgressBar,
+    TensorBoard,
+    duration,
+    read_metrics,
+)
 from checkpoint import CheckpointError, load_checkpoint
 from trainer import StopTraining
 
-STATS = ("policy_loss value_loss entropy prediction_loss approx_kl approx_kl_max clipfrac explained_variance grad_norm "
-         "lr").split()  # fmt: skip
+STATS = (
+    "policy_loss value_loss entropy prediction_loss approx_kl approx_kl_max clipfrac explained_variance grad_norm lr"
+).split()
 EVALUATED = ("score", "min", "max", "cleared", "length", "returned")
 LEVELS = {"the best": 960, "random play": 82}
 SCORES = {2: 90.0, 4: 300.0, 6: 250.0, 8: 400.0}  # update: what its evaluation says; the others have none
@@ -66,9 +77,21 @@ class FakeTrainer:
         return self
 
     def begin_evaluation(self, score):
-        evaluation = {"score": score, "min": score - 80, "max": score + 90, "cleared": 0, "games": 32, "length": 812.5,
-                      "returned": 0.71}  # fmt: skip
-        self.evaluating = {**self.policy_state(), "global_step": self.global_step, "seconds": self.seconds, "evaluation": evaluation}
+        evaluation = {
+            "score": score,
+            "min": score - 80,
+            "max": score + 90,
+            "cleared": 0,
+            "games": 32,
+            "length": 812.5,
+            "returned": 0.71,
+        }
+        self.evaluating = {
+            **self.policy_state(),
+            "global_step": self.global_step,
+            "seconds": self.seconds,
+            "evaluation": evaluation,
+        }
         self.pending = [self.evaluating]
 
     def finish_evaluation(self):
@@ -92,8 +115,13 @@ def disk_full(*args, **kwargs):
 
 def all_callbacks(run_dir):
     csv = run_dir / "metrics.csv"
-    return [ProgressBar(), MetricsCSV(csv, EVALUATED), TensorBoard(run_dir), LearningCurve(run_dir / "learning_curve.png", csv, LEVELS),
-            Checkpoints(run_dir, save_freq=3)]  # fmt: skip
+    return [
+        ProgressBar(),
+        MetricsCSV(csv, EVALUATED),
+        TensorBoard(run_dir),
+        LearningCurve(run_dir / "learning_curve.png", csv, LEVELS),
+        Checkpoints(run_dir, save_freq=3),
+    ]
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -154,7 +182,9 @@ def waits(monkeypatch):
         state, future = next((state, future) for state, future in evaluations[-1].background.asked if not future.done())
         future.set_result({"score": state["update_count"]})
 
-    monkeypatch.setattr(callbacks, "time", SimpleNamespace(sleep=give))  # not time.sleep itself, which other threads call too
+    monkeypatch.setattr(
+        callbacks, "time", SimpleNamespace(sleep=give)
+    )  # not time.sleep itself, which other threads call too
     evaluations, init = [], Evaluation.__init__
     monkeypatch.setattr(Evaluation, "__init__", lambda self, *args: (init(self, *args), evaluations.append(self))[0])
     return waited
@@ -230,9 +260,14 @@ def test_an_evaluation_that_fails_stays_under_way(waits):
     assert evaluation.background.exits == 1
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: device busy\nmore"), CannotStart("no other process"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: device busy\nmore"),
+        CannotStart("no other process"),
+    ],
+)
 def test_where_another_process_cannot_evaluate_they_take_turns(waits, capsys, error):
     evaluation = Evaluation(lambda state: {"score": 10 * state["update_count"]}, 2)
     trainer = Trainer(evaluation, 6)
@@ -244,7 +279,10 @@ def test_where_another_process_cannot_evaluate_they_take_turns(waits, capsys, er
     evaluation.on_training_end(trainer)
     assert trainer.ends == [(3, 2, 20), (5, 4, 40), (6, 6, 60)] and len(evaluation.background.asked) == 1 and not waits
     first_line = str(error).splitlines()[0]
-    assert capsys.readouterr().out == f"warning: no evaluation beside the training ({first_line}); from now on they take turns\n"
+    assert (
+        capsys.readouterr().out
+        == f"warning: no evaluation beside the training ({first_line}); from now on they take turns\n"
+    )
 
 
 def test_of_several_that_cannot_each_is_evaluated_here(waits, capsys):
@@ -275,8 +313,14 @@ def test_callbacks_do_not_touch_the_training(tmp_path):
 def test_files_of_a_run(tmp_path):
     FakeTrainer(all_callbacks(tmp_path)).learn()
     names = {name for name in os.listdir(tmp_path) if not name.startswith("events")}
-    assert names == {"metrics.csv", "learning_curve.png", "best_model.pt", "last.pt", "checkpoint_3.pt",
-                     "checkpoint_6.pt"}  # fmt: skip
+    assert names == {
+        "metrics.csv",
+        "learning_curve.png",
+        "best_model.pt",
+        "last.pt",
+        "checkpoint_3.pt",
+        "checkpoint_6.pt",
+    }
 
 
 def test_a_full_disk_during_training_costs_files_only(tmp_path, monkeypatch, capsys):
@@ -293,7 +337,9 @@ def test_a_full_disk_during_training_costs_files_only(tmp_path, monkeypatch, cap
         ppo.emit("on_training_end")
 
 
-@pytest.mark.parametrize("event", ["on_training_start", "on_update_end", "on_evaluation_end", "on_training_end", "close"])
+@pytest.mark.parametrize(
+    "event", ["on_training_start", "on_update_end", "on_evaluation_end", "on_training_end", "close"]
+)
 def test_what_only_draws_or_logs_ends_no_training(tmp_path, monkeypatch, capsys, event):
     """Whatever it raises: one warning for one reason, and every other callback hears all events."""
 
@@ -329,11 +375,21 @@ def test_a_stop_and_a_failing_checkpoint_end_the_training():
 
 
 def test_another_reason_is_another_warning(capsys):
-    watching = type("Watching", (Callback,), {"cost": "nothing is drawn", "on_update_end": lambda self, error: (_ for _ in ()).throw(error)})()
-    for error in (OSError(errno.ENOSPC, "No space left on device"), SystemExit(1), OSError(errno.ENOSPC, "No space left on device")):
+    watching = type(
+        "Watching",
+        (Callback,),
+        {"cost": "nothing is drawn", "on_update_end": lambda self, error: (_ for _ in ()).throw(error)},
+    )()
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        SystemExit(1),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ):
         watching.hear("on_update_end", error)
     assert capsys.readouterr().out.splitlines() == [
-        "warning: nothing is drawn (No space left on device); training goes on", "warning: nothing is drawn (SystemExit: 1); training goes on"]  # fmt: skip
+        "warning: nothing is drawn (No space left on device); training goes on",
+        "warning: nothing is drawn (SystemExit: 1); training goes on",
+    ]
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
@@ -341,7 +397,14 @@ def test_another_reason_is_another_warning(capsys):
 
 def test_durations():
     assert [duration(s) for s in (0, 42.9, 60, 102, 3599, 3600, 7500)] == [
-        "0s", "42s", "1m00s", "1m42s", "59m59s", "1h00m", "2h05m"]  # fmt: skip
+        "0s",
+        "42s",
+        "1m00s",
+        "1m42s",
+        "59m59s",
+        "1h00m",
+        "2h05m",
+    ]
 
 
 def test_plain_lines(capsys):
@@ -376,10 +439,15 @@ def test_plain_lines_between_evaluations(monkeypatch, capsys):
 def test_a_first_update_that_compiles_is_not_what_the_rest_takes(capsys):
     trainer = FakeTrainer([ProgressBar()], seconds_per_update=2, updates=5)
     trainer.seconds = -38  # the first takes 40 seconds more
-    trainer.callbacks[0].on_training_start = lambda trainer: (ProgressBar.on_training_start(trainer.callbacks[0], trainer), setattr(trainer, "seconds", 2))
+    trainer.callbacks[0].on_training_start = lambda trainer: (
+        ProgressBar.on_training_start(trainer.callbacks[0], trainer),
+        setattr(trainer, "seconds", 2),
+    )
     trainer.learn()
     assert [line for line in capsys.readouterr().out.splitlines() if "update ran" in line] == [
-        "the first update ran at 2.4 steps/s: about 2m48s to go", "the second update ran at 50 steps/s: about 6s to go"]  # fmt: skip
+        "the first update ran at 2.4 steps/s: about 2m48s to go",
+        "the second update ran at 50 steps/s: about 6s to go",
+    ]
 
 
 def test_a_first_update_that_is_known_to_be_slow(capsys):
@@ -434,8 +502,20 @@ def test_metrics(tmp_path):
     FakeTrainer([MetricsCSV(path, EVALUATED)]).learn()
     with open(path) as file:
         columns, *rows = csv.reader(file)
-    assert columns == ["update", "global_step", "seconds", *STATS, "steps_per_second", "episode_return", "eval_score",
-                       "eval_min", "eval_max", "eval_cleared", "eval_length", "eval_returned"]  # fmt: skip
+    assert columns == [
+        "update",
+        "global_step",
+        "seconds",
+        *STATS,
+        "steps_per_second",
+        "episode_return",
+        "eval_score",
+        "eval_min",
+        "eval_max",
+        "eval_cleared",
+        "eval_length",
+        "eval_returned",
+    ]
     assert [row[0] for row in rows] == list("12345678")
     assert rows[0][-7:] == ["nan", "", "", "", "", "", ""]
     assert rows[3][:4] == ["4", "400", "6.0", str(4 / 3)]
@@ -448,7 +528,12 @@ def test_an_evaluation_belongs_to_the_row_of_its_update(tmp_path, straight, dela
     """And to its step on the line, in TensorBoard and in best_model.pt, though its result comes later."""
     FakeTrainer(all_callbacks(tmp_path), delay=delay).learn()
     assert table(tmp_path / "metrics.csv") == straight
-    assert [line.split("steps")[0].strip() for line in capsys.readouterr().out.splitlines() if "cleared" in line] == ["200", "400", "600", "800"]
+    assert [line.split("steps")[0].strip() for line in capsys.readouterr().out.splitlines() if "cleared" in line] == [
+        "200",
+        "400",
+        "600",
+        "800",
+    ]
     assert updates(tmp_path)["best_model.pt"] == 8
     assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
 
@@ -489,7 +574,11 @@ def test_torn_last_line(tmp_path, straight, capsys):
     FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=5)
     whole = path.read_bytes()
     last_line = whole.rindex(b"\n", 0, -1) + 1
-    for cut, rows in ((last_line + 1, 4), (last_line + 30, 4), (len(whole) - 1, 5)):  # the last has all its cells, but no end
+    for cut, rows in (
+        (last_line + 1, 4),
+        (last_line + 30, 4),
+        (len(whole) - 1, 5),
+    ):  # the last has all its cells, but no end
         path.write_bytes(whole[:cut])
         assert [row["update"] for row in read_metrics(path)] == list(range(1, rows + 1))
         FakeTrainer([MetricsCSV(path, EVALUATED)], start=4).learn()
@@ -529,7 +618,9 @@ def test_rows_after_a_full_disk(tmp_path, monkeypatch, straight, capsys):
     assert capsys.readouterr().out == f"warning: {path}: not written (No space left on device); training goes on\n"
     ppo.learn()
     assert [row["update"] for row in table(path)] == list("12345678")
-    assert [row for row in table(path) if row["update"] not in "45"] == [row for row in straight if row["update"] not in "45"]
+    assert [row for row in table(path) if row["update"] not in "45"] == [
+        row for row in straight if row["update"] not in "45"
+    ]
 
 
 def semicolons(text):
@@ -539,7 +630,9 @@ def semicolons(text):
 def as_pandas(text):
     """With an index, and with a decimal point in what were integers."""
     lines = text.splitlines()
-    return "\n".join([f",{lines[0]}"] + [f"{i},{line.replace(',', '.0,', 2)}" for i, line in enumerate(lines[1:])]) + "\n"
+    return (
+        "\n".join([f",{lines[0]}"] + [f"{i},{line.replace(',', '.0,', 2)}" for i, line in enumerate(lines[1:])]) + "\n"
+    )
 
 
 SAVED_BY_OTHERS = {
@@ -552,7 +645,9 @@ SAVED_BY_OTHERS = {
     "quotation marks": lambda text: ('"' + text[:-1].replace(",", '","').replace("\n", '"\n"') + '"\n').encode(),
     "stray quotation marks": lambda text: ('"' + text.replace("\n3,", '\n"3,').replace(",400,", ',"400,')).encode(),
     "empty lines": lambda text: (text + ",,,\n\n").encode(),
-    "sorted": lambda text: "".join([*text.splitlines(True)[:1], *sorted(text.splitlines(True)[1:], reverse=True)]).encode(),
+    "sorted": lambda text: "".join(
+        [*text.splitlines(True)[:1], *sorted(text.splitlines(True)[1:], reverse=True)]
+    ).encode(),
     "pandas": lambda text: as_pandas(text).encode(),
 }
 
@@ -569,17 +664,28 @@ def test_a_file_that_a_spreadsheet_has_saved_keeps_its_rows(tmp_path, straight, 
     trainer.learn()
     columns = {name: list(range(8)) for name in straight[0]}
     assert [{name: callbacks.number(row[name]) for name in columns} for row in table(path)] == [
-        pytest.approx({name: callbacks.number(row[name]) for name in columns}, nan_ok=True) for row in straight]  # fmt: skip
+        pytest.approx({name: callbacks.number(row[name]) for name in columns}, nan_ok=True) for row in straight
+    ]
     assert capsys.readouterr().out == "" and sorted(os.listdir(tmp_path)) == ["metrics.csv", "straight.csv"]
 
 
-@pytest.mark.parametrize("change, missing, odd", [
-    (lambda text: text.replace("3,300,", "3,300,,"), 1, 1), (lambda text: text.replace("update,", "upd,"), 5, 6),
-    (lambda text: text.replace("2,200,", "2nd,200,"), 1, 1), (lambda text: text + "looks good from here\n", 0, 1),
-    (lambda text: text[:-9], 1, 1), (lambda text: text + text.splitlines()[2] + ",9\n", 0, 1), (lambda text: "", 5, 0),
-    (lambda text: text[: text.index("\n4,") + 1], 2, 0), (lambda text: text.replace("1,100,", "1," + "9" * 200_000), 1, 1),
-    (lambda text: text + text.splitlines()[2] + "\n", 0, 1), (lambda text: "sep=,\n" + text, 0, 1), (lambda text: text + text, 0, 6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, missing, odd",
+    [
+        (lambda text: text.replace("3,300,", "3,300,,"), 1, 1),
+        (lambda text: text.replace("update,", "upd,"), 5, 6),
+        (lambda text: text.replace("2,200,", "2nd,200,"), 1, 1),
+        (lambda text: text + "looks good from here\n", 0, 1),
+        (lambda text: text[:-9], 1, 1),
+        (lambda text: text + text.splitlines()[2] + ",9\n", 0, 1),
+        (lambda text: "", 5, 0),
+        (lambda text: text[: text.index("\n4,") + 1], 2, 0),
+        (lambda text: text.replace("1,100,", "1," + "9" * 200_000), 1, 1),
+        (lambda text: text + text.splitlines()[2] + "\n", 0, 1),
+        (lambda text: "sep=,\n" + text, 0, 1),
+        (lambda text: text + text, 0, 6),
+    ],
+)
 def test_what_is_not_understood_stays_in_a_copy(tmp_path, straight, capsys, change, missing, odd):
     path = tmp_path / "metrics.csv"
     FakeTrainer([MetricsCSV(path, EVALUATED)]).learn(until=5)
@@ -589,7 +695,10 @@ def test_what_is_not_understood_stays_in_a_copy(tmp_path, straight, capsys, chan
         FakeTrainer([MetricsCSV(path, EVALUATED)], start=5).learn()
         copy = path.with_name(f"metrics.copy-{number}.csv")
         kept = f"; the file as it was: {copy}" if odd else ""
-        assert capsys.readouterr().out == f"warning: {path}: earlier rows missing: {missing}, lines not understood: {odd}{kept}\n"
+        assert (
+            capsys.readouterr().out
+            == f"warning: {path}: earlier rows missing: {missing}, lines not understood: {odd}{kept}\n"
+        )
         assert copy.exists() == bool(odd) and (not odd or copy.read_text() == changed)
         rows = table(path)
         assert len(rows) == 8 - missing and all(row in straight for row in rows)
@@ -607,7 +716,9 @@ def test_nothing_goes_before_there_is_a_copy_of_it(tmp_path, monkeypatch, straig
     assert path.read_text() == changed and capsys.readouterr().out.count("not written (No space left on device)") == 1
     trainer.learn()
     assert [row["update"] for row in table(path)] == list("12345678")
-    assert [row for row in table(path) if row["update"] not in "45"] == [row for row in straight if row["update"] not in "45"]
+    assert [row for row in table(path) if row["update"] not in "45"] == [
+        row for row in straight if row["update"] not in "45"
+    ]
     assert path.with_name("metrics.copy-1.csv").read_text() == changed and len(list(tmp_path.glob("*copy*"))) == 1
 
 
@@ -647,7 +758,9 @@ def test_a_column_that_vanishes_while_the_disk_is_full(tmp_path, monkeypatch):
         trainer.learn(until=4)
     path.unlink()  # to make room
     trainer.learn()
-    assert [(row["update"], row["mine"]) for row in table(path)] == [(str(u), "mine" if u <= 2 else "") for u in range(1, 9)]
+    assert [(row["update"], row["mine"]) for row in table(path)] == [
+        (str(u), "mine" if u <= 2 else "") for u in range(1, 9)
+    ]
 
 
 def test_a_late_evaluation_leaves_the_rows_before_it_alone(tmp_path, monkeypatch, straight):
@@ -700,14 +813,18 @@ def test_an_evaluation_that_a_resumed_run_repeats_is_logged_once(tmp_path):
     def watching():
         return [MetricsCSV(tmp_path / "metrics.csv", EVALUATED), TensorBoard(tmp_path)]
 
-    killed = FakeTrainer(watching(), delay=1).learn(until=5)  # the result of update 4 has come; the last checkpoint still waits for it
+    killed = FakeTrainer(watching(), delay=1).learn(
+        until=5
+    )  # the result of update 4 has come; the last checkpoint still waits for it
     close_as_older(killed.callbacks[1])
     assert (400, SCORES[4]) in eval_scores(tmp_path)
     resumed = FakeTrainer(watching(), start=4, delay=1)
     resumed.begin_evaluation(SCORES[4])
     resumed.learn()
     assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
-    assert [(e.step, e.value) for e in events_of(tmp_path).Scalars("losses/entropy")] == [(100 * u, pytest.approx(u / 5)) for u in range(1, 9)]
+    assert [(e.step, e.value) for e in events_of(tmp_path).Scalars("losses/entropy")] == [
+        (100 * u, pytest.approx(u / 5)) for u in range(1, 9)
+    ]
 
 
 def test_a_run_that_begins_again_hides_what_it_logged_before(tmp_path):
@@ -719,7 +836,9 @@ def test_a_run_that_begins_again_hides_what_it_logged_before(tmp_path):
 
 def test_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    FakeTrainer([MetricsCSV(tmp_path / "metrics.csv"), LearningCurve(tmp_path / "curve.png", tmp_path / "metrics.csv")]).learn()
+    FakeTrainer(
+        [MetricsCSV(tmp_path / "metrics.csv"), LearningCurve(tmp_path / "curve.png", tmp_path / "metrics.csv")]
+    ).learn()
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "import of matplotlib.figure halted" in out and "install it with pip" in out
     assert os.listdir(tmp_path) == ["metrics.csv"]
@@ -749,7 +868,9 @@ def test_tensorboard_on_a_full_disk(tmp_path, capsys):
 
 def test_learning_curve_is_drawn_when_its_evaluation_is_in_the_file(tmp_path, monkeypatch):
     seen, real = [], callbacks.learning_curve
-    monkeypatch.setattr(callbacks, "learning_curve", lambda rows, levels: (seen.append(len(rows)), real(rows, levels))[1])
+    monkeypatch.setattr(
+        callbacks, "learning_curve", lambda rows, levels: (seen.append(len(rows)), real(rows, levels))[1]
+    )
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: 0.0)  # a machine that draws in no time
     csv, png = tmp_path / "metrics.csv", tmp_path / "learning_curve.png"
     FakeTrainer([MetricsCSV(csv, EVALUATED), LearningCurve(png, csv)]).learn()
@@ -799,19 +920,37 @@ def test_learning_curve_shows_the_scores(tmp_path):
     for row in rows:
         row["global_step"] *= 100
     steps = callbacks.learning_curve(rows, LEVELS).axes[0]
-    assert steps.get_xlabel() == "thousand environment steps" and steps.get_lines()[2].get_xdata().tolist() == [10 * u for u in SCORES]
+    assert steps.get_xlabel() == "thousand environment steps" and steps.get_lines()[2].get_xdata().tolist() == [
+        10 * u for u in SCORES
+    ]
 
 
 def test_a_cell_that_holds_no_number_is_left_out_of_the_curve(tmp_path):
     path = tmp_path / "metrics.csv"
     FakeTrainer([MetricsCSV(path, EVALUATED)]).learn()
-    for old, new in ((",90.0,", ',"81,25",'), (",250.0,", ",n/a,"), (",300.0,", ",inf,"), ("\n5,500,", "\n5,,"), (",70.0,", ",yes,")):
+    for old, new in (
+        (",90.0,", ',"81,25",'),
+        (",250.0,", ",n/a,"),
+        (",300.0,", ",inf,"),
+        ("\n5,500,", "\n5,,"),
+        (",70.0,", ",yes,"),
+    ):
         path.write_text(path.read_text().replace(old, new))
     steps = callbacks.learning_curve(read_metrics(path), LEVELS).axes[0]
     assert steps.get_lines()[2].get_xydata().tolist() == [[800, 400]]
     LearningCurve(tmp_path / "curve.png", path).draw()
     FakeTrainer([MetricsCSV(path, EVALUATED)], updates=9, start=8).learn()
-    assert [row["eval_score"] for row in table(path)] == ["", "81,25", "", "inf", "", "n/a", "", "400.0", ""]  # the cells stay as they are
+    assert [row["eval_score"] for row in table(path)] == [
+        "",
+        "81,25",
+        "",
+        "inf",
+        "",
+        "n/a",
+        "",
+        "400.0",
+        "",
+    ]  # the cells stay as they are
 
 
 def test_a_figure_needs_no_backend(monkeypatch):
@@ -893,7 +1032,10 @@ def test_checkpoints_left_from_before_a_resume_do_not_push_out_new_ones(tmp_path
     (tmp_path / "checkpoint_mine.pt").write_bytes(b"")  # not ours to delete
     FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)], start=3).learn(until=5)
     assert sorted(path.name for path in tmp_path.glob("checkpoint_*")) == [
-        "checkpoint_4.pt", "checkpoint_5.pt", "checkpoint_mine.pt"]  # fmt: skip
+        "checkpoint_4.pt",
+        "checkpoint_5.pt",
+        "checkpoint_mine.pt",
+    ]
 
 
 def test_links_to_nothing_and_directories_among_the_checkpoints_stop_nothing(tmp_path):

@@ -14,8 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import (CheckpointError, _read, atomic_write, check_like, find_checkpoint, load_checkpoint, load_optimizer, newest_run,
-                        replacing, save_checkpoint, to_numpy, to_plain)
+from checkpoint import (
+    CheckpointError,
+    _read,
+    atomic_write,
+    check_like,
+    find_checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    newest_run,
+    replacing,
+    save_checkpoint,
+    to_numpy,
+    to_plain,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,10 +50,19 @@ def example():
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(3)).sum().backward()
     optimizer.step()
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "update": 7, "best": -float("inf"),
-            "score": float("nan"), "name": "run", "none": None, "on": True,
-            "nested": [1, (2.5, {"x": [torch.ones(2)]})],
-            "tokens": torch.arange(5, dtype=torch.uint8), "huge": [2**128 - 1, -2**127]}
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "update": 7,
+        "best": -float("inf"),
+        "score": float("nan"),
+        "name": "run",
+        "none": None,
+        "on": True,
+        "nested": [1, (2.5, {"x": [torch.ones(2)]})],
+        "tokens": torch.arange(5, dtype=torch.uint8),
+        "huge": [2**128 - 1, -(2**127)],
+    }
 
 
 def test_round_trip(tmp_path):
@@ -111,7 +132,10 @@ def test_a_file_is_replaced_when_its_successor_is_whole(tmp_path):
     assert (tmp_path / "real.gif").read_bytes() == b"new" and (tmp_path / "link.gif").is_symlink()
     assert (tmp_path / "link.gif.part").read_bytes() == b"mine" and len(os.listdir(tmp_path)) == 3
     (tmp_path / "null.gif").symlink_to(os.devnull)
-    for path, reason in ((tmp_path / "null.gif", "is no ordinary file"), (tmp_path / "gone" / "x.gif", r"not written \(No such file")):
+    for path, reason in (
+        (tmp_path / "null.gif", "is no ordinary file"),
+        (tmp_path / "gone" / "x.gif", r"not written \(No such file"),
+    ):
         with pytest.raises(OSError, match=reason) as caught, replacing(path) as file:
             file.write_bytes(b"new")
         assert_one_line(caught.value, path)
@@ -183,8 +207,9 @@ print(whole(), leftover, os.listdir(path.parent))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     final, leftover, names = done.stdout.split(maxsplit=2)
     assert int(leftover) > 0  # otherwise no kill fell into a write, and nothing was tested
@@ -283,10 +308,12 @@ def test_a_wrong_byte_or_bit_is_noticed_or_harmless(tmp_path, share):
     state = {"x": torch.arange(300), "update": 5}
     for good in (older(state), newer(state, tmp_path)):
         path, directory, refused = tmp_path / "last.pt", good.index(b"PK\1\2"), 0
-        changes = [(i, 0xFF) for i in range(0, directory, 9)] + [(i, 1 << bit) for i in range(directory, len(good)) for bit in range(8)]
+        changes = [(i, 0xFF) for i in range(0, directory, 9)] + [
+            (i, 1 << bit) for i in range(directory, len(good)) for bit in range(8)
+        ]
         changes = random.Random(0).sample(changes, int(share * len(changes)))
         for i, mask in changes:
-            path.write_bytes(good[:i] + bytes([good[i] ^ mask]) + good[i + 1:])
+            path.write_bytes(good[:i] + bytes([good[i] ^ mask]) + good[i + 1 :])
             try:
                 assert same(_read(path), state), (i, mask)
             except CheckpointError:
@@ -311,7 +338,9 @@ def test_an_entry_that_torch_takes_for_a_directory_is_refused(tmp_path):
         assert load_checkpoint(source)["model"]  # and the file itself has no checksum of ours, and loads
 
 
-@pytest.mark.parametrize("change", [{"gpt_config": {"n_head": 8}}, {"update": 8}, {"x": torch.arange(4)}, {"x": torch.zeros(4)}, {"y": 1}])
+@pytest.mark.parametrize(
+    "change", [{"gpt_config": {"n_head": 8}}, {"update": 8}, {"x": torch.arange(4)}, {"x": torch.zeros(4)}, {"y": 1}]
+)
 def test_what_is_edited_is_not_what_was_saved(tmp_path, change):
     """What defines the model is under the checksum too."""
     path = tmp_path / "last.pt"
@@ -331,7 +360,11 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, number):
 
 
 def test_the_newest_good_checkpoint_is_named(tmp_path):
-    for age, name, state in ((3, "checkpoint_1.pt", {"optimizer": 1}), (2, "checkpoint_2.pt", {"optimizer": 1}), (1, "best_model.pt", {})):
+    for age, name, state in (
+        (3, "checkpoint_1.pt", {"optimizer": 1}),
+        (2, "checkpoint_2.pt", {"optimizer": 1}),
+        (1, "best_model.pt", {}),
+    ):
         save_checkpoint(tmp_path / name, state)
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
     (tmp_path / "last.pt").write_bytes(b"")
@@ -355,7 +388,15 @@ def test_a_hostile_nesting_is_refused(tmp_path):
     doubled = (1.0,)
     for _ in range(60):
         doubled = (doubled, doubled)  # 2^60 numbers for who reads them one by one
-    for x in (nested, loop, doubled, torch.zeros(1).expand(2**50), [torch.zeros(10_000)[:]] * 10_000, torch.nn.Parameter(torch.ones(1)), 10**5000):
+    for x in (
+        nested,
+        loop,
+        doubled,
+        torch.zeros(1).expand(2**50),
+        [torch.zeros(10_000)[:]] * 10_000,
+        torch.nn.Parameter(torch.ones(1)),
+        10**5000,
+    ):
         with contextlib.suppress(RecursionError):
             (tmp_path / "last.pt").write_bytes(torch_bytes({"format_version": 1, "x": x}))
         with pytest.raises(CheckpointError):
@@ -370,7 +411,10 @@ def test_a_file_larger_than_the_memory_is_not_read(tmp_path):
         with open(tmp_path / "large.pt", "wb") as file:
             file.write(start)
             file.truncate(10**13)  # a sparse file: it needs no space
-        for name, reason in (("large.pt", r"has 10,000 GB, and this machine .*newest good one here is .*good.pt"), ("larg.pt", "good.pt")):
+        for name, reason in (
+            ("large.pt", r"has 10,000 GB, and this machine .*newest good one here is .*good.pt"),
+            ("larg.pt", "good.pt"),
+        ):
             with pytest.raises(CheckpointError, match=reason) as caught:
                 load_checkpoint(tmp_path / name)
             assert_one_line(caught.value, tmp_path / name)
@@ -379,26 +423,80 @@ def test_a_file_larger_than_the_memory_is_not_read(tmp_path):
 # --- comparing with what a program has --------------------------------------------------------------------------------
 
 
-OWN = {"model": {"w": torch.ones(2, 3)}, "count": 0, "seconds": 0.0, "best": -math.inf, "on": True, "name": "a", "last_action": None,
-       "returns": [], "games": [{"lives": 1}, {"lives": 2}], "pending": ({"step": 0},), "bytes": torch.zeros(4, dtype=torch.uint8)}  # fmt: skip
+OWN = {
+    "model": {"w": torch.ones(2, 3)},
+    "count": 0,
+    "seconds": 0.0,
+    "best": -math.inf,
+    "on": True,
+    "name": "a",
+    "last_action": None,
+    "returns": [],
+    "games": [{"lives": 1}, {"lives": 2}],
+    "pending": ({"step": 0},),
+    "bytes": torch.zeros(4, dtype=torch.uint8),
+}
 
 
-@pytest.mark.parametrize("change", [
-    {}, {"seconds": 3}, {"best": 1.5}, {"name": "b"}, {"last_action": 3}, {"last_action": (1, 2)}, {"returns": [1.5, -2, 3]}, {"pending": []},
-    {"pending": [{"step": 1}, {"step": 2, "more": "x"}]}, {"bytes": torch.zeros(9, dtype=torch.uint8)}, {"more": object()},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"seconds": 3},
+        {"best": 1.5},
+        {"name": "b"},
+        {"last_action": 3},
+        {"last_action": (1, 2)},
+        {"returns": [1.5, -2, 3]},
+        {"pending": []},
+        {"pending": [{"step": 1}, {"step": 2, "more": "x"}]},
+        {"bytes": torch.zeros(9, dtype=torch.uint8)},
+        {"more": object()},
+    ],
+)
 def test_what_is_alike(change):
     check_like({**OWN, **change}, OWN)
 
 
-@pytest.mark.parametrize("place, value", [
-    ("model", 3), ("model", {}), ("model", {"w": 1.0}), ("model", {"w": torch.ones(3, 2)}), ("model", {"w": torch.ones(2, 3).double()}),
-    ("count", -1), ("count", 1.0), ("count", True), ("count", "1"), ("count", 10**400), ("seconds", math.nan), ("seconds", math.inf),
-    ("seconds", "1"), ("seconds", 10**400), ("best", math.nan), ("on", 1), ("name", 1), ("name", None), ("last_action", "x"),
-    ("last_action", [[1]]), ("last_action", torch.ones(1)), ("returns", ["x"]), ("returns", 3), ("returns", [math.nan]), ("returns", None),
-    ("games", [{"lives": 1}]), ("games", [{"lives": 1}, {"lives": "x"}]), ("games", {}), ("pending", [3]), ("pending", [{}]), ("pending", None),
-    ("bytes", torch.zeros(4)), ("bytes", torch.zeros(2, 2, dtype=torch.uint8)), ("bytes", b"x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        ("model", 3),
+        ("model", {}),
+        ("model", {"w": 1.0}),
+        ("model", {"w": torch.ones(3, 2)}),
+        ("model", {"w": torch.ones(2, 3).double()}),
+        ("count", -1),
+        ("count", 1.0),
+        ("count", True),
+        ("count", "1"),
+        ("count", 10**400),
+        ("seconds", math.nan),
+        ("seconds", math.inf),
+        ("seconds", "1"),
+        ("seconds", 10**400),
+        ("best", math.nan),
+        ("on", 1),
+        ("name", 1),
+        ("name", None),
+        ("last_action", "x"),
+        ("last_action", [[1]]),
+        ("last_action", torch.ones(1)),
+        ("returns", ["x"]),
+        ("returns", 3),
+        ("returns", [math.nan]),
+        ("returns", None),
+        ("games", [{"lives": 1}]),
+        ("games", [{"lives": 1}, {"lives": "x"}]),
+        ("games", {}),
+        ("pending", [3]),
+        ("pending", [{}]),
+        ("pending", None),
+        ("bytes", torch.zeros(4)),
+        ("bytes", torch.zeros(2, 2, dtype=torch.uint8)),
+        ("bytes", b"x"),
+    ],
+)
 def test_what_is_not_alike_is_named(place, value):
     with pytest.raises(ValueError, match=rf"^state\['{place}'\]") as caught:
         check_like({**OWN, place: value}, OWN)
@@ -407,9 +505,20 @@ def test_what_is_not_alike_is_named(place, value):
         check_like({name: x for name, x in OWN.items() if name != place}, OWN)
 
 
-@pytest.mark.parametrize("wrong", [
-    None, {}, {"state": 3}, {"state": {0: {}}}, {"state": {0: torch.ones(2)}}, {"state": {"0": "x"}}, "shape", "dtype", "step",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        {},
+        {"state": 3},
+        {"state": {0: {}}},
+        {"state": {0: torch.ones(2)}},
+        {"state": {"0": "x"}},
+        "shape",
+        "dtype",
+        "step",
+    ],
+)
 def test_moments_that_are_those_of_other_parameters_are_refused(wrong):
     """torch would take them: another shape ended Adam in a segmentation fault. What the optimizer is set to stays."""
     parameters = [torch.nn.Parameter(torch.ones(2, 3))]
@@ -418,16 +527,25 @@ def test_moments_that_are_those_of_other_parameters_are_refused(wrong):
     other.step()
     saved = to_plain(other.state_dict())
     load_optimizer(optimizer, saved)
-    assert optimizer.param_groups[0]["lr"] == 0.1 and torch.equal(optimizer.state[parameters[0]]["exp_avg"], saved["state"][0]["exp_avg"])
+    assert optimizer.param_groups[0]["lr"] == 0.1 and torch.equal(
+        optimizer.state[parameters[0]]["exp_avg"], saved["state"][0]["exp_avg"]
+    )
     for moment in ("exp_avg", "exp_avg_sq"):  # all of it one number, beyond which Adam would write
         saved["state"][0][moment] = torch.ones(1).expand(parameters[0].shape)
     load_optimizer(optimizer, saved)
     optimizer.step()
-    assert optimizer.state[parameters[0]]["exp_avg"].is_contiguous() and len(saved["state"][0]["exp_avg"].untyped_storage()) == 4
+    assert (
+        optimizer.state[parameters[0]]["exp_avg"].is_contiguous()
+        and len(saved["state"][0]["exp_avg"].untyped_storage()) == 4
+    )
     load_optimizer(optimizer, {"state": {}})  # that of a run before its first update
     if wrong in ("shape", "dtype", "step"):
         name = "step" if wrong == "step" else "exp_avg"
-        saved["state"][0][name] = {"shape": torch.ones(7), "dtype": torch.ones(2, 3).double(), "step": torch.ones(2, 3)}[wrong]
+        saved["state"][0][name] = {
+            "shape": torch.ones(7),
+            "dtype": torch.ones(2, 3).double(),
+            "step": torch.ones(2, 3),
+        }[wrong]
         wrong = saved
     with pytest.raises(ValueError, match=r"^state\['optimizer'\]"):
         load_optimizer(optimizer, wrong)
@@ -448,7 +566,10 @@ def test_find_checkpoint(tmp_path):
 
 
 def test_newest_run(tmp_path):
-    assert newest_run(tmp_path / "missing", lambda state: True) is None and newest_run(tmp_path, lambda state: True) is None
+    assert (
+        newest_run(tmp_path / "missing", lambda state: True) is None
+        and newest_run(tmp_path, lambda state: True) is None
+    )
     for name, when in (("a", 100), ("b", 300), ("c", 200), ("d", 300)):
         (tmp_path / name).mkdir()
         save_checkpoint(tmp_path / name / "best_model.pt", {"name": name})
@@ -467,9 +588,15 @@ def test_newest_run(tmp_path):
 
 def test_numpy_round_trip(tmp_path):
     backward = np.arange(6, dtype=np.int64)[::-1].reshape(2, 3)
-    state = {"x": backward, "alive": np.array([True, False]), "zero": np.array(3.5),
-             "n": [np.uint8(7), (np.float32(2),)],
-             "keys": np.arange(3, dtype=np.uint32), "text": "a", "none": None}
+    state = {
+        "x": backward,
+        "alive": np.array([True, False]),
+        "zero": np.array(3.5),
+        "n": [np.uint8(7), (np.float32(2),)],
+        "keys": np.arange(3, dtype=np.uint32),
+        "text": "a",
+        "none": None,
+    }
     save_checkpoint(tmp_path / "last.pt", to_plain(state))
     expected = {**state, "n": [7, (2.0,)]}
     assert same(to_numpy(load_checkpoint(tmp_path / "last.pt")), expected)

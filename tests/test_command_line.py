@@ -24,9 +24,30 @@ from algorithms.grid_search import TRAININGS, training
 from callbacks import say
 from checkpoint import CheckpointError, atomic_write, replacing
 from command_line import (
-    PARENT, STOP_SIGNALS, CommandLineError, Constants, Parser, check_begun, check_constants, finish_output, given_path, ignore_signals,
-    less_memory, locked, new_run_dir, one_line, read_command_line, read_run, resume_command, run_script, run_side_by_side, shown, signals_handled, stop_with_parent, train,
-)  # fmt: skip
+    PARENT,
+    STOP_SIGNALS,
+    CommandLineError,
+    Constants,
+    Parser,
+    check_begun,
+    check_constants,
+    finish_output,
+    given_path,
+    ignore_signals,
+    less_memory,
+    locked,
+    new_run_dir,
+    one_line,
+    read_command_line,
+    read_run,
+    resume_command,
+    run_script,
+    run_side_by_side,
+    shown,
+    signals_handled,
+    stop_with_parent,
+    train,
+)
 from device import shortened
 from trainer import Trainer
 
@@ -35,7 +56,9 @@ RANGES = {"NUM_STEPS": (1, 10**12), "GAMMA": (0.0, 1.0)}
 
 
 def read(text, defaults=DEFAULTS):
-    return read_command_line(text.split() if isinstance(text, str) else text, "script.py", "what it does", defaults, RANGES)
+    return read_command_line(
+        text.split() if isinstance(text, str) else text, "script.py", "what it does", defaults, RANGES
+    )
 
 
 def test_constants_are_what_a_script_assigns(tmp_path):
@@ -57,29 +80,48 @@ RANGES = {}
     namespace = {"__file__": str(tmp_path / "script.py")}
     exec(script, namespace)
     constants = Constants(namespace)
-    assert constants == {"STEPS": 80, "ENVS": 3, "LOW": 1, "HIGH": 80, "LR": (2, 5e-3), "NOTHING": None} and "PI" not in constants
+    assert (
+        constants == {"STEPS": 80, "ENVS": 3, "LOW": 1, "HIGH": 80, "LR": (2, 5e-3), "NOTHING": None}
+        and "PI" not in constants
+    )
     namespace["STEPS"] = 7  # as a program does that has imported the script
     assert (constants | {"LR": 1.0})["STEPS"] == 7
 
 
 @pytest.mark.parametrize("file", [None, __file__])  # pasted into a notebook; `exec` in another script
 def test_a_script_without_its_file_says_so_in_one_line(file):
-    with pytest.raises(SystemExit, match="^the constants are read from the script's own file; import the script, or run it"):
-        exec("from command_line import Constants; STEPS = 3; CONSTANTS = Constants(globals())", {"__file__": file} if file else {})
+    with pytest.raises(
+        SystemExit, match="^the constants are read from the script's own file; import the script, or run it"
+    ):
+        exec(
+            "from command_line import Constants; STEPS = 3; CONSTANTS = Constants(globals())",
+            {"__file__": file} if file else {},
+        )
 
 
-@pytest.mark.parametrize("constant, value, message", [
-    ("SEED", None, "SEED (--seed) must be an integer from 0 to 4,294,967,295, not None"), ("LR", (2, 5e-3), "LR (--lr) must be a number from"),
-    ("LR", "2e-3", "LR (--lr) must be a number from"), ("RUN_DIR", None, "RUN_DIR (--run_dir) must be text, not None"),
-    ("PAIRED_ENVS", "no", "PAIRED_ENVS (--paired_envs) must be true or false, not 'no'"), ("DEVICE", ["cpu"], "DEVICE (--device) must be text, not ['cpu']"),
-    ("NUM_ENVS", 128.0, "NUM_ENVS (--num_envs) must be an integer"), ("RESUME", True, "RESUME among the constants"),
-    ("MIN_LR", ..., "MIN_LR is missing among the constants at the top of the script"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "constant, value, message",
+    [
+        ("SEED", None, "SEED (--seed) must be an integer from 0 to 4,294,967,295, not None"),
+        ("LR", (2, 5e-3), "LR (--lr) must be a number from"),
+        ("LR", "2e-3", "LR (--lr) must be a number from"),
+        ("RUN_DIR", None, "RUN_DIR (--run_dir) must be text, not None"),
+        ("PAIRED_ENVS", "no", "PAIRED_ENVS (--paired_envs) must be true or false, not 'no'"),
+        ("DEVICE", ["cpu"], "DEVICE (--device) must be text, not ['cpu']"),
+        ("NUM_ENVS", 128.0, "NUM_ENVS (--num_envs) must be an integer"),
+        ("RESUME", True, "RESUME among the constants"),
+        ("MIN_LR", ..., "MIN_LR is missing among the constants at the top of the script"),
+    ],
+)
 def test_a_constant_that_is_edited_wrongly_is_named(monkeypatch, constant, value, message):
     if value is ...:
-        monkeypatch.setattr(train_ppo.CONSTANTS, "names", [name for name in train_ppo.CONSTANTS if name != constant])  # deleted, or renamed
+        monkeypatch.setattr(
+            train_ppo.CONSTANTS, "names", [name for name in train_ppo.CONSTANTS if name != constant]
+        )  # deleted, or renamed
     else:
-        monkeypatch.setattr(train_ppo.CONSTANTS, "names", list(dict.fromkeys([*train_ppo.CONSTANTS, constant])))  # or added
+        monkeypatch.setattr(
+            train_ppo.CONSTANTS, "names", list(dict.fromkeys([*train_ppo.CONSTANTS, constant]))
+        )  # or added
         monkeypatch.setattr(train_ppo, constant, value, raising=False)
     with pytest.raises(CommandLineError, match=re.escape(message)):
         train_ppo.main([])
@@ -104,26 +146,36 @@ def test_the_type_follows_the_range_then_the_default():
     check_constants(edited | {"DROPOUT": 12.5}, edited, RANGES)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("--gama 0.9", "unknown argument --gama; did you mean --gamma?"),
-    ("--num-steps 9", "unknown argument --num-steps; did you mean --num_steps?"),
-    ("--num_steps many", "--num_steps needs an integer, not 'many'"),
-    ("--num_steps 1.5", "--num_steps needs an integer"),
-    ("--gamma fast", "--gamma needs a number, not 'fast'"),
-    ("--paired maybe", "--paired needs true or false, not 'maybe'"),
-    ("--num_steps", "expected one argument"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("--gama 0.9", "unknown argument --gama; did you mean --gamma?"),
+        ("--num-steps 9", "unknown argument --num-steps; did you mean --num_steps?"),
+        ("--num_steps many", "--num_steps needs an integer, not 'many'"),
+        ("--num_steps 1.5", "--num_steps needs an integer"),
+        ("--gamma fast", "--gamma needs a number, not 'fast'"),
+        ("--paired maybe", "--paired needs true or false, not 'maybe'"),
+        ("--num_steps", "expected one argument"),
+    ],
+)
 def test_wrong_arguments(text, message):
     with pytest.raises(CommandLineError, match=re.escape(message)):
         read(text)
 
 
-@pytest.mark.parametrize("edit, message", [
-    ({"NUM_STEPS": 1e6}, "NUM_STEPS (--num_steps) must be an integer from 1 to 1,000,000,000,000, not 1000000.0"),
-    ({"NUM_STEPS": 0}, "must be an integer from 1"), ({"NUM_STEPS": True}, "must be an integer"),
-    ({"GAMMA": 1.1}, "GAMMA (--gamma) must be a number from 0.0 to 1.0, not 1.1"), ({"GAMMA": float("nan")}, "must be a number from 0.0 to 1.0"),
-    ({"PAIRED": 2}, "must be true or false"), ({"NAME": None}, "NAME (--name) must be text, not None"), ({"DROPOUT": "x"}, "must be a number, not"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        ({"NUM_STEPS": 1e6}, "NUM_STEPS (--num_steps) must be an integer from 1 to 1,000,000,000,000, not 1000000.0"),
+        ({"NUM_STEPS": 0}, "must be an integer from 1"),
+        ({"NUM_STEPS": True}, "must be an integer"),
+        ({"GAMMA": 1.1}, "GAMMA (--gamma) must be a number from 0.0 to 1.0, not 1.1"),
+        ({"GAMMA": float("nan")}, "must be a number from 0.0 to 1.0"),
+        ({"PAIRED": 2}, "must be true or false"),
+        ({"NAME": None}, "NAME (--name) must be text, not None"),
+        ({"DROPOUT": "x"}, "must be a number, not"),
+    ],
+)
 def test_edited_constants_are_checked_too(edit, message):
     check_constants(DEFAULTS | {"GAMMA": 1}, DEFAULTS, RANGES)  # an integer is a number
     with pytest.raises(CommandLineError, match=re.escape(message)):
@@ -196,10 +248,16 @@ def test_a_directory_is_free_if_it_has_only_what_a_run_without_a_checkpoint_leav
         (tmp_path / name).write_text('{"RUN_DIR": "runs/a"}')
     assert new_run_dir(str(tmp_path)) == tmp_path
     check_begun(tmp_path, {"RUN_DIR": "runs/b"})
-    for name, text in (("metrics.csv", ""), ("config.json", '{"seed": 42}')):  # the latter is of actor_critic.py, or of another program
+    for name, text in (
+        ("metrics.csv", ""),
+        ("config.json", '{"seed": 42}'),
+    ):  # the latter is of actor_critic.py, or of another program
         before = (tmp_path / "config.json").read_text()
         (tmp_path / name).write_text(text)
-        for check in (lambda: new_run_dir(tmp_path), lambda: check_begun(tmp_path, json.loads((tmp_path / "config.json").read_text()))):
+        for check in (
+            lambda: new_run_dir(tmp_path),
+            lambda: check_begun(tmp_path, json.loads((tmp_path / "config.json").read_text())),
+        ):
             with pytest.raises(CommandLineError, match="is in use already"):
                 check()
         (tmp_path / "metrics.csv").unlink(missing_ok=True)
@@ -218,14 +276,19 @@ def test_every_algorithm_names_what_takes_less_memory(name):
     option, smaller = less_memory(constants, algorithm.memory, algorithm.ranges, algorithm.check).split()
     lowered = constants | {option[2:].upper(): int(smaller)}
     check_constants(lowered, algorithm.constants, algorithm.ranges)
-    assert lowered[algorithm.memory[0]] == constants[algorithm.memory[0]] // 2 and algorithm.memory[0] not in algorithm.kept
+    assert (
+        lowered[algorithm.memory[0]] == constants[algorithm.memory[0]] // 2
+        and algorithm.memory[0] not in algorithm.kept
+    )
 
 
 def test_a_path_through_a_link_that_leads_nowhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink("gone", "runs")
     for name in ("", "runs", "runs/a"):
-        with pytest.raises(CommandLineError, match="^runs.* cannot be made: a link in this path leads nowhere; name another --run_dir"):
+        with pytest.raises(
+            CommandLineError, match="^runs.* cannot be made: a link in this path leads nowhere; name another --run_dir"
+        ):
             new_run_dir(name)
     assert not os.path.exists("gone")
 
@@ -239,18 +302,24 @@ def test_a_tilde_is_the_home_directory_and_nothing_is_no_path(tmp_path, monkeypa
         read_run(["--resume", ""], "script.py", "", defaults, {})
 
 
-@pytest.mark.parametrize("name", ["run", "-run", "a b", "it's; $(rm) `x` \\ \"q\"", "über", "a\nb"])
+@pytest.mark.parametrize("name", ["run", "-run", "a b", 'it\'s; $(rm) `x` \\ "q"', "über", "a\nb"])
 @pytest.mark.parametrize("prog", ["train_ppo.py", "-m algorithms.grpo_text"])
 def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, name, prog):
     """From whatever directory: the script is found, and the run is read as it was named."""
     monkeypatch.chdir(tmp_path)
     python, *script, resume, run_dir = shlex.split(resume_command(prog, Path(name), ranks=1))
     assert (python, resume, Path(run_dir)) == ("python", "--resume", Path(name))
-    assert script == prog.split() if prog.startswith("-m") else os.path.samefile(script[0], Path(command_line.__file__).parent / prog)
+    assert (
+        script == prog.split()
+        if prog.startswith("-m")
+        else os.path.samefile(script[0], Path(command_line.__file__).parent / prog)
+    )
     assert Path(read(["--resume", run_dir])[0]) == Path(name)
     Path(name).mkdir()
     (Path(name) / "notes.txt").touch()
-    with pytest.raises(CommandLineError, match="is in use already; name another --run_dir$"):  # there is nothing to resume
+    with pytest.raises(
+        CommandLineError, match="is in use already; name another --run_dir$"
+    ):  # there is nothing to resume
         new_run_dir(name)
     (Path(name) / "last.pt").touch()
     with pytest.raises(CommandLineError, match="is in use already") as error:
@@ -305,7 +374,10 @@ def test_output_that_reaches_nobody_is_no_success(monkeypatch, capsys):
 def test_errors_of_the_system_name_their_file(tmp_path):
     with pytest.raises(OSError) as error:
         open(tmp_path / "gone" / "x")
-    assert one_line(error.value) == f"{tmp_path}/gone/x: No such file or directory; check the path, its permissions and the space on the disk"
+    assert (
+        one_line(error.value)
+        == f"{tmp_path}/gone/x: No such file or directory; check the path, its permissions and the space on the disk"
+    )
 
 
 def test_a_warning_is_one_line(monkeypatch, capsys):
@@ -313,7 +385,9 @@ def test_a_warning_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     with pytest.raises(SystemExit), warnings.catch_warnings():
         warnings.simplefilter("always")
-        monkeypatch.setattr(warnings, "showwarning", lambda *args: sys.stderr.write(warnings.formatwarning(*args[:4])))  # pytest's keeps them
+        monkeypatch.setattr(
+            warnings, "showwarning", lambda *args: sys.stderr.write(warnings.formatwarning(*args[:4]))
+        )  # pytest's keeps them
         run_script(lambda argv: warnings.warn("no compiler:\n" + "x" * 1000), "a.py")
     line = capsys.readouterr().err
     assert re.fullmatch(r"warning: no compiler: x+ \.\.\.\n", line) and len(line) < 320
@@ -333,7 +407,11 @@ def test_a_terminal_obeys_nothing_that_a_file_says(monkeypatch, capsys):
         run_script(main, "a.py")
     out, err = capsys.readouterr()
     assert err == r"a.py: \x1b]0;pwned\x07\n\u202e.pt: has other constants (\x1b]0;pwned\x07\n\u202e)" + "\n"
-    assert out.startswith("plan\n\\x1b]0;pwned") and out.count("\n") == 4 and not any(ord(c) < 32 and c != "\n" for c in out)
+    assert (
+        out.startswith("plan\n\\x1b]0;pwned")
+        and out.count("\n") == 4
+        and not any(ord(c) < 32 and c != "\n" for c in out)
+    )
     assert shortened(f"a {evil} b") == r"a \x1b]0;pwned\x07 \u202e b"
 
 
@@ -353,7 +431,10 @@ class Failing(Trainer):
         raise self.update
 
 
-@pytest.mark.parametrize("error, advice", [(RuntimeError("environment cannot be saved"), ""), (MemoryError(), "\nout of memory; try --small 1\n")])
+@pytest.mark.parametrize(
+    "error, advice",
+    [(RuntimeError("environment cannot be saved"), ""), (MemoryError(), "\nout of memory; try --small 1\n")],
+)
 def test_where_the_first_state_cannot_be_taken_the_error_is_that_one(tmp_path, capsys, error, advice):
     """And the last.pt of a resumed run stays as it is."""
     (tmp_path / "last.pt").write_bytes(b"an earlier one")
@@ -398,15 +479,29 @@ def test_ctrl_c_does_not_end_a_python_that_goes_on_after_the_program(tmp_path, m
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("no memory to save in")])
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("no memory to save in")]
+)
 def test_a_run_that_cannot_be_saved_still_says_why_it_ended(tmp_path, monkeypatch, capsys, failure):
     def fail(*args):
         raise failure
 
     monkeypatch.setattr(checkpoint, "atomic_write", fail)
-    assert train(Failing(update=FloatingPointError("the gradient is not finite")), tmp_path, "script.py", {FloatingPointError: " --lr 1"}) == 1
+    assert (
+        train(
+            Failing(update=FloatingPointError("the gradient is not finite")),
+            tmp_path,
+            "script.py",
+            {FloatingPointError: " --lr 1"},
+        )
+        == 1
+    )
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("the gradient is not finite; ") and str(failure.args[-1]) in line and line.endswith(f"--resume {tmp_path} --lr 1")
+    assert (
+        line.startswith("the gradient is not finite; ")
+        and str(failure.args[-1]) in line
+        and line.endswith(f"--resume {tmp_path} --lr 1")
+    )
 
 
 @pytest.mark.parametrize("signum", STOP_SIGNALS)
@@ -420,7 +515,11 @@ def test_a_signal_leaves_the_old_file_and_nothing_else(tmp_path, signum):
 
     with pytest.raises(SystemExit) as error:
         run_script(main, "a.py")
-    assert error.value.code == 128 + signum and os.listdir(tmp_path) == ["gpt.gif"] and (tmp_path / "gpt.gif").read_text() == "old"
+    assert (
+        error.value.code == 128 + signum
+        and os.listdir(tmp_path) == ["gpt.gif"]
+        and (tmp_path / "gpt.gif").read_text() == "old"
+    )
 
 
 def test_no_more_threads_is_one_line(capsys):
@@ -429,7 +528,10 @@ def test_no_more_threads_is_one_line(capsys):
 
     with pytest.raises(SystemExit):
         run_script(main, "a.py")
-    assert capsys.readouterr().err == "a.py: no more processes or threads can be started; end some, or raise the limit (ulimit -u)\n"
+    assert (
+        capsys.readouterr().err
+        == "a.py: no more processes or threads can be started; end some, or raise the limit (ulimit -u)\n"
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there a file that is open cannot be deleted")

@@ -100,7 +100,9 @@ def test_both_loops_are_one():
             assert torch.equal(ours.buffer.fields[name], theirs.buffer.fields[name]), name
         for name in ("logprobs", "values"):
             torch.testing.assert_close(ours.buffer.fields[name], theirs.buffer.fields[name], rtol=1e-3, atol=near)
-        torch.testing.assert_close(ours.buffer.samples.advantages, theirs.buffer.samples.advantages, rtol=1e-3, atol=10 * near)
+        torch.testing.assert_close(
+            ours.buffer.samples.advantages, theirs.buffer.samples.advantages, rtol=1e-3, atol=10 * near
+        )
         np.testing.assert_array_equal(ours.return_so_far, theirs.return_so_far)
         expected = theirs.update()
         for name, x in ours.update().items():
@@ -127,7 +129,12 @@ def test_a_shared_minibatch_holds_the_pages_of_its_samples():
 
 def test_what_a_graph_reads_and_writes_keeps_its_address():
     def addresses():
-        tensors = [*ppo.policy.table, *ppo.buffer.fields.values(), *ppo.buffer.minibatches.obs, *ppo.buffer.minibatches[1:]]
+        tensors = [
+            *ppo.policy.table,
+            *ppo.buffer.fields.values(),
+            *ppo.buffer.minibatches.obs,
+            *ppo.buffer.minibatches[1:],
+        ]
         tensors += [
             *ppo.env.games.buffers.values(),
             *ppo.env.numbers,
@@ -139,7 +146,14 @@ def test_what_a_graph_reads_and_writes_keeps_its_address():
         ]
         return [
             x.data_ptr()
-            for x in (*tensors, ppo.buffer.position, ppo.buffer.minibatch_position, ppo.weights, ppo.weights.grad, ppo.lr)
+            for x in (
+                *tensors,
+                ppo.buffer.position,
+                ppo.buffer.minibatch_position,
+                ppo.weights,
+                ppo.weights.grad,
+                ppo.lr,
+            )
         ] + [p.data_ptr() for p in ppo.policy.parameters()]
 
     ppo = trainer(num_steps=24)
@@ -158,7 +172,11 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_either_kind_of_loop_goes_on():
     stopped.config.num_steps = 96
     resumed.load_state_dict(stopped.state_dict())
     resumed.learn()
-    assert resumed.update_count == 4 and torch.equal(resumed.weights, whole.weights) and torch.equal(resumed.obs, whole.obs)
+    assert (
+        resumed.update_count == 4
+        and torch.equal(resumed.weights, whole.weights)
+        and torch.equal(resumed.obs, whole.obs)
+    )
     other = PPO(make_gpt(0, FastGPT, n_head=4, n_embd=16), BreakoutAsciiVec(4, varied_starts=0.7), whole.config)
     other.load_state_dict(stopped.state_dict())
     np.testing.assert_array_equal(other.return_so_far, stopped.return_so_far)

@@ -8,18 +8,32 @@ import pytest
 import torch
 
 import command_line
-from algorithms.atari import SIZE, ActionSpaceWrapper, Replay, SkipFrame, SmallFrame, Stacks, make_env, restore_game, save_game
+from algorithms.atari import (
+    SIZE,
+    ActionSpaceWrapper,
+    Replay,
+    SkipFrame,
+    SmallFrame,
+    Stacks,
+    make_env,
+    restore_game,
+    save_game,
+)
 from algorithms.dqn_space_invaders import ALGORITHM, QNetwork, double_dqn_targets, evaluate
 from algorithms_helpers import run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from command_line import CommandLineError
 
-SMALL = ("--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4 --learn_every 3 --sync_every 3 --epsilon_end 0.5 "
-         "--epsilon_decay 0.99 --eval_interval 0 --save_freq 1 --device cpu")  # fmt: skip
+SMALL = (
+    "--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4 --learn_every 3 --sync_every 3 --epsilon_end 0.5 "
+    "--epsilon_decay 0.99 --eval_interval 0 --save_freq 1 --device cpu"
+)
 
 
 def constants(**changes):
-    return SimpleNamespace(**{**ALGORITHM.constants, "ENV_ID": "ALE/SpaceInvaders-v5", "ACTIONS": "", "STACK": 4, **changes})
+    return SimpleNamespace(
+        **{**ALGORITHM.constants, "ENV_ID": "ALE/SpaceInvaders-v5", "ACTIONS": "", "STACK": 4, **changes}
+    )
 
 
 class Counting(gym.Env):
@@ -69,7 +83,9 @@ def test_allowed_actions():
 def test_small_frames_are_means():
     frame = np.arange(210 * 160, dtype=np.uint32).reshape(210, 160) % 251
     small = SmallFrame(Counting()).observation(frame.astype(np.uint8))
-    expected = torch.nn.functional.interpolate(torch.tensor(frame[None, None], dtype=torch.float64), (SIZE, SIZE), mode="area")[0, 0]
+    expected = torch.nn.functional.interpolate(
+        torch.tensor(frame[None, None], dtype=torch.float64), (SIZE, SIZE), mode="area"
+    )[0, 0]
     assert small.shape == (SIZE, SIZE) and small.dtype == np.uint8 and abs(small.mean() - expected.mean()) < 1
 
 
@@ -178,7 +194,9 @@ def test_what_is_drawn_has_happened(steps):
     stacks, actions, rewards, next_stacks, ends = replay.sample(500, np.random.default_rng(1))
     assert stacks.shape == (500, 3, SIZE, SIZE) and stacks.dtype == np.uint8 and actions.dtype == np.int64
     drawn = set()
-    for stack, action, reward, next_stack, end in zip(stacks[..., 0, 0], actions, rewards, next_stacks[..., 0, 0], ends):
+    for stack, action, reward, next_stack, end in zip(
+        stacks[..., 0, 0], actions, rewards, next_stacks[..., 0, 0], ends
+    ):
         expected_action, expected_reward, expected_next, expected_end = expected[(*stack,)]
         assert (action, reward, end) == (expected_action, expected_reward, expected_end)
         assert end or (*next_stack,) == expected_next
@@ -188,7 +206,9 @@ def test_what_is_drawn_has_happened(steps):
 
 def test_each_frame_is_kept_once():
     replay = Replay(1200, 6, 4)
-    bytes_per_transition = sum(x.nbytes for x in vars(replay).values() if isinstance(x, np.ndarray) and len(x) == 200) / 1200
+    bytes_per_transition = (
+        sum(x.nbytes for x in vars(replay).values() if isinstance(x, np.ndarray) and len(x) == 200) / 1200
+    )
     assert SIZE**2 <= bytes_per_transition < SIZE**2 + 16
     with pytest.raises(ValueError, match="too small for 6 games; 36 are the least"):
         Replay(30, 6, 4)
@@ -196,8 +216,13 @@ def test_each_frame_is_kept_once():
 
 def test_targets_by_hand():
     """The network itself prefers the second action, of which the frozen copy thinks less."""
-    targets = double_dqn_targets(torch.tensor([1.0, 1.0]), torch.tensor([[1.0, 2.0], [0.0, 5.0]]),
-                                 torch.tensor([[10.0, 3.0], [7.0, 9.0]]), torch.tensor([0.0, 1.0]), 0.5)  # fmt: skip
+    targets = double_dqn_targets(
+        torch.tensor([1.0, 1.0]),
+        torch.tensor([[1.0, 2.0], [0.0, 5.0]]),
+        torch.tensor([[10.0, 3.0], [7.0, 9.0]]),
+        torch.tensor([0.0, 1.0]),
+        0.5,
+    )
     assert targets.tolist() == [1 + 0.5 * 3, 1]
 
 
@@ -211,7 +236,9 @@ def test_values_of_a_problem_with_two_states():
     for step in range(200):
         if step % 5 == 0:
             frozen = q.clone()
-        q[state, action] += 0.5 * (double_dqn_targets(rewards, q[following], frozen[following], ends, 0.5) - q[state, action])
+        q[state, action] += 0.5 * (
+            double_dqn_targets(rewards, q[following], frozen[following], ends, 0.5) - q[state, action]
+        )
     torch.testing.assert_close(q, expected, atol=1e-3, rtol=0)
 
 
@@ -224,13 +251,20 @@ def test_the_network_is_that_of_the_paper():
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit_if_it_keeps_its_memory(tmp_path, without_processes):  # noqa: F811
-    straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL + " --keep_replay true", tmp_path, 48, 24)
+    straight, resumed = states_of_a_straight_and_a_resumed_run(
+        ALGORITHM, SMALL + " --keep_replay true", tmp_path, 48, 24
+    )
     assert same(straight, resumed) and straight[0]["learned"] == 16
 
 
 def test_without_its_memory_a_resumed_run_fills_it_anew(tmp_path, without_processes):  # noqa: F811
-    straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL + " --keep_replay false", tmp_path, 48, 24)
-    assert resumed[0]["global_step"] == straight[0]["global_step"] == 48 and resumed[0]["learned"] == straight[0]["learned"]
+    straight, resumed = states_of_a_straight_and_a_resumed_run(
+        ALGORITHM, SMALL + " --keep_replay false", tmp_path, 48, 24
+    )
+    assert (
+        resumed[0]["global_step"] == straight[0]["global_step"] == 48
+        and resumed[0]["learned"] == straight[0]["learned"]
+    )
     assert len(resumed[1]) == 4 and not same(straight[0]["model"], resumed[0]["model"]) and "replay" not in resumed[0]
 
 
@@ -246,7 +280,9 @@ def test_the_frozen_copy_is_renewed(monkeypatch):
 
 
 def test_epsilon_falls_to_its_end():
-    dqn = ALGORITHM.build(constants(NUM_ENVS=1, REPLAY_SIZE=100, EPSILON=1.0, EPSILON_END=0.1, EPSILON_DECAY=0.9, DEVICE="cpu"))
+    dqn = ALGORITHM.build(
+        constants(NUM_ENVS=1, REPLAY_SIZE=100, EPSILON=1.0, EPSILON_END=0.1, EPSILON_DECAY=0.9, DEVICE="cpu")
+    )
     epsilons = []
     for dqn.global_step in (0, 1, 2, 100):
         epsilons.append(dqn.epsilon)
@@ -254,23 +290,37 @@ def test_epsilon_falls_to_its_end():
 
 
 def test_an_evaluation_counts_the_games_that_were_begun_first(tmp_path):
-    state = {"constants": {**ALGORITHM.constants, "ENV_ID": "ALE/SpaceInvaders-v5", "STACK": 4, "ACTIONS": ""}, "model": QNetwork(4, 6).state_dict()}
+    state = {
+        "constants": {**ALGORITHM.constants, "ENV_ID": "ALE/SpaceInvaders-v5", "STACK": 4, "ACTIONS": ""},
+        "model": QNetwork(4, 6).state_dict(),
+    }
     result = evaluate(state, episodes=3, seed=0)
     assert result["games"] == 3 and 0 <= result["min"] <= result["score"] <= result["max"] and result["min"] % 5 == 0
 
 
 def test_bad_input(tmp_path):
-    for words, message in (("--num_envs 6 --replay_size 10", "too small for 6 games"), ("--env_id ALE/Nope-v5", "ALE/Nope-v5"),
-                           ("--epsilon 2", "EPSILON .* must be a number from 0.0 to 1.0"), ("--device tpu", "does not work here")):  # fmt: skip
+    for words, message in (
+        ("--num_envs 6 --replay_size 10", "too small for 6 games"),
+        ("--env_id ALE/Nope-v5", "ALE/Nope-v5"),
+        ("--epsilon 2", "EPSILON .* must be a number from 0.0 to 1.0"),
+        ("--device tpu", "does not work here"),
+    ):
         with pytest.raises(ValueError, match=message):
             run(ALGORITHM, *words.split(), "--run_dir", str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("words, lower", [
-    ("--replay_size 1000000", "lower --replay_size in a new run"), ("--replay_size 300000 --keep_replay true", "leave --keep_replay out, or lower --replay_size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, lower",
+    [
+        ("--replay_size 1000000", "lower --replay_size in a new run"),
+        ("--replay_size 300000 --keep_replay true", "leave --keep_replay out, or lower --replay_size"),
+    ],
+)
 def test_a_memory_that_does_not_fit_is_named(tmp_path, monkeypatch, words, lower):
     monkeypatch.setattr(command_line, "free_memory", lambda device: 7e9)
-    with pytest.raises(CommandLineError, match=f"^a replay memory of this size needs .* GB or more, and cpu has 7.0 GB free, .*; {lower}"):
+    with pytest.raises(
+        CommandLineError,
+        match=f"^a replay memory of this size needs .* GB or more, and cpu has 7.0 GB free, .*; {lower}",
+    ):
         run(ALGORITHM, *words.split(), "--run_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()

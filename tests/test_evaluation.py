@@ -4,7 +4,20 @@ import torch
 
 import evaluation
 from breakout_ascii import BreakoutAscii, Games, draw_numbers, new_games, standard_serves
-from evaluation import METRICS, RANDOM_SCORE, SERVES, evaluate, exact, greedy, play_games, returned, sampled, sampling, standard_error, tracker
+from evaluation import (
+    METRICS,
+    RANDOM_SCORE,
+    SERVES,
+    evaluate,
+    exact,
+    greedy,
+    play_games,
+    returned,
+    sampled,
+    sampling,
+    standard_error,
+    tracker,
+)
 from ppo import Policy
 
 
@@ -94,7 +107,9 @@ def test_many_games_are_played_a_few_at_a_time(monkeypatch):
     sizes = []
     monkeypatch.setattr(evaluation, "GAMES_AT_ONCE", 3)
     monkeypatch.setattr(
-        evaluation, "play_games", lambda player, serves, bricks: sizes.append(len(serves)) or play_games(player, serves, bricks, 20)
+        evaluation,
+        "play_games",
+        lambda player, serves, bricks: sizes.append(len(serves)) or play_games(player, serves, bricks, 20),
     )
     assert sampled(Still(0), 8, seed=0)["games"] == 8 and sizes == [3, 3, 2]
 
@@ -144,7 +159,9 @@ def test_a_cycle_is_one_game_alone_in_a_state_again():
 def test_results_of_a_game_stay_when_others_go_on():
     """Two games with one brick: one is cleared at once, the other only lost."""
     bricks = np.zeros((2, 7, 13), bool)
-    bricks[0, 6, 8] = bricks[1, 0, 0] = True  # the first ball rises from (40, 21) to the right and meets the first brick
+    bricks[0, 6, 8] = bricks[1, 0, 0] = (
+        True  # the first ball rises from (40, 21) to the right and meets the first brick
+    )
     results = play_games(lambda tokens: np.zeros(len(tokens), int), standard_serves(np.ones((2, 5), int)), bricks)
     assert (results.scores[0], results.bricks[0], results.lives[0], results.lengths[0]) == (60, 0, 5, 10)
     assert results.lives[1] == 0 and results.bricks[1] == 1 and results.lengths[1] > 10

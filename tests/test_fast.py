@@ -56,8 +56,9 @@ def test_fast_gpt_equals_gpt(pages, n_layer):
         )  # |features| = 6
 
 
-@pytest.mark.parametrize("pages, largest", [
-    (random_play, 50), (late_game, 200), (random_play, 5000), (late_game, 5000), (all_new, 5000)])  # fmt: skip
+@pytest.mark.parametrize(
+    "pages, largest", [(random_play, 50), (late_game, 200), (random_play, 5000), (late_game, 5000), (all_new, 5000)]
+)
 def test_one_layer_is_exact_when_scores_are_huge(pages, largest):
     gpt, tokens = make_gpt(), torch.from_numpy(pages()[:1])
     with torch.no_grad():
@@ -125,12 +126,16 @@ def test_the_inference_cache_reads_what_the_model_reads(games, config):
 def test_the_inference_cache_rescales_the_pages_that_need_it(monkeypatch):
     gpt, env, rescaled = make_gpt(kind=FastGPT), BreakoutAsciiVec(32, varied_starts=0.7), []
     with torch.no_grad():
-        gpt.blocks[0].attn.c_attn.weight[: gpt.config.n_embd] *= 16  # scores so far apart that most pages, but not all, lie too low
+        gpt.blocks[0].attn.c_attn.weight[: gpt.config.n_embd] *= (
+            16  # scores so far apart that most pages, but not all, lie too low
+        )
     obs, _ = env.reset(seed=0)
     for _ in range(30):
         obs, *_ = env.step(np.arange(32) % 3)
     sums = pieces.rescaled_sums
-    monkeypatch.setattr(pieces, "rescaled_sums", lambda m, below, parts: rescaled.append(parts.shape) or sums(m, below, parts))
+    monkeypatch.setattr(
+        pieces, "rescaled_sums", lambda m, below, parts: rescaled.append(parts.shape) or sums(m, below, parts)
+    )
     act, lines = gpt.inference_cache(), gpt.encode(obs)
     ours = act(lines)
     assert [0 < n < 32 for n, parts in rescaled if parts == ROWS] == [True]
@@ -208,11 +213,17 @@ def test_hashes_tell_lines_apart():
 
 
 @pytest.mark.parametrize("kind, n_layer", [(GPT, 1), (FastGPT, 1), (FastGPT, 2)])
-@pytest.mark.parametrize("spoil", [
-    lambda pages: pages[:, :-1], lambda pages: pages[0], lambda pages: pages[:0], lambda pages: pages.astype(np.int64),
-    lambda pages: np.where(pages == ord("O"), ord("x"), pages).astype(np.uint8),
-    lambda pages: np.where(pages == ord("O"), 200, pages).astype(np.uint8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda pages: pages[:, :-1],
+        lambda pages: pages[0],
+        lambda pages: pages[:0],
+        lambda pages: pages.astype(np.int64),
+        lambda pages: np.where(pages == ord("O"), ord("x"), pages).astype(np.uint8),
+        lambda pages: np.where(pages == ord("O"), 200, pages).astype(np.uint8),
+    ],
+)
 def test_wrong_pages_are_refused(spoil, kind, n_layer):
     gpt, pages = make_gpt(kind=kind, n_layer=n_layer, n_head=2, n_embd=8), np.ascontiguousarray(spoil(late_game()))
     for given in (pages, torch.from_numpy(pages)):
@@ -236,7 +247,9 @@ def test_a_refused_page_leaves_the_index_as_it_was():
 
 def test_lines_are_the_text_of_the_pages():
     """All of them, and the distinct ones of each batch: the same text in another row is another line."""
-    pages = np.stack([np.concatenate([one_game(), random_play()]), np.concatenate([random_play(), one_game()[:1].repeat(6, 0)])])
+    pages = np.stack(
+        [np.concatenate([one_game(), random_play()]), np.concatenate([random_play(), one_game()[:1].repeat(6, 0)])]
+    )
     characters = make_gpt(n_head=2, n_embd=8).encode(torch.from_numpy(pages.reshape(-1, TOKENS))).view(2, 9, TOKENS)
     shared = distinct_lines(characters)
     capacity = shared.rows.size(1)
@@ -249,7 +262,9 @@ def test_lines_are_the_text_of_the_pages():
     for batch, text, n, lines in zip(characters, pages, used, map(type(shared)._make, zip(*shared))):
         assert torch.equal(lines.pages.unique(), torch.arange(n))
         for of, rows, numbers in (lines, every_line(batch)):
-            assert torch.equal(of[numbers].flatten(1), batch) and torch.equal(rows[numbers], torch.arange(ROWS).expand(9, ROWS))
+            assert torch.equal(of[numbers].flatten(1), batch) and torch.equal(
+                rows[numbers], torch.arange(ROWS).expand(9, ROWS)
+            )
 
 
 def test_device_gpt_keeps_the_table_of_its_cache_in_its_place():
@@ -288,7 +303,10 @@ def test_compiled_blocks_are_compiled_for_few_sizes(monkeypatch):
 
     counter = CompileCounter()
     monkeypatch.setattr(prefixes, "compiled", lambda f: Compiled(f, dynamic=True, backend=counter))
-    gpt, pages = make_gpt(kind=FastGPT, n_layer=3, n_head=2, n_embd=16), np.concatenate([one_game(), random_play(), all_new()])
+    gpt, pages = (
+        make_gpt(kind=FastGPT, n_layer=3, n_head=2, n_embd=16),
+        np.concatenate([one_game(), random_play(), all_new()]),
+    )
     expected = gpt(torch.from_numpy(pages))[0]
     gpt.compile_blocks = True
     frames = []

@@ -71,29 +71,59 @@ def places(value, path=()):
 
 def strange(value, rng):
     """-> what cannot stand in the place of a value."""
-    others = [None, True, -1, 10**30, float("nan"), -2.5, "\x1b[31m\n", [], ["a"], {}, {0: torch.ones(2)}, torch.ones(3), torch.ones(4, dtype=torch.int64)]
+    others = [
+        None,
+        True,
+        -1,
+        10**30,
+        float("nan"),
+        -2.5,
+        "\x1b[31m\n",
+        [],
+        ["a"],
+        {},
+        {0: torch.ones(2)},
+        torch.ones(3),
+        torch.ones(4, dtype=torch.int64),
+    ]
     if isinstance(value, torch.Tensor):
-        others += [value[None], value.flatten()[:1], value.double(), value.int(), value.bool(), torch.full_like(value, 100 if value.dtype != torch.bool else 1)]
+        others += [
+            value[None],
+            value.flatten()[:1],
+            value.double(),
+            value.int(),
+            value.bool(),
+            torch.full_like(value, 100 if value.dtype != torch.bool else 1),
+        ]
     if isinstance(value, (list, dict)):
         others += [[value], value * 2 if isinstance(value, list) else {f"{key}x": item for key, item in value.items()}]
     return rng.choice(others)
 
 
 SMALL_RUNS = {
-    "train_ppo": f"{SMALL} --num_steps 64", "reinforce_cartpole": "--episodes 2 --hidden 4 --num_steps 40",
+    "train_ppo": f"{SMALL} --num_steps 64",
+    "reinforce_cartpole": "--episodes 2 --hidden 4 --num_steps 40",
     "ppo_lunarlander": "--num_envs 2 --rollout_steps 64 --batch_size 32 --epochs 1 --hidden 8 --num_steps 256",
     "actor_critic_tictactoe": "--games 8 --hidden 8 --pool 2 --num_steps 40",
     "dqn_space_invaders": "--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4 --keep_replay true --num_steps 24",
     "ppo_llm_breakout": "--model mlp --num_envs 2 --rollout_steps 8 --batch_size 8 --epochs 1 --video_freq 0 --num_steps 32",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("training", SMALL_RUNS)
 def test_a_stranger_value_anywhere_in_a_checkpoint(training, tmp_path, without_processes):  # noqa: F811
     """With a right checksum. The run goes on, if the value is one that nobody reads, or one line says what is wrong with the file."""
     module = importlib.import_module(training if training == "train_ppo" else f"algorithms.{training}")
-    main = train_ppo.main if training == "train_ppo" else functools.partial(algorithms.common.run_algorithm, module.ALGORITHM)
-    small, refused, rng = [*SMALL_RUNS[training].split(), "--eval_interval", "0", "--device", "cpu"], 0, random.Random(0)
+    main = (
+        train_ppo.main
+        if training == "train_ppo"
+        else functools.partial(algorithms.common.run_algorithm, module.ALGORITHM)
+    )
+    small, refused, rng = (
+        [*SMALL_RUNS[training].split(), "--eval_interval", "0", "--device", "cpu"],
+        0,
+        random.Random(0),
+    )
     assert main([*small, "--run_dir", str(tmp_path / "run")]) == 0
     state = load_checkpoint(tmp_path / "run")
     for trial in range(30):
@@ -162,7 +192,9 @@ print(kills, leftovers)
 def test_a_training_that_is_killed_fifty_times(tmp_path):
     """Each time every checkpoint loads, and in the end the run is the one that was never stopped, in every number and every row."""
     small = f"{SMALL} --num_steps {200 * 32} --eval_interval 0 --save_freq 1"
-    done = subprocess.run([sys.executable, "-c", KILLS, tmp_path, small], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, tmp_path, small], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     kills, leftovers = map(int, done.stdout.split()[-2:])
     assert kills == 50 and leftovers > 0, done.stdout  # otherwise it ended too early, or no kill fell into a write
@@ -178,22 +210,37 @@ def test_a_training_that_is_killed_fifty_times(tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_what_started_trainings_is_ended(tmp_path, program, signum):
     """The trainings end too, and have saved."""
-    small, run_dir = "--num_envs 2 --rollout_steps 8 --batch_size 8 --eval_interval 1000000 --save_freq 1000000 --num_steps 1000000000", tmp_path / "run"
+    small, run_dir = (
+        "--num_envs 2 --rollout_steps 8 --batch_size 8 --eval_interval 1000000 --save_freq 1000000 --num_steps 1000000000",
+        tmp_path / "run",
+    )
     if program == "algorithms.grid_search":
         command = f"train_ppo {small} --seed 0 1 --paired_envs false --out".split() + [tmp_path]
     else:
-        command = f"--standalone --nproc_per_node=2 train_ppo.py {small} --paired_envs false --device cpu --run_dir".split() + [run_dir]
+        command = (
+            f"--standalone --nproc_per_node=2 train_ppo.py {small} --paired_envs false --device cpu --run_dir".split()
+            + [run_dir]
+        )
     with open(tmp_path / "log", "w") as log:  # not a pipe, which the trainings would keep open
-        process = subprocess.Popen([sys.executable, "-m", program, *map(str, command)], cwd=ROOT, stdout=log, stderr=log,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-m", program, *map(str, command)],
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     wanted, deadline = 2 if program == "algorithms.grid_search" else 1, time.monotonic() + 120
-    while len(runs := [path.parent for path in tmp_path.glob("*/metrics.csv")]) < wanted and time.monotonic() < deadline:
+    while (
+        len(runs := [path.parent for path in tmp_path.glob("*/metrics.csv")]) < wanted and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     process.send_signal(signum)
     process.wait(60)
     while time.monotonic() < deadline and not all(free(run) for run in runs):
         time.sleep(0.1)
-    assert len(runs) == wanted and all(free(run) and load_checkpoint(run)["update_count"] > 0 for run in runs)  # saved by nothing but the stop
+    assert len(runs) == wanted and all(
+        free(run) and load_checkpoint(run)["update_count"] > 0 for run in runs
+    )  # saved by nothing but the stop
 
 
 def free(run_dir):
@@ -206,6 +253,12 @@ def free(run_dir):
 
 def test_no_training_needs_what_only_draws():
     """A broken Pillow raises anything at its import."""
-    trainings = ["train_ppo", *(f"algorithms.{name}" for name in ("reinforce_cartpole", "actor_critic_tictactoe", "ppo_lunarlander", "grpo_text"))]
+    trainings = [
+        "train_ppo",
+        *(
+            f"algorithms.{name}"
+            for name in ("reinforce_cartpole", "actor_critic_tictactoe", "ppo_lunarlander", "grpo_text")
+        ),
+    ]
     broken = "import sys; sys.modules |= dict.fromkeys(['PIL', 'matplotlib', 'tensorboard', 'torch.utils.tensorboard'])"
     subprocess.run([sys.executable, "-c", f"{broken}; import {', '.join(trainings)}"], cwd=ROOT, check=True)

@@ -60,7 +60,11 @@ def test_all_checks_pass_and_leave_the_training_as_it_is():
     plain.learn()
     checks = ours.collect_and_update.checks
     assert {check.name[0] for check in checks} == set("ABCD") and failing(checks) == set()
-    assert torch.equal(ours.weights, plain.weights) and torch.equal(ours.obs, plain.obs) and ours.global_step == plain.global_step
+    assert (
+        torch.equal(ours.weights, plain.weights)
+        and torch.equal(ours.obs, plain.obs)
+        and ours.global_step == plain.global_step
+    )
 
 
 def test_the_rare_cases_happen():
@@ -72,13 +76,17 @@ def test_the_rare_cases_happen():
     ended = (fields["terminated"] & ~fields["has_next"]).nonzero().tolist()
     assert [1, 0] in ended and [0, 1] in ended and fields["rewards"][0, 1] == 60  # the ball falls, the brick is hit
     assert games.elapsed[2] == CONFIG["rollout_steps"] and games.elapsed[3] > 5000  # too long, and not yet
-    assert {-1, 1} == set(games.dx[4::8].tolist()) == set(games.dx[5::8].tolist())  # either half of the paddle, as it moved
+    assert (
+        {-1, 1} == set(games.dx[4::8].tolist()) == set(games.dx[5::8].tolist())
+    )  # either half of the paddle, as it moved
 
 
 def always_bounce_left(self):
     """Paddles send every ball to the left."""
     hit = (self.ball_y == 22) & (self.ball_x >= self.paddle_x) & (self.ball_x < self.paddle_x + 7) & (self.lives > 0)
-    self.ball_y, self.dy, self.dx = (torch.where(hit, x, y) for x, y in ((21, self.ball_y), (-1, self.dy), (-1, self.dx)))
+    self.ball_y, self.dy, self.dx = (
+        torch.where(hit, x, y) for x, y in ((21, self.ball_y), (-1, self.dy), (-1, self.dx))
+    )
 
 
 def no_points_for_the_last_brick(self):
@@ -86,8 +94,14 @@ def no_points_for_the_last_brick(self):
     return torch.where(self.bricks_left == 0, 0, reward), brick
 
 
-@pytest.mark.parametrize("rule, wrong", [
-    ("bounce_off_paddles", always_bounce_left), ("break_bricks", no_points_for_the_last_brick), ("bounce_off_walls", lambda self: None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "rule, wrong",
+    [
+        ("bounce_off_paddles", always_bounce_left),
+        ("break_bricks", no_points_for_the_last_brick),
+        ("bounce_off_walls", lambda self: None),
+    ],
+)
 def test_a_wrong_rule_is_caught(monkeypatch, rule, wrong):
     monkeypatch.setattr(TensorGames, rule, wrong)
     ppo = device_trainer(**CONFIG | {"num_envs": 64})
@@ -113,7 +127,9 @@ def test_a_stale_page_is_caught(monkeypatch):
     draw, calls = TensorGames.draw, []
     skipped = 9, 10  # both of one step
     for name in ("draw", "redraw"):
-        monkeypatch.setattr(TensorGames, name, lambda self, *args: calls.append(0) or (None if len(calls) in skipped else draw(self)))
+        monkeypatch.setattr(
+            TensorGames, name, lambda self, *args: calls.append(0) or (None if len(calls) in skipped else draw(self))
+        )
     assert "A" in failing(checks_of_one_update(device_trainer(**CONFIG)))
 
 
@@ -209,6 +225,7 @@ def test_prefixes_in_bf16_pass():
 
 def test_a_wrong_attention_mask_is_caught(monkeypatch):
     """Each query of a chunk sees the keys from its start up to its own place: aligned to the wrong corner."""
+
     def upper_left(q, kv, n_head):
         heads = lambda z: z.unflatten(2, (n_head, -1)).transpose(1, 2)
         k, v = kv.chunk(2, dim=2)
@@ -237,7 +254,11 @@ def test_graphs_replay_what_eager_steps_do(monkeypatch):
         warnings.simplefilter("error")
         ours.learn()
     plain.learn()
-    assert len(tapes) == 2 and isinstance(ours.train_step, GraphRunner) and failing(ours.collect_and_update.checks) == set()
+    assert (
+        len(tapes) == 2
+        and isinstance(ours.train_step, GraphRunner)
+        and failing(ours.collect_and_update.checks) == set()
+    )
     assert torch.equal(ours.weights, plain.weights) and torch.equal(ours.obs, plain.obs)
     for name, x in plain.buffer.fields.items():
         assert torch.equal(ours.buffer.fields[name], x), name
@@ -274,12 +295,18 @@ def test_a_recording_that_fails_is_named_and_never_tried_again(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", recording)
     # half-way through a step, when the games have moved already
-    monkeypatch.setattr(TensorGames, "redraw", lambda self, *args: fail_as_if_the_host_waited() if recording_now else draw(self))
+    monkeypatch.setattr(
+        TensorGames, "redraw", lambda self, *args: fail_as_if_the_host_waited() if recording_now else draw(self)
+    )
     ours, plain = checked([GRAPHS]), device_trainer(**CONFIG)
     with pytest.warns(UserWarning, match="^the host must not wait; going on without CUDA graphs$"):
         ours.learn()
     plain.learn()
-    assert len(recorded) == 1 and torch.equal(ours.weights, plain.weights) and torch.equal(ours.env.games.pages, plain.env.games.pages)
+    assert (
+        len(recorded) == 1
+        and torch.equal(ours.weights, plain.weights)
+        and torch.equal(ours.env.games.pages, plain.env.games.pages)
+    )
 
 
 def fail_as_if_the_host_waited(*_):
@@ -288,6 +315,7 @@ def fail_as_if_the_host_waited(*_):
 
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
     """Compilation fails in the second step of the rollout, when the games have moved already."""
+
     def compiler(function, fullgraph):
         def compiled(*args):
             function(*args)
@@ -305,6 +333,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
 
 def test_a_backward_pass_that_cannot_be_compiled_is_blamed_on_the_compiler(monkeypatch):
     """It is compiled when it first runs, and not with the loss."""
+
     class Broken(torch.autograd.Function):
         @staticmethod
         def forward(ctx, loss):
@@ -364,7 +393,9 @@ def test_a_deeper_model_goes_on_without_a_compiler(monkeypatch):
     with pytest.warns(UserWarning, match="^the host must not wait; going on without torch.compile$"):
         ppo.learn()
     assert (ppo.policy.compile_blocks, ppo.policy.bf16) == (False, True) and ppo.update_count == 2
-    assert failing(ppo.collect_and_update.checks) == set() and {check.name[0] for check in ppo.collect_and_update.checks} == {"D", "E"}
+    assert failing(ppo.collect_and_update.checks) == set() and {
+        check.name[0] for check in ppo.collect_and_update.checks
+    } == {"D", "E"}
 
 
 def test_a_deeper_model_goes_on_without_bfloat16(monkeypatch):
@@ -395,9 +426,14 @@ def test_gives_up_where_nothing_is_right(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph: function)
     monkeypatch.setattr(TensorGames, "bounce_off_walls", lambda self: None)
     ppo = checked([GRAPHS, COMPILE], num_envs=32)
-    with pytest.warns(UserWarning) as warned, pytest.raises(GPUError, match=r"^wrong results on cpu, torch 2.*\(A games .*: error \d+"):
+    with (
+        pytest.warns(UserWarning) as warned,
+        pytest.raises(GPUError, match=r"^wrong results on cpu, torch 2.*\(A games .*: error \d+"),
+    ):
         ppo.learn()
-    assert [str(w.message).split("; ")[-1] for w in warned] == [f"going on without {name}" for name in (GRAPHS, COMPILE)]
+    assert [str(w.message).split("; ")[-1] for w in warned] == [
+        f"going on without {name}" for name in (GRAPHS, COMPILE)
+    ]
 
 
 def test_a_gpu_that_has_failed_is_told_from_a_defect(monkeypatch):
@@ -409,7 +445,9 @@ def test_a_gpu_that_has_failed_is_told_from_a_defect(monkeypatch):
     monkeypatch.setattr(gpu_training, "works", lambda device: False)
     with pytest.raises(GPUError, match=r"the GPU has stopped working \(the host must not wait\)$"):
         ppo.learn()
-    monkeypatch.setattr(ppo.collect_and_update, "unchecked_update", Compiled(fail_as_if_the_host_waited, backend="eager"))
+    monkeypatch.setattr(
+        ppo.collect_and_update, "unchecked_update", Compiled(fail_as_if_the_host_waited, backend="eager")
+    )
     with pytest.raises(GPUError, match="the GPU has stopped working"):  # although a shortcut seems to be to blame
         ppo.learn()
 
@@ -453,9 +491,23 @@ def test_a_run_goes_on_with_the_cpu_in_a_fresh_process(monkeypatch, tmp_path, ca
     monkeypatch.setattr(command_line.subprocess, "Popen", Process)
     monkeypatch.setattr(command_line.signal, "signal", lambda signum, handler: None)
     assert command_line.train(ppo, tmp_path, "train_ppo.py", {}) == 7
-    assert started == [([sys.executable, command_line.__file__.replace("command_line", "train_ppo"), f"--resume={tmp_path}", "--device", "cpu"], [0])]
+    assert started == [
+        (
+            [
+                sys.executable,
+                command_line.__file__.replace("command_line", "train_ppo"),
+                f"--resume={tmp_path}",
+                "--device",
+                "cpu",
+            ],
+            [0],
+        )
+    ]
     assert load_checkpoint(tmp_path)["update_count"] == 0
-    assert f"stopped working; going on with: python train_ppo.py --resume {tmp_path} --device cpu" in capsys.readouterr().err
+    assert (
+        f"stopped working; going on with: python train_ppo.py --resume {tmp_path} --device cpu"
+        in capsys.readouterr().err
+    )
 
 
 def fail_for_good():
@@ -476,7 +528,9 @@ def test_nothing_that_a_graph_cannot_hold_is_in_either_step(monkeypatch):
         for function, args, kwargs, _ in tape.calls:
             assert not forbidden & set(function.tags) and "lift_fresh" not in str(function), function
             indices = args[1] if "aten.index" in str(function) and isinstance(args[1], list) else []
-            assert all(i is None or i.dtype in (torch.int32, torch.int64) for i in indices), function  # of masks the host would count
+            assert all(i is None or i.dtype in (torch.int32, torch.int64) for i in indices), (
+                function
+            )  # of masks the host would count
 
 
 def test_neither_step_touches_the_host():
@@ -502,9 +556,16 @@ def test_neither_step_touches_the_host():
         ppo.rollout_step()
         ppo.buffer.minibatches = move(real.buffer.minibatches)
         ppo.train_step()
-    assert {name: x.shape for name, x in ppo.buffer.fields.items()} == {name: x.shape for name, x in real.buffer.fields.items()}
+    assert {name: x.shape for name, x in ppo.buffer.fields.items()} == {
+        name: x.shape for name, x in real.buffer.fields.items()
+    }
     assert games.pages is games.buffers["pages"]
-    made_here = [x for function, args, kwargs, _ in tape.calls if "_to_copy" not in str(function) for x in tensors((args, kwargs))]
+    made_here = [
+        x
+        for function, args, kwargs, _ in tape.calls
+        if "_to_copy" not in str(function)
+        for x in tensors((args, kwargs))
+    ]
     assert len(made_here) > 100 and {x.device.type for x in made_here} == {"meta"}
 
 

@@ -31,7 +31,9 @@ def in_this_process(monkeypatch, without_processes):  # noqa: F811
 
     def run(command, cwd, stdout, stderr, env):
         commands.append(list(map(str, command[3:])))
-        importlib.import_module("algorithms.common").run_algorithm(importlib.import_module(command[2]).ALGORITHM, commands[-1])
+        importlib.import_module("algorithms.common").run_algorithm(
+            importlib.import_module(command[2]).ALGORITHM, commands[-1]
+        )
 
     monkeypatch.setattr(grid_search, "run_side_by_side", in_turn(run))
     return commands
@@ -42,18 +44,37 @@ def test_every_combination():
 
 
 def test_a_search_ranks_its_runs_and_goes_on_where_it_was(tmp_path, in_this_process, monkeypatch, capsys):
-    words = ["reinforce_cartpole", *SMALL.split(), "--lr", "0.01", "0.02", "--out", str(tmp_path), "--map", "lr", "hidden", "--fresh", "2"]
+    words = [
+        "reinforce_cartpole",
+        *SMALL.split(),
+        "--lr",
+        "0.01",
+        "0.02",
+        "--out",
+        str(tmp_path),
+        "--map",
+        "lr",
+        "hidden",
+        "--fresh",
+        "2",
+    ]
     assert main(words) == 0 and len(in_this_process) == 4
     with open(tmp_path / "grid.csv") as file:
         rows = list(csv.DictReader(file))
     best = [float(row["best"]) for row in rows]
     assert best == sorted(best, reverse=True) and {(row["LR"], row["HIDDEN"]) for row in rows} == {
-        (lr, hidden) for lr in ("0.01", "0.02") for hidden in "48"}  # fmt: skip
+        (lr, hidden) for lr in ("0.01", "0.02") for hidden in "48"
+    }
     with Image.open(tmp_path / "grid.png") as image:
         assert image.width > 200
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 4 and table[0].endswith("| LR | best | last | steps | minutes | fresh | fresh error | fresh min |")
-    with monkeypatch.context() as patch, pytest.raises(CommandLineError, match="grid.png: not drawn .import of matplotlib.figure halted"):
+    assert len(table) == 2 + 4 and table[0].endswith(
+        "| LR | best | last | steps | minutes | fresh | fresh error | fresh min |"
+    )
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CommandLineError, match="grid.png: not drawn .import of matplotlib.figure halted"),
+    ):
         patch.setitem(sys.modules, "matplotlib.figure", None)
         main(words)
     assert table == [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
@@ -82,7 +103,10 @@ def test_a_search_deletes_nothing(tmp_path, in_this_process):
     (killed / "last.pt").unlink()
     (killed / "notes.txt").write_text("mine")
     left = {file: file.read_bytes() for file in killed.iterdir()}
-    with pytest.raises(CommandLineError, match="seed=0 is in use already, and has no last.pt to go on from; move it away, or name another --out"):
+    with pytest.raises(
+        CommandLineError,
+        match="seed=0 is in use already, and has no last.pt to go on from; move it away, or name another --out",
+    ):
         main(words)
     assert left == {file: file.read_bytes() for file in killed.iterdir()} and len(in_this_process) == 1
 
@@ -92,21 +116,31 @@ def test_a_search_deletes_nothing(tmp_path, in_this_process):
 def test_the_constants_of_a_run_that_cannot_be_read(tmp_path, name, damaged):
     (tmp_path / "seed=0").mkdir()
     (tmp_path / "seed=0" / "config.json").write_text(damaged)
-    with pytest.raises(CommandLineError, match="config.json: is damaged; move its directory away, or name another --out"):
+    with pytest.raises(
+        CommandLineError, match="config.json: is damaged; move its directory away, or name another --out"
+    ):
         main([name, "--seed", "0", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("words, message", [
-    ("reinforce_cartpole", "name at least one constant"), ("reinforce_cartpole --lrr 1", "--lrr: is no constant to search"),
-    ("reinforce_cartpole 3", "'3' stands before any constant"), ("reinforce_cartpole --lr", "--lr needs at least one value"),
-    ("reinforce_cartpole --lr fast", "--lr needs a number, not 'fast'"), ("reinforce_cartpole --lr 7", "LR .* must be a number from 1e-09 to 1"),
-    ("reinforce_cartpole --run_dir a b", "--run_dir: is no constant to search"), ("nothing --lr 1", "invalid choice: 'nothing'"),
-    ("reinforce_cartpole --lr 0.1 --map lr seed", "--map seed: is not searched; the grid has lr"),
-    ("train_ppo --batch_size 7", "BATCH_SIZE must divide"), ("reinforce_cartpole --eval_interval 0", "without evaluations there is nothing to compare"),
-    ("reinforce_cartpole --seed 0 --fresh 0", "--fresh must be 1 or more"),
-    ("train_ppo --seed 0 --fresh 9", "--fresh: train_ppo cannot be scored in fresh games"),
-    ("actor_critic --output_dim 11", "OUTPUT_DIM must not exceed INPUT_DIM"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("reinforce_cartpole", "name at least one constant"),
+        ("reinforce_cartpole --lrr 1", "--lrr: is no constant to search"),
+        ("reinforce_cartpole 3", "'3' stands before any constant"),
+        ("reinforce_cartpole --lr", "--lr needs at least one value"),
+        ("reinforce_cartpole --lr fast", "--lr needs a number, not 'fast'"),
+        ("reinforce_cartpole --lr 7", "LR .* must be a number from 1e-09 to 1"),
+        ("reinforce_cartpole --run_dir a b", "--run_dir: is no constant to search"),
+        ("nothing --lr 1", "invalid choice: 'nothing'"),
+        ("reinforce_cartpole --lr 0.1 --map lr seed", "--map seed: is not searched; the grid has lr"),
+        ("train_ppo --batch_size 7", "BATCH_SIZE must divide"),
+        ("reinforce_cartpole --eval_interval 0", "without evaluations there is nothing to compare"),
+        ("reinforce_cartpole --seed 0 --fresh 0", "--fresh must be 1 or more"),
+        ("train_ppo --seed 0 --fresh 9", "--fresh: train_ppo cannot be scored in fresh games"),
+        ("actor_critic --output_dim 11", "OUTPUT_DIM must not exceed INPUT_DIM"),
+    ],
+)
 def test_bad_input(tmp_path, words, message):
     with pytest.raises(CommandLineError, match=message) as error:
         main([*words.split(), "--out", str(tmp_path)])
@@ -116,26 +150,66 @@ def test_bad_input(tmp_path, words, message):
 @pytest.mark.parametrize("name", TRAININGS)
 def test_every_training_can_be_searched(name):
     what = training(name)
-    assert "SEED" in what.constants and set(what.ranges) <= set(what.constants) and what.program[-1].endswith((f"{name}.py", f"algorithms.{name}"))
+    assert (
+        "SEED" in what.constants
+        and set(what.ranges) <= set(what.constants)
+        and what.program[-1].endswith((f"{name}.py", f"algorithms.{name}"))
+    )
 
 
 def test_a_search_begun_with_other_constants_is_not_mixed(tmp_path, in_this_process):
-    assert main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0 --gamma 0.9".split(), "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "reinforce_cartpole",
+                *"--num_steps 30 --episodes 2 --hidden 4 --seed 0 --gamma 0.9".split(),
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     (run_dir,) = (path for path in tmp_path.iterdir() if path.is_dir())
     config = (run_dir / "config.json").read_text()
     (run_dir / "config.json").write_text(config.replace('"DEVICE": "auto"', '"DEVICE": "cpu"'))  # a GPU has failed
-    assert main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0 --gamma 0.9".split(), "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "reinforce_cartpole",
+                *"--num_steps 30 --episodes 2 --hidden 4 --seed 0 --gamma 0.9".split(),
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     (run_dir / "config.json").write_text(config.replace('"GAMMA": 0.9', '"GAMMA": 0.5'))
     with pytest.raises(CommandLineError, match="was begun with other constants"):
-        main(["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --seed 0 --gamma 0.9".split(), "--out", str(tmp_path)])
+        main(
+            [
+                "reinforce_cartpole",
+                *"--num_steps 30 --episodes 2 --hidden 4 --seed 0 --gamma 0.9".split(),
+                "--out",
+                str(tmp_path),
+            ]
+        )
 
 
 def test_runs_with_contents_of_another_kind_are_named(tmp_path, in_this_process):
     """A checksum does not say who wrote a checkpoint."""
-    words = ["reinforce_cartpole", *"--num_steps 30 --episodes 2 --hidden 4 --eval_interval 1 --seed 0 --fresh 1".split(), "--out", str(tmp_path)]
+    words = [
+        "reinforce_cartpole",
+        *"--num_steps 30 --episodes 2 --hidden 4 --eval_interval 1 --seed 0 --fresh 1".split(),
+        "--out",
+        str(tmp_path),
+    ]
     assert main(words) == 0
     (run_dir,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    what, last, best = training("reinforce_cartpole"), load_checkpoint(run_dir), load_checkpoint(run_dir / "best_model.pt")
+    what, last, best = (
+        training("reinforce_cartpole"),
+        load_checkpoint(run_dir),
+        load_checkpoint(run_dir / "best_model.pt"),
+    )
     for spoiled in ({"constants": None}, {"constants": {"NUM_STEPS": "x"}}, {"evaluations": 5}, {"global_step": 0.5}):
         save_checkpoint(run_dir / "last.pt", last | spoiled)
         assert not what.finished(run_dir)
@@ -152,7 +226,11 @@ def test_runs_with_contents_of_another_kind_are_named(tmp_path, in_this_process)
 
 def test_the_training_with_a_config_file(tmp_path, monkeypatch, in_this_process):
     monkeypatch.setattr(actor_critic, "STEPS_PER_EPOCH", 2)
-    monkeypatch.setattr(grid_search, "run_side_by_side", in_turn(lambda command, **kwargs: actor_critic.main(list(map(str, command[3:])))))
+    monkeypatch.setattr(
+        grid_search,
+        "run_side_by_side",
+        in_turn(lambda command, **kwargs: actor_critic.main(list(map(str, command[3:])))),
+    )
     words = "actor_critic --num_epochs 1 --hidden_dim 4 --seed 1 2 --out".split() + [str(tmp_path)]
     assert main(words) == 0
     assert main(words) == 0
@@ -172,15 +250,27 @@ def test_the_training_with_a_config_file(tmp_path, monkeypatch, in_this_process)
 
 def test_on_the_command_line():
     command = [sys.executable, "-m", "algorithms.grid_search", "reinforce_cartpole", "--lr"]
-    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as notebooks set it, here without that package
+    environment = {
+        **os.environ,
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }  # as notebooks set it, here without that package
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "-m algorithms.grid_search: --lr needs at least one value\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1,
+        "",
+        "-m algorithms.grid_search: --lr needs at least one value\n",
+    )
 
 
 def test_a_heat_map_is_in_order():
     """Rows come the best first; axes ascend, to the right and upwards."""
-    rows = [{"LR": lr, "SEED": seed, "best": 100 * lr + seed} for lr, seed in ((0.01, 1), (0.001, 2), (0.1, 1), (0.001, 1), (0.1, 2), (0.01, 2))]
+    rows = [
+        {"LR": lr, "SEED": seed, "best": 100 * lr + seed}
+        for lr, seed in ((0.01, 1), (0.001, 2), (0.1, 1), (0.001, 1), (0.1, 2), (0.01, 2))
+    ]
     axes = heat_map(rows, "LR", "SEED").axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01", "0.1"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"] and axes.get_ylim()[0] < axes.get_ylim()[1]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"] and axes.get_ylim()[
+        0
+    ] < axes.get_ylim()[1]
     np.testing.assert_allclose(axes.images[0].get_array(), [[1.1, 2, 11], [2.1, 3, 12]])

@@ -15,14 +15,45 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import (
-    AutoModelForCausalLM, BertConfig, BertLMHeadModel, DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config,
-    GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification, Mamba2Config, Mamba2ForCausalLM, MambaConfig,
-    MambaForCausalLM, MptConfig, MptForSequenceClassification, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, RobertaConfig,
-    RobertaForSequenceClassification, RwkvConfig, RwkvForCausalLM, XLNetConfig, XLNetForSequenceClassification,
-)  # fmt: skip
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MptConfig,
+    MptForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RwkvConfig,
+    RwkvForCausalLM,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
 from algorithms import grpo_text
-from algorithms.grpo_text import ALGORITHM, GRPO, HELD_OUT, PROMPTS, advantages_of, brief, friendly, reward_model, sentences
+from algorithms.grpo_text import (
+    ALGORITHM,
+    GRPO,
+    HELD_OUT,
+    PROMPTS,
+    advantages_of,
+    brief,
+    friendly,
+    reward_model,
+    sentences,
+)
 from algorithms.language_model import RewardModel, is_adapter, reference_to, refusing, train_tokenizer, with_lora
 from algorithms.language_policy import Writer, until_end
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
@@ -41,10 +72,30 @@ def tokenizer():
 def small_model(kind, tokenizer):
     torch.manual_seed(0)
     if kind == "GPT-2":  # dropout 0.1, learned positions
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=0, bos_token_id=0))
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(tokenizer),
+                n_embd=32,
+                n_layer=2,
+                n_head=2,
+                n_positions=64,
+                eos_token_id=0,
+                bos_token_id=0,
+            )
+        )
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                             num_attention_heads=4, num_key_value_heads=2, head_dim=8, bos_token_id=None))  # fmt: skip
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                bos_token_id=None,
+            )
+        )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -82,14 +133,24 @@ def test_logprobs_are_those_of_each_token_alone(kind, tokenizer):
 def test_nothing_behind_the_end_is_drawn():
     tokens = torch.tensor([[3, 0, 4, 0], [0, 0, 0, 0], [3, 4, 5, 6]])
     assert until_end(tokens, [0]).tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
-    assert until_end(tokens, [0, 5]).tolist() == [[True, True, False, False], [True, False, False, False], [True, True, True, False]]
+    assert until_end(tokens, [0, 5]).tolist() == [
+        [True, True, False, False],
+        [True, False, False, False],
+        [True, True, True, False],
+    ]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_answers_are_drawn_as_they_are_scored(temperature, tokenizer, monkeypatch):
     """Whatever settings came with the model, and up to whichever of its end tokens comes first."""
     model = small_model("Qwen3", tokenizer)
-    model.generation_config.update(eos_token_id=[0, 5, 6, 7, 8, 9], temperature=5.0, top_k=3, repetition_penalty=2.0, suppress_tokens=[*range(10, 200)])
+    model.generation_config.update(
+        eos_token_id=[0, 5, 6, 7, 8, 9],
+        temperature=5.0,
+        top_k=3,
+        repetition_penalty=2.0,
+        suppress_tokens=[*range(10, 200)],
+    )
     writer, real, scores = Writer(model, tokenizer, temperature), model.generate, []
 
     def generate(**inputs):
@@ -111,7 +172,9 @@ def test_answers_are_drawn_as_they_are_scored(temperature, tokenizer, monkeypatc
 
 def test_a_model_that_draws_otherwise_than_it_scores_is_refused(tokenizer):
     torch.manual_seed(0)
-    size = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    size = dict(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
     bert = BertLMHeadModel(BertConfig(is_decoder=False, **size)).eval()
     with torch.no_grad():
         for p in bert.parameters():
@@ -139,22 +202,36 @@ def test_k3_estimates_the_divergence():
 def test_rewards_by_hand():
     twenty = "word " * 19 + "end."
     assert brief("", twenty) == 1 and brief("", "word " * 40) == 0.25 and brief("", "") == 0
-    assert sentences("", "One. Two three") == pytest.approx(1 / 3) and sentences("", "3.14 is no end") == 0 and sentences("", "All. Of it!") == 1
+    assert (
+        sentences("", "One. Two three") == pytest.approx(1 / 3)
+        and sentences("", "3.14 is no end") == 0
+        and sentences("", "All. Of it!") == 1
+    )
     assert friendly("", "Good, good day!") == pytest.approx(2 / 3) and friendly("", "") == 0
 
 
 CLASSIFIERS = {
-    "DeBERTa": (DebertaV2ForSequenceClassification, DebertaV2Config, dict(relative_attention=True, pos_att_type=["p2c", "c2p"])),
+    "DeBERTa": (
+        DebertaV2ForSequenceClassification,
+        DebertaV2Config,
+        dict(relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    ),
     "GPT-2": (GPT2ForSequenceClassification, GPT2Config, dict(bos_token_id=0, eos_token_id=0)),  # knows of no padding
     "Llama": (LlamaForSequenceClassification, LlamaConfig, dict(num_key_value_heads=2, pad_token_id=0)),
     "MPT": (MptForSequenceClassification, MptConfig, {}),
     "RoBERTa": (RobertaForSequenceClassification, RobertaConfig, {}),
-    "XLNet": (XLNetForSequenceClassification, XLNetConfig, dict(d_head=8)),  # reads the last place of all, padding or not
+    "XLNet": (
+        XLNetForSequenceClassification,
+        XLNetConfig,
+        dict(d_head=8),
+    ),  # reads the last place of all, padding or not
 }
 TOKENIZERS = {
-    "pads on the left": dict(pad_token="<end>", padding_side="left"), "has no padding": {}, "pads with what the model does not know": dict(pad_token="<pad>"),
+    "pads on the left": dict(pad_token="<end>", padding_side="left"),
+    "has no padding": {},
+    "pads with what the model does not know": dict(pad_token="<pad>"),
     "reads 20 tokens": dict(model_max_length=20, pad_token="<end>"),
-}  # fmt: skip
+}
 
 
 def save_classifier(folder, tokenizer, kind="DeBERTa", settings=None, template=None, closing=False, **changes):
@@ -174,7 +251,9 @@ def save_classifier(folder, tokenizer, kind="DeBERTa", settings=None, template=N
 def wrapped(tokenizer, settings, template=None, closing=False):
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     if closing:
-        backend.post_processor = TemplateProcessing(single="<end> $A <end>", pair="<end> $A $B <end>", special_tokens=[("<end>", 0)])
+        backend.post_processor = TemplateProcessing(
+            single="<end> $A <end>", pair="<end> $A $B <end>", special_tokens=[("<end>", 0)]
+        )
     result = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", **settings)
     result.chat_template = template
     return result
@@ -194,7 +273,9 @@ def test_a_classifier_reads_each_pair_as_if_alone(kind, settings, tmp_path, toke
         if i == 2 and settings == "reads 20 tokens":
             continue
         with torch.no_grad():
-            alone = model(**{name: x for name, x in plain(prompt, answer, return_tensors="pt").items() if name in names}).logits[0, 0]
+            alone = model(
+                **{name: x for name, x in plain(prompt, answer, return_tensors="pt").items() if name in names}
+            ).logits[0, 0]
         torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-5)
 
 
@@ -208,12 +289,20 @@ def test_a_classifier_reads_what_its_chat_template_says(tmp_path, tokenizer):
     torch.testing.assert_close(reward(["Why is the sky blue?"], ["Because."])[0], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(num_labels=2), "it has 2 outputs; a reward model has one"), (dict(vocab_size=100), "gives token 266, and the model knows 100"),
-    (dict(template="{{ raise_exception('roles must\n alternate') }}"), "chat template .* failed .roles must alternate"),
-    (dict(template="{% for"), "chat template .* failed"), (dict(settings=dict(model_max_length=10)), "it reads 10 tokens at most, and a prompt has more"),
-    (dict(kind="Llama", max_position_embeddings=10), "it reads 10 tokens at most"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(num_labels=2), "it has 2 outputs; a reward model has one"),
+        (dict(vocab_size=100), "gives token 266, and the model knows 100"),
+        (
+            dict(template="{{ raise_exception('roles must\n alternate') }}"),
+            "chat template .* failed .roles must alternate",
+        ),
+        (dict(template="{% for"), "chat template .* failed"),
+        (dict(settings=dict(model_max_length=10)), "it reads 10 tokens at most, and a prompt has more"),
+        (dict(kind="Llama", max_position_embeddings=10), "it reads 10 tokens at most"),
+    ],
+)
 def test_a_classifier_that_is_no_reward_model_is_refused(changes, message, tmp_path, tokenizer):
     save_classifier(tmp_path, tokenizer, **changes)
     with pytest.raises(CommandLineError, match=f"^REWARD_MODEL {tmp_path}: .*{message}") as error:
@@ -231,19 +320,26 @@ def test_a_model_without_a_tokenizer_and_one_that_is_too_short_are_refused(token
     empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), eos_token="<end>")
     with pytest.raises(CommandLineError, match="the tokenizer makes nothing of a text"):
         Writer(small_model("Qwen3", tokenizer), empty).check(PROMPTS, 4)
-    with pytest.raises(CommandLineError, match="^the model reads 64 tokens at most, too few for the prompts; take another model$"):
+    with pytest.raises(
+        CommandLineError, match="^the model reads 64 tokens at most, too few for the prompts; take another model$"
+    ):
         Writer(small_model("GPT-2", tokenizer), tokenizer).check(["word " * 80], 4)
 
 
 def test_a_classifier_reads_as_many_tokens_as_it_has_positions_for(tmp_path, tokenizer):
     """Some count positions from behind the number of their padding, and MPT has a name of its own for their number."""
-    for kind, settings, longest in (("RoBERTa", dict(max_position_embeddings=40, pad_token_id=3), 36), ("MPT", dict(max_seq_len=40), 40)):
+    for kind, settings, longest in (
+        ("RoBERTa", dict(max_position_embeddings=40, pad_token_id=3), 36),
+        ("MPT", dict(max_seq_len=40), 40),
+    ):
         save_classifier(tmp_path / kind, tokenizer, kind, **settings)
         reward = RewardModel(str(tmp_path / kind), torch.device("cpu"), ["hi"])
         answers = ["!" * n for n in range(60)]
         with pytest.warns(UserWarning, match=f"reads {longest} tokens at most"):
             scores = reward(["hi"] * 60, answers)
-        assert reward.longest == longest and scores.isfinite().all() and len(scores[: longest - 2].unique()) == longest - 2
+        assert (
+            reward.longest == longest and scores.isfinite().all() and len(scores[: longest - 2].unique()) == longest - 2
+        )
 
 
 def test_a_classifier_that_fails_is_one_line(tmp_path, tokenizer):
@@ -251,7 +347,10 @@ def test_a_classifier_that_fails_is_one_line(tmp_path, tokenizer):
     save_classifier(tmp_path, tokenizer)
     reward = RewardModel(str(tmp_path), torch.device("cpu"), ["hi"])
     reward.model.forward = fails
-    with pytest.raises(CommandLineError, match=r"^the model cannot be used \(No API key configured. Use `wandb login`\); take another model$"):
+    with pytest.raises(
+        CommandLineError,
+        match=r"^the model cannot be used \(No API key configured. Use `wandb login`\); take another model$",
+    ):
         reward(["hi"], ["yes"])
     with pytest.raises(CommandLineError, match=r"\(NotImplementedError\)"), refusing("it failed"):
         raise NotImplementedError
@@ -266,17 +365,34 @@ def test_a_function_gives_one_number_for_each_answer():
         grpo_text.score_by(lambda prompt, answer: [0.5, 1.0], "xx", "ab")
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("no adapter fits", "the model cannot be used .*Mamba.*; take another model$"), ("virtual tokens", "the model cannot be used .*; take another model$"),
-    ("not finite", "the model gives numbers that are not finite; take another model$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("no adapter fits", "the model cannot be used .*Mamba.*; take another model$"),
+        ("virtual tokens", "the model cannot be used .*; take another model$"),
+        ("not finite", "the model gives numbers that are not finite; take another model$"),
+    ],
+)
 def test_a_policy_that_cannot_learn_is_refused_in_one_line(kind, message, tmp_path, folder, tokenizer):
     model = small_model("Qwen3", tokenizer)
     if kind == "no adapter fits":
-        model = Mamba2ForCausalLM(Mamba2Config(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, state_size=4,
-                                               n_groups=1, eos_token_id=0))  # fmt: skip
+        model = Mamba2ForCausalLM(
+            Mamba2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_heads=4,
+                head_dim=16,
+                state_size=4,
+                n_groups=1,
+                eos_token_id=0,
+            )
+        )
     elif kind == "virtual tokens":
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(folder),
+            PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        )
     else:
         with torch.no_grad():
             model.model.norm.weight[0] = math.nan
@@ -303,8 +419,10 @@ def test_an_adapter_of_the_hub_is_an_adapter(folder, tokenizer, tmp_path, monkey
 def test_recurrent_models_that_ignore_the_mask_are_refused(tokenizer):
     """Beside a longer prompt they read another text; the others of their kind learn."""
     size = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, eos_token_id=0, bos_token_id=0)
-    models = {True: MambaForCausalLM(MambaConfig(state_size=4, pad_token_id=0, **size)),
-              False: RwkvForCausalLM(RwkvConfig(attention_hidden_size=32, intermediate_size=64, **size))}  # fmt: skip
+    models = {
+        True: MambaForCausalLM(MambaConfig(state_size=4, pad_token_id=0, **size)),
+        False: RwkvForCausalLM(RwkvConfig(attention_hidden_size=32, intermediate_size=64, **size)),
+    }
     for heeds_the_mask, model in models.items():
         with torch.no_grad():
             for p in model.parameters():
@@ -313,7 +431,9 @@ def test_recurrent_models_that_ignore_the_mask_are_refused(tokenizer):
         if heeds_the_mask:
             writer.check(PROMPTS, 4)
             continue
-        with pytest.raises(CommandLineError, match="scores a text otherwise beside others than alone.*take another model$"):
+        with pytest.raises(
+            CommandLineError, match="scores a text otherwise beside others than alone.*take another model$"
+        ):
             writer.check(PROMPTS, 4)
 
 
@@ -326,7 +446,10 @@ def test_a_prompt_is_not_closed_before_its_answer(tokenizer):
     assert closing.pad_token_id >= len(tokenizer) and writer.pad == 0  # the model does not know the tokenizer's padding
     writer.check(PROMPTS, 4)
     other = train_tokenizer(PROMPTS * 2)
-    with pytest.raises(CommandLineError, match=f"gives token {len(other) - 1}, and the model knows {len(tokenizer)}: they do not fit together"):
+    with pytest.raises(
+        CommandLineError,
+        match=f"gives token {len(other) - 1}, and the model knows {len(tokenizer)}: they do not fit together",
+    ):
         Writer(small_model("Qwen3", tokenizer), other).check(PROMPTS, 4)
     unknown = wrapped(tokenizer, {}, "{% for message in messages %}<turn>{{ message.content }}{% endfor %}")
     unknown.add_special_tokens({"additional_special_tokens": ["<turn>"]})  # unlike padding, the prompts have it
@@ -335,14 +458,20 @@ def test_a_prompt_is_not_closed_before_its_answer(tokenizer):
 
 
 def small_grpo(tokenizer, reward, **changes):
-    c = SimpleNamespace(**{**ALGORITHM.constants, "NUM_SAMPLES": 8, "MAX_NEW_TOKENS": 4, "LR": 1e-2, "NUM_STEPS": 10**6, **changes})
+    c = SimpleNamespace(
+        **{**ALGORITHM.constants, "NUM_SAMPLES": 8, "MAX_NEW_TOKENS": 4, "LR": 1e-2, "NUM_STEPS": 10**6, **changes}
+    )
     model = small_model("Qwen3", tokenizer)
-    return GRPO(Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P), reward, reference_to(model), c, torch.device("cpu"), {})
+    return GRPO(
+        Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P), reward, reference_to(model), c, torch.device("cpu"), {}
+    )
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 def test_the_divergence_is_zero_at_the_start_and_the_ratio_moves_with_more_epochs(tokenizer, top_p):
-    grpo = small_grpo(tokenizer, lambda prompts, answers: torch.tensor([float(len(a)) for a in answers]), TOP_P=top_p, EPOCHS=1)
+    grpo = small_grpo(
+        tokenizer, lambda prompts, answers: torch.tensor([float(len(a)) for a in answers]), TOP_P=top_p, EPOCHS=1
+    )
     torch.manual_seed(1)
     first = grpo.update(*grpo.collect())
     assert first["kl_reference"] == pytest.approx(0, abs=1e-6)
@@ -369,7 +498,9 @@ def test_tokens_behind_the_end_change_nothing(tokenizer):
 def test_finds_the_optimum_of_a_toy_task(tokenizer, kl_coef):
     """Two tokens, and half of the reward for the right letter at each place: they are found, unless the divergence costs too much."""
     grpo = small_grpo(tokenizer, None, NUM_SAMPLES=64, MAX_NEW_TOKENS=2, KL_COEF=kl_coef, LR=1e-2)
-    grpo.reward = lambda prompts, answers: torch.tensor([sum(a == b for a, b in zip(answer, "hi")) / 2 for answer in answers])
+    grpo.reward = lambda prompts, answers: torch.tensor(
+        [sum(a == b for a, b in zip(answer, "hi")) / 2 for answer in answers]
+    )
     with torch.no_grad():  # so that the letters are drawn now and then
         head = grpo.policy.model.get_output_embeddings().weight
         for letter in "hi":
@@ -386,7 +517,12 @@ def test_finds_the_optimum_of_a_toy_task(tokenizer, kl_coef):
 def test_no_prompt_comes_twice_in_a_step_before_all_have_and_none_is_held_out(tokenizer):
     assert not set(PROMPTS) & set(HELD_OUT)
     seen = []
-    grpo = small_grpo(tokenizer, lambda prompts, answers: seen.append(prompts) or torch.zeros(len(prompts)), PROMPTS_PER_STEP=30, NUM_SAMPLES=2)
+    grpo = small_grpo(
+        tokenizer,
+        lambda prompts, answers: seen.append(prompts) or torch.zeros(len(prompts)),
+        PROMPTS_PER_STEP=30,
+        NUM_SAMPLES=2,
+    )
     grpo.collect()
     assert len(seen[0]) == 60 and seen[0][0] == seen[0][1] and set(seen[0]) == set(PROMPTS)
 
@@ -397,12 +533,30 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, folder, without_process
     assert same(straight, resumed) and straight[0]["update_count"] == 4
     assert all("lora_" in name for name in straight[0]["model"])
     printed = capsys.readouterr().out
-    assert " best " in printed and "worst" in printed and (tmp_path / "straight" / "model" / "adapter_config.json").exists()
+    assert (
+        " best " in printed
+        and "worst" in printed
+        and (tmp_path / "straight" / "model" / "adapter_config.json").exists()
+    )
 
 
 def test_a_resumed_run_takes_its_new_learning_rate(tmp_path, folder, without_processes):  # noqa: F811
     """And what an evaluation draws in this process leaves the training's random numbers alone."""
-    assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--lora_rank", 2, "--num_steps", 1, "--run_dir", tmp_path / "run") == 0
+    assert (
+        run(
+            ALGORITHM,
+            *SMALL.split(),
+            "--policy_model",
+            folder,
+            "--lora_rank",
+            2,
+            "--num_steps",
+            1,
+            "--run_dir",
+            tmp_path / "run",
+        )
+        == 0
+    )
     before = load_checkpoint(tmp_path / "run" / "last.pt")
     assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2, "--lr", 1e-9) == 0
     after = load_checkpoint(tmp_path / "run" / "last.pt")
@@ -415,7 +569,21 @@ def test_a_resumed_run_takes_its_new_learning_rate(tmp_path, folder, without_pro
 
 def test_an_adapter_goes_on_as_part_of_the_model(tmp_path, folder, without_processes, tokenizer):  # noqa: F811
     trained = tmp_path / "run" / "model"
-    assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--lora_rank", 2, "--num_steps", 2, "--run_dir", tmp_path / "run") == 0
+    assert (
+        run(
+            ALGORITHM,
+            *SMALL.split(),
+            "--policy_model",
+            folder,
+            "--lora_rank",
+            2,
+            "--num_steps",
+            2,
+            "--run_dir",
+            tmp_path / "run",
+        )
+        == 0
+    )
     c = SimpleNamespace(**load_checkpoint(tmp_path / "run")["constants"])
     writer = grpo_text.make_writer(c, torch.device("cpu"))
     tokens = torch.randint(1, 200, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -423,21 +591,42 @@ def test_an_adapter_goes_on_as_part_of_the_model(tmp_path, folder, without_proce
     writer.load_state_dict(load_checkpoint(tmp_path / "run")["model"])
     expected = writer.logprobs(writer.model, tokens, torch.ones_like(tokens), 8)
     for rank in 0, 2:
-        loaded = grpo_text.make_writer(SimpleNamespace(**vars(c) | {"POLICY_MODEL": str(trained), "LORA_RANK": rank}), torch.device("cpu"))
-        torch.testing.assert_close(loaded.logprobs(loaded.model, tokens, torch.ones_like(tokens), 8), expected, rtol=0, atol=1e-4)
+        loaded = grpo_text.make_writer(
+            SimpleNamespace(**vars(c) | {"POLICY_MODEL": str(trained), "LORA_RANK": rank}), torch.device("cpu")
+        )
+        torch.testing.assert_close(
+            loaded.logprobs(loaded.model, tokens, torch.ones_like(tokens), 8), expected, rtol=0, atol=1e-4
+        )
     assert (start - expected).abs().max() > 1e-3
     words = f"{SMALL} --policy_model {trained} --lora_rank 2 --num_steps 2 --run_dir {tmp_path / 'second'}"
     assert run(ALGORITHM, *words.split()) == 0
     state = load_checkpoint(tmp_path / "second")
     writer = grpo_text.make_writer(SimpleNamespace(**state["constants"]), torch.device("cpu"))
     writer.load_state_dict(state["model"])
-    saved = grpo_text.make_writer(SimpleNamespace(**vars(c) | {"POLICY_MODEL": str(tmp_path / "second" / "model"), "LORA_RANK": 0}), torch.device("cpu"))
+    saved = grpo_text.make_writer(
+        SimpleNamespace(**vars(c) | {"POLICY_MODEL": str(tmp_path / "second" / "model"), "LORA_RANK": 0}),
+        torch.device("cpu"),
+    )
     second, expected = (x.logprobs(x.model, tokens, torch.ones_like(tokens), 8) for x in (saved, writer))
     torch.testing.assert_close(second, expected, rtol=0, atol=1e-4)
 
 
 def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys):  # noqa: F811
-    assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--lora_rank", 0, "--num_steps", 1, "--run_dir", tmp_path / "run") == 0
+    assert (
+        run(
+            ALGORITHM,
+            *SMALL.split(),
+            "--policy_model",
+            folder,
+            "--lora_rank",
+            0,
+            "--num_steps",
+            1,
+            "--run_dir",
+            tmp_path / "run",
+        )
+        == 0
+    )
     state = load_checkpoint(tmp_path / "run")
     assert "model.model.embed_tokens.weight" in state["model"] and (tmp_path / "run" / "model" / "config.json").exists()
     result = evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 16)
@@ -450,12 +639,19 @@ def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys)
         run(ALGORITHM, "--play", tmp_path / "run", "--episodes", 2)
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--policy_model", "tiny"], "knows no words"), (["--policy_model", "no/such-model"], "cannot be loaded"), (["--num_samples", 1], "NUM_SAMPLES"),
-    (["--reward_model", "no/such-model"], "cannot be loaded"), (["--top_p", 0], "TOP_P"),
-    (["--policy_model", "damaged"], "cannot be loaded"), (["--policy_model", "endless"], "no end token"),
-    (["--max_new_tokens", 60000], "reads 32768 tokens at most, so MAX_NEW_TOKENS must be 32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--policy_model", "tiny"], "knows no words"),
+        (["--policy_model", "no/such-model"], "cannot be loaded"),
+        (["--num_samples", 1], "NUM_SAMPLES"),
+        (["--reward_model", "no/such-model"], "cannot be loaded"),
+        (["--top_p", 0], "TOP_P"),
+        (["--policy_model", "damaged"], "cannot be loaded"),
+        (["--policy_model", "endless"], "no end token"),
+        (["--max_new_tokens", 60000], "reads 32768 tokens at most, so MAX_NEW_TOKENS must be 32"),
+    ],
+)
 def test_bad_input_is_one_line(words, message, monkeypatch, tmp_path, folder, tokenizer):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
@@ -473,7 +669,9 @@ def test_lack_of_memory_is_one_line_with_advice(monkeypatch, tmp_path, folder, c
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(grpo_text.GRPO, "collect", collect)
-    assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--run_dir", tmp_path / "run", "--num_samples", 8) == 1
+    assert (
+        run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--run_dir", tmp_path / "run", "--num_samples", 8) == 1
+    )
     assert "--num_samples 4" in capsys.readouterr().err
 
 
@@ -481,11 +679,17 @@ def fails(*args, **kwargs):
     raise RuntimeError("No API key configured.\nUse `wandb login`")
 
 
-@pytest.mark.parametrize("wandb, reason", [
-    (None, "import of wandb halted; None in sys.modules; install it with pip"),
-    (SimpleNamespace(init=fails), "RuntimeError: No API key configured. Use `wandb login`"),
-    (SimpleNamespace(init=lambda **_: SimpleNamespace(log=fails, finish=fails)), "RuntimeError: No API key configured. Use `wandb login`"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wandb, reason",
+    [
+        (None, "import of wandb halted; None in sys.modules; install it with pip"),
+        (SimpleNamespace(init=fails), "RuntimeError: No API key configured. Use `wandb login`"),
+        (
+            SimpleNamespace(init=lambda **_: SimpleNamespace(log=fails, finish=fails)),
+            "RuntimeError: No API key configured. Use `wandb login`",
+        ),
+    ],
+)
 def test_weights_and_biases_that_fail_end_no_training(monkeypatch, capsys, wandb, reason):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     watching, trainer = grpo_text.WeightsAndBiases("project", {}), SimpleNamespace(stats={"loss": 1.0}, update_count=1)
@@ -495,11 +699,19 @@ def test_weights_and_biases_that_fail_end_no_training(monkeypatch, capsys, wandb
     assert capsys.readouterr().out == f"warning: no more goes to Weights & Biases ({reason}); training goes on\n"
 
 
-@pytest.mark.parametrize("broken, message", [
-    (lambda answer: math.nan, "the rewards are not finite in step 1, for the answer .*; mend what gives them.*--resume [^ ]*run\n"),
-    (lambda answer: math.inf, "the rewards are not finite in step 1"),
-])  # fmt: skip
-def test_a_reward_that_is_not_finite_is_no_matter_of_the_learning_rate(broken, message, tmp_path, folder, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (
+            lambda answer: math.nan,
+            "the rewards are not finite in step 1, for the answer .*; mend what gives them.*--resume [^ ]*run\n",
+        ),
+        (lambda answer: math.inf, "the rewards are not finite in step 1"),
+    ],
+)
+def test_a_reward_that_is_not_finite_is_no_matter_of_the_learning_rate(
+    broken, message, tmp_path, folder, monkeypatch, capsys
+):
     monkeypatch.setitem(grpo_text.REWARDS, "brief", lambda prompt, answer: broken(answer))
     assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--run_dir", tmp_path / "run") == 1
     printed = capsys.readouterr().err
@@ -517,13 +729,19 @@ def test_logits_that_are_not_finite_are_named_before_anything_is_drawn_from_them
 
 
 @pytest.mark.parametrize("kind", ["policy", "adapter", "reward"])
-def test_a_model_that_comes_with_code_is_refused_in_one_line_and_runs_nothing(kind, tmp_path, folder, tokenizer, monkeypatch):
+def test_a_model_that_comes_with_code_is_refused_in_one_line_and_runs_nothing(
+    kind, tmp_path, folder, tokenizer, monkeypatch
+):
     """Even if somebody answers transformers' question with y."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
     evil = tmp_path / "evil"
     shutil.copytree(folder, evil)
-    code = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoModelForSequenceClassification": "evil.Model"}
+    code = {
+        "AutoConfig": "evil.Config",
+        "AutoModelForCausalLM": "evil.Model",
+        "AutoModelForSequenceClassification": "evil.Model",
+    }
     config = json.loads((evil / "config.json").read_text())
     (evil / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": code}))
     (evil / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n")
@@ -535,12 +753,16 @@ def test_a_model_that_comes_with_code_is_refused_in_one_line_and_runs_nothing(ki
         (named / "adapter_config.json").write_text(json.dumps(adapter))
         tokenizer.save_pretrained(named)
     words = ["--reward_model", named, "--policy_model", folder] if kind == "reward" else ["--policy_model", named]
-    with pytest.raises(CommandLineError, match="cannot be loaded .it needs code of its own, which is never run.") as error:
+    with pytest.raises(
+        CommandLineError, match="cannot be loaded .it needs code of its own, which is never run."
+    ) as error:
         run(ALGORITHM, *words, "--device", "cpu", "--run_dir", tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "marker").exists()
 
 
-def test_models_are_found_from_elsewhere_and_after_a_move(tmp_path, folder, tokenizer, without_processes, monkeypatch, capsys):  # noqa: F811
+def test_models_are_found_from_elsewhere_and_after_a_move(
+    tmp_path, folder, tokenizer, without_processes, monkeypatch, capsys
+):  # noqa: F811
     """Named relative, in a training with an adapter and a classifier. Then another place is accepted if it holds the same model."""
     for name in "here", "elsewhere":
         (tmp_path / name).mkdir()
@@ -550,7 +772,9 @@ def test_models_are_found_from_elsewhere_and_after_a_move(tmp_path, folder, toke
     words = f"{SMALL} --policy_model ../base --reward_model ../reward --lora_rank 2 --num_steps 1 --run_dir {tmp_path / 'run'}"
     assert run(ALGORITHM, *words.split()) == 0
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "base")
+    assert json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(tmp_path / "base")
     first = evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 2)
     for name in "base", "reward":
         os.rename(tmp_path / name, tmp_path / f"moved_{name}")
@@ -566,7 +790,10 @@ def test_models_are_found_from_elsewhere_and_after_a_move(tmp_path, folder, toke
     other.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     for more in (["--resume", tmp_path / "run", "--num_steps", 4], ["--evaluate", tmp_path / "run"]):
-        with pytest.raises(CommandLineError, match="--policy_model .*other is not the model that the run began with.* was .*moved_base$"):
+        with pytest.raises(
+            CommandLineError,
+            match="--policy_model .*other is not the model that the run began with.* was .*moved_base$",
+        ):
             run(ALGORITHM, *more, "--policy_model", tmp_path / "other")
         with pytest.raises(CommandLineError, match="--reward_model friendly is not the model"):
             run(ALGORITHM, *more, "--reward_model", "friendly")
@@ -578,7 +805,21 @@ def test_models_are_found_from_elsewhere_and_after_a_move(tmp_path, folder, toke
 def test_runs_of_older_versions_go_on(tmp_path, folder, without_processes, monkeypatch):  # noqa: F811
     """They know no fingerprints, and name folders as their users did."""
     monkeypatch.chdir(folder.parent)
-    assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder.name, "--lora_rank", 2, "--num_steps", 1, "--run_dir", tmp_path / "run") == 0
+    assert (
+        run(
+            ALGORITHM,
+            *SMALL.split(),
+            "--policy_model",
+            folder.name,
+            "--lora_rank",
+            2,
+            "--num_steps",
+            1,
+            "--run_dir",
+            tmp_path / "run",
+        )
+        == 0
+    )
     state = load_checkpoint(tmp_path / "run")
     del state["models"]
     state["constants"]["POLICY_MODEL"] = folder.name
@@ -589,7 +830,9 @@ def test_runs_of_older_versions_go_on(tmp_path, folder, without_processes, monke
     assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2, "--policy_model", folder) == 0
 
 
-def test_a_disk_that_is_full_when_the_model_is_written_is_one_line(tmp_path, folder, without_processes, monkeypatch, capsys):  # noqa: F811
+def test_a_disk_that_is_full_when_the_model_is_written_is_one_line(
+    tmp_path, folder, without_processes, monkeypatch, capsys
+):  # noqa: F811
     """A limit on files' sizes stands for the disk. The weights stay in last.pt, nothing else is left, and a further step writes the model."""
     resource, save = pytest.importorskip("resource"), Qwen3ForCausalLM.save_pretrained
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -608,7 +851,10 @@ def test_a_disk_that_is_full_when_the_model_is_written_is_one_line(tmp_path, fol
         assert run(ALGORITHM, *words) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "not written" in line]
     assert re.search("model: not written .*File too large.*--num_steps 2; go on with.*--resume [^ ]*run$", line)
-    assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()] and load_checkpoint(tmp_path / "run")["update_count"] == 1
+    assert (
+        not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
+        and load_checkpoint(tmp_path / "run")["update_count"] == 1
+    )
     assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2) == 0
     model = tmp_path / "run" / "model"
     assert (model / "model.safetensors").exists() and model.stat().st_mode == model.parent.stat().st_mode

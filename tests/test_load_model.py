@@ -50,9 +50,13 @@ def test_models_of_wrapped_policies_and_of_a_gpu_load(checkpoint, tmp_path, monk
     state, page = load_checkpoint(checkpoint), BreakoutAscii().reset(seed=0)[0][None]
     expected = load_policy(checkpoint)[0](page)[0]
     for prefix in ("_orig_mod.", "module."):
-        save_checkpoint(tmp_path / "wrapped.pt", state | {"model": {prefix + name: x for name, x in state["model"].items()}})
+        save_checkpoint(
+            tmp_path / "wrapped.pt", state | {"model": {prefix + name: x for name, x in state["model"].items()}}
+        )
         assert torch.equal(load_policy(tmp_path / "wrapped.pt")[0](page)[0], expected)
-    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # as torch.save writes it of a GPU's tensors
+    monkeypatch.setattr(
+        torch.serialization, "location_tag", lambda storage: "cuda:0"
+    )  # as torch.save writes it of a GPU's tensors
     save_checkpoint(tmp_path / "gpu.pt", state)
     assert b"cuda:0" in (tmp_path / "gpu.pt").read_bytes()
     assert torch.equal(load_policy(tmp_path / "gpu.pt")[0](page)[0], expected)
@@ -69,11 +73,16 @@ def test_gif_shows_every_step(checkpoint, tmp_path, capsys):
         for i in range(gif.n_frames):
             gif.seek(i)
             durations += gif.info["duration"]
-            np.testing.assert_array_equal(np.array(gif.convert("RGB")), to_image(played[i].next_page))  # exactly, colours too
+            np.testing.assert_array_equal(
+                np.array(gif.convert("RGB")), to_image(played[i].next_page)
+            )  # exactly, colours too
     assert durations == 150 * load_model.FRAME_MS
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("game")]
     infos = [step.info for step in played if step.last]
-    assert len(lines) == len(infos) and f"game 1: {infos[0]['score']} points, {infos[0]['bricks']} of 91 bricks" in lines[0]
+    assert (
+        len(lines) == len(infos)
+        and f"game 1: {infos[0]['score']} points, {infos[0]['bricks']} of 91 bricks" in lines[0]
+    )
 
 
 def test_a_gif_that_the_disk_has_no_room_for(checkpoint, tmp_path):
@@ -83,7 +92,9 @@ def test_a_gif_that_the_disk_has_no_room_for(checkpoint, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(OSError, match="old.gif: not written .File too large.; free some disk space or check the permissions$"):
+        with pytest.raises(
+            OSError, match="old.gif: not written .File too large.; free some disk space or check the permissions$"
+        ):
             main([str(checkpoint), "--steps", "20", "--out", str(out)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -149,7 +160,12 @@ def test_the_newest_run_of_a_gpt_else_the_shipped_model(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     assert find_model(None) == (SHIPPED, " (the shipped model, because there is no run)")
     gpt, pole = load_checkpoint(checkpoint), {"algorithm": "reinforce_cartpole", "global_step": 1}
-    runs = {"b/best_model.pt": gpt, "a/best_model.pt": gpt, "grid/train_ppo/seed=0/last.pt": gpt, "x/best_model.pt": pole}
+    runs = {
+        "b/best_model.pt": gpt,
+        "a/best_model.pt": gpt,
+        "grid/train_ppo/seed=0/last.pt": gpt,
+        "x/best_model.pt": pole,
+    }
     for i, (name, state) in enumerate(runs.items()):
         file = tmp_path / "runs" / name
         file.parent.mkdir(parents=True)
@@ -160,7 +176,9 @@ def test_the_newest_run_of_a_gpt_else_the_shipped_model(tmp_path, monkeypatch, c
     newest = Path("runs/grid/train_ppo/seed=0/last.pt")
     assert find_model(None) == (newest, " (the newest run; it has no best model yet)")
     main(["--steps", "1"])
-    assert capsys.readouterr().out.startswith(f"{newest}: trained for 5 steps (the newest run; it has no best model yet)\n")
+    assert capsys.readouterr().out.startswith(
+        f"{newest}: trained for 5 steps (the newest run; it has no best model yet)\n"
+    )
     main(["runs/b", "--steps", "1"])
     assert capsys.readouterr().out.startswith("runs/b/best_model.pt: trained for 5 steps\n")
     newest.unlink()
@@ -183,7 +201,10 @@ def test_a_newest_run_that_is_damaged_is_named(tmp_path, monkeypatch, checkpoint
 
 def test_no_way_leads_to_the_model_from_the_working_directory(tmp_path, monkeypatch, checkpoint, capsys):
     """On Windows it may be on another drive; and the working directory may have been removed."""
-    for error in (ValueError("path is on mount 'D:', start on mount 'C:'"), FileNotFoundError(2, "No such file or directory")):
+    for error in (
+        ValueError("path is on mount 'D:', start on mount 'C:'"),
+        FileNotFoundError(2, "No such file or directory"),
+    ):
         monkeypatch.setattr(os.path, "relpath", Mock(side_effect=error))
         main([str(checkpoint), "--steps", "1", "--out", str(tmp_path / "a.gif")])
         assert capsys.readouterr().out.startswith(f"{checkpoint}: trained for")
@@ -205,7 +226,12 @@ def test_files_that_are_no_model(tmp_path, checkpoint):
     save_checkpoint(tmp_path / "nothing.pt", {"global_step": 1})
     save_checkpoint(tmp_path / "misfit.pt", {"model": {"wte.weight": torch.ones(2)}, "gpt_config": {}})
     config = {"n_head": 4, "n_embd": 16}
-    for name, edit in (("float.pt", {"n_head": 4.0}), ("layers.pt", {"n_layer": 100_000}), ("wide.pt", {"n_embd": 8192}), ("actions.pt", {"n_action": 5})):
+    for name, edit in (
+        ("float.pt", {"n_head": 4.0}),
+        ("layers.pt", {"n_layer": 100_000}),
+        ("wide.pt", {"n_embd": 8192}),
+        ("actions.pt", {"n_action": 5}),
+    ):
         save_checkpoint(tmp_path / name, load_checkpoint(checkpoint) | {"gpt_config": config | edit})
     save_checkpoint(tmp_path / "list.pt", {"model": [1], "gpt_config": config})
     state = load_checkpoint(checkpoint)
@@ -218,12 +244,21 @@ def test_files_that_are_no_model(tmp_path, checkpoint):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ("--steps 0 --out x.html", "--steps must be from 1 to 10000, not 0"), ("--steps 20000 --out x.html", "to 10000 for an .html, not 20000"),
-    ("--steps 0", "--steps must be from 1 to 1000000000, not 0"), ("--episodes 3 --out x.html", "to 2 for an .html, not 3"),
-    ("--seed 99999999999", "--seed must be from 0 to 4294967295"), ("--out x.png", "must end in .gif, .html or .mp4"),
-    ("--out nowhere/x.gif", "no directory nowhere"), ("--evaluate --episodes 5", "--episodes goes with --sample"), ("--step 3", "unrecognized arguments: --step"), ("--seed x", "invalid int"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--steps 0 --out x.html", "--steps must be from 1 to 10000, not 0"),
+        ("--steps 20000 --out x.html", "to 10000 for an .html, not 20000"),
+        ("--steps 0", "--steps must be from 1 to 1000000000, not 0"),
+        ("--episodes 3 --out x.html", "to 2 for an .html, not 3"),
+        ("--seed 99999999999", "--seed must be from 0 to 4294967295"),
+        ("--out x.png", "must end in .gif, .html or .mp4"),
+        ("--out nowhere/x.gif", "no directory nowhere"),
+        ("--evaluate --episodes 5", "--episodes goes with --sample"),
+        ("--step 3", "unrecognized arguments: --step"),
+        ("--seed x", "invalid int"),
+    ],
+)
 def test_wrong_arguments(arguments, message):
     with pytest.raises(CommandLineError, match=re.escape(message)):
         main(arguments.split())
@@ -249,11 +284,17 @@ def test_mp4(checkpoint, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(OSError, match="x.mp4: not written .*; free some disk space or check the permissions$") as error:
+        with pytest.raises(
+            OSError, match="x.mp4: not written .*; free some disk space or check the permissions$"
+        ) as error:
             main([str(checkpoint), "--out", str(out), "--steps", "30"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert out.read_bytes() == whole and "\n" not in str(error.value) and sorted(os.listdir(tmp_path)) == ["small.pt", "x.mp4"]
+    assert (
+        out.read_bytes() == whole
+        and "\n" not in str(error.value)
+        and sorted(os.listdir(tmp_path)) == ["small.pt", "x.mp4"]
+    )
 
 
 def test_on_the_command_line(tmp_path):
@@ -269,9 +310,19 @@ def test_on_the_command_line(tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"PK\3\4 not a checkpoint")
 
     def script(*arguments):
-        command = ["bash", "-c", 'exec "$@" >&-' if "bad.pt" in arguments else 'exec "$@"', "", sys.executable, "load_model.py", *arguments]
+        command = [
+            "bash",
+            "-c",
+            'exec "$@" >&-' if "bad.pt" in arguments else 'exec "$@"',
+            "",
+            sys.executable,
+            "load_model.py",
+            *arguments,
+        ]
         environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "HOME": "/proc/nowhere"}
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     with script("--steps", "60", "--out", "\u00fc.gif") as good, script("bad.pt") as bad:  # side by side
         out, progress = good.communicate()

@@ -18,8 +18,12 @@ def test_one_layer_equals_attention_written_out():
     def norm(x, g):
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * g
 
-    x = np.array([w["wte.weight"][CHARACTERS.index(chr(t))] + w["wre.weight"][p // 81] + w["wce.weight"][p % 81]
-                  for p, t in enumerate(page[0])])  # fmt: skip
+    x = np.array(
+        [
+            w["wte.weight"][CHARACTERS.index(chr(t))] + w["wre.weight"][p // 81] + w["wce.weight"][p % 81]
+            for p, t in enumerate(page[0])
+        ]
+    )
     w_q, w_k, w_v = np.split(w["blocks.0.attn.c_attn.weight"], 3)
     h = norm(x, w["blocks.0.ln_1.weight"])
     y = []

@@ -90,7 +90,9 @@ def test_a_call_takes_no_command_line_of_its_caller(monkeypatch, capsys):
 
 
 def test_play_without_a_terminal_is_one_line():
-    run = subprocess.run([sys.executable, play_in_terminal.__file__], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, play_in_terminal.__file__], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     assert run.returncode == 1 and run.stderr == "play_in_terminal.py: input and output must be a terminal\n"
 
 
@@ -98,7 +100,9 @@ def test_play_without_a_terminal_is_one_line():
 def test_input_or_output_that_is_closed_is_no_terminal(monkeypatch, name):
     """<&- and >&-: Python has None for it then."""
     terminal = SimpleNamespace(isatty=lambda: True)
-    monkeypatch.setattr(play_in_terminal, "sys", SimpleNamespace(**{"stdin": terminal, "stdout": terminal} | {name: None}))
+    monkeypatch.setattr(
+        play_in_terminal, "sys", SimpleNamespace(**{"stdin": terminal, "stdout": terminal} | {name: None})
+    )
     assert play_in_terminal.terminal_problem() == "input and output must be a terminal"
 
 
@@ -110,7 +114,11 @@ def test_play_without_curses(monkeypatch):
 def test_windows_has_no_description_of_its_terminal(monkeypatch):
     terminal = SimpleNamespace(isatty=lambda: True)
     monkeypatch.setattr(play_in_terminal, "sys", SimpleNamespace(stdin=terminal, stdout=terminal))
-    monkeypatch.setattr(play_in_terminal, "curses", SimpleNamespace(setupterm=lambda: None, tigetstr=lambda name: None, error=curses.error))
+    monkeypatch.setattr(
+        play_in_terminal,
+        "curses",
+        SimpleNamespace(setupterm=lambda: None, tigetstr=lambda name: None, error=curses.error),
+    )
     for name, able in (("posix", False), ("nt", True)):
         monkeypatch.setattr(play_in_terminal, "os", SimpleNamespace(name=name))
         assert (play_in_terminal.terminal_problem() is None) == able
@@ -124,7 +132,9 @@ def play_in_a_terminal(keys, rows=26, columns=80, term="xterm"):
         # Whoever imports readline leaves LINES and COLUMNS behind, and curses would believe them.
         environment = {key: os.environ[key] for key in os.environ if key not in ("LINES", "COLUMNS")}
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests started in the background ignore it, and so would the program
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # tests started in the background ignore it, and so would the program
         signal.alarm(60)  # a program that does not end fails the test, instead of halting it
         command = [sys.executable, play_in_terminal.__file__, "--fps", "100"]
         os.execve(sys.executable, command, environment | {"TERM": term})
@@ -145,6 +155,10 @@ def test_play_in_a_terminal():
     status, written = play_in_a_terminal(b"q")
     assert status == 0 and "|____|" in written and "lives 5" in written
     assert play_in_a_terminal(b"\x03")[0] == 130
-    for bad, said in ((dict(columns=79), "smaller than 80x26"), (dict(rows=25), "smaller"), (dict(term="none"), "TERM")):
+    for bad, said in (
+        (dict(columns=79), "smaller than 80x26"),
+        (dict(rows=25), "smaller"),
+        (dict(term="none"), "TERM"),
+    ):
         status, written = play_in_a_terminal(b"", **bad)
         assert status == 1 and said in written and "Traceback" not in written

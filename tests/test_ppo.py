@@ -16,9 +16,19 @@ from helpers import device_trainer, largest_score, tolerance
 from load_model import SHIPPED, load_policy
 from model import GPTConfig
 from ppo import (
-    PPO, Policy, PPOConfig, entropy_loss, explained_variance, k3, learning_rate, lost_lives, move_loss, policy_loss,
-    prediction_loss, value_loss,
-)  # fmt: skip
+    PPO,
+    Policy,
+    PPOConfig,
+    entropy_loss,
+    explained_variance,
+    k3,
+    learning_rate,
+    lost_lives,
+    move_loss,
+    policy_loss,
+    prediction_loss,
+    value_loss,
+)
 from rollout_buffer import Minibatch, paired_baseline, select
 from trainer import StopTraining
 
@@ -64,9 +74,28 @@ class Table(Policy):
 
 
 def config(**changes):
-    return PPOConfig(**{**dict(
-        num_steps=10_000, rollout_steps=16, epochs=4, batch_size=32, gamma=0.9, lambd=0.95, lambd_end=0.95, lambd_steps=1, eps_clip=0.2, lr=0.02, min_lr=0.0,
-        value_loss_coef=0.5, entropy_coef=0.0, max_grad_norm=10.0, seed=0), **changes})  # fmt: skip
+    return PPOConfig(
+        **{
+            **dict(
+                num_steps=10_000,
+                rollout_steps=16,
+                epochs=4,
+                batch_size=32,
+                gamma=0.9,
+                lambd=0.95,
+                lambd_end=0.95,
+                lambd_steps=1,
+                eps_clip=0.2,
+                lr=0.02,
+                min_lr=0.0,
+                value_loss_coef=0.5,
+                entropy_coef=0.0,
+                max_grad_norm=10.0,
+                seed=0,
+            ),
+            **changes,
+        }
+    )
 
 
 def train(env, **changes):
@@ -122,13 +151,19 @@ def breakout_ppo(seed=0, **changes):
     torch.manual_seed(seed)
     policy = FastGPT(GPTConfig(n_head=4, n_embd=16))
     env = BreakoutAsciiVec(8, varied_starts=0.7)
-    return PPO(policy, env, config(**{**dict(prediction_coef=0.1, rollout_steps=8, num_steps=1000, reward_scale=0.1), **changes}))
+    return PPO(
+        policy,
+        env,
+        config(**{**dict(prediction_coef=0.1, rollout_steps=8, num_steps=1000, reward_scale=0.1), **changes}),
+    )
 
 
 def shipped_ppo():
     """Trained weights: scores of hundreds of bits, heads that need rescaling."""
     policy, _ = load_policy(SHIPPED)
-    return PPO(policy, BreakoutAsciiVec(32, varied_starts=0.7), config(rollout_steps=16, num_steps=512, prediction_coef=0.1))
+    return PPO(
+        policy, BreakoutAsciiVec(32, varied_starts=0.7), config(rollout_steps=16, num_steps=512, prediction_coef=0.1)
+    )
 
 
 def minibatches_of(ppo, size=64):
@@ -138,23 +173,40 @@ def minibatches_of(ppo, size=64):
 
 def deep_ppo():
     torch.manual_seed(0)
-    return PPO(FastGPT(GPTConfig(n_layer=2, n_head=2, n_embd=8)), BreakoutAsciiVec(2), config(rollout_steps=8, batch_size=8, epochs=1))
+    return PPO(
+        FastGPT(GPTConfig(n_layer=2, n_head=2, n_embd=8)),
+        BreakoutAsciiVec(2),
+        config(rollout_steps=8, batch_size=8, epochs=1),
+    )
 
 
-@pytest.mark.parametrize("make", [breakout_ppo, shipped_ppo, deep_ppo, lambda: PPO(Table(2), Probe(lambda s, a: 1.0, states=2), config())])
+@pytest.mark.parametrize(
+    "make", [breakout_ppo, shipped_ppo, deep_ppo, lambda: PPO(Table(2), Probe(lambda s, a: 1.0, states=2), config())]
+)
 def test_ratio_is_one_before_the_first_step(make):
     """What acts is what learns: the same weights, the same dtype, and on most CPUs the same bits. Where a matrix product of another
     size rounds otherwise, the difference stays what float32 allows."""
     ppo = make()
     ppo.collect()
     near = tolerance(largest_score(ppo.policy) if hasattr(ppo.policy, "config") else 1)
-    scale = max(p.norm(dim=1).max().item() for name, p in ppo.policy.named_parameters() if "head.weight" in name or "table" in name) * 8
+    scale = (
+        max(
+            p.norm(dim=1).max().item()
+            for name, p in ppo.policy.named_parameters()
+            if "head.weight" in name or "table" in name
+        )
+        * 8
+    )
     for mb in minibatches_of(ppo, ppo.config.batch_size):
         logits, values = ppo.policy.heads(ppo.policy.features(mb.obs))
         new_logprobs = logits.log_softmax(-1).gather(1, mb.actions.unsqueeze(1)).squeeze(1)
-        assert (new_logprobs - mb.old_logprobs).abs().max() <= near * scale and (values - mb.old_values).abs().max() <= near * scale
+        assert (new_logprobs - mb.old_logprobs).abs().max() <= near * scale and (
+            values - mb.old_values
+        ).abs().max() <= near * scale
     first, second, *_ = ppo.epoch()[:, ppo.stat_names.index("approx_kl")].tolist()
-    assert first <= (near * scale) ** 2 and second > 1e-9 and second > 100 * first  # it is not one, once the weights have moved
+    assert (
+        first <= (near * scale) ** 2 and second > 1e-9 and second > 100 * first
+    )  # it is not one, once the weights have moved
 
 
 def test_a_lost_life_ends_the_sum_but_not_the_game():
@@ -166,7 +218,9 @@ def test_a_lost_life_ends_the_sum_but_not_the_game():
     data, terminated = ppo.buffer.samples, ppo.buffer.fields["terminated"].flatten()
     assert terminated[:8].all() and (ppo.env.games.lives < 5).any()
     assert data.has_next[:8].all() and data.changes[:8].any(1).all()
-    torch.testing.assert_close(data.returns[terminated], 0.1 * ppo.buffer.fields["rewards"].flatten()[terminated], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        data.returns[terminated], 0.1 * ppo.buffer.fields["rewards"].flatten()[terminated], rtol=0, atol=1e-6
+    )
 
 
 def test_a_life_lost_in_a_truncated_step_is_lost():
@@ -296,7 +350,9 @@ def test_gradient_norm_is_clipped():
     ppo.collect()
     ppo.epoch()
     norm = torch.stack([p.grad.norm() for p in ppo.policy.parameters()]).norm()
-    assert (ppo.step_stats[:, ppo.stat_names.index("grad_norm")] > 1e-2).all() and norm.item() == pytest.approx(1e-3, rel=1e-3)
+    assert (ppo.step_stats[:, ppo.stat_names.index("grad_norm")] > 1e-2).all() and norm.item() == pytest.approx(
+        1e-3, rel=1e-3
+    )
 
 
 def test_numbers_that_are_not_finite_end_the_training_before_it():
@@ -333,9 +389,15 @@ def test_the_learning_rate_falls_and_lambda_rises_from_the_first_update(make, up
     ppo.config.num_steps = ppo.config.lambd_steps = updates * ppo.samples_per_update
     finish, rates, lambdas = ppo.buffer.finish, [], []
     ppo.buffer.finish = lambda *args: lambdas.append(args[2]) or finish(*args)
-    ppo.callbacks = [type("Watch", (Callback,), {"on_update_end": lambda self, ppo: rates.append((ppo.stats["lr"], ppo.lr.item()))})()]
+    ppo.callbacks = [
+        type(
+            "Watch", (Callback,), {"on_update_end": lambda self, ppo: rates.append((ppo.stats["lr"], ppo.lr.item()))}
+        )()
+    ]
     ppo.learn()
-    assert [lr for lr, _ in rates] == pytest.approx([0.01 + 0.01 * math.cos(math.pi * i / updates / 2) ** 2 for i in range(updates)])
+    assert [lr for lr, _ in rates] == pytest.approx(
+        [0.01 + 0.01 * math.cos(math.pi * i / updates / 2) ** 2 for i in range(updates)]
+    )
     assert lambdas == pytest.approx([0.5 + 0.4 * i / updates for i in range(updates)])
     assert all(x == y for x, y in rates) and ppo.optimizer.param_groups[0]["lr"] is ppo.lr  # which a CUDA graph reads
 
@@ -345,7 +407,9 @@ SMALL_TRAININGS = {
     "ppo_lunarlander": dict(NUM_ENVS=2, ROLLOUT_STEPS=8, BATCH_SIZE=8, EPOCHS=1, HIDDEN=4, NUM_STEPS=48),
     "actor_critic_tictactoe": dict(GAMES=8, HIDDEN=4, NUM_STEPS=100),
     "ppo_llm_breakout": dict(MODEL="mlp", NUM_ENVS=2, ROLLOUT_STEPS=8, BATCH_SIZE=8, EPOCHS=1, NUM_STEPS=48),
-    "dqn_space_invaders": dict(NUM_ENVS=2, UPDATE_STEPS=8, REPLAY_SIZE=100, BURN_IN=20, BATCH_SIZE=2, NUM_STEPS=24),  # no schedule
+    "dqn_space_invaders": dict(
+        NUM_ENVS=2, UPDATE_STEPS=8, REPLAY_SIZE=100, BURN_IN=20, BATCH_SIZE=2, NUM_STEPS=24
+    ),  # no schedule
 }
 
 
@@ -360,7 +424,9 @@ def test_every_training_has_the_same_schedule(name):
     before = [0, *(step for step, _ in seen[:-1])]
     assert len(seen) > 2 and seen[-1][0] >= c.NUM_STEPS
     min_lr = getattr(c, "MIN_LR", c.LR)
-    assert [lr for _, lr in seen] == pytest.approx([min_lr + (c.LR - min_lr) * math.cos(math.pi * x / c.NUM_STEPS / 2) ** 2 for x in before])
+    assert [lr for _, lr in seen] == pytest.approx(
+        [min_lr + (c.LR - min_lr) * math.cos(math.pi * x / c.NUM_STEPS / 2) ** 2 for x in before]
+    )
 
 
 def test_actions_are_drawn_from_the_policy():
@@ -371,7 +437,9 @@ def test_actions_are_drawn_from_the_policy():
     ppo.collect()
     shares = torch.bincount(ppo.buffer.samples.actions) / 1600
     torch.testing.assert_close(shares, torch.tensor([0.2, 0.3, 0.5]), atol=0.063, rtol=0)  # five standard deviations
-    torch.testing.assert_close(ppo.buffer.samples.old_logprobs.exp(), torch.tensor([0.2, 0.3, 0.5])[ppo.buffer.samples.actions])
+    torch.testing.assert_close(
+        ppo.buffer.samples.old_logprobs.exp(), torch.tensor([0.2, 0.3, 0.5])[ppo.buffer.samples.actions]
+    )
 
 
 def test_prediction_weight_zero_leaves_its_head_alone():
@@ -391,9 +459,19 @@ def test_statistics_of_an_update():
     ppo.collect()
     stats = ppo.update()
     assert set(stats) == {
-        "policy_loss", "value_loss", "entropy", "move_loss", "prediction_loss", "approx_kl", "approx_kl_max", "clipfrac",
-        "explained_variance", "grad_norm", "lr", "episode_return",
-    }  # fmt: skip
+        "policy_loss",
+        "value_loss",
+        "entropy",
+        "move_loss",
+        "prediction_loss",
+        "approx_kl",
+        "approx_kl_max",
+        "clipfrac",
+        "explained_variance",
+        "grad_norm",
+        "lr",
+        "episode_return",
+    }
     assert all(type(value) is float for value in stats.values())
     assert stats["approx_kl_max"] >= stats["approx_kl"] and ppo.global_step == 64
     paired = breakout_ppo(paired_envs=True)
@@ -455,14 +533,26 @@ def test_events_come_in_order_and_evaluations_decide_what_is_best():
     scores, seen, ppo = {1: 5.0, 3: 3.0, 4: 8.0}, [], breakout_ppo(num_steps=64 * 4)
     ppo.callbacks = [Events()]
     ppo.learn()
-    assert seen == ["start", ("update", 1), ("evaluation", 1, True), ("update", 2), ("update", 3), ("evaluation", 3, False),
-                    ("update", 4), ("evaluation", 4, True), "end"]  # fmt: skip
+    assert seen == [
+        "start",
+        ("update", 1),
+        ("evaluation", 1, True),
+        ("update", 2),
+        ("update", 3),
+        ("evaluation", 3, False),
+        ("update", 4),
+        ("evaluation", 4, True),
+        "end",
+    ]
     assert ppo.best_score == 8
 
 
 def test_returns_of_episodes_are_in_points():
     ppo = breakout_ppo(rollout_steps=2)
-    ppo.buffer.fields = {"rewards": torch.tensor([[10.0] + [0.0] * 7, [50.0] + [10.0] * 7]), "has_next": torch.ones(2, 8, dtype=torch.bool)}
+    ppo.buffer.fields = {
+        "rewards": torch.tensor([[10.0] + [0.0] * 7, [50.0] + [10.0] * 7]),
+        "has_next": torch.ones(2, 8, dtype=torch.bool),
+    }
     ppo.buffer.fields["has_next"][1, 0] = False
     ppo.record_episode_returns()
     ppo.buffer.fields["has_next"][:] = True
@@ -498,7 +588,10 @@ def rank_of_two(rank, folder):
 
         return cut
 
-    alone.buffer.shuffle, both.buffer.shuffle = shuffle(alone.buffer, slice(None)), shuffle(both.buffer, slice(rank, None, 2))
+    alone.buffer.shuffle, both.buffer.shuffle = (
+        shuffle(alone.buffer, slice(None)),
+        shuffle(both.buffer, slice(rank, None, 2)),
+    )
     first, second = alone.update(), both.update()
     torch.testing.assert_close(both.weights, alone.weights, rtol=1e-4, atol=1e-4)  # eight steps of 0.02
     for name in ("policy_loss", "value_loss", "prediction_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"):
@@ -513,7 +606,11 @@ def rank_of_two(rank, folder):
     both.episode_returns.append(10.0 * rank)
     third, samples = both.update(), both.buffer.samples
     own = [third[name] for name in ("episode_return", "explained_variance", "pair_correlation")]
-    assert own == [10.0 * rank, explained_variance(samples.old_values, samples.returns).item(), both.buffer.pair_correlation.item()]
+    assert own == [
+        10.0 * rank,
+        explained_variance(samples.old_values, samples.returns).item(),
+        both.buffer.pair_correlation.item(),
+    ]
     of_ranks = [None, None]
     dist.all_gather_object(of_ranks, own)
     assert all(x != y for x, y in zip(*of_ranks))  # rank 0 logs its own, as docs/runs.md says
@@ -540,5 +637,7 @@ def test_pairs_start_each_rollout_alike_and_what_they_share_is_taken_off():
         in_sync = torch.from_numpy(np.logical_and.accumulate(in_sync))
         assert torch.equal(ppo.buffer.fields["in_sync"], in_sync)
         plain = (ppo.buffer.samples.returns - ppo.buffer.samples.old_values).view(32, 8)
-        torch.testing.assert_close(ppo.buffer.samples.advantages.view(32, 8), paired_baseline(plain, in_sync)[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            ppo.buffer.samples.advantages.view(32, 8), paired_baseline(plain, in_sync)[0], rtol=1e-4, atol=1e-5
+        )
         assert in_sync.any() and not torch.equal(ppo.buffer.samples.advantages.view(32, 8), plain)

@@ -14,16 +14,25 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 from algorithms import ppo_llm_breakout
 from algorithms.breakout_text import BUTTONS, WIDTH, BreakoutTexts, follow_the_ball, make_env, texts_of
 from algorithms.language_model import (
-    UNUSABLE, fingerprint, load_model, load_tokenizer, reference_to, refusing, train_tokenizer, with_lora,
-)  # fmt: skip
+    UNUSABLE,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    reference_to,
+    refusing,
+    train_tokenizer,
+    with_lora,
+)
 from algorithms.language_policy import LanguagePolicy
 from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, NumberReader, build, invented_texts, verify
 from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
 from checkpoint import load_checkpoint, load_weights
 from command_line import CommandLineError
 
-SMALL = ("--num_envs 2 --rollout_steps 8 --batch_size 8 --epochs 1 --eval_interval 0 --video_freq 0 --lr 0.001 --min_lr 0.001 --save_freq 1 "
-         "--device cpu")  # fmt: skip
+SMALL = (
+    "--num_envs 2 --rollout_steps 8 --batch_size 8 --epochs 1 --eval_interval 0 --video_freq 0 --lr 0.001 --min_lr 0.001 --save_freq 1 "
+    "--device cpu"
+)
 TEXTS = ["Ball X: 99, Ball Y: 120", "Ball X: 7, Ball Y: 9, Paddle X: 72, Moving UP", "a"]
 ANSWERS = [" stop", " left", " lend"]
 
@@ -38,12 +47,22 @@ def small_model(kind, tokenizer):
     torch.manual_seed(0)
     size = dict(vocab_size=len(tokenizer))
     if kind == "GPT-2":
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **size))  # dropout 0.1, learned positions
+        model = GPT2LMHeadModel(
+            GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **size)
+        )  # dropout 0.1, learned positions
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-            tie_word_embeddings=True, **size,
-        ))  # fmt: skip
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                tie_word_embeddings=True,
+                **size,
+            )
+        )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -69,7 +88,9 @@ def test_answers_are_scored_as_one_by_one(kind, tokenizer):
     encoded = policy.encode_texts(TEXTS, 64)
     logits, values = policy.heads(policy.features(encoded))
     slow = torch.stack([slow_logprobs(policy, model, text, ANSWERS) for text in TEXTS])
-    torch.testing.assert_close(logits.log_softmax(-1), slow, rtol=0, atol=1e-4)  # sums of a dozen log-probabilities near 10
+    torch.testing.assert_close(
+        logits.log_softmax(-1), slow, rtol=0, atol=1e-4
+    )  # sums of a dozen log-probabilities near 10
     assert slow.std(0).min() > 0.001 and values.shape == (3,)  # the text matters
     name, weights = next((n, p) for n, p in model.named_parameters() if "layers.0" in n or "h.0" in n)
     fast_grad, slow_grad = (torch.autograd.grad(x[:, 1].sum(), weights)[0] for x in (logits.log_softmax(-1), slow))
@@ -89,10 +110,16 @@ def test_a_text_is_read_alike_alone_and_beside_longer_ones(tokenizer):
 
 def test_a_model_that_scores_answers_in_a_way_of_its_own_is_refused(tokenizer):
     torch.manual_seed(0)
-    size = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    granite = transformers.GraniteForCausalLM(transformers.GraniteConfig(logits_scaling=8.0, num_key_value_heads=2, **size))
+    size = dict(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    granite = transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(logits_scaling=8.0, num_key_value_heads=2, **size)
+    )
     bert = transformers.BertLMHeadModel(transformers.BertConfig(is_decoder=False, **size))
-    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4))
+    bloom = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)
+    )
     for model in granite, bert, bloom:
         with torch.no_grad():
             for p in model.parameters():
@@ -100,7 +127,11 @@ def test_a_model_that_scores_answers_in_a_way_of_its_own_is_refused(tokenizer):
         with pytest.raises(CommandLineError, match="take another model$") as error, refusing(UNUSABLE):
             LanguagePolicy(model.eval(), tokenizer, "You play. ", ANSWERS).check(TEXTS)
         assert "\n" not in str(error.value)
-    for model in small_model("Qwen3", tokenizer), small_model("GPT-2", tokenizer), small_model("Qwen3", tokenizer).bfloat16():
+    for model in (
+        small_model("Qwen3", tokenizer),
+        small_model("GPT-2", tokenizer),
+        small_model("Qwen3", tokenizer).bfloat16(),
+    ):
         LanguagePolicy(model, tokenizer, "You play. ", ANSWERS).check(TEXTS)
         LanguagePolicy(with_lora(model, 2), tokenizer, "You play. ", ANSWERS).check(TEXTS)
 
@@ -128,13 +159,21 @@ def test_the_reference_is_the_model_as_it_was(tokenizer, adapter):
     new, first = both()
     torch.testing.assert_close(new, first, rtol=0, atol=1e-5)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    assert len(trained) == len(policy.state_dict()) and all("lora_" in name or "value_head" in name for name in policy.state_dict()) == adapter
+    assert (
+        len(trained) == len(policy.state_dict())
+        and all("lora_" in name or "value_head" in name for name in policy.state_dict()) == adapter
+    )
     with torch.no_grad():
         for p in trained:
             p.add_(0.1 * torch.randn_like(p))
     new, still = both()
     assert torch.equal(first, still) and (new - still).abs().max() > 0.01
-    other = LanguagePolicy(with_lora(small_model("Qwen3", tokenizer), 4) if adapter else small_model("Qwen3", tokenizer), tokenizer, "You play. ", ANSWERS)
+    other = LanguagePolicy(
+        with_lora(small_model("Qwen3", tokenizer), 4) if adapter else small_model("Qwen3", tokenizer),
+        tokenizer,
+        "You play. ",
+        ANSWERS,
+    )
     other.load_state_dict(policy.state_dict())
     assert torch.equal(other.inference_cache()(other.encode_texts(TEXTS, 64))[0].log_softmax(-1), new)
     with pytest.raises(ValueError, match="state..model.."):
@@ -197,7 +236,9 @@ def test_the_weight_of_the_divergence_aims_at_its_target():
 
 def test_learns_to_answer_by_the_text(monkeypatch):
     """Where the reward is 1 for going to the side that the text names: a bandit whose optimum is known."""
-    obs = np.stack([np.frombuffer(f"Moving {side}".encode().ljust(WIDTH, b"\0"), np.uint8) for side in ("LEFT", "RIGHT")])
+    obs = np.stack(
+        [np.frombuffer(f"Moving {side}".encode().ljust(WIDTH, b"\0"), np.uint8) for side in ("LEFT", "RIGHT")]
+    )
 
     class Sides:
         num_envs, single_action_space, metadata = 32, SimpleNamespace(n=3), {"autoreset_mode": AutoresetMode.SAME_STEP}
@@ -215,7 +256,16 @@ def test_learns_to_answer_by_the_text(monkeypatch):
             return obs[self.side], rewards, np.zeros(32, bool), np.zeros(32, bool), {}
 
     monkeypatch.setattr(ppo_llm_breakout, "BreakoutTexts", Sides)
-    ppo = small_ppo(NUM_ENVS=32, ROLLOUT_STEPS=4, BATCH_SIZE=64, NUM_STEPS=10**6, GAMMA=0.0, KL_COEF=0.0, ENTROPY_COEF=0.02, MIN_LR=1e-3)
+    ppo = small_ppo(
+        NUM_ENVS=32,
+        ROLLOUT_STEPS=4,
+        BATCH_SIZE=64,
+        NUM_STEPS=10**6,
+        GAMMA=0.0,
+        KL_COEF=0.0,
+        ENTROPY_COEF=0.02,
+        MIN_LR=1e-3,
+    )
     for _ in range(60):
         ppo.collect()
         ppo.update()
@@ -231,13 +281,21 @@ def test_learns_to_answer_by_the_text(monkeypatch):
 def test_texts_say_what_the_ram_says():
     env = make_env()
     text, info = env.reset(seed=0)
-    assert text in env.observation_space and info["score"] == 0 and not info["life_lost"] and "Moving NOWHERE, Lives: 5, Score: 0" in text
+    assert (
+        text in env.observation_space
+        and info["score"] == 0
+        and not info["life_lost"]
+        and "Moving NOWHERE, Lives: 5, Score: 0" in text
+    )
     seen, before, rng = set(), info["ball"], np.random.default_rng(0)
     for _ in range(400):
         text, points, terminated, truncated, info = env.step(rng.integers(3))
         assert text in env.observation_space and len(text) <= WIDTH
         x, y = info["ball"]
-        assert text.startswith(f"Ball X: {x}, Ball Y: {y}, Paddle X: {info['paddle']}, Moving ") and f"Score: {info['score']}" in text
+        assert (
+            text.startswith(f"Ball X: {x}, Ball Y: {y}, Paddle X: {info['paddle']}, Moving ")
+            and f"Score: {info['score']}" in text
+        )
         if not info["life_lost"]:
             assert ("DOWN" in text) == (y > before[1]) and ("UP" in text) == (y < before[1])
             assert ("RIGHT" in text) == (x > before[0]) and ("LEFT" in text) == (x < before[0])
@@ -279,7 +337,9 @@ def test_hints_never_reach_a_score():
         points, rewards = points + point[0], rewards + reward[0]
         if infos["life_lost"][0] or terminated[0]:
             break
-    assert rising >= 1 and points >= 1 and rewards == pytest.approx(points + 2.0 * (rising + nearness - start), abs=1e-3)
+    assert (
+        rising >= 1 and points >= 1 and rewards == pytest.approx(points + 2.0 * (rising + nearness - start), abs=1e-3)
+    )
     while not plain.scores:
         obs, point, *_ = plain.step([0])
         shaped.step([0])
@@ -289,7 +349,10 @@ def test_hints_never_reach_a_score():
 
 def test_the_rule_beats_random_play():
     points, rng = [], np.random.default_rng(0)
-    for choose in (lambda obs: [follow_the_ball(text) for text in texts_of(obs)], lambda obs: rng.integers(3, size=len(obs))):
+    for choose in (
+        lambda obs: [follow_the_ball(text) for text in texts_of(obs)],
+        lambda obs: rng.integers(3, size=len(obs)),
+    ):
         envs = BreakoutTexts(4)
         obs, _ = envs.reset(seed=0)
         points.append(0)
@@ -341,9 +404,18 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):  # 
 
 def test_play_evaluate_and_video(tmp_path, monkeypatch, capsys, without_processes):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ppo_llm_breakout, "Background", lambda function: SimpleNamespace(submit=function, result=lambda future: future, close=lambda: None))
+    monkeypatch.setattr(
+        ppo_llm_breakout,
+        "Background",
+        lambda function: SimpleNamespace(submit=function, result=lambda future: future, close=lambda: None),
+    )
     monkeypatch.setattr(ppo_llm_breakout, "frames", lambda *args, **kwargs: iter([np.zeros((4, 4, 3), np.uint8)] * 2))
-    assert run(ALGORITHM, *SMALL.replace("--video_freq 0", "--video_freq 1").split(), "--num_steps", 16, "--run_dir", "run") == 0
+    assert (
+        run(
+            ALGORITHM, *SMALL.replace("--video_freq 0", "--video_freq 1").split(), "--num_steps", 16, "--run_dir", "run"
+        )
+        == 0
+    )
     assert (tmp_path / "run" / "videos" / "update_1.gif").stat().st_size
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -367,8 +439,22 @@ def test_a_video_that_cannot_be_drawn_stops_nothing(tmp_path, monkeypatch, capsy
         future.set_exception(error)
         return future
 
-    monkeypatch.setattr(ppo_llm_breakout, "Background", lambda function: SimpleNamespace(submit=submit, result=lambda x: x.result(), close=lambda: None))
-    assert run(ALGORITHM, *SMALL.replace("--video_freq 0", "--video_freq 1").split(), "--num_steps", 48, "--run_dir", tmp_path / "run") == 0
+    monkeypatch.setattr(
+        ppo_llm_breakout,
+        "Background",
+        lambda function: SimpleNamespace(submit=submit, result=lambda x: x.result(), close=lambda: None),
+    )
+    assert (
+        run(
+            ALGORITHM,
+            *SMALL.replace("--video_freq 0", "--video_freq 1").split(),
+            "--num_steps",
+            48,
+            "--run_dir",
+            tmp_path / "run",
+        )
+        == 0
+    )
     lines = [line for line in capsys.readouterr().out.splitlines() if "no video" in line]
     assert len(lines) == 2 and "out of memory in a kernel" in lines[0] and "a process has died" in lines[1]
 
@@ -382,9 +468,14 @@ def test_an_mlp_reads_the_same_texts(tmp_path, monkeypatch, capsys, without_proc
     reader = NumberReader()
     encoded = reader.encode(obs)
     numbers = (encoded[:, :6] * reader.scales).round().long()
-    assert numbers[:, 0].tolist() == [ball[0] for ball in infos["ball"]] and numbers[:, 2].tolist() == infos["paddle"].tolist()
-    assert all(("RIGHT" in text) - ("LEFT" in text) == right and ("DOWN" in text) - ("UP" in text) == down
-               for text, right, down in zip(texts_of(obs), numbers[:, 3], numbers[:, 4]))  # fmt: skip
+    assert (
+        numbers[:, 0].tolist() == [ball[0] for ball in infos["ball"]]
+        and numbers[:, 2].tolist() == infos["paddle"].tolist()
+    )
+    assert all(
+        ("RIGHT" in text) - ("LEFT" in text) == right and ("DOWN" in text) - ("UP" in text) == down
+        for text, right, down in zip(texts_of(obs), numbers[:, 3], numbers[:, 4])
+    )
     torch.testing.assert_close(reader(encoded)[0].log_softmax(-1), encoded[:, 6:])
     assert run(ALGORITHM, *SMALL.split(), "--model", "mlp", "--num_steps", 16, "--run_dir", tmp_path / "run") == 0
     assert evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 1)["games"] == 1
@@ -415,10 +506,16 @@ def test_verify_prints_texts_actions_and_rewards(capsys):
     assert capsys.readouterr().out.count("reward +0.000") == 5
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--batch_size", 100], "must divide"), (["--kl_target", 0], "KL_TARGET"), (["--min_lr", 0.5], "must not exceed"),
-    (["--model", "no/such-model"], "cannot be loaded"), (["--model", ""], "cannot be loaded"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--batch_size", 100], "must divide"),
+        (["--kl_target", 0], "KL_TARGET"),
+        (["--min_lr", 0.5], "must not exceed"),
+        (["--model", "no/such-model"], "cannot be loaded"),
+        (["--model", ""], "cannot be loaded"),
+    ],
+)
 def test_bad_input_is_one_line(words, message, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CommandLineError, match=message) as error:
@@ -461,7 +558,21 @@ def test_a_folder_is_a_model_and_only_its_adapter_is_saved(tmp_path, without_pro
     tokenizer = load_tokenizer("tiny", invented_texts())
     load_model("tiny", tokenizer, torch.device("cpu")).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    assert run(ALGORITHM, *SMALL.split(), "--model", tmp_path / "model", "--lora_rank", 2, "--num_steps", 16, "--run_dir", tmp_path / "run") == 0
+    assert (
+        run(
+            ALGORITHM,
+            *SMALL.split(),
+            "--model",
+            tmp_path / "model",
+            "--lora_rank",
+            2,
+            "--num_steps",
+            16,
+            "--run_dir",
+            tmp_path / "run",
+        )
+        == 0
+    )
     state = load_checkpoint(tmp_path / "run")
     assert all("lora_" in name or "value_head" in name for name in state["model"]) and "tokenizer" not in state
     policy, _ = ppo_llm_breakout.policy_of(state)
@@ -498,5 +609,7 @@ def test_a_model_that_has_moved_is_named_anew(tmp_path, monkeypatch):
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tokenizer):
     larger = train_tokenizer(invented_texts())
     policy = LanguagePolicy(small_model("Qwen3", tokenizer), larger, "You play. ", ANSWERS)
-    with pytest.raises(CommandLineError, match=f"gives token {len(larger) - 1}, and the model knows {len(tokenizer)}: .* fit together"):
+    with pytest.raises(
+        CommandLineError, match=f"gives token {len(larger) - 1}, and the model knows {len(tokenizer)}: .* fit together"
+    ):
         policy.check(TEXTS)

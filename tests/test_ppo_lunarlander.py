@@ -62,11 +62,17 @@ def test_play_and_evaluate(tmp_path, monkeypatch, capsys):
         assert gif.n_frames > 50
 
 
-@pytest.mark.parametrize("words, message", [
-    ("--num_envs 16 --rollout_steps 256 --batch_size 1000", "BATCH_SIZE must divide NUM_ENVS . ROLLOUT_STEPS, the 4,096 samples"),
-    ("--min_lr 0.5 --lr 0.1", "MIN_LR 0.5 must not exceed LR 0.1"),
-    ("--gama 0.9", "unknown argument --gama; did you mean --gamma"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            "--num_envs 16 --rollout_steps 256 --batch_size 1000",
+            "BATCH_SIZE must divide NUM_ENVS . ROLLOUT_STEPS, the 4,096 samples",
+        ),
+        ("--min_lr 0.5 --lr 0.1", "MIN_LR 0.5 must not exceed LR 0.1"),
+        ("--gama 0.9", "unknown argument --gama; did you mean --gamma"),
+    ],
+)
 def test_bad_input(words, message):
     with pytest.raises(CommandLineError, match=message):
         run(ALGORITHM, *words.split())

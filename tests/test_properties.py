@@ -13,8 +13,12 @@ from breakout_ascii import BreakoutAscii, BreakoutAsciiVec, to_text
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint, to_plain
 from test_checkpoint import same
 
-few = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-moves = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), min_size=1, max_size=20)  # (action, how often in a row)
+few = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+moves = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(1, 40)), min_size=1, max_size=20
+)  # (action, how often in a row)
 serves = st.lists(st.sampled_from([-1, 1]), min_size=5, max_size=5)
 
 
@@ -57,10 +61,15 @@ def test_a_game_keeps_its_rules_alone_and_beside_another(serves, moves):
 
 numbers = st.none() | st.booleans() | st.integers(-(2**128), 2**128) | st.floats() | st.text(max_size=9)
 dtypes = st.sampled_from([np.uint8, np.int64, np.float32, np.float64, np.bool_])
-tensors = dtypes.flatmap(lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, min_side=0, max_side=5))).map(torch.from_numpy)
+tensors = dtypes.flatmap(
+    lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, min_side=0, max_side=5))
+).map(torch.from_numpy)
 states = st.dictionaries(
     st.text(max_size=9).filter(lambda key: key not in ("format_version", "checksum")),
-    st.recursive(numbers | tensors, lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=5) | st.integers(), x, max_size=4)),
+    st.recursive(
+        numbers | tensors,
+        lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=5) | st.integers(), x, max_size=4),
+    ),
     max_size=5,
 )
 
@@ -87,7 +96,9 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, state):
 @given(states, st.data())
 def test_a_changed_number_is_noticed(tmp_path, state, data):
     """Whatever is edited in a saved file, by whatever program."""
-    save_checkpoint(tmp_path / "last.pt", {**state, "edited": data.draw(st.floats(allow_nan=False, allow_infinity=False))})
+    save_checkpoint(
+        tmp_path / "last.pt", {**state, "edited": data.draw(st.floats(allow_nan=False, allow_infinity=False))}
+    )
     saved = torch.load(tmp_path / "last.pt")
     torch.save(saved | {"edited": math.nextafter(saved["edited"], math.inf)}, tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="checksum differs"):

@@ -17,7 +17,14 @@ from PIL import Image
 
 from algorithms import actor_critic_tictactoe, common, dqn_space_invaders, ppo_lunarlander, reinforce_cartpole
 from algorithms.reinforce_cartpole import ALGORITHM, PolicyNetwork, evaluate, normalize, reinforce_loss, returns
-from algorithms_helpers import durations, evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
+from algorithms_helpers import (
+    durations,
+    evaluated,
+    run,
+    same,
+    states_of_a_straight_and_a_resumed_run,
+    without_processes,
+)  # noqa: F401
 from checkpoint import CheckpointError, save_checkpoint
 from command_line import CommandLineError, locked
 from drawing import write_gif
@@ -77,7 +84,14 @@ def test_play(tmp_path, monkeypatch):
     assert {ms % 20 for ms in durations("reinforce_cartpole.gif")} == {0}  # 50 frames a second, as Gymnasium shows it
 
 
-@pytest.mark.parametrize("name", [file.stem for file in Path(common.__file__).parent.glob("*.py") if "\nALGORITHM = " in file.read_text(encoding="utf-8")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        file.stem
+        for file in Path(common.__file__).parent.glob("*.py")
+        if "\nALGORITHM = " in file.read_text(encoding="utf-8")
+    ],
+)
 def test_a_gif_can_hold_every_frame_time(name, tmp_path):
     """It counts hundredths of a second, and browsers slow down what is faster than 50 frames a second."""
     frame_ms = importlib.import_module(f"algorithms.{name}").ALGORITHM.frame_ms
@@ -121,7 +135,9 @@ def test_a_window_shows_the_game(tmp_path, monkeypatch):
 def test_random_play():
     """Episodes of random play last 22 steps on average: five standard errors of 500 are 2.7."""
     rng = np.random.default_rng(0)
-    scores = common.greedy_returns(lambda: gym.make("CartPole-v1"), lambda obs: rng.integers(2, size=len(obs)), 500, seed=0)
+    scores = common.greedy_returns(
+        lambda: gym.make("CartPole-v1"), lambda obs: rng.integers(2, size=len(obs)), 500, seed=0
+    )
     assert np.mean(scores) == pytest.approx(ALGORITHM.levels["random play"], abs=2.7)
 
 
@@ -131,7 +147,10 @@ def test_without_a_shipped_model_the_newest_run_plays(tmp_path, monkeypatch, cap
     with pytest.raises(CheckpointError, match="no model of reinforce_cartpole is shipped, and there is no run"):
         run(ALGORITHM, "--evaluate")
     Path("runs/reinforce_cartpole/now").mkdir(parents=True)
-    save_checkpoint("runs/reinforce_cartpole/now/best_model.pt", {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0})
+    save_checkpoint(
+        "runs/reinforce_cartpole/now/best_model.pt",
+        {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0},
+    )
     assert evaluated(ALGORITHM, None, capsys, "--episodes", 2)["games"] == 2
 
 
@@ -145,7 +164,9 @@ def test_the_newest_run_goes_before_the_shipped_model(tmp_path, monkeypatch, cap
         save_checkpoint(tmp_path / "runs" / name / "last.pt", state)
         os.utime(tmp_path / "runs" / name / "last.pt", (1e9 + i, 1e9 + i))
     run(ALGORITHM, "--evaluate", "--episodes", 1)
-    assert capsys.readouterr().err == "runs/mine/last.pt: trained for 7 steps (the newest run; it has no best model yet)\n"
+    assert (
+        capsys.readouterr().err == "runs/mine/last.pt: trained for 7 steps (the newest run; it has no best model yet)\n"
+    )
 
 
 def test_help_without_docstrings(capsys):
@@ -175,8 +196,13 @@ def test_faults_of_any_training_here(tmp_path, monkeypatch, without_processes): 
     monkeypatch.chdir(tmp_path)
     good = {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0}
     spoiled = {name: x * math.nan for name, x in good["model"].items()}
-    for edit, reason in (({"model": spoiled}, "is not finite"), ({"global_step": "1"}, "is str, and this program has int"), ({"constants": 5}, "is int 5, and"),
-                         ({"constants": {"HIDDEN": "x"}}, "HIDDEN .* must be an integer"), ({"model": [1]}, "is a list, and")):  # fmt: skip
+    for edit, reason in (
+        ({"model": spoiled}, "is not finite"),
+        ({"global_step": "1"}, "is str, and this program has int"),
+        ({"constants": 5}, "is int 5, and"),
+        ({"constants": {"HIDDEN": "x"}}, "HIDDEN .* must be an integer"),
+        ({"model": [1]}, "is a list, and"),
+    ):
         save_checkpoint("model.pt", good | edit)
         with pytest.raises(CheckpointError, match=f"model.pt: .*{reason}") as caught:
             run(ALGORITHM, "--evaluate", "model.pt")
@@ -208,11 +234,15 @@ def spoil_weights(trainer, monkeypatch):
         weights.data.fill_(1e38)
 
 
-@pytest.mark.parametrize("module, small, result", [
-    (reinforce_cartpole, "--episodes 2", "logits are"), (actor_critic_tictactoe, "--games 8", "logits are"),
-    (ppo_lunarlander, "--num_envs 2 --rollout_steps 32 --batch_size 32", "logits are"),
-    (dqn_space_invaders, "--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4", "loss is"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module, small, result",
+    [
+        (reinforce_cartpole, "--episodes 2", "logits are"),
+        (actor_critic_tictactoe, "--games 8", "logits are"),
+        (ppo_lunarlander, "--num_envs 2 --rollout_steps 32 --batch_size 32", "logits are"),
+        (dqn_space_invaders, "--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4", "loss is"),
+    ],
+)
 def test_what_is_not_finite_is_named(module, small, result, tmp_path, monkeypatch, capsys):
     """No learning rate is advised for rewards; one is for what weights that are far too large lead to."""
     for spoil, message in (
@@ -269,23 +299,26 @@ def test_an_evaluation_does_not_depend_on_how_many_play_side_by_side():
     assert both["std"] == (both["max"] - both["min"]) / 2
 
 
-@pytest.mark.parametrize("words, error, message", [
-    ("--episodes 1", CommandLineError, "EPISODES .* must be an integer from 2"),
-    ("--lr 0.1 --min_lr 0.2", CommandLineError, "MIN_LR 0.2 must not exceed LR 0.1"),
-    ("--lr fast", CommandLineError, "--lr needs a number"),
-    ("--resume nowhere", CheckpointError, "no such file"),
-    ("--play nowhere", CheckpointError, "no such file"),
-    ("--play=", CommandLineError, "--play: is empty"),
-    ("--evaluate=", CommandLineError, "--evaluate: is empty"),
-    ("--resume=", CommandLineError, "--resume: is empty"),
-    ("--play --out=", CommandLineError, "--out: is empty"),
-    ("--play --out game.mp4", CommandLineError, "--out must end in .gif"),
-    ("--play --out nowhere/game.gif", CommandLineError, "is a directory, or lies in none"),
-    ("--evaluate --human", CommandLineError, "--human and --out belong to --play"),
-    ("--evaluate --episodes 0", CommandLineError, "--episodes must be from 1"),
-    ("--evaluate --play", CommandLineError, "not allowed with"),
-    ("--evaluate ../pretrained/breakout.pt", CheckpointError, "is no model of reinforce_cartpole"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, error, message",
+    [
+        ("--episodes 1", CommandLineError, "EPISODES .* must be an integer from 2"),
+        ("--lr 0.1 --min_lr 0.2", CommandLineError, "MIN_LR 0.2 must not exceed LR 0.1"),
+        ("--lr fast", CommandLineError, "--lr needs a number"),
+        ("--resume nowhere", CheckpointError, "no such file"),
+        ("--play nowhere", CheckpointError, "no such file"),
+        ("--play=", CommandLineError, "--play: is empty"),
+        ("--evaluate=", CommandLineError, "--evaluate: is empty"),
+        ("--resume=", CommandLineError, "--resume: is empty"),
+        ("--play --out=", CommandLineError, "--out: is empty"),
+        ("--play --out game.mp4", CommandLineError, "--out must end in .gif"),
+        ("--play --out nowhere/game.gif", CommandLineError, "is a directory, or lies in none"),
+        ("--evaluate --human", CommandLineError, "--human and --out belong to --play"),
+        ("--evaluate --episodes 0", CommandLineError, "--episodes must be from 1"),
+        ("--evaluate --play", CommandLineError, "not allowed with"),
+        ("--evaluate ../pretrained/breakout.pt", CheckpointError, "is no model of reinforce_cartpole"),
+    ],
+)
 def test_bad_input(monkeypatch, words, error, message):
     monkeypatch.chdir(common.HERE)
     with pytest.raises(error, match=message) as caught:
@@ -303,7 +336,12 @@ def test_the_pole_is_balanced(tmp_path, capsys):
 def test_a_score_is_printed_even_if_the_remark_on_its_model_cannot_be(monkeypatch, capsys):
     with open("/dev/full", "w", buffering=1) as full:
         monkeypatch.setattr(sys, "stderr", full)
-        assert reinforce_cartpole.main(["--evaluate", str(common.HERE / "pretrained" / "reinforce_cartpole.pt"), "--episodes", "1"]) == 0
+        assert (
+            reinforce_cartpole.main(
+                ["--evaluate", str(common.HERE / "pretrained" / "reinforce_cartpole.pt"), "--episodes", "1"]
+            )
+            == 0
+        )
         with contextlib.suppress(OSError):
             full.close()  # what is left of the remark
     assert json.loads(capsys.readouterr().out)["games"] == 1

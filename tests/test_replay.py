@@ -58,9 +58,15 @@ def test_heads_are_named_by_what_they_look_at():
     page = BreakoutAsciiVec(1).reset(seed=0)[0]
     counts = np.bincount(things_on(page)[0], minlength=len(THINGS))
     assert dict(zip(THINGS, counts)) == {
-        "ball": 1, "paddle's left end": 1, "paddle's middle": 5, "paddle's right end": 1, "bricks": 91 * 6, "walls": 80 * 2 + 22 * 2,
-        "empty space": 78 * 22 - 91 * 6 - 8, "line ends": 24,
-    }  # fmt: skip
+        "ball": 1,
+        "paddle's left end": 1,
+        "paddle's middle": 5,
+        "paddle's right end": 1,
+        "bricks": 91 * 6,
+        "walls": 80 * 2 + 22 * 2,
+        "empty space": 78 * 22 - 91 * 6 - 8,
+        "line ends": 24,
+    }
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(n_head=4, n_embd=16))
     with torch.no_grad():
@@ -69,7 +75,11 @@ def test_heads_are_named_by_what_they_look_at():
     looks = np.zeros((3, len(THINGS)))
     looks[0, [1, 2, 3, 6]] = 0.2, 0.2, 0.2, 0.4
     looks[1, 6], looks[2, 0] = 1, 1
-    assert [name_of(head) for head in looks] == [("paddle", pytest.approx(0.6)), ("empty space", 1), ("ball", 1)] and sort_heads(looks) == [2, 0, 1]
+    assert [name_of(head) for head in looks] == [
+        ("paddle", pytest.approx(0.6)),
+        ("empty space", 1),
+        ("ball", 1),
+    ] and sort_heads(looks) == [2, 0, 1]
 
 
 @pytest.mark.parametrize("length, seen", [(1, 1), (500, 500), (501, 251), (1351, 451)])
@@ -86,14 +96,20 @@ def test_the_file_holds_the_game(tmp_path):
     hostile = "</script><img src=x onerror=alert(1)>$data ${script}"
     text = html(frames, [Stage(hostile, policy)], hostile, hostile)
     data = data_of(text)
-    assert len(frames) == len(steps) + 2 == len(data["frames"]) and data["name"] == data["stages"][0]["label"] == hostile
+    assert (
+        len(frames) == len(steps) + 2 == len(data["frames"]) and data["name"] == data["stages"][0]["label"] == hostile
+    )
     assert "<img" not in text and text.count("</script>") == 3
     ends = [frame for frame in data["frames"] if frame[3] < 0]
     assert [end[3:] for end in ends] == [[-1, step.info["score"], step.info["lives"]] for step in steps if step.last]
     assert [frame[3] for frame in data["frames"] if frame[3] >= 0] == [step.action for step in steps]
-    assert len(text) < 3_000_000 and "http" not in re.sub(r"<script[^>]*application/json.*?</script>|http-equiv", "", text, flags=re.S)  # nothing is fetched
+    assert len(text) < 3_000_000 and "http" not in re.sub(
+        r"<script[^>]*application/json.*?</script>|http-equiv", "", text, flags=re.S
+    )  # nothing is fetched
     with torch.no_grad():
-        values = torch.cat([policy(np.stack([f.page for f in frames[i : i + 500]]))[1] for i in range(0, len(frames), 500)])
+        values = torch.cat(
+            [policy(np.stack([f.page for f in frames[i : i + 500]]))[1] for i in range(0, len(frames), 500)]
+        )
     np.testing.assert_allclose(data["stages"][0]["values"], values, atol=1e-3)
 
 
@@ -107,16 +123,27 @@ def test_the_last_ball_may_lie_over_an_end_of_the_paddle():
 
 def test_stages_of_a_run(tmp_path, capsys):
     config = GPTConfig(n_head=4, n_embd=16)
-    for name, step in (("checkpoint_0", 0), ("checkpoint_1", 90), ("checkpoint_2", 800), ("checkpoint_3", 2000), ("best_model", 1000)):
+    for name, step in (
+        ("checkpoint_0", 0),
+        ("checkpoint_1", 90),
+        ("checkpoint_2", 800),
+        ("checkpoint_3", 2000),
+        ("best_model", 1000),
+    ):
         torch.manual_seed(step)
-        save_checkpoint(tmp_path / f"{name}.pt", {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict()), "global_step": step})
+        save_checkpoint(
+            tmp_path / f"{name}.pt",
+            {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict()), "global_step": step},
+        )
     (tmp_path / "checkpoint_9.pt").write_bytes(b"damaged")
     main([str(tmp_path), "--steps", "20", "--out", str(tmp_path / "replay.html")])
     data = data_of((tmp_path / "replay.html").read_text())
     assert [stage["label"] for stage in data["stages"]] == ["start", "90 steps", "1,000 steps"]
     assert len({stage["weights"] for stage in data["stages"]}) == 3 and "wrote" in capsys.readouterr().out
     assert data["frames"][-1][3] == -2  # the recording ends there, the game does not
-    save_checkpoint(tmp_path / "foreign.pt", {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict())})  # says no steps
+    save_checkpoint(
+        tmp_path / "foreign.pt", {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict())}
+    )  # says no steps
     main([str(tmp_path / "foreign.pt"), "--steps", "2", "--out", str(tmp_path / "replay.html")])
     assert [stage["label"] for stage in data_of((tmp_path / "replay.html").read_text())["stages"]] == ["start"]
 
@@ -131,17 +158,25 @@ def test_pictures_show_attention(tmp_path):
     picture = one[20][14:]
     assert picture.shape == (264, 480, 3)
     hot = picture[row * 11 : row * 11 + 11, column * 6 : column * 6 + 6].astype(int)
-    assert (hot[..., 0] - hot[..., 2] > 100).mean() > 0.5 and (picture[..., 0].astype(int) - picture[..., 2] > 100).sum() < 2 * 66
+    assert (hot[..., 0] - hot[..., 2] > 100).mean() > 0.5 and (
+        picture[..., 0].astype(int) - picture[..., 2] > 100
+    ).sum() < 2 * 66
     assert next(pictures(gpt, frames[:1])).shape == (4 * (132 + 14), 4 * 240, 3)
     main([str(SHIPPED), "--attention", "--steps", "5", "--out", str(tmp_path / "heads.gif")])
     with Image.open(tmp_path / "heads.gif") as gif:
         assert gif.size == (960, 584) and gif.n_frames == 6
 
 
-@pytest.mark.parametrize("words, message", [
-    ("--head 16", "from 0 to 15"), ("--head -1", "from 0 to 15"), ("--attention --evaluate", "are for a .gif"),
-    ("--attention --out x.html", "every head in any case"), ("--steps 20000 --out x.html", "from 1 to 10000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--head 16", "from 0 to 15"),
+        ("--head -1", "from 0 to 15"),
+        ("--attention --evaluate", "are for a .gif"),
+        ("--attention --out x.html", "every head in any case"),
+        ("--steps 20000 --out x.html", "from 1 to 10000"),
+    ],
+)
 def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CommandLineError, match=message) as error:
@@ -185,7 +220,9 @@ def opened(chromium, replay):
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: problems.append(request.url) if not request.url.startswith("file:") else None)
+        page.on(
+            "request", lambda request: problems.append(request.url) if not request.url.startswith("file:") else None
+        )
         page.goto(path.as_uri() + place)
         pages.append(page)
         return page
@@ -230,7 +267,10 @@ def test_the_browser_computes_what_pytorch_computes(opened, replay):
     for stage, policy in enumerate(policies):
         found = [page.evaluate(READ, [stage, [bytes(p).decode() for p in part]]) for part in np.array_split(pages, 10)]
         found = [np.array([one[i] for part in found for one in part]) for i in range(4)]
-        expected = *numbers(policy, pages), np.concatenate([attention(plain_gpt(policy), part) for part in np.array_split(pages, 10)])
+        expected = (
+            *numbers(policy, pages),
+            np.concatenate([attention(plain_gpt(policy), part) for part in np.array_split(pages, 10)]),
+        )
         for ours, theirs in zip(found, expected):
             np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -242,8 +282,10 @@ def test_more_layers(opened, tmp_path):
     frames = list(record(play(policy, 3)))
     (tmp_path / "deep.html").write_text(html(frames, [Stage("", policy)], "", ""))
     page = opened(path=tmp_path / "deep.html")
-    for one, *expected in zip(page.evaluate(READ, [0, [bytes(frame.page).decode() for frame in frames]]),
-                              *numbers(policy, np.stack([frame.page for frame in frames]))):  # fmt: skip
+    for one, *expected in zip(
+        page.evaluate(READ, [0, [bytes(frame.page).decode() for frame in frames]]),
+        *numbers(policy, np.stack([frame.page for frame in frames])),
+    ):
         for ours, theirs in zip(one, expected):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
     page.keyboard.press("m")
@@ -255,7 +297,10 @@ def test_keys_slider_and_address(opened, replay):
     _, frames, _ = replay
     page = opened("#frame=10&head=3")
     shown = page.locator("#status")
-    assert shown.text_content().startswith("Step 10 of 1000") and page.locator("[data-head='3']").get_attribute("aria-checked") == "true"
+    assert (
+        shown.text_content().startswith("Step 10 of 1000")
+        and page.locator("[data-head='3']").get_attribute("aria-checked") == "true"
+    )
     page.keyboard.press("ArrowRight")
     assert shown.text_content().startswith("Step 11 ")
     page.locator("#slider").fill("500")
@@ -266,13 +311,18 @@ def test_keys_slider_and_address(opened, replay):
     point = next(i for i in range(501, 1001) if frames[i].score > frames[i - 1].score)
     assert shown.text_content().startswith(f"Step {point} ")
     page.keyboard.press("Shift+P")
-    assert shown.text_content().startswith(f"Step {max(i for i in range(1, point) if frames[i].score > frames[i - 1].score)} ")
+    assert shown.text_content().startswith(
+        f"Step {max(i for i in range(1, point) if frames[i].score > frames[i - 1].score)} "
+    )
     page.keyboard.press("End")
     assert f"score {frames[-1].score} · lives {frames[-1].lives} · the recording ends here" in shown.text_content()
     wait_for(page, "location.hash.includes('frame=1000')")  # once nothing has moved for a while
     for key in "lpp":
         page.keyboard.press(key)
-    assert shown.text_content().endswith("the recording ends here · no further point") and page.locator("#said").text_content() == "no further point"
+    assert (
+        shown.text_content().endswith("the recording ends here · no further point")
+        and page.locator("#said").text_content() == "no further point"
+    )
     assert page.locator("[data-event=lost]").is_disabled()
     page.keyboard.press("Home")
     page.keyboard.press("h")
@@ -358,7 +408,9 @@ def test_text_that_wraps_starts_nothing_anew(opened):
     wait_for(page, "element('cell').textContent.includes('With the ball here')")
     task = page.evaluate("mapTask")
     page.wait_for_timeout(500)
-    assert page.evaluate("mapTask") == task and page.evaluate("element('cell').textContent.includes('With the ball here')")
+    assert page.evaluate("mapTask") == task and page.evaluate(
+        "element('cell').textContent.includes('With the ball here')"
+    )
 
 
 @pytest.mark.browser
@@ -379,7 +431,9 @@ def test_stages_and_looks(opened, replay, tmp_path):
     _, frames, policies = replay
     page = opened("#frame=300")
     page.locator("#stages button").first.click()
-    np.testing.assert_allclose(page.evaluate("answer.probabilities"), numbers(policies[0], frames[300].page[None])[0][0], atol=1e-4)
+    np.testing.assert_allclose(
+        page.evaluate("answer.probabilities"), numbers(policies[0], frames[300].page[None])[0][0], atol=1e-4
+    )
     assert "<img" in page.locator("#about").text_content()
     for scheme in ("light", "dark"):
         for width in (1280, 400):

@@ -67,7 +67,11 @@ def test_paired_baseline_by_hand():
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
 def test_pairs_take_off_what_they_share_and_no_more(correlation):
     g = torch.Generator().manual_seed(0)
-    shared, own, action = torch.randn(100, 20, generator=g), torch.randn(100, 40, generator=g), torch.randn(100, 40, generator=g).sign()
+    shared, own, action = (
+        torch.randn(100, 20, generator=g),
+        torch.randn(100, 40, generator=g),
+        torch.randn(100, 40, generator=g).sign(),
+    )
     advantages = correlation**0.5 * shared.repeat(1, 2) + (1 - correlation) ** 0.5 * own  # of variance 1
     after, found = paired_baseline(advantages + 0.1 * action, torch.ones(100, 20, dtype=torch.bool))
     assert found.item() == pytest.approx(correlation, abs=0.06)
@@ -91,8 +95,20 @@ class Shared(NamedTuple):
 def row(N, number, **columns):
     """One step whose every number says where it comes from."""
     none, zeros = torch.zeros(N, dtype=torch.bool), torch.zeros(N)
-    return {**dict(obs=torch.stack([number, number], 1), actions=number, logprobs=number + 0.1, values=number.float(), rewards=zeros,
-                   terminated=none, truncated=none, final_values=zeros, has_next=~none), **columns}  # fmt: skip
+    return {
+        **dict(
+            obs=torch.stack([number, number], 1),
+            actions=number,
+            logprobs=number + 0.1,
+            values=number.float(),
+            rewards=zeros,
+            terminated=none,
+            truncated=none,
+            final_values=zeros,
+            has_next=~none,
+        ),
+        **columns,
+    }
 
 
 def filled(S=4, N=3):
@@ -123,9 +139,19 @@ def test_minibatches_hold_every_sample_once_and_whole():
 
 def test_tensors_keep_their_addresses():
     """From rollout to rollout and from epoch to epoch, for CUDA graphs; unless a minibatch needs more room."""
+
     def places():
         buffer.shuffle(4, generator, share=share)
-        return [x.data_ptr() for x in (*buffer.fields.values(), *buffer.minibatches.obs, *buffer.minibatches[1:], buffer.position, buffer.minibatch_position)]
+        return [
+            x.data_ptr()
+            for x in (
+                *buffer.fields.values(),
+                *buffer.minibatches.obs,
+                *buffer.minibatches[1:],
+                buffer.position,
+                buffer.minibatch_position,
+            )
+        ]
 
     generator, share = torch.Generator().manual_seed(0), lambda obs: Shared(obs, obs + 1)
     buffer = filled()
@@ -162,8 +188,16 @@ def test_finish_takes_the_value_of_what_follows():
     """One step, gamma 1, lambda 0: a return is the reward and the value behind it."""
     buffer = RolloutBuffer(1, 3)
     terminated, truncated = torch.tensor([[False, True, False], [False, False, True]])
-    buffer.add(**row(3, torch.zeros(3, dtype=torch.int64), rewards=torch.ones(3), terminated=terminated, truncated=truncated,
-                     final_values=torch.full((3,), 7.0)))  # fmt: skip
+    buffer.add(
+        **row(
+            3,
+            torch.zeros(3, dtype=torch.int64),
+            rewards=torch.ones(3),
+            terminated=terminated,
+            truncated=truncated,
+            final_values=torch.full((3,), 7.0),
+        )
+    )
     buffer.finish(torch.full((3,), 4.0), 1.0, 0.0)
     assert buffer.samples.returns.tolist() == [5.0, 1.0, 8.0]
 

@@ -73,7 +73,9 @@ def run(tmp_path, name, *more):
 
 def logged(run_dir):
     with open(run_dir / "metrics.csv") as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "steps_per_second")} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "steps_per_second")} for row in csv.DictReader(file)
+        ]
 
 
 def same(x, y):
@@ -102,14 +104,19 @@ def assert_the_same_run(straight, other):
     assert len(logged(straight)) == 6 and logged(straight) == logged(other)
 
 
-@pytest.mark.parametrize("signum, status, place, call, update", [
-    (signal.SIGINT, 130, (PPO, "train_step"), 3 * 4 + 1, 3),
-    (signal.SIGTERM, 143, (PPO, "train_step"), 3 * 4 + 3, 3),
-    (signal.SIGHUP, 129, (PPO, "rollout_step"), 3 * 8 + 5, 3),
-    (signal.SIGQUIT, 131, (AtOnce, "submit"), 2, 4),
-    (signal.SIGINT, 130, (os, "fsync"), 10, None),
-])  # fmt: skip
-def test_a_resumed_run_equals_a_straight_one_bit_for_bit(straight, tmp_path, monkeypatch, capsys, signum, status, place, call, update):
+@pytest.mark.parametrize(
+    "signum, status, place, call, update",
+    [
+        (signal.SIGINT, 130, (PPO, "train_step"), 3 * 4 + 1, 3),
+        (signal.SIGTERM, 143, (PPO, "train_step"), 3 * 4 + 3, 3),
+        (signal.SIGHUP, 129, (PPO, "rollout_step"), 3 * 8 + 5, 3),
+        (signal.SIGQUIT, 131, (AtOnce, "submit"), 2, 4),
+        (signal.SIGINT, 130, (os, "fsync"), 10, None),
+    ],
+)
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
+    straight, tmp_path, monkeypatch, capsys, signum, status, place, call, update
+):
     """Six updates; and some, a signal in the midst of an update, a rollout, an evaluation or a save, and the rest."""
     interrupt, calls = getattr(*place), []
 
@@ -135,7 +142,9 @@ def test_a_second_ctrl_c_while_files_are_closed_leaves_at_once(tmp_path, monkeyp
     """In a program of ours it would be a KeyboardInterrupt, and a traceback, in the middle of some library."""
     update, close, handlers = PPO.update, callbacks.TensorBoard.close, []
     monkeypatch.setattr(PPO, "update", lambda self: os.kill(os.getpid(), signal.SIGINT) or update(self))
-    monkeypatch.setattr(callbacks.TensorBoard, "close", lambda self: handlers.append(signal.getsignal(signal.SIGINT)) or close(self))
+    monkeypatch.setattr(
+        callbacks.TensorBoard, "close", lambda self: handlers.append(signal.getsignal(signal.SIGINT)) or close(self)
+    )
     with signals_handled(interrupt):  # as run_script does
         assert run(tmp_path, "run") == 130
     assert run(tmp_path, "called") == 130 and handlers == [signal.SIG_DFL, signal.default_int_handler]
@@ -149,7 +158,9 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(straight, tmp_path, monke
         soft, hard = limits[0]
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if self.update_count in (2, 3) else soft, hard))
         if self.update_count == 4:
-            assert load_checkpoint(tmp_path / "run")["update_count"] == 2  # whole, though an attempt to replace it has failed
+            assert (
+                load_checkpoint(tmp_path / "run")["update_count"] == 2
+            )  # whole, though an attempt to replace it has failed
         return update(self)
 
     limits.append(resource.getrlimit(resource.RLIMIT_FSIZE))
@@ -191,7 +202,9 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_begun_again(straight, t
     run_dir.mkdir()
     for name in ("config.json", "run.lock", "events.out.tfevents.1", "last.pt.tmp"):
         (run_dir / name).write_bytes(b'{"RUN_DIR": "run"}')
-    with pytest.raises(CommandLineError, match=f"was stopped before its first checkpoint; begin it again with --run_dir {run_dir}"):
+    with pytest.raises(
+        CommandLineError, match=f"was stopped before its first checkpoint; begin it again with --run_dir {run_dir}"
+    ):
         main(["--resume", str(run_dir)])
     assert run(tmp_path, "run") == 0
     assert_the_same_run(straight, run_dir)
@@ -207,9 +220,13 @@ def test_directories_that_cannot_be_written_are_refused_before_the_first_step(st
         try:
             if root:  # whom permissions do not stop
                 os.seteuid(65534)
-            with pytest.raises(CommandLineError, match="new cannot be made .Permission denied.; name another --run_dir"):
+            with pytest.raises(
+                CommandLineError, match="new cannot be made .Permission denied.; name another --run_dir"
+            ):
                 run(Path(folder), "new")
-            with pytest.raises(CommandLineError, match="run cannot be written .Permission denied.; check its permissions"):
+            with pytest.raises(
+                CommandLineError, match="run cannot be written .Permission denied.; check its permissions"
+            ):
                 main(["--resume", f"{folder}/run", "--num_steps", "999"])
         finally:
             if root:
@@ -242,35 +259,63 @@ def test_a_reward_that_is_not_finite_ends_the_training(tmp_path, monkeypatch, ca
     monkeypatch.setattr(train_ppo.BreakoutAsciiVec, "step", spoiled)
     assert run(tmp_path, "run", "--paired_envs", "false") == 1
     printed = capsys.readouterr().err
-    assert re.search("the rewards are not finite in update 3; mend what gives them.*--resume .*run\n", printed) and "--lr" not in printed
+    assert (
+        re.search("the rewards are not finite in update 3; mend what gives them.*--resume .*run\n", printed)
+        and "--lr" not in printed
+    )
     assert load_checkpoint(tmp_path / "run")["update_count"] == 2
 
 
 def test_models_too_large_are_named_before_they_are_built(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(train_ppo, "build", None)
-    with pytest.raises(CommandLineError, match="a GPT of .* parameters needs .* GB or more to train, and cpu has .*; try a smaller --n_embd"):
+    with pytest.raises(
+        CommandLineError,
+        match="a GPT of .* parameters needs .* GB or more to train, and cpu has .*; try a smaller --n_embd",
+    ):
         run(tmp_path, "run", "--n_embd", "8192", "--n_layer", "1024")
     assert not (tmp_path / "run").exists()
     train_ppo.check_memory(GPTConfig(n_embd=2048, n_layer=2), torch.device("cpu"))
     assert "Building a GPT of 101,126,253 parameters; training needs 2 GB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("batch, ranks, smaller", [(512, 1, 256), (66, 1, 33), (33, 1, 12), (2, 1, None), (64, 2, 32), (2, 2, None)])
+@pytest.mark.parametrize(
+    "batch, ranks, smaller", [(512, 1, 256), (66, 1, 33), (33, 1, 12), (2, 1, None), (64, 2, 32), (2, 2, None)]
+)
 def test_the_batch_that_is_advised_can_be_trained(monkeypatch, batch, ranks, smaller):
     monkeypatch.setattr(train_ppo, "RANKS", ranks)
-    constants = CONSTANTS | {"NUM_ENVS": 66 if batch in (66, 33) else 64, "ROLLOUT_STEPS": 2 if batch in (66, 33) else 8, "BATCH_SIZE": batch}
+    constants = CONSTANTS | {
+        "NUM_ENVS": 66 if batch in (66, 33) else 64,
+        "ROLLOUT_STEPS": 2 if batch in (66, 33) else 8,
+        "BATCH_SIZE": batch,
+    }
     assert less_memory(constants, ["BATCH_SIZE"], RANGES, check) == (f" --batch_size {smaller}" if smaller else "")
-    shorter = less_memory(constants | {"BATCH_SIZE": 2}, ["BATCH_SIZE", "ROLLOUT_STEPS"], RANGES, check)  # the batch is as small as can be
+    shorter = less_memory(
+        constants | {"BATCH_SIZE": 2}, ["BATCH_SIZE", "ROLLOUT_STEPS"], RANGES, check
+    )  # the batch is as small as can be
     assert shorter == f" --rollout_steps {constants['ROLLOUT_STEPS'] // 2}"
 
 
 def test_what_a_run_leaves(tmp_path):
     run(tmp_path, "run")
     names = {file.name for file in (tmp_path / "run").iterdir() if "tfevents" not in file.name}
-    assert names == {"config.json", "run.lock", "metrics.csv", "learning_curve.png", "best_model.pt", "last.pt",
-                     "checkpoint_0.pt", "checkpoint_2.pt", "checkpoint_4.pt", "checkpoint_6.pt"}  # fmt: skip
+    assert names == {
+        "config.json",
+        "run.lock",
+        "metrics.csv",
+        "learning_curve.png",
+        "best_model.pt",
+        "last.pt",
+        "checkpoint_0.pt",
+        "checkpoint_2.pt",
+        "checkpoint_4.pt",
+        "checkpoint_6.pt",
+    }
     constants = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert constants == {**CONSTANTS, **constants} and constants["NUM_ENVS"] == 4 and constants["GAMMA"] == CONSTANTS["GAMMA"]
+    assert (
+        constants == {**CONSTANTS, **constants}
+        and constants["NUM_ENVS"] == 4
+        and constants["GAMMA"] == CONSTANTS["GAMMA"]
+    )
     best = load_checkpoint(tmp_path / "run" / "best_model.pt")
     assert best["evaluation"]["score"] == max(float(row["eval_score"] or 0) for row in logged(tmp_path / "run"))
     assert "optimizer" not in best and best["constants"] | {"RUN_ID": best["run_id"]} == constants
@@ -302,7 +347,11 @@ def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch):
     with open(tmp_path / "run" / "metrics.csv") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     assert seconds == sorted(seconds) and seconds[0] > 0
-    assert load_checkpoint(tmp_path / "run")["constants"]["GAMMA"] == json.loads((tmp_path / "run" / "config.json").read_text())["GAMMA"] == 0.995
+    assert (
+        load_checkpoint(tmp_path / "run")["constants"]["GAMMA"]
+        == json.loads((tmp_path / "run" / "config.json").read_text())["GAMMA"]
+        == 0.995
+    )
 
 
 def test_the_readme_shows_what_is_printed():
@@ -313,8 +362,23 @@ def test_the_readme_shows_what_is_printed():
 
 def another(name, value):
     """A value that no constant has, but these: they must fit together."""
-    fitting = {"NUM_STEPS": 11, "NUM_ENVS": 3, "ROLLOUT_STEPS": 5, "BATCH_SIZE": 15, "N_LAYER": 2, "N_HEAD": 2, "N_EMBD": 8, "MLP_EXPANSION": 3,
-               "EPOCHS": 5, "SEED": 4, "DEVICE": "cpu", "RUN_DIR": "run", "PAIRED_ENVS": False, "LR": 0.019, "MIN_LR": 0.0019}  # fmt: skip
+    fitting = {
+        "NUM_STEPS": 11,
+        "NUM_ENVS": 3,
+        "ROLLOUT_STEPS": 5,
+        "BATCH_SIZE": 15,
+        "N_LAYER": 2,
+        "N_HEAD": 2,
+        "N_EMBD": 8,
+        "MLP_EXPANSION": 3,
+        "EPOCHS": 5,
+        "SEED": 4,
+        "DEVICE": "cpu",
+        "RUN_DIR": "run",
+        "PAIRED_ENVS": False,
+        "LR": 0.019,
+        "MIN_LR": 0.0019,
+    }
     fraction = 0.001 * len(name) + 0.0001 * sum(map(ord, name))
     return fitting.get(name, value + 1 if kind_of(name, CONSTANTS, RANGES) is int else fraction)
 
@@ -327,9 +391,16 @@ def test_every_constant_reaches_what_it_is_for(tmp_path):
     ppo = train_ppo.build(c, torch.device("cpu"))
     evaluation = train_ppo.evaluation_of(c, torch.device("cpu"))
     checkpoints = train_ppo.watch(ppo, c, tmp_path / c.RUN_DIR, evaluation)[-1]
-    found = {**vars(ppo.config), **vars(ppo.policy.config), "num_envs": ppo.env.num_envs, "varied_starts": ppo.env.varied_starts,
-             "device": str(ppo.device), "run_dir": checkpoints.run_dir.name, "save_freq": checkpoints.save_freq,
-             "eval_interval": evaluation.interval}  # fmt: skip
+    found = {
+        **vars(ppo.config),
+        **vars(ppo.policy.config),
+        "num_envs": ppo.env.num_envs,
+        "varied_starts": ppo.env.varied_starts,
+        "device": str(ppo.device),
+        "run_dir": checkpoints.run_dir.name,
+        "save_freq": checkpoints.save_freq,
+        "eval_interval": evaluation.interval,
+    }
     assert {name: found[name.lower()] for name in other} == other
     assert torch.initial_seed() == c.SEED
 
@@ -365,24 +436,37 @@ def test_the_loop_for_a_gpu_leaves_the_same_files_and_either_loop_goes_on(tmp_pa
     rows = logged(tmp_path / "run")
     assert [row["global_step"] for row in rows] == [str(32 * n) for n in range(1, 9)]
     assert [row["update"] for row in rows if row["eval_score"]] == ["2", "4", "6", "7", "8"]
-    assert all(math.isfinite(float(rows[-2][name])) for name in rows[0] if not name.startswith(("eval_", "episode_return")))
+    assert all(
+        math.isfinite(float(rows[-2][name])) for name in rows[0] if not name.startswith(("eval_", "episode_return"))
+    )
     assert load_checkpoint(tmp_path / "run")["update_count"] == 8 and (tmp_path / "run" / "best_model.pt").exists()
 
 
-@pytest.mark.parametrize("changes, expected", [
-    ({}, ["DeviceBreakout", "checked"]), ({"N_LAYER": 2}, ["BreakoutAsciiVec", "checked"]), ({"DEVICE": "cpu"}, ["BreakoutAsciiVec"])])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, ["DeviceBreakout", "checked"]),
+        ({"N_LAYER": 2}, ["BreakoutAsciiVec", "checked"]),
+        ({"DEVICE": "cpu"}, ["BreakoutAsciiVec"]),
+    ],
+)
 def test_where_games_and_steps_run(monkeypatch, changes, expected):
     """One layer on CUDA: everything on the GPU. What is built is looked at, not run."""
     c, built = SimpleNamespace(**CONSTANTS | {"DEVICE": "cuda"} | changes), []
     monkeypatch.setattr(train_ppo, "make_gpt", lambda config, device: None)
     monkeypatch.setattr(train_ppo, "PPO", lambda policy, env, config, metadata: built.append(type(env).__name__))
-    monkeypatch.setattr(train_ppo.fast, "DeviceBreakout", type("DeviceBreakout", (), {"__init__": lambda self, *args, **kwargs: None}))
+    monkeypatch.setattr(
+        train_ppo.fast, "DeviceBreakout", type("DeviceBreakout", (), {"__init__": lambda self, *args, **kwargs: None})
+    )
     monkeypatch.setattr(train_ppo.fast, "run_on_gpu", lambda ppo: built.append("checked"))
     train_ppo.build(c, torch.device(c.DEVICE))
     assert built == expected
 
 
-@pytest.mark.parametrize("device, layers, cores, processes", [("cuda", 1, 16, 8), ("cuda", 1, 4, 3), ("cuda", 1, 1, 1), ("cuda", 2, 16, 1), ("cpu", 1, 16, 1)])
+@pytest.mark.parametrize(
+    "device, layers, cores, processes",
+    [("cuda", 1, 16, 8), ("cuda", 1, 4, 3), ("cuda", 1, 1, 1), ("cuda", 2, 16, 1), ("cpu", 1, 16, 1)],
+)
 def test_how_many_processes_evaluate(monkeypatch, device, layers, cores, processes):
     monkeypatch.setattr(train_ppo, "available_cores", lambda: cores)
     evaluation = train_ppo.evaluation_of(SimpleNamespace(**CONSTANTS | {"N_LAYER": layers}), torch.device(device))
@@ -449,16 +533,25 @@ def test_a_gradient_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(PPO, "update", spoiled)
     assert run(tmp_path, "run") == 1
-    assert re.search(f"the loss is not finite in update 3.*--resume .*run --lr {CONSTANTS['LR'] / 2:g} --min_lr", capsys.readouterr().err)
+    assert re.search(
+        f"the loss is not finite in update 3.*--resume .*run --lr {CONSTANTS['LR'] / 2:g} --min_lr",
+        capsys.readouterr().err,
+    )
     assert load_checkpoint(tmp_path / "run")["update_count"] == 2
 
 
-@pytest.mark.parametrize("error, message", [
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate memory; go on with: .*run --batch_size 8"),
-    (MemoryError(), "out of memory; go on with: .*run --batch_size 8"),
-    (ChildProcessError("a background process has died"), "has died; go on with: .*run$"),
-    (StopTraining(), "stopped; go on with: .*run$"),  # a rank that got no signal itself
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            "can't allocate memory; go on with: .*run --batch_size 8",
+        ),
+        (MemoryError(), "out of memory; go on with: .*run --batch_size 8"),
+        (ChildProcessError("a background process has died"), "has died; go on with: .*run$"),
+        (StopTraining(), "stopped; go on with: .*run$"),  # a rank that got no signal itself
+    ],
+)
 def test_a_run_that_cannot_go_on_is_saved(tmp_path, monkeypatch, capsys, error, message):
     def fail(self):
         raise error
@@ -492,17 +585,24 @@ def test_a_model_too_large_for_the_memory(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ("--gama 0.9", "unknown argument --gama; did you mean --gamma?"),
-    ("--gamma 1.1", "GAMMA (--gamma) must be a number from 0.0 to 1.0, not 1.1"),
-    ("--num_envs 0", "NUM_ENVS"), ("--batch_size 1", "BATCH_SIZE (--batch_size) must be an integer from 2 to"),
-    ("--batch_size 99999", "BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the "),
-    ("--num_envs 33 --rollout_steps 2 --batch_size 66 --paired_envs true --num_steps 1", "PAIRED_ENVS needs an even number of games; change NUM_ENVS"),
-    ("--min_lr 0.5 --lr 0.1", "MIN_LR 0.5 must not exceed"),
-    ("--n_head 7 --n_embd 64", "multiple of n_head"),
-    ("--device tpu9", "--device tpu9 does not work here"),
-    ("--seed", "expected one argument"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--gama 0.9", "unknown argument --gama; did you mean --gamma?"),
+        ("--gamma 1.1", "GAMMA (--gamma) must be a number from 0.0 to 1.0, not 1.1"),
+        ("--num_envs 0", "NUM_ENVS"),
+        ("--batch_size 1", "BATCH_SIZE (--batch_size) must be an integer from 2 to"),
+        ("--batch_size 99999", "BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the "),
+        (
+            "--num_envs 33 --rollout_steps 2 --batch_size 66 --paired_envs true --num_steps 1",
+            "PAIRED_ENVS needs an even number of games; change NUM_ENVS",
+        ),
+        ("--min_lr 0.5 --lr 0.1", "MIN_LR 0.5 must not exceed"),
+        ("--n_head 7 --n_embd 64", "multiple of n_head"),
+        ("--device tpu9", "--device tpu9 does not work here"),
+        ("--seed", "expected one argument"),
+    ],
+)
 def test_wrong_arguments_are_refused_in_one_line_before_anything_starts(tmp_path, arguments, message):
     with pytest.raises((CommandLineError, DeviceError), match=re.escape(message)) as error:
         main([*arguments.split(), "--run_dir", str(tmp_path / "run")] if "--seed" != arguments else ["--seed"])
@@ -533,13 +633,17 @@ def test_a_checkpoint_of_another_run_is_not_resumed(straight, tmp_path):
     assert main(["--resume", str(tmp_path / "renamed"), "--num_steps", "224"]) == 0
     config = tmp_path / "renamed" / "config.json"
     assert load_checkpoint(tmp_path / "renamed")["run_id"] == json.loads(config.read_text())["RUN_ID"] == own["run_id"]
-    config.write_text(json.dumps({name: value for name, value in json.loads(config.read_text()).items() if name != "RUN_ID"}))
+    config.write_text(
+        json.dumps({name: value for name, value in json.loads(config.read_text()).items() if name != "RUN_ID"})
+    )
     assert main(["--resume", str(tmp_path / "renamed" / "checkpoint_6.pt"), "--num_steps", "256"]) == 0
     assert json.loads(config.read_text())["RUN_ID"] == own["run_id"]
 
 
 @pytest.mark.parametrize("removed, last", [(True, False), (False, True)])
-def test_a_directory_that_is_removed_or_renamed_while_training_can_be_resumed(straight, tmp_path, monkeypatch, capsys, removed, last):
+def test_a_directory_that_is_removed_or_renamed_while_training_can_be_resumed(
+    straight, tmp_path, monkeypatch, capsys, removed, last
+):
     """In the third update, or in the one that a signal interrupts."""
     update, run_dir = PPO.update, tmp_path / "run"
 
@@ -565,7 +669,9 @@ def test_a_directory_that_is_removed_or_renamed_while_training_can_be_resumed(st
 
 
 @pytest.mark.parametrize("another, stopped", [(True, False), (True, True), (False, False)])
-def test_what_has_taken_the_place_of_a_run_that_trains_stays_as_it_is(straight, tmp_path, monkeypatch, capsys, another, stopped):
+def test_what_has_taken_the_place_of_a_run_that_trains_stays_as_it_is(
+    straight, tmp_path, monkeypatch, capsys, another, stopped
+):
     """Another run, or a file; the run itself goes on from a new directory, and nothing of it is lost."""
     update, run_dir = PPO.update, tmp_path / "run"
 
@@ -582,9 +688,14 @@ def test_what_has_taken_the_place_of_a_run_that_trains_stays_as_it_is(straight, 
         assert run(tmp_path, "run") == (143 if stopped else 1)
     err = capsys.readouterr().err
     (reason,) = err.strip().splitlines()
-    assert reason.startswith("stopped; " if stopped else f"something else is at {run_dir} now") and f"{run_dir} was renamed or removed; go on with" in reason
+    assert (
+        reason.startswith("stopped; " if stopped else f"something else is at {run_dir} now")
+        and f"{run_dir} was renamed or removed; go on with" in reason
+    )
     if another:
-        assert {file.name: file.read_bytes() for file in run_dir.iterdir()} == {file.name: file.read_bytes() for file in straight.iterdir()}
+        assert {file.name: file.read_bytes() for file in run_dir.iterdir()} == {
+            file.name: file.read_bytes() for file in straight.iterdir()
+        }
     else:
         assert run_dir.read_text() == "mine"
     place = shlex.split(reason)[-1]
@@ -621,8 +732,14 @@ def test_what_cannot_be_resumed(tmp_path):
 
 
 def script(*arguments, cwd, **kwargs):
-    return subprocess.Popen([sys.executable, str(ROOT / "train_ppo.py"), *arguments], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train_ppo.py"), *arguments],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
 
 
 def wait_for(pattern, folder):
@@ -667,11 +784,34 @@ def train_in_a_terminal(folder, *arguments):
     pty, termios = (pytest.importorskip(name) for name in ("pty", "termios"))
     terminal, end = pty.openpty()
     termios.tcsetwinsize(end, (24, 40))
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "NO_COLOR": "1", "HOME": "/proc/nowhere"}
-    command = [sys.executable, str(ROOT / "train_ppo.py"), *SMALL.split(), "--num_steps", "100000000", "--eval_interval", "0", *arguments]
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "NO_COLOR": "1",
+        "HOME": "/proc/nowhere",
+    }
+    command = [
+        sys.executable,
+        str(ROOT / "train_ppo.py"),
+        *SMALL.split(),
+        "--num_steps",
+        "100000000",
+        "--eval_interval",
+        "0",
+        *arguments,
+    ]
     own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", own, *command], cwd=folder, stdin=end, stdout=end, stderr=end, start_new_session=True,
-                               env=environment)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", own, *command],
+        cwd=folder,
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        env=environment,
+    )
     return process, terminal, end
 
 
@@ -686,7 +826,11 @@ def test_in_a_terminal(tmp_path):
         while process.poll() is None and time.time() < deadline:
             with contextlib.suppress(BlockingIOError):
                 printed += os.read(terminal, 65536)
-            if b"\x1c" not in printed and b"^\\" not in printed and list((tmp_path / "f\u00fcr alle").glob("checkpoint_[1-9]*.pt")):
+            if (
+                b"\x1c" not in printed
+                and b"^\\" not in printed
+                and list((tmp_path / "f\u00fcr alle").glob("checkpoint_[1-9]*.pt"))
+            ):
                 os.write(terminal, b"\x1c")
             time.sleep(0.02)
         with contextlib.suppress(BlockingIOError):
@@ -710,7 +854,10 @@ def test_a_terminal_that_is_closed(tmp_path):
     assert load_checkpoint(tmp_path / "run")["update_count"] > 0
 
 
-@pytest.mark.parametrize("edit", [{"NUM_ENVS": 9, "ROLLOUT_STEPS": 2, "BATCH_SIZE": 18}, {"NUM_ENVS": 6, "ROLLOUT_STEPS": 11, "BATCH_SIZE": 33}])
+@pytest.mark.parametrize(
+    "edit",
+    [{"NUM_ENVS": 9, "ROLLOUT_STEPS": 2, "BATCH_SIZE": 18}, {"NUM_ENVS": 6, "ROLLOUT_STEPS": 11, "BATCH_SIZE": 33}],
+)
 def test_what_two_ranks_cannot_share(monkeypatch, edit):
     monkeypatch.setattr(train_ppo, "RANKS", 2)
     check(CONSTANTS | {"NUM_ENVS": 8, "ROLLOUT_STEPS": 4, "BATCH_SIZE": 16})
@@ -732,7 +879,9 @@ def test_two_ranks_on_the_command_line(tmp_path):
     assert done.stderr.count("learns Breakout") + done.stdout.count("learns Breakout") == 1  # rank 0 alone prints
     assert [row["global_step"] for row in logged(run_dir)] == [str(32 * i) for i in range(1, 7)]
     assert [bool(row["eval_score"]) for row in logged(run_dir)] == [False, True] * 3
-    with pytest.raises(CommandLineError, match="was trained by 2 ranks, not 1; go on with torchrun .*train_ppo.py --resume /"):
+    with pytest.raises(
+        CommandLineError, match="was trained by 2 ranks, not 1; go on with torchrun .*train_ppo.py --resume /"
+    ):
         main(["--resume", str(run_dir), "--num_steps", "256"])
     assert launch("--resume", str(run_dir), "--num_steps", "256", "--eval_interval", "0").returncode == 0
     assert load_checkpoint(run_dir)["global_step"] == 256
@@ -741,9 +890,18 @@ def test_two_ranks_on_the_command_line(tmp_path):
 @pytest.mark.faults
 def test_ctrl_c_stops_all_ranks(tmp_path):
     """It reaches the launcher and every rank at once, as a terminal sends it."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_ppo.py")]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train_ppo.py"),
+    ]
     command = [*launcher, *SMALL.split(), "--num_steps", "100000000", "--eval_interval", "0", "--run_dir", "run"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         wait_for("run/checkpoint_[1-9]*.pt", tmp_path)
         os.killpg(process.pid, signal.SIGINT)
@@ -761,7 +919,11 @@ def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
     shutil.copytree(ROOT / "replay", tmp_path / "replay")
-    for name, error in (("imageio", "ImportError('absent')"), ("matplotlib", "AttributeError('no _ARRAY_API')"), ("tensorboard", "TypeError('protobuf')")):
+    for name, error in (
+        ("imageio", "ImportError('absent')"),
+        ("matplotlib", "AttributeError('no _ARRAY_API')"),
+        ("tensorboard", "TypeError('protobuf')"),
+    ):
         (tmp_path / f"{name}.py").write_text(f"raise {error}")
 
     def python(*command, cwd):
@@ -775,7 +937,8 @@ def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
     out = python(*tiny.split(), "without", cwd=tmp_path)
     assert len(logged(tmp_path / "without")) == 2 and [line for line in out.splitlines() if "warning" in line] == [
         "warning: without: no more TensorBoard events (TypeError: protobuf); training goes on",
-        "warning: without/learning_curve.png: not drawn (AttributeError: no _ARRAY_API); training goes on"]  # fmt: skip
+        "warning: without/learning_curve.png: not drawn (AttributeError: no _ARRAY_API); training goes on",
+    ]
     assert main([*tiny.split()[1:], str(tmp_path / "with")]) == 0
     slow, quick = (load_checkpoint(tmp_path / name) for name in ("without", "with"))
     assert slow["update_count"] == 2
@@ -788,6 +951,9 @@ def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
 def test_a_rollout_that_does_not_fit_into_memory_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(command_line, "free_memory", lambda device: 7e9)
     huge = f"--num_envs 65536 --rollout_steps 65536 --run_dir {tmp_path / 'run'} --device cpu"
-    with pytest.raises(CommandLineError, match="^a rollout of 4,294,967,296 samples needs 2,147.5 GB .* lower --num_envs or --rollout_steps$"):
+    with pytest.raises(
+        CommandLineError,
+        match="^a rollout of 4,294,967,296 samples needs 2,147.5 GB .* lower --num_envs or --rollout_steps$",
+    ):
         main(huge.split())
     assert not (tmp_path / "run").exists()
