@@ -1,13 +1,14 @@
 """Breakout on a page of text, 24 rows of 80 characters, for one game or for many at once.
 
 The rules stand here once, in `Games`, for N games at a time. Around them: `BreakoutAscii` (a Gymnasium Env),
-`BreakoutAsciiVec` (a Gymnasium VectorEnv, for training) and `to_text`. drawing.py makes pictures of the pages, and
-play_in_terminal.py lets you play.
+`BreakoutAsciiVec` (a Gymnasium VectorEnv, for training) and `to_text`. `to_image` makes pictures of the pages, and
+`python breakout_ascii.py` lets you play.
 
 Only the direction of the serves is random, and with `varied_starts` also where a ball is served and which bricks there are.
 All of it is drawn before a game starts, so the rules themselves draw nothing.
 """
 
+import functools
 import math
 import sys
 import time
@@ -31,6 +32,18 @@ LIVES = 5  # also the number of serves in a game
 BRICK_POINTS, CLEAR_POINTS = 10, 50  # 91 * 10 + 50 = 960 at most
 PADDLE_MOVES = np.array([0, -2, 2])  # actions: 0 stay, 1 left, 2 right
 MAX_EPISODE_STEPS = 5000
+
+# Colours are for people: a page, which is all that an agent sees, has none
+COLOURS = {"#": (140, 140, 140), "=": (230, 110, 200), "O": (255, 255, 255)}  # RGB
+BRICK_COLOURS = [  # top row first
+    (232, 80, 80),
+    (226, 120, 64),
+    (214, 154, 58),
+    (206, 196, 70),
+    (92, 190, 96),
+    (74, 170, 200),
+    (104, 120, 240),
+]
 
 EMPTY_PAGE = np.array(
     [list(f"{line}\n".encode()) for line in ["#" * 80] + ["#" + " " * 78 + "#"] * (ROWS - 2) + ["#" * 80]], np.uint8
@@ -594,12 +607,34 @@ def to_text(tokens):
     return check_tokens(tokens, (1,)).astype(np.uint8).tobytes().decode("ascii")
 
 
+def to_image(tokens):
+    """tokens (1944,) -> (264, 480, 3) uint8 RGB, or (B, 1944) -> (B, 264, 480, 3). Raises ValueError for anything but pages."""
+    tokens = check_tokens(tokens, (1, 2))
+    from viewer.drawing import draw_pages  # here, because only pictures need Pillow
+
+    pages = tokens.reshape(*tokens.shape[:-1], ROWS, COLUMNS)
+    return draw_pages(pages[..., :-1], glyphs())  # newlines are not drawn
+
+
+@functools.cache
+def glyphs():
+    """-> the `glyph_atlas` of the game: what is solid has a darker shade of its own colour behind it."""
+    from viewer.drawing import glyph_atlas
+
+    ink, paper = np.zeros((2, ROWS, 128, 3), np.uint8)
+    for character, colour in COLOURS.items():
+        ink[:, ord(character)] = colour
+    for character in BRICK.strip():
+        ink[BRICK_TOP : BRICK_TOP + BRICK_ROWS, ord(character)] = BRICK_COLOURS
+    paper[:] = ink // 4
+    paper[:, ord("O")] = 0
+    return glyph_atlas(ink, paper)
+
+
 def rendered(tokens, mode):
     """tokens (1944,) -> str for "ansi", a (264, 480, 3) uint8 picture for "rgb_array"."""
     if mode == "ansi":
         return to_text(tokens)
-    from drawing import to_image  # here, because drawing.py imports this file
-
     return to_image(tokens)
 
 
@@ -617,3 +652,8 @@ if "BreakoutAscii-v0" not in gym.registry:  # a reload must not warn
         max_episode_steps=MAX_EPISODE_STEPS,
         vector_entry_point="breakout_ascii:BreakoutAsciiVec",
     )
+
+if __name__ == "__main__":
+    from viewer.terminal import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -34,11 +34,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from background import Background, CannotStart
-from checkpoint import CheckpointError, atomic_write, save_checkpoint
-from command_line import CommandLineError, is_replaced, locked, write_config
-from device import first_line, printable, shortened, unavailable
-from trainer import StopTraining
+from harness.background import Background, CannotStart
+from harness.checkpoint import CheckpointError, atomic_write, save_checkpoint
+from harness.device import unavailable
+from harness.messages import first_line, printable, shortened
+from harness.options import CommandLineError
+from harness.runs import is_replaced, locked, write_config
+from harness.supervise import StopTraining
 
 CHARTS = ("lr", "steps_per_second", "episode_return")  # the other statistics are losses
 PROGRESS = ("update", "global_step", "seconds")  # the columns of metrics.csv that are no statistics

@@ -6,81 +6,32 @@ that replays the game with the model's attention, and lets one edit what it read
 prints the exact score as JSON.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
-
 import contextlib
 import errno
 import importlib.util
 import itertools
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from breakout_ascii import BreakoutAscii
-from checkpoint import CheckpointError, check_like, load_checkpoint, load_weights, model_to_play, replacing
-from command_line import CommandLineError, Parser, given_path, run_script, shown
-from device import printable, set_threads
-from evaluation import evaluate, exact, greedy, sampled, sampling
-from model import GPT, GPTConfig
-from replay import Stage, html, record
-from replay.attention import plain_gpt
+from breakout_ascii import BreakoutAscii, to_image
+from evaluation import exact, greedy, sampled, sampling
+from harness.checkpoint import CheckpointError, replacing
+from harness.device import set_threads
+from harness.messages import printable, shown
+from harness.options import CommandLineError, Parser, given_path
+from harness.supervise import run_script
+from policies import find_model, load_policy
+from viewer.drawing import write_gif
+from viewer.replay import Stage, html, record
+from viewer.replay.attention import plain_gpt
+from viewer.replay.pictures import pictures as attention_pictures
 
-HERE = Path(__file__).parent
-fast = importlib.import_module("fast") if (HERE / "fast" / "__init__.py").exists() else None  # it is optional
-SHIPPED = HERE / "pretrained" / "breakout.pt"
 FRAME_MS = 40  # 25 frames a second
-
-
-def make_gpt(config, device):
-    """An untrained GPT, with the shortcuts that suit the device if fast/ is there."""
-    return (fast.gpt_for(config, device) if fast else GPT(config)).to(device)
-
-
-def load_policy(path, device="cpu"):
-    """A checkpoint, or a run directory -> the GPT in eval mode, and the checkpoint without its weights.
-
-    The GPT maps (B, 1944) uint8 tokens to logits (B, 3) and values (B,). Raises CheckpointError with a message of one line.
-    """
-    path, _ = find_model(path)
-    meta = load_checkpoint(path)
-    try:
-        policy = policy_of(meta, device)
-        del meta["model"]
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is no model of this program ({error}); train one with train_ppo.py") from error
-    return policy, meta
-
-
-def policy_of(state, device="cpu"):
-    """The state of a checkpoint -> the GPT in eval mode. Raises ValueError if it holds none."""
-    check_like(state, {"gpt_config": asdict(GPTConfig()), "model": {}})
-    # the prefixes of a policy that somebody has wrapped by torch.compile or DistributedDataParallel
-    model = {str(name).removeprefix("_orig_mod.").removeprefix("module."): x for name, x in state["model"].items()}
-    config = GPTConfig(**{name: state["gpt_config"][name] for name in asdict(GPTConfig())})
-    weights = sum(x.numel() for x in model.values() if isinstance(x, torch.Tensor))
-    if config.n_action != GPTConfig.n_action:
-        raise ValueError(f"it chooses from {config.n_action} actions, the game has {GPTConfig.n_action}")
-    if config.num_parameters != weights:  # before a GPT is built that may take minutes
-        raise ValueError(f"it has {weights:,} weights, its configuration {config.num_parameters:,}")
-    policy = make_gpt(config, torch.device(device))
-    load_weights(policy, model)
-    return policy.eval()
-
-
-def evaluate_state(state, device="cpu"):
-    """The state of a checkpoint -> what `evaluate` says of its policy."""
-    return evaluate(policy_of(state, device))
 
 
 class Step(NamedTuple):
@@ -146,11 +97,6 @@ def stages(path, policy, meta):
     return [Stage(f"{step:,} steps" if step else "start", stage) for step, stage in shown.items()]
 
 
-def find_model(name):
-    """The checkpoint or run directory that was named, else the newest run of a GPT, else the shipped model -> its path, and why it is that."""
-    return model_to_play(name, SHIPPED, lambda state: "gpt_config" in state)
-
-
 def read_command_line(argv):
     parser = Parser("load_model.py", __doc__)
     parser.add_argument(
@@ -211,9 +157,6 @@ def write(out, steps, args, path, policy, meta):
         about = f"{path.name}, trained for {meta.get('global_step', 0):,} steps"
         out.write_bytes(html(list(record(steps)), stages(path, policy, meta), path.name, about).encode())
         return
-    from drawing import to_image, write_gif  # here, because a training, which imports this file, can do without Pillow
-    from replay.pictures import pictures as attention_pictures
-
     pictures = (
         attention_pictures(plain_gpt(policy), record(steps), args.head)
         if attention

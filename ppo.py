@@ -18,9 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode
 
-from checkpoint import load_optimizer, to_numpy
+from harness.checkpoint import load_optimizer, to_numpy
+from harness.supervise import StopTraining
 from rollout_buffer import RolloutBuffer
-from trainer import StopTraining, Trainer, check_finite
+from trainer import Trainer, check_finite
 
 
 def k3(log_ratio):

@@ -5,20 +5,6 @@ Go on with a run that was stopped:                 python train_ppo.py --resume 
 Several cores or GPUs, each with its own games:    torchrun --standalone --nproc_per_node=2 train_ppo.py
 """
 
-import os
-import signal
-import sys
-
-if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
-    if (
-        sys.platform == "linux"
-    ):  # read when torch is imported. On CUDA no two minibatches of a deeper model need equal memory
-        if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name, which not all versions know
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-
 import functools
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -27,23 +13,13 @@ import torch
 
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard, say
-from command_line import (
-    CommandLineError,
-    Constants,
-    check_free_memory,
-    less_memory,
-    load_state,
-    memory_advice,
-    new_run_dir,
-    read_run,
-    resume_command,
-    run_script,
-    train,
-)
-from device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
 from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
-from load_model import evaluate_state, fast, make_gpt
+from harness.device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
+from harness.options import CommandLineError, Constants
+from harness.runs import load_state, new_run_dir, read_run, resume_command
+from harness.supervise import check_free_memory, less_memory, memory_advice, run_script, train
 from model import GPTConfig
+from policies import evaluate_state, fast, make_gpt
 from ppo import PPO, PPOConfig
 
 # ---------------------------------------------------------------------------------------------------------------------

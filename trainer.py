@@ -5,16 +5,8 @@ import time
 
 import torch
 
-from checkpoint import check_like, load_weights, to_plain
-
-
-class StopTraining(Exception):
-    """Raised inside `learn` soon after `request_stop`."""
-
-
-class InputNotFinite(FloatingPointError):
-    """What a training is given is not finite, so no learning rate would help."""
-
+from harness.checkpoint import check_like, load_weights, to_plain
+from harness.supervise import InputNotFinite, StopTraining
 
 INPUTS = {
     "rewards": "mend what gives them, the environment or the reward's function or model",

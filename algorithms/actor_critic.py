@@ -19,14 +19,6 @@ A run leaves checkpoints_YYYYMMDD_HHMMSS/ with training.log, epoch_<n>.pt every 
 checkpoint in it.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
-
-import contextlib
 import json
 import math
 import sys
@@ -39,8 +31,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.common import HERE, check_algorithm
-from checkpoint import (
+from algorithms.parts.common import HERE, check_algorithm
+from harness.checkpoint import (
     CheckpointError,
     atomic_write,
     check_like,
@@ -50,21 +42,10 @@ from checkpoint import (
     save_checkpoint,
     to_plain,
 )
-from command_line import (
-    CommandLineError,
-    Parser,
-    check_free_memory,
-    delete_unfinished,
-    given_path,
-    ignore_signals,
-    locked,
-    one_line,
-    resume_command,
-    run_script,
-    shown,
-    signals_handled,
-)
-from device import shortened, tell
+from harness.messages import one_line, shortened, shown, tell
+from harness.options import CommandLineError, Parser, given_path
+from harness.runs import delete_unfinished, locked, resume_command
+from harness.supervise import check_free_memory, ignore_signals, run_script, signals_handled
 from ppo import policy_loss, value_loss
 from trainer import check_finite
 

@@ -7,21 +7,13 @@ random. --play --human plays against you in the terminal, and shows what it thin
 Left out: search. The game is small enough to score a policy exactly: `evaluate` walks every line of play.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
-
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.common import Algorithm, check_lr, run_algorithm
-from algorithms.reinforce_cartpole import normalize
-from algorithms.tictactoe import (
+from algorithms.parts.common import Algorithm, check_lr, run_algorithm
+from algorithms.parts.tictactoe import (
     O,
     TicTacToe,
     X,
@@ -34,9 +26,11 @@ from algorithms.tictactoe import (
     print_board,
     wins,
 )
-from checkpoint import load_optimizer, load_weights, to_plain
-from command_line import Constants, run_script
-from device import choose_device, set_threads
+from algorithms.reinforce_cartpole import normalize
+from harness.checkpoint import load_optimizer, load_weights, to_plain
+from harness.device import choose_device, set_threads
+from harness.options import Constants
+from harness.supervise import run_script
 from ppo import entropy_loss, learning_rate, policy_loss, value_loss
 from rollout_buffer import compute_gae
 from trainer import Trainer, check_finite

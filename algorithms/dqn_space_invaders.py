@@ -7,13 +7,6 @@ r + gamma Q'(s', argmax Q(s', a)): a frozen copy Q' says what the action is wort
 Left out: prioritised replay, duelling heads, n-step returns, distributions. A step is an agent's step: SKIP frames of the game.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
-
 import math
 from collections import deque
 from types import SimpleNamespace
@@ -23,11 +16,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.atari import SIZE, Replay, Stacks, make_env, make_envs, restore_game, save_game
-from algorithms.common import Algorithm, run_algorithm, summary
-from checkpoint import load_optimizer, load_weights, to_numpy
-from command_line import CommandLineError, Constants, check_free_memory, memory_advice, run_script
-from device import choose_device
+from algorithms.parts.atari import SIZE, Replay, Stacks, make_env, make_envs, restore_game, save_game
+from algorithms.parts.common import Algorithm, run_algorithm, summary
+from harness.checkpoint import load_optimizer, load_weights, to_numpy
+from harness.device import choose_device
+from harness.options import CommandLineError, Constants
+from harness.supervise import check_free_memory, memory_advice, run_script
 from trainer import Trainer, check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,13 +5,6 @@ directory below --out; stopped and started again, the search goes on where it wa
 them to grid.csv, and with --map draws the mean of the best scores over two of the constants: --map lr gamma.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
-
 import csv
 import functools
 import importlib
@@ -26,24 +19,14 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 from algorithms import actor_critic
-from algorithms.common import Algorithm, load_model
+from algorithms.parts.common import Algorithm, load_model
 from callbacks import new_figure, read_metrics, reason
-from checkpoint import CheckpointError
-from command_line import (
-    CommandLineError,
-    Parser,
-    check_begun,
-    check_constants,
-    convert,
-    finished,
-    given_path,
-    kind_of,
-    recorded_constants,
-    run_script,
-    run_side_by_side,
-    shown,
-)
-from device import available_cores
+from harness.checkpoint import CheckpointError
+from harness.device import available_cores
+from harness.messages import shown
+from harness.options import CommandLineError, Parser, check_constants, convert, given_path, kind_of
+from harness.runs import check_begun, finished, recorded_constants
+from harness.supervise import run_script, run_side_by_side
 
 HERE = Path(__file__).parent
 FRESH_SEED = 1_000_000  # as --evaluate takes

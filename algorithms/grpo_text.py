@@ -10,13 +10,6 @@ drawn is never judged, so the gradient is that of a policy which nobody samples 
 --play [RUN] prints answers to prompts that no training has seen, --evaluate [RUN] their mean reward.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
-
 import copy
 import os
 import re
@@ -30,8 +23,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from algorithms.common import Algorithm, check_models, device_of, run_algorithm
-from algorithms.language_model import (
+from algorithms.parts.common import Algorithm, check_models, device_of, run_algorithm
+from algorithms.parts.language_model import (
     SMOLLM2,
     TINY,
     UNUSABLE,
@@ -45,12 +38,14 @@ from algorithms.language_model import (
     transformer,
     with_lora,
 )
-from algorithms.language_policy import Writer
+from algorithms.parts.language_policy import Writer
 from callbacks import Callback, say
-from checkpoint import CheckpointError, load_optimizer, load_weights
-from command_line import CommandLineError, Constants, run_script, shown
-from device import choose_device, shortened
 from evaluation import standard_error
+from harness.checkpoint import CheckpointError, load_optimizer, load_weights
+from harness.device import choose_device
+from harness.messages import shortened, shown
+from harness.options import CommandLineError, Constants
+from harness.supervise import run_script
 from ppo import k3, policy_loss
 from trainer import Trainer, check_finite
 

@@ -10,13 +10,6 @@ generated: one forward pass reads the text and scores all answers. The default i
 --verify plays a few random steps, and prints texts, actions and rewards.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
-
 import math
 import random
 from types import SimpleNamespace
@@ -26,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.breakout_text import (
+from algorithms.parts.breakout_text import (
     ACTIONS,
     WIDTH,
     BreakoutTexts,
@@ -36,8 +29,8 @@ from algorithms.breakout_text import (
     numbers_of,
     texts_of,
 )
-from algorithms.common import Algorithm, check_models, check_ppo, device_of, ppo_config, run_algorithm, summary
-from algorithms.language_model import (
+from algorithms.parts.common import Algorithm, check_models, check_ppo, device_of, ppo_config, run_algorithm, summary
+from algorithms.parts.language_model import (
     SMOLLM2,
     TINY,
     UNUSABLE,
@@ -50,12 +43,14 @@ from algorithms.language_model import (
     transformer,
     with_lora,
 )
-from algorithms.language_policy import LanguagePolicy
-from background import Background
+from algorithms.parts.language_policy import LanguagePolicy
 from callbacks import Callback
-from checkpoint import load_weights, replacing
-from command_line import Constants, check_constants, read_run, run_script
-from device import choose_device
+from harness.background import Background
+from harness.checkpoint import load_weights, replacing
+from harness.device import choose_device
+from harness.options import Constants, check_constants
+from harness.runs import read_run
+from harness.supervise import run_script
 from ppo import PPO, Policy
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,7 +353,7 @@ class Video(Callback):
 
 
 def draw_video(state_and_path):
-    from drawing import write_gif  # here, because the training can do without
+    from viewer.drawing import write_gif  # here, because the training can do without
 
     state, path = state_and_path
     with replacing(path) as unfinished:

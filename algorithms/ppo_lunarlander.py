@@ -4,13 +4,6 @@ The root's PPO, loop, losses and rollout buffer, as they are, with a policy of i
 estimates the return.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
-
 import math
 
 import gymnasium as gym
@@ -19,7 +12,7 @@ import torch
 import torch.nn as nn
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from algorithms.common import (
+from algorithms.parts.common import (
     Algorithm,
     check_ppo,
     greedy_frames,
@@ -29,9 +22,10 @@ from algorithms.common import (
     run_algorithm,
     summary,
 )
-from checkpoint import load_weights
-from command_line import Constants, run_script
-from device import choose_device, set_threads
+from harness.checkpoint import load_weights
+from harness.device import choose_device, set_threads
+from harness.options import Constants
+from harness.supervise import run_script
 from ppo import PPO, Policy
 
 # ---------------------------------------------------------------------------------------------------------------------

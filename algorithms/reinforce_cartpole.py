@@ -12,24 +12,17 @@ rate need not know whether they are 20 or 500.
 Left out: entropy bonus, a baseline that depends on the state. An episode that reaches 500 steps is cut off and counts as finished.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the imports take seconds: Ctrl-C meanwhile leaves without a traceback
-
-
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.common import Algorithm, check_lr, greedy_frames, greedy_returns, run_algorithm, summary
-from checkpoint import load_optimizer, load_weights
-from command_line import Constants, run_script
-from device import choose_device, set_threads
+from algorithms.parts.common import Algorithm, check_lr, greedy_frames, greedy_returns, run_algorithm, summary
+from harness.checkpoint import load_optimizer, load_weights
+from harness.device import choose_device, set_threads
+from harness.options import Constants
+from harness.supervise import run_script
 from ppo import entropy_loss, learning_rate
 from rollout_buffer import compute_gae
 from trainer import Trainer, check_finite

@@ -26,9 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from breakout_ascii import TOKENS, BreakoutAsciiVec  # noqa: E402
-from command_line import CommandLineError, Parser, check_constants, given_path, run_script  # noqa: E402
-from device import set_threads  # noqa: E402
 from evaluation import exact  # noqa: E402
+from harness.device import set_threads
+from harness.options import CommandLineError, Parser, check_constants, given_path
+from harness.supervise import run_script
 from ppo import Policy, lost_lives  # noqa: E402
 from train_ppo import (  # noqa: E402
     BATCH_SIZE,

@@ -16,13 +16,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from algorithms.breakout_text import ACTIONS, BreakoutTexts, follow_the_ball, texts_of  # noqa: E402
-from algorithms.common import summary  # noqa: E402
-from algorithms.language_model import load_model, load_tokenizer  # noqa: E402
-from algorithms.language_policy import LanguagePolicy  # noqa: E402
+from algorithms.parts.breakout_text import ACTIONS, BreakoutTexts, follow_the_ball, texts_of
+from algorithms.parts.common import summary
+from algorithms.parts.language_model import load_model, load_tokenizer
+from algorithms.parts.language_policy import LanguagePolicy
 from algorithms.ppo_llm_breakout import ANSWERS, CONSTANTS, PREFIX, SUFFIX, invented_texts, scores_of  # noqa: E402
-from command_line import CommandLineError, Parser, run_script  # noqa: E402
-from device import choose_device  # noqa: E402
+from harness.device import choose_device
+from harness.options import CommandLineError, Parser
+from harness.supervise import run_script
 
 
 def prefix(name, device, turns):

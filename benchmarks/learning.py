@@ -20,19 +20,11 @@ sys.path.insert(0, str(ROOT))
 
 import train_ppo  # noqa: E402
 from callbacks import new_figure, read_metrics, reason  # noqa: E402
-from command_line import (  # noqa: E402
-    CommandLineError,
-    Parser,
-    check_begun,
-    check_constants,
-    finished,
-    given_path,
-    read_command_line,
-    run_script,
-    run_side_by_side,
-)
-from device import available_cores  # noqa: E402
 from evaluation import CLEARED_SCORE, RANDOM_SCORE  # noqa: E402
+from harness.device import available_cores
+from harness.options import CommandLineError, Parser, check_constants, given_path, read_command_line
+from harness.runs import check_begun, finished
+from harness.supervise import run_script, run_side_by_side
 from model import GPT  # noqa: E402
 
 MARKS = (300, 600, 900, 960)  # points

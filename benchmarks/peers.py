@@ -33,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from algorithms import dqn_space_invaders as dqn  # noqa: E402
 from algorithms import grpo_text as grpo  # noqa: E402
 from algorithms import ppo_lunarlander as lander  # noqa: E402
-from algorithms.common import greedy_returns, need  # noqa: E402
+from algorithms.parts.common import greedy_returns, need
 from callbacks import Callback  # noqa: E402
-from command_line import CommandLineError, Parser, run_script  # noqa: E402
+from harness.options import CommandLineError, Parser
+from harness.supervise import run_script
 
 EVERY, SOLVED = 81_920, 200.0  # steps between two evaluations; points
 STEPS = 1_500  # of a turn

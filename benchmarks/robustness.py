@@ -19,10 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from breakout_ascii import BRICK_POINTS, CLEAR_POINTS, LIVES, draw_numbers, new_games, standard_serves  # noqa: E402
-from command_line import CommandLineError, Parser, given_path, run_script, shown  # noqa: E402
-from device import set_threads  # noqa: E402
 from evaluation import GAMES_AT_ONCE, SERVES, Results, greedy, play_games, sampling, standard_error, tracker  # noqa: E402
-from load_model import SHIPPED, load_policy  # noqa: E402
+from harness.device import set_threads
+from harness.messages import shown
+from harness.options import CommandLineError, Parser, given_path
+from harness.supervise import run_script
+from policies import SHIPPED, load_policy
 
 STICKY = 0.1  # probability that the previous action is repeated
 COLUMNS = ("player", "condition", "games", "score", "of possible", "cleared", "lost", "caught in a cycle", "lives lost")

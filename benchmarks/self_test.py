@@ -15,11 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from breakout_ascii import BreakoutAsciiVec
-from command_line import memory_advice, read_run, run_script
-from device import GPUError, choose_device, first_line, gpu_name, set_threads
 from fast import DeviceBreakout, DeviceGPT, FastGPT
-from fast.shortcuts import ShortcutFailed
+from fast.cuda_graphs import ShortcutFailed
 from fast.gpu_training import CheckedUpdates, shortcuts_for
+from harness.device import GPUError, choose_device, gpu_name, set_threads
+from harness.messages import first_line
+from harness.runs import read_run
+from harness.supervise import memory_advice, run_script
 from ppo import PPO, PPOConfig
 from train_ppo import CONSTANTS, KEPT, RANGES, check, check_ranks, gpt_config
 

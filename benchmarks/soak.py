@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from callbacks import read_metrics  # noqa: E402
-from command_line import CommandLineError, Parser, run_script, start_program  # noqa: E402
+from harness.options import CommandLineError, Parser
+from harness.supervise import run_script, start_program
 
 
 def look(pid):

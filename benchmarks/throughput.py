@@ -28,19 +28,21 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from breakout_ascii import CHARACTERS, BreakoutAsciiVec  # noqa: E402
-from checkpoint import load_checkpoint  # noqa: E402
-from command_line import CommandLineError, Parser, begin, check_constants, run_script  # noqa: E402
-from device import choose_device, set_threads  # noqa: E402
-from evaluation import sampling  # noqa: E402
-from fast.line_index import LineIndex  # noqa: E402
-from fast.shortcuts import ShortcutFailed  # noqa: E402
-from load_model import SHIPPED, load_policy, make_gpt  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from trainer import StopTraining  # noqa: E402
-from rollout_buffer import random_order, select  # noqa: E402
 from test_breakout_ascii import SlowGame  # noqa: E402
+
+from breakout_ascii import CHARACTERS, BreakoutAsciiVec  # noqa: E402
+from evaluation import sampling  # noqa: E402
+from fast.cuda_graphs import ShortcutFailed
+from fast.line_index import LineIndex  # noqa: E402
+from harness.checkpoint import load_checkpoint
+from harness.device import choose_device, set_threads
+from harness.options import CommandLineError, Parser, check_constants
+from harness.supervise import begin, run_script
+from model import GPT, GPTConfig  # noqa: E402
+from policies import SHIPPED, load_policy, make_gpt
+from rollout_buffer import random_order, select  # noqa: E402
 from train_ppo import CONSTANTS, RANGES, build, check, evaluation_of, watch  # noqa: E402
+from trainer import StopTraining  # noqa: E402
 
 C = SimpleNamespace(**CONSTANTS)
 RANDOM_ACTIONS = {"random": 1.0, "middling": 0.5, "expert": 0.0}  # their share in each level of play

@@ -9,9 +9,9 @@ training on CUDA          checks itself against the CPU; more layers    shortcut
                           one layer is recorded as CUDA graphs
 """
 
-from fast.device_breakout import DeviceBreakout as DeviceBreakout
-from fast.device_gpt import DeviceGPT
 from fast.fast_gpt import FastGPT
+from fast.gpu_games import DeviceBreakout as DeviceBreakout
+from fast.gpu_gpt import DeviceGPT
 from fast.gpu_training import run_on_gpu as run_on_gpu
 from model import GPT
 

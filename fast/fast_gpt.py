@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from breakout_ascii import COLUMNS, ROWS, TOKENS
+from fast.attention_tables import after_attention, pair_table
 from fast.line_index import LineIndex
-from fast.one_layer import after_attention, pair_table
-from fast.pieces import LineCache, shared_attention, tree_of
-from fast.prefixes import prefix_features, prefix_tree
+from fast.shared_attention import LineCache, shared_attention, tree_of
+from fast.shared_prefixes import prefix_features, prefix_tree
 from model import GPT
 
 

@@ -9,10 +9,11 @@ import warnings
 
 import torch
 
-from device import GPUError, first_line, gpu_name, works
+from fast.cuda_graphs import BF16, COMPILE, GRAPHS, Blamed, Compiled, GraphRunner, ShortcutFailed
 from fast.fast_gpt import FastGPT
-from fast.self_test import check_games, check_prefixes, check_update, set_rare_cases
-from fast.shortcuts import BF16, COMPILE, GRAPHS, Blamed, Compiled, GraphRunner, ShortcutFailed
+from fast.gpu_checks import check_games, check_prefixes, check_update, set_rare_cases
+from harness.device import GPUError, gpu_name, works
+from harness.messages import first_line
 
 
 def run_on_gpu(ppo, shortcuts=None):

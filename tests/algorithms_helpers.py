@@ -3,13 +3,11 @@
 import csv
 import json
 
-import pytest
 import torch
 from PIL import Image, ImageSequence
 
-import callbacks
-from algorithms.common import run_algorithm
-from checkpoint import load_checkpoint
+from algorithms.parts.common import run_algorithm
+from harness.checkpoint import load_checkpoint
 
 
 class NoProcess:
@@ -34,11 +32,6 @@ class Done:
 
     def done(self):
         return True
-
-
-@pytest.fixture
-def without_processes(monkeypatch):
-    monkeypatch.setattr(callbacks, "Background", NoProcess)
 
 
 def durations(path):

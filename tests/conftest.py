@@ -42,3 +42,13 @@ def pytest_collection_modifyitems(config, items):
         for mark in ("slow", "browser", "faults"):
             if mark in item.keywords and not config.getoption(f"--{mark}"):
                 item.add_marker(pytest.mark.skip(reason=f"run with --{mark}"))
+
+
+@pytest.fixture
+def without_processes(monkeypatch):
+    """Evaluations take place in this process, at once."""
+    from algorithms_helpers import NoProcess
+
+    import callbacks
+
+    monkeypatch.setattr(callbacks, "Background", NoProcess)

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
+from algorithms_helpers import same
 
-import command_line
 from algorithms import actor_critic
 from algorithms.actor_critic import ActorCriticAgent, Config, expected_maximum, main, read_config
-from algorithms_helpers import same
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from command_line import CommandLineError, locked
+from harness import supervise
+from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from harness.options import CommandLineError
+from harness.runs import locked
 
 
 def test_the_optimum_is_known():
@@ -347,7 +348,7 @@ def test_a_checkpoint_of_a_stranger(small, change, message):
     ],
 )
 def test_what_does_not_fit_into_memory_does_not_begin(tmp_path, monkeypatch, changes, lower):
-    monkeypatch.setattr(command_line, "free_memory", lambda device: 4e9)
+    monkeypatch.setattr(supervise, "free_memory", lambda device: 4e9)
     (tmp_path / "config.json").write_text(json.dumps(changes))
     with pytest.raises(
         CommandLineError, match=f"^this training needs .* GB or more, and cpu has 4.0 GB free, .*; {lower}$"

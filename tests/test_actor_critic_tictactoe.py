@@ -5,14 +5,14 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
 
 from algorithms import actor_critic_tictactoe as ttt
 from algorithms.actor_critic_tictactoe import ALGORITHM, greedy, policy_of
-from algorithms.common import load_model
-from algorithms.tictactoe import LINES, O, TicTacToe, X, best_score, every_line, over, wins
-from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
+from algorithms.parts.common import load_model
+from algorithms.parts.tictactoe import LINES, O, TicTacToe, X, best_score, every_line, over, wins
 
 SMALL = "--games 8 --hidden 8 --pool 2 --pool_interval 2 --eval_interval 2 --lr 0.003 --min_lr 0.003 --save_freq 1"
 EMPTY = (0,) * 9
@@ -172,7 +172,7 @@ def test_openings_are_positions_of_the_game():
     assert (turn == np.where(marks % 2 == 0, X, O)).all()
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):  # noqa: F811
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):
     straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL, tmp_path, 200, 100)
     assert same(straight, resumed) and straight[0]["update_count"] > 4
 

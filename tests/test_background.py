@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from background import Background, CannotStart
+from harness.background import Background, CannotStart
 
 
 def work(x):

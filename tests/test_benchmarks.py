@@ -14,22 +14,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import make_gpt
+from test_breakout_ascii import SlowGame
 
 import train_ppo
-from algorithms.language_model import tiny_model, train_tokenizer
+from algorithms.parts.language_model import tiny_model, train_tokenizer
 from breakout_ascii import TOKENS, BreakoutAscii, BreakoutAsciiVec
 from callbacks import Callback
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from command_line import CommandLineError
-from device import DeviceError
 from evaluation import SERVES, exact
-from fast.device_breakout import TensorGames
-from fast.self_test import BF16_MARGIN, GRADIENT_MARGIN, VALUES_MARGIN
-from helpers import make_gpt
-from load_model import load_policy, policy_of
+from fast.gpu_checks import BF16_MARGIN, GRADIENT_MARGIN, VALUES_MARGIN
+from fast.gpu_games import TensorGames
+from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from harness.device import DeviceError
+from harness.options import CommandLineError
 from model import GPT
+from policies import load_policy, policy_of
 from ppo import value_loss
-from test_breakout_ascii import SlowGame
 from train_ppo import CONSTANTS
 
 ROOT = Path(__file__).parent.parent

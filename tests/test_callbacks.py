@@ -16,7 +16,6 @@ import torch
 from matplotlib.figure import Figure
 
 import callbacks
-from background import CannotStart
 from callbacks import (
     Callback,
     Checkpoints,
@@ -28,8 +27,9 @@ from callbacks import (
     duration,
     read_metrics,
 )
-from checkpoint import CheckpointError, load_checkpoint
-from trainer import StopTraining
+from harness.background import CannotStart
+from harness.checkpoint import CheckpointError, load_checkpoint
+from harness.supervise import StopTraining
 
 STATS = (
     "policy_loss value_loss entropy prediction_loss approx_kl approx_kl_max clipfrac explained_variance grad_norm lr"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import (
+from harness.checkpoint import (
     CheckpointError,
     _read,
     atomic_write,
@@ -156,7 +156,7 @@ KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from checkpoint import load_checkpoint, save_checkpoint
+from harness.checkpoint import load_checkpoint, save_checkpoint
 torch.set_num_threads(1)  # a thread pool does not survive a fork
 path = Path(sys.argv[1]) / "last.pt"
 state = lambda i: {"i": i, "x": torch.full((200_000,), i)}

@@ -17,38 +17,26 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import command_line
 import train_ppo
 from algorithms.grid_search import TRAININGS, training
 from callbacks import say
-from checkpoint import CheckpointError, atomic_write, replacing
-from command_line import (
+from harness import checkpoint, runs, supervise
+from harness.checkpoint import CheckpointError, atomic_write, replacing
+from harness.messages import one_line, shortened, shown
+from harness.options import CommandLineError, Constants, Parser, check_constants, given_path, read_command_line
+from harness.runs import check_begun, locked, new_run_dir, read_run, resume_command
+from harness.supervise import (
     PARENT,
     STOP_SIGNALS,
-    CommandLineError,
-    Constants,
-    Parser,
-    check_begun,
-    check_constants,
     finish_output,
-    given_path,
     ignore_signals,
     less_memory,
-    locked,
-    new_run_dir,
-    one_line,
-    read_command_line,
-    read_run,
-    resume_command,
     run_script,
     run_side_by_side,
-    shown,
     signals_handled,
     stop_with_parent,
     train,
 )
-from device import shortened
 from trainer import Trainer
 
 DEFAULTS = {"NUM_STEPS": 100, "GAMMA": 0.9, "PAIRED": True, "NAME": "a", "DROPOUT": 0.1}
@@ -94,7 +82,7 @@ def test_a_script_without_its_file_says_so_in_one_line(file):
         SystemExit, match="^the constants are read from the script's own file; import the script, or run it"
     ):
         exec(
-            "from command_line import Constants; STEPS = 3; CONSTANTS = Constants(globals())",
+            "from harness.options import Constants; STEPS = 3; CONSTANTS = Constants(globals())",
             {"__file__": file} if file else {},
         )
 
@@ -184,7 +172,7 @@ def test_edited_constants_are_checked_too(edit, message):
 
 def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command_line, "time", SimpleNamespace(strftime=lambda form: "runs/now"))
+    monkeypatch.setattr(runs, "time", SimpleNamespace(strftime=lambda form: "runs/now"))
     assert [str(new_run_dir("")) for _ in range(3)] == ["runs/now", "runs/now-2", "runs/now-3"]
 
 
@@ -309,11 +297,7 @@ def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, name, 
     monkeypatch.chdir(tmp_path)
     python, *script, resume, run_dir = shlex.split(resume_command(prog, Path(name), ranks=1))
     assert (python, resume, Path(run_dir)) == ("python", "--resume", Path(name))
-    assert (
-        script == prog.split()
-        if prog.startswith("-m")
-        else os.path.samefile(script[0], Path(command_line.__file__).parent / prog)
-    )
+    assert script == prog.split() if prog.startswith("-m") else os.path.samefile(script[0], runs.ROOT / prog)
     assert Path(read(["--resume", run_dir])[0]) == Path(name)
     Path(name).mkdir()
     (Path(name) / "notes.txt").touch()
@@ -354,7 +338,7 @@ def test_what_nohup_ignores_stays_ignored(monkeypatch):
     for before, seen in ((signal.SIG_IGN, []), (signal.SIG_DFL, [signal.SIGHUP])):
         own = signal.signal(signal.SIGHUP, before)
         try:
-            with command_line.signals_handled(lambda signum, frame: ended.append(signum)):
+            with supervise.signals_handled(lambda signum, frame: ended.append(signum)):
                 os.kill(os.getpid(), signal.SIGHUP)
             assert ended == seen and signal.getsignal(signal.SIGHUP) == before
         finally:

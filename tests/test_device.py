@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import device
-from device import DeviceError, available_cores, choose_device, out_of_memory
+from harness import device
+from harness.device import DeviceError, available_cores, choose_device, out_of_memory
 
 
 def broken(*args, **kwargs):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from helpers import device_trainer as trainer
+from helpers import largest_score, make_gpt, tolerance
 
 from breakout_ascii import BreakoutAsciiVec, Games, RandomNumbers
 from fast import DeviceBreakout, FastGPT
-from helpers import device_trainer as trainer
-from helpers import largest_score, make_gpt, tolerance
 from ppo import PPO
 
 CPU = torch.device("cpu")

@@ -6,9 +6,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from algorithms_helpers import run, same, states_of_a_straight_and_a_resumed_run
 
-import command_line
-from algorithms.atari import (
+from algorithms.dqn_space_invaders import ALGORITHM, QNetwork, double_dqn_targets, evaluate
+from algorithms.parts.atari import (
     SIZE,
     ActionSpaceWrapper,
     Replay,
@@ -19,10 +20,9 @@ from algorithms.atari import (
     restore_game,
     save_game,
 )
-from algorithms.dqn_space_invaders import ALGORITHM, QNetwork, double_dqn_targets, evaluate
-from algorithms_helpers import run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from command_line import CommandLineError
+from harness import supervise
+from harness.checkpoint import CheckpointError, save_checkpoint
+from harness.options import CommandLineError
 
 SMALL = (
     "--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4 --learn_every 3 --sync_every 3 --epsilon_end 0.5 "
@@ -250,14 +250,14 @@ def test_the_network_is_that_of_the_paper():
     assert network.greedy(frames.numpy()).tolist() == network(frames).argmax(1).tolist()
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit_if_it_keeps_its_memory(tmp_path, without_processes):  # noqa: F811
+def test_a_resumed_run_is_the_same_bit_for_bit_if_it_keeps_its_memory(tmp_path, without_processes):
     straight, resumed = states_of_a_straight_and_a_resumed_run(
         ALGORITHM, SMALL + " --keep_replay true", tmp_path, 48, 24
     )
     assert same(straight, resumed) and straight[0]["learned"] == 16
 
 
-def test_without_its_memory_a_resumed_run_fills_it_anew(tmp_path, without_processes):  # noqa: F811
+def test_without_its_memory_a_resumed_run_fills_it_anew(tmp_path, without_processes):
     straight, resumed = states_of_a_straight_and_a_resumed_run(
         ALGORITHM, SMALL + " --keep_replay false", tmp_path, 48, 24
     )
@@ -317,7 +317,7 @@ def test_bad_input(tmp_path):
     ],
 )
 def test_a_memory_that_does_not_fit_is_named(tmp_path, monkeypatch, words, lower):
-    monkeypatch.setattr(command_line, "free_memory", lambda device: 7e9)
+    monkeypatch.setattr(supervise, "free_memory", lambda device: 7e9)
     with pytest.raises(
         CommandLineError,
         match=f"^a replay memory of this size needs .* GB or more, and cpu has 7.0 GB free, .*; {lower}",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from breakout_ascii import BreakoutAsciiVec
-from drawing import to_image, write_gif
+from breakout_ascii import BreakoutAsciiVec, to_image
+from viewer.drawing import write_gif
 
 
 def test_to_image():

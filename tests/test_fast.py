@@ -6,15 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS, BreakoutAsciiVec
-from fast import DeviceGPT, FastGPT, gpt_for, pieces, prefixes
-from fast.shortcuts import Compiled
-from fast.device_gpt import distinct_lines, every_line
-from fast.line_index import LineIndex
-from fast.pieces import SharedAttention, Tree, make_level, shared_attention
-from fast.prefixes import CHUNK, prefix_tree
 from helpers import all_new, foreign_end, largest_score, late_game, make_gpt, one_game, random_play, tolerance
+
+import fast.shared_attention
+from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS, BreakoutAsciiVec
+from fast import DeviceGPT, FastGPT, gpt_for, shared_prefixes
+from fast.cuda_graphs import Compiled
+from fast.gpu_gpt import distinct_lines, every_line
+from fast.line_index import LineIndex
+from fast.shared_attention import SharedAttention, Tree, make_level, shared_attention
+from fast.shared_prefixes import CHUNK, prefix_tree
 from model import GPT, GPTConfig
 
 PAGES = [random_play, late_game, all_new, foreign_end, one_game]
@@ -132,9 +133,11 @@ def test_the_inference_cache_rescales_the_pages_that_need_it(monkeypatch):
     obs, _ = env.reset(seed=0)
     for _ in range(30):
         obs, *_ = env.step(np.arange(32) % 3)
-    sums = pieces.rescaled_sums
+    sums = fast.shared_attention.rescaled_sums
     monkeypatch.setattr(
-        pieces, "rescaled_sums", lambda m, below, parts: rescaled.append(parts.shape) or sums(m, below, parts)
+        fast.shared_attention,
+        "rescaled_sums",
+        lambda m, below, parts: rescaled.append(parts.shape) or sums(m, below, parts),
     )
     act, lines = gpt.inference_cache(), gpt.encode(obs)
     ours = act(lines)
@@ -302,7 +305,7 @@ def test_compiled_blocks_are_compiled_for_few_sizes(monkeypatch):
     from torch._dynamo.testing import CompileCounter  # slow to import
 
     counter = CompileCounter()
-    monkeypatch.setattr(prefixes, "compiled", lambda f: Compiled(f, dynamic=True, backend=counter))
+    monkeypatch.setattr(shared_prefixes, "compiled", lambda f: Compiled(f, dynamic=True, backend=counter))
     gpt, pages = (
         make_gpt(kind=FastGPT, n_layer=3, n_head=2, n_embd=16),
         np.concatenate([one_game(), random_play(), all_new()]),

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import algorithms.common
-import train_ppo
-from algorithms_helpers import without_processes  # noqa: F401
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from command_line import CommandLineError, locked
 from test_checkpoint import example, same
 from test_train_ppo import SMALL, logged
+
+import algorithms.parts.common
+import train_ppo
+from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from harness.options import CommandLineError
+from harness.runs import locked
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.faults
@@ -111,13 +111,13 @@ SMALL_RUNS = {
 
 
 @pytest.mark.parametrize("training", SMALL_RUNS)
-def test_a_stranger_value_anywhere_in_a_checkpoint(training, tmp_path, without_processes):  # noqa: F811
+def test_a_stranger_value_anywhere_in_a_checkpoint(training, tmp_path, without_processes):
     """With a right checksum. The run goes on, if the value is one that nobody reads, or one line says what is wrong with the file."""
     module = importlib.import_module(training if training == "train_ppo" else f"algorithms.{training}")
     main = (
         train_ppo.main
         if training == "train_ppo"
-        else functools.partial(algorithms.common.run_algorithm, module.ALGORITHM)
+        else functools.partial(algorithms.parts.common.run_algorithm, module.ALGORITHM)
     )
     small, refused, rng = (
         [*SMALL_RUNS[training].split(), "--eval_interval", "0", "--device", "cpu"],

@@ -10,20 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import device_trainer, make_gpt
+from software_graph import Tape, tensors, use_software_graphs
 
-import command_line
 from breakout_ascii import BreakoutAsciiVec, Games
 from callbacks import Callback
-from checkpoint import load_checkpoint
-from device import GPUError
-from fast import FastGPT, gpu_training, one_layer, prefixes, run_on_gpu, self_test
-from fast.shortcuts import BF16, COMPILE, GRAPHS, Compiled, GraphRunner, ShortcutFailed
-from fast.device_breakout import TensorGames
-from fast.device_gpt import DeviceGPT
-from fast.self_test import check_games, check_prefixes, check_update, set_rare_cases
-from helpers import device_trainer, make_gpt
+from fast import FastGPT, attention_tables, gpu_checks, gpu_training, run_on_gpu, shared_prefixes
+from fast.cuda_graphs import BF16, COMPILE, GRAPHS, Compiled, GraphRunner, ShortcutFailed
+from fast.gpu_checks import check_games, check_prefixes, check_update, set_rare_cases
+from fast.gpu_games import TensorGames
+from fast.gpu_gpt import DeviceGPT
+from harness import supervise
+from harness.checkpoint import load_checkpoint
+from harness.device import GPUError
 from ppo import PPO
-from software_graph import Tape, tensors, use_software_graphs
 
 CONFIG = dict(num_envs=8, rollout_steps=6, batch_size=8, epochs=1, num_steps=2 * 48)
 
@@ -157,8 +157,8 @@ def round_to_tf32(x):
 
 
 def test_rounding_to_tf32_is_caught(monkeypatch):
-    table = one_layer.pair_table
-    monkeypatch.setattr("fast.device_gpt.pair_table", lambda gpt: tuple(map(round_to_tf32, table(gpt))))
+    table = attention_tables.pair_table
+    monkeypatch.setattr("fast.gpu_gpt.pair_table", lambda gpt: tuple(map(round_to_tf32, table(gpt))))
     assert {"B", "C"} <= failing(checks_of_one_update(device_trainer(**CONFIG)))
 
 
@@ -232,14 +232,14 @@ def test_a_wrong_attention_mask_is_caught(monkeypatch):
         y = torch.nn.functional.scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True)
         return y.transpose(1, 2).flatten(2)
 
-    monkeypatch.setattr(prefixes, "lower_right_attention", upper_left)
+    monkeypatch.setattr(shared_prefixes, "lower_right_attention", upper_left)
     assert failing(check_prefixes(deep_gpt())) == {"E"}
 
 
 def test_a_gradient_that_misses_a_level_is_caught(monkeypatch):
-    backward = prefixes.Paths.backward
+    backward = shared_prefixes.Paths.backward
     missing = lambda ctx, *gradients: backward(ctx, *(d * (i != 7) for i, d in enumerate(gradients)))
-    monkeypatch.setattr(prefixes.Paths, "backward", staticmethod(missing))
+    monkeypatch.setattr(shared_prefixes.Paths, "backward", staticmethod(missing))
     checks = check_prefixes(deep_gpt())
     assert [check.name for check in checks if not check.passed] == ["E gradient of each parameter, 1 - cosine"]
 
@@ -386,7 +386,9 @@ def test_a_deeper_model_goes_on_without_a_compiler(monkeypatch):
         return lambda *args: fail_as_if_the_host_waited()
 
     monkeypatch.setattr(torch, "compile", compiler)
-    monkeypatch.setattr(prefixes, "compiled", prefixes.compiled.__wrapped__)  # what other tests have compiled
+    monkeypatch.setattr(
+        shared_prefixes, "compiled", shared_prefixes.compiled.__wrapped__
+    )  # what other tests have compiled
     config = device_trainer(num_steps=8, rollout_steps=2, batch_size=4, paired_envs=False, prediction_coef=0.0).config
     ppo = PPO(make_gpt(kind=FastGPT, n_layer=2, n_head=2, n_embd=8), BreakoutAsciiVec(2), config)
     run_on_gpu(ppo, [COMPILE, BF16])
@@ -400,7 +402,7 @@ def test_a_deeper_model_goes_on_without_a_compiler(monkeypatch):
 
 def test_a_deeper_model_goes_on_without_bfloat16(monkeypatch):
     """Where its rounding is more than what is allowed."""
-    monkeypatch.setattr(self_test, "BF16_MARGIN", 0)
+    monkeypatch.setattr(gpu_checks, "BF16_MARGIN", 0)
     config = device_trainer(num_steps=4, rollout_steps=2, batch_size=4, paired_envs=False, prediction_coef=0.0).config
     ppo = PPO(make_gpt(kind=FastGPT, n_layer=2, n_head=2, n_embd=8), BreakoutAsciiVec(2), config)
     run_on_gpu(ppo, [BF16])
@@ -488,14 +490,14 @@ def test_a_run_goes_on_with_the_cpu_in_a_fresh_process(monkeypatch, tmp_path, ca
     ppo.callbacks = [Closed()]
     ppo.metadata = {"constants": {}}
     ppo.collect_and_update = fail_for_good
-    monkeypatch.setattr(command_line.subprocess, "Popen", Process)
-    monkeypatch.setattr(command_line.signal, "signal", lambda signum, handler: None)
-    assert command_line.train(ppo, tmp_path, "train_ppo.py", {}) == 7
+    monkeypatch.setattr(supervise.subprocess, "Popen", Process)
+    monkeypatch.setattr(supervise.signal, "signal", lambda signum, handler: None)
+    assert supervise.train(ppo, tmp_path, "train_ppo.py", {}) == 7
     assert started == [
         (
             [
                 sys.executable,
-                command_line.__file__.replace("command_line", "train_ppo"),
+                str(supervise.ROOT / "train_ppo.py"),
                 f"--resume={tmp_path}",
                 "--device",
                 "cpu",

@@ -12,9 +12,8 @@ from PIL import Image
 
 from algorithms import actor_critic, grid_search
 from algorithms.grid_search import TRAININGS, combinations, directory_of, heat_map, main, training
-from algorithms_helpers import without_processes  # noqa: F401
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from command_line import CommandLineError
+from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from harness.options import CommandLineError
 
 SMALL = "--num_steps 60 --episodes 2 --hidden 4 8 --eval_interval 1"
 
@@ -25,13 +24,13 @@ def in_turn(run):
 
 
 @pytest.fixture
-def in_this_process(monkeypatch, without_processes):  # noqa: F811
+def in_this_process(monkeypatch, without_processes):
     """-> the command lines of the runs."""
     commands = []
 
     def run(command, cwd, stdout, stderr, env):
         commands.append(list(map(str, command[3:])))
-        importlib.import_module("algorithms.common").run_algorithm(
+        importlib.import_module("algorithms.parts.common").run_algorithm(
             importlib.import_module(command[2]).ALGORITHM, commands[-1]
         )
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run
 from peft import PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -54,11 +55,10 @@ from algorithms.grpo_text import (
     reward_model,
     sentences,
 )
-from algorithms.language_model import RewardModel, is_adapter, reference_to, refusing, train_tokenizer, with_lora
-from algorithms.language_policy import Writer, until_end
-from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
-from checkpoint import load_checkpoint, save_checkpoint
-from command_line import CommandLineError
+from algorithms.parts.language_model import RewardModel, is_adapter, reference_to, refusing, train_tokenizer, with_lora
+from algorithms.parts.language_policy import Writer, until_end
+from harness.checkpoint import load_checkpoint, save_checkpoint
+from harness.options import CommandLineError
 from ppo import k3
 
 SMALL = "--num_samples 3 --max_new_tokens 6 --lr 0.01 --eval_interval 0 --save_freq 1 --device cpu"
@@ -527,7 +527,7 @@ def test_no_prompt_comes_twice_in_a_step_before_all_have_and_none_is_held_out(to
     assert len(seen[0]) == 60 and seen[0][0] == seen[0][1] and set(seen[0]) == set(PROMPTS)
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, folder, without_processes, capsys):  # noqa: F811
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, folder, without_processes, capsys):
     small = f"{SMALL} --policy_model {folder} --lora_rank 2"
     straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, small, tmp_path, 4, 2)
     assert same(straight, resumed) and straight[0]["update_count"] == 4
@@ -540,7 +540,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, folder, without_process
     )
 
 
-def test_a_resumed_run_takes_its_new_learning_rate(tmp_path, folder, without_processes):  # noqa: F811
+def test_a_resumed_run_takes_its_new_learning_rate(tmp_path, folder, without_processes):
     """And what an evaluation draws in this process leaves the training's random numbers alone."""
     assert (
         run(
@@ -567,7 +567,7 @@ def test_a_resumed_run_takes_its_new_learning_rate(tmp_path, folder, without_pro
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_an_adapter_goes_on_as_part_of_the_model(tmp_path, folder, without_processes, tokenizer):  # noqa: F811
+def test_an_adapter_goes_on_as_part_of_the_model(tmp_path, folder, without_processes, tokenizer):
     trained = tmp_path / "run" / "model"
     assert (
         run(
@@ -611,7 +611,7 @@ def test_an_adapter_goes_on_as_part_of_the_model(tmp_path, folder, without_proce
     torch.testing.assert_close(second, expected, rtol=0, atol=1e-4)
 
 
-def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys):  # noqa: F811
+def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys):
     assert (
         run(
             ALGORITHM,
@@ -664,7 +664,7 @@ def test_bad_input_is_one_line(words, message, monkeypatch, tmp_path, folder, to
     assert "\n" not in str(error.value)
 
 
-def test_lack_of_memory_is_one_line_with_advice(monkeypatch, tmp_path, folder, capsys, without_processes):  # noqa: F811
+def test_lack_of_memory_is_one_line_with_advice(monkeypatch, tmp_path, folder, capsys, without_processes):
     def collect(self):
         raise torch.OutOfMemoryError("out of memory")
 
@@ -762,7 +762,7 @@ def test_a_model_that_comes_with_code_is_refused_in_one_line_and_runs_nothing(
 
 def test_models_are_found_from_elsewhere_and_after_a_move(
     tmp_path, folder, tokenizer, without_processes, monkeypatch, capsys
-):  # noqa: F811
+):
     """Named relative, in a training with an adapter and a classifier. Then another place is accepted if it holds the same model."""
     for name in "here", "elsewhere":
         (tmp_path / name).mkdir()
@@ -802,7 +802,7 @@ def test_models_are_found_from_elsewhere_and_after_a_move(
         assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 4) == 0
 
 
-def test_runs_of_older_versions_go_on(tmp_path, folder, without_processes, monkeypatch):  # noqa: F811
+def test_runs_of_older_versions_go_on(tmp_path, folder, without_processes, monkeypatch):
     """They know no fingerprints, and name folders as their users did."""
     monkeypatch.chdir(folder.parent)
     assert (
@@ -832,7 +832,7 @@ def test_runs_of_older_versions_go_on(tmp_path, folder, without_processes, monke
 
 def test_a_disk_that_is_full_when_the_model_is_written_is_one_line(
     tmp_path, folder, without_processes, monkeypatch, capsys
-):  # noqa: F811
+):
     """A limit on files' sizes stands for the disk. The weights stay in last.pt, nothing else is left, and a further step writes the model."""
     resource, save = pytest.importorskip("resource"), Qwen3ForCausalLM.save_pretrained
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -12,18 +12,17 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from helpers import largest_score, tolerance
 from PIL import Image
 
-import drawing
 import load_model
-from breakout_ascii import BreakoutAscii, standard_serves
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from command_line import CommandLineError
-from drawing import to_image
+from breakout_ascii import BreakoutAscii, standard_serves, to_image
 from evaluation import SERVES, play_games, summary
-from helpers import largest_score, tolerance
-from load_model import SHIPPED, find_model, load_policy, main, play
+from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from harness.options import CommandLineError
+from load_model import main, play
 from model import GPT, GPTConfig
+from policies import SHIPPED, find_model, load_policy
 from train_ppo import CONSTANTS
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +102,7 @@ def test_a_gif_that_the_disk_has_no_room_for(checkpoint, tmp_path):
 
 def test_an_unfinished_gif_leaves_the_old_one(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "old.gif").write_bytes(b"old")
-    monkeypatch.setattr(drawing, "to_image", lambda page: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(load_model, "to_image", lambda page: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         main([str(checkpoint), "--out", str(tmp_path / "old.gif")])
     assert (tmp_path / "old.gif").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["old.gif", "small.pt"]
@@ -304,7 +303,7 @@ def test_on_the_command_line(tmp_path):
     tmp_path.mkdir()
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    for name in ("fast", "replay", "pretrained"):
+    for name in ("fast", "harness", "viewer", "pretrained"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "imageio.py").write_text("raise ImportError('there is no imageio')")
     (tmp_path / "bad.pt").write_bytes(b"PK\3\4 not a checkpoint")

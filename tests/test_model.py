@@ -4,9 +4,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import every_score, late_game, make_gpt, random_play
 
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS
-from helpers import every_score, late_game, make_gpt, random_play
 from model import GPTConfig, sinusoids
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from gymnasium.vector import AutoresetMode, VectorEnv
+from helpers import device_trainer, largest_score, tolerance
 
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Callback
 from fast import FastGPT
-from helpers import device_trainer, largest_score, tolerance
-from load_model import SHIPPED, load_policy
+from harness.supervise import StopTraining
 from model import GPTConfig
+from policies import SHIPPED, load_policy
 from ppo import (
     PPO,
     Policy,
@@ -30,7 +31,6 @@ from ppo import (
     value_loss,
 )
 from rollout_buffer import Minibatch, paired_baseline, select
-from trainer import StopTraining
 
 
 class Probe(VectorEnv):

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run
 from gymnasium.vector import AutoresetMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from algorithms import ppo_llm_breakout
-from algorithms.breakout_text import BUTTONS, WIDTH, BreakoutTexts, follow_the_ball, make_env, texts_of
-from algorithms.language_model import (
+from algorithms.parts.breakout_text import BUTTONS, WIDTH, BreakoutTexts, follow_the_ball, make_env, texts_of
+from algorithms.parts.language_model import (
     UNUSABLE,
     fingerprint,
     load_model,
@@ -23,11 +24,10 @@ from algorithms.language_model import (
     train_tokenizer,
     with_lora,
 )
-from algorithms.language_policy import LanguagePolicy
+from algorithms.parts.language_policy import LanguagePolicy
 from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, NumberReader, build, invented_texts, verify
-from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
-from checkpoint import load_checkpoint, load_weights
-from command_line import CommandLineError
+from harness.checkpoint import load_checkpoint, load_weights
+from harness.options import CommandLineError
 
 SMALL = (
     "--num_envs 2 --rollout_steps 8 --batch_size 8 --epochs 1 --eval_interval 0 --video_freq 0 --lr 0.001 --min_lr 0.001 --save_freq 1 "
@@ -397,12 +397,12 @@ def test_a_sticky_game_repeats_the_button_before():
 # The program
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):  # noqa: F811
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):
     straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL, tmp_path, 64, 32)
     assert same(straight, resumed) and straight[0]["update_count"] == 4 and straight[0]["kl_coef"] != 0.01
 
 
-def test_play_evaluate_and_video(tmp_path, monkeypatch, capsys, without_processes):  # noqa: F811
+def test_play_evaluate_and_video(tmp_path, monkeypatch, capsys, without_processes):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         ppo_llm_breakout,
@@ -428,7 +428,7 @@ def test_play_evaluate_and_video(tmp_path, monkeypatch, capsys, without_processe
     assert not any("reference" in name for name in state["model"]) and state["tokenizer"].startswith("{")
 
 
-def test_a_video_that_cannot_be_drawn_stops_nothing(tmp_path, monkeypatch, capsys, without_processes):  # noqa: F811
+def test_a_video_that_cannot_be_drawn_stops_nothing(tmp_path, monkeypatch, capsys, without_processes):
     futures = iter([RuntimeError("out of memory\nin a kernel"), ChildProcessError("a process has died")])
 
     def submit(x):
@@ -459,7 +459,7 @@ def test_a_video_that_cannot_be_drawn_stops_nothing(tmp_path, monkeypatch, capsy
     assert len(lines) == 2 and "out of memory in a kernel" in lines[0] and "a process has died" in lines[1]
 
 
-def test_an_mlp_reads_the_same_texts(tmp_path, monkeypatch, capsys, without_processes):  # noqa: F811
+def test_an_mlp_reads_the_same_texts(tmp_path, monkeypatch, capsys, without_processes):
     """Its numbers are those that the game has, its first answers are the reference that it is held near, and a run of it can be played."""
     envs = BreakoutTexts(4)
     obs, infos = envs.reset(seed=0)
@@ -554,7 +554,7 @@ def test_smollm2_is_converted_once_from_a_package_that_cannot_be_imported(tmp_pa
         load_model("smollm2", tokenizer, torch.device("cpu"))
 
 
-def test_a_folder_is_a_model_and_only_its_adapter_is_saved(tmp_path, without_processes):  # noqa: F811
+def test_a_folder_is_a_model_and_only_its_adapter_is_saved(tmp_path, without_processes):
     tokenizer = load_tokenizer("tiny", invented_texts())
     load_model("tiny", tokenizer, torch.device("cpu")).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -2,12 +2,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run
 from gymnasium.vector import AutoresetMode
 from PIL import Image
 
 from algorithms.ppo_lunarlander import ALGORITHM, ENV_ID, ActorCritic, Recorded, ReplayableEnvs, make_env
-from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run, without_processes  # noqa: F401
-from command_line import CommandLineError
+from harness.options import CommandLineError
 
 SMALL = "--num_envs 2 --rollout_steps 64 --batch_size 32 --epochs 1 --hidden 8 --eval_interval 0 --lr 0.001 --min_lr 0.001 --save_freq 1"
 
@@ -48,7 +48,7 @@ def test_actor_and_critic_share_nothing():
     assert all(p.grad is None for p in policy.actor.parameters())
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):  # noqa: F811
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):
     straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL, tmp_path, 4 * 128, 2 * 128)
     assert same(straight, resumed) and straight[0]["update_count"] == 4
 

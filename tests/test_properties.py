@@ -8,10 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from test_checkpoint import same
 
 from breakout_ascii import BreakoutAscii, BreakoutAsciiVec, to_text
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint, to_plain
-from test_checkpoint import same
+from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, to_plain
 
 few = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -13,8 +13,8 @@ from PIL import Image, ImageSequence
 import load_model
 import train_ppo
 from algorithms.grid_search import TRAININGS, training
-from command_line import kind_of
-from drawing import BRICK_COLOURS
+from breakout_ascii import BRICK_COLOURS
+from harness.options import kind_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "algorithms" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,11 +46,11 @@ def test_what_the_pages_name_exists():
     """Links, files, and the options of our programs."""
     scripts = [
         ROOT / "load_model.py",
-        ROOT / "play_in_terminal.py",
+        ROOT / "viewer" / "terminal.py",
         ROOT / "tests" / "conftest.py",
         *(ROOT / "benchmarks").glob("*.py"),
     ]
-    scripts += (ROOT / "algorithms").glob("*.py")
+    scripts += (ROOT / "algorithms").rglob("*.py")
     constants = {name for program in TRAININGS for name in training(program).constants}
     sources = "".join(script.read_text() for script in scripts)
     for page in PAGES:
@@ -58,9 +58,10 @@ def test_what_the_pages_name_exists():
         for name in re.findall(r"\]\((?!http)([^)#]+)", text):
             assert (page.parent / name).exists(), f"{page.name}: {name}"
         for name in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", text):
-            assert any((ROOT / folder / name).exists() for folder in (".", "fast", "algorithms")), (
-                f"{page.name}: {name}"
-            )
+            assert any(
+                (ROOT / folder / name).exists()
+                for folder in (".", "fast", "harness", "viewer", "algorithms", "algorithms/parts")
+            ), f"{page.name}: {name}"
         for option in set(re.findall(r"--([a-z][a-z_0-9]*(?:-[a-z]+)*)", text)) - {"resume", *OTHERS}:
             assert option.upper() in constants or f'"--{option}"' in sources, f"{page.name}: --{option}"
 

@@ -13,21 +13,22 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-from algorithms import actor_critic_tictactoe, common, dqn_space_invaders, ppo_lunarlander, reinforce_cartpole
-from algorithms.reinforce_cartpole import ALGORITHM, PolicyNetwork, evaluate, normalize, reinforce_loss, returns
 from algorithms_helpers import (
     durations,
     evaluated,
     run,
     same,
     states_of_a_straight_and_a_resumed_run,
-    without_processes,
-)  # noqa: F401
-from checkpoint import CheckpointError, save_checkpoint
-from command_line import CommandLineError, locked
-from drawing import write_gif
+)
+from PIL import Image
+
+from algorithms import actor_critic_tictactoe, dqn_space_invaders, ppo_lunarlander, reinforce_cartpole
+from algorithms.parts import common
+from algorithms.reinforce_cartpole import ALGORITHM, PolicyNetwork, evaluate, normalize, reinforce_loss, returns
+from harness.checkpoint import CheckpointError, save_checkpoint
+from harness.options import CommandLineError
+from harness.runs import locked
+from viewer.drawing import write_gif
 
 SMALL = "--episodes 2 --hidden 4 --eval_interval 2 --lr 0.01 --min_lr 0.01 --save_freq 1"
 
@@ -65,7 +66,7 @@ def test_a_bandit_is_learned():
     assert logits.softmax(-1)[1] > 0.95
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):  # noqa: F811
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):
     straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL, tmp_path, 400, 200)
     assert same(straight, resumed) and straight[0]["update_count"] > 3
 
@@ -191,7 +192,7 @@ def test_the_command_that_installs_can_be_pasted_in_any_directory(tmp_path, monk
     assert os.path.samefile(shlex.split(str(error.value))[-1], common.HERE / "requirements.txt")
 
 
-def test_faults_of_any_training_here(tmp_path, monkeypatch, without_processes):  # noqa: F811
+def test_faults_of_any_training_here(tmp_path, monkeypatch, without_processes):
     """What the trainings share: the lock of a run, and what a file from a stranger may hold."""
     monkeypatch.chdir(tmp_path)
     good = {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0}

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 
 from breakout_ascii import BreakoutAsciiVec
-from checkpoint import save_checkpoint
-from command_line import CommandLineError
-from load_model import SHIPPED, load_policy, main, make_gpt, play
+from harness.checkpoint import save_checkpoint
+from harness.options import CommandLineError
+from load_model import main, play
 from model import GPT, GPTConfig
-from replay import Stage, html, place_of, record
-from replay.attention import THINGS, attention, name_of, plain_gpt, shares, sort_heads, spread, things_on
-from replay.pictures import pictures
+from policies import SHIPPED, load_policy, make_gpt
+from viewer.replay import Stage, html, place_of, record
+from viewer.replay.attention import THINGS, attention, name_of, plain_gpt, shares, sort_heads, spread, things_on
+from viewer.replay.pictures import pictures
 
 CPU = torch.device("cpu")
 

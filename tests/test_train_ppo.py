@@ -19,16 +19,16 @@ import pytest
 import torch
 
 import callbacks
-import command_line
 import train_ppo
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from command_line import CommandLineError, interrupt, kind_of, less_memory, signals_handled
-from device import DeviceError
 from fast import DeviceBreakout
+from harness import runs, supervise
+from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from harness.device import DeviceError
+from harness.options import CommandLineError, kind_of
+from harness.supervise import StopTraining, interrupt, less_memory, signals_handled
 from model import GPTConfig
 from ppo import PPO
 from train_ppo import CONSTANTS, RANGES, check, main
-from trainer import StopTraining
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--num_envs 4 --rollout_steps 8 --batch_size 16 --epochs 2 --n_head 4 --n_embd 16 --device cpu"
@@ -652,7 +652,7 @@ def test_a_directory_that_is_removed_or_renamed_while_training_can_be_resumed(
             shutil.rmtree(run_dir) if removed else run_dir.rename(tmp_path / "renamed")
         if ppo.update_count == 4:
             with pytest.raises(CommandLineError, match="another process is training this run"):
-                command_line.read_resumed(str(run_dir), {}, CONSTANTS, RANGES, ())
+                runs.read_resumed(str(run_dir), {}, CONSTANTS, RANGES, ())
         if ppo.update_count == (2 if last else 4):
             os.kill(os.getpid(), signal.SIGTERM)
         return update(ppo)
@@ -918,7 +918,8 @@ def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
     """Delete fast/: two small updates, then a game. The same numbers as with it, but for rounding. Nor does anything work that draws."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    shutil.copytree(ROOT / "replay", tmp_path / "replay")
+    for name in ("harness", "viewer"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     for name, error in (
         ("imageio", "ImportError('absent')"),
         ("matplotlib", "AttributeError('no _ARRAY_API')"),
@@ -944,12 +945,12 @@ def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
     assert slow["update_count"] == 2
     for name, x in slow["model"].items():
         torch.testing.assert_close(x, quick["model"][name], rtol=1e-3, atol=1e-4)  # four steps of 0.002
-    plays = "import load_model; assert type(load_model.load_policy('without')[0]) is load_model.GPT; load_model.main(['without', '--steps', '5'])"
+    plays = "import load_model; from model import GPT; assert type(load_model.load_policy('without')[0]) is GPT; load_model.main(['without', '--steps', '5'])"
     assert "wrote gpt.gif" in python("-c", plays, cwd=tmp_path)
 
 
 def test_a_rollout_that_does_not_fit_into_memory_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(command_line, "free_memory", lambda device: 7e9)
+    monkeypatch.setattr(supervise, "free_memory", lambda device: 7e9)
     huge = f"--num_envs 65536 --rollout_steps 65536 --run_dir {tmp_path / 'run'} --device cpu"
     with pytest.raises(
         CommandLineError,

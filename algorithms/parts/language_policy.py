@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.common import need
-from algorithms.language_model import (
+from algorithms.parts.common import need
+from algorithms.parts.language_model import (
     TrainedOnly,
     chat,
     check_scores,
@@ -16,7 +16,7 @@ from algorithms.language_model import (
     longest_text,
     transformer,
 )
-from command_line import CommandLineError
+from harness.options import CommandLineError
 from ppo import Policy
 from trainer import check_finite
 

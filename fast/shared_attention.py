@@ -22,8 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fast.attention_tables import NUM_EMBEDDINGS, PAIRS, after_attention, pair_table
 from fast.line_index import GrowingTable
-from fast.one_layer import NUM_EMBEDDINGS, PAIRS, after_attention, pair_table
 
 HEADROOM = 86  # bits that the sums may rise above 1: float32 ends at 2^128, 1944 terms take 11 bits, 31 are left for the values
 LEAST = (

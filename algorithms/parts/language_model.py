@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from algorithms.common import need
+from algorithms.parts.common import need
 from callbacks import say
-from command_line import CommandLineError
-from device import out_of_memory, shortened
+from harness.device import out_of_memory
+from harness.messages import shortened
+from harness.options import CommandLineError
 
 TINY, SMOLLM2 = "tiny", "smollm2"  # names of models that need no hub
 VOCABULARY = 1024  # of the tiny model's tokenizer, at most

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS
+from fast.attention_tables import after_attention, pair_table
 from fast.line_index import LineIndex
-from fast.one_layer import after_attention, pair_table
 from model import GPT
 
 

@@ -14,9 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from command_line import signals_handled
-from device import first_line
-
+from harness.messages import first_line
+from harness.supervise import signals_handled
 
 STARTING = threading.Lock()  # `main_hidden` changes what all threads see
 

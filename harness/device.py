@@ -3,13 +3,14 @@
 import contextlib
 import os
 import shutil
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from harness.messages import first_line, tell
 
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK, RANKS = (
@@ -123,27 +124,6 @@ def out_of_memory(error):
 def unavailable(error):
     """Whether memory ran out, or another process has the GPU to itself, or it has failed."""
     return out_of_memory(error) or isinstance(error, torch.AcceleratorError)
-
-
-def first_line(error):
-    return shortened((str(error).strip().splitlines() or [type(error).__name__])[0])
-
-
-def tell(line):
-    """Print a line, without what a terminal would obey, to the standard error. If nobody can read it there, nothing else ends for that."""
-    with contextlib.suppress(OSError):
-        print("\n".join(map(printable, str(line).split("\n"))), file=sys.stderr, flush=True)
-
-
-def printable(text):
-    """-> the text without what a terminal would obey instead of showing it: control characters are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def shortened(text, longest=200):
-    """-> one printable line of so many characters at most."""
-    line = printable(" ".join(str(text).split())[: longest + 1])  # of megabytes only the beginning
-    return line if len(line) <= longest else line[: longest - 4] + " ..."
 
 
 @contextlib.contextmanager

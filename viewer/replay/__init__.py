@@ -27,7 +27,7 @@ from breakout_ascii import (
     ROWS,
     SERVE_ROW,
 )
-from replay.attention import THINGS, name_of, plain_gpt, shares, sort_heads, spread
+from viewer.replay.attention import THINGS, name_of, plain_gpt, shares, sort_heads, spread
 
 HERE = Path(__file__).parent
 ACTIONS = ["stay", "left", "right"]

@@ -8,8 +8,9 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import StickyAction
 from PIL import Image
 
-from algorithms.common import need
-from command_line import CommandLineError, one_line
+from algorithms.parts.common import need
+from harness.messages import one_line
+from harness.options import CommandLineError
 
 SIZE = 84  # pixels, of a frame's height and width
 

@@ -30,7 +30,7 @@ from breakout_ascii import (
     new_games,
 )
 from fast.fast_gpt import FastGPT
-from fast.prefixes import features_of_every_token, prefix_tree
+from fast.shared_prefixes import features_of_every_token, prefix_tree
 from model import CHARACTER_OF, GPT
 from rollout_buffer import Minibatch, RolloutBuffer, select
 

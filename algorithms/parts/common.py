@@ -22,27 +22,17 @@ from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import SyncVectorEnv
 
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
-from checkpoint import CheckpointError, check_like, load_checkpoint, model_to_play, replacing
-from command_line import (
-    CommandLineError,
-    Parser,
-    check_constants_of_file,
-    given_path,
-    less_memory,
-    load_state,
-    memory_advice,
-    new_run_dir,
-    quoted,
-    read_run,
-    shown,
-    train,
-)
-from device import RANKS, DeviceError, choose_device, printable, shortened, tell
 from evaluation import standard_error
+from harness.checkpoint import CheckpointError, check_like, load_checkpoint, model_to_play, replacing
+from harness.device import RANKS, DeviceError, choose_device
+from harness.messages import printable, quoted, shortened, shown, tell
+from harness.options import CommandLineError, Parser, check_constants_of_file, given_path
+from harness.runs import load_state, new_run_dir, read_run
+from harness.supervise import less_memory, memory_advice, train
 from ppo import PPOConfig
 from trainer import check_finite
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 
 
 class Algorithm(NamedTuple):
@@ -315,7 +305,7 @@ def show(algorithm, state, episodes, args):
         for _ in frames():
             pass  # the window shows them
     else:
-        from drawing import write_gif  # here, because the training can do without
+        from viewer.drawing import write_gif  # here, because the training can do without
 
         with replacing(args.out) as unfinished:  # an old picture stays whole until the new one is
             write_gif(unfinished, frames(), algorithm.frame_ms)

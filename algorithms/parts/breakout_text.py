@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from algorithms.atari import make_game, restore_game, save_game
+from algorithms.parts.atari import make_game, restore_game, save_game
 
 ACTIONS = "STAY", "RIGHT", "LEFT"
 NOOP, FIRE, RIGHT, LEFT = range(4)  # as the game numbers them

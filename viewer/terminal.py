@@ -1,4 +1,4 @@
-"""Play Breakout in the terminal with the arrow keys:  python play_in_terminal.py [--fps 15]"""
+"""Play Breakout in the terminal with the arrow keys:  python breakout_ascii.py [--fps 15]"""
 
 import argparse
 import os
@@ -86,7 +86,7 @@ def terminal_problem():
 
 def main(argv=()):
     description = "Play Breakout in the terminal with the arrow keys."
-    parser = argparse.ArgumentParser(prog="play_in_terminal.py", description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="breakout_ascii.py", description=description, allow_abbrev=False)
     parser.add_argument("--fps", type=float, default=15.0, help="steps per second (default 15)")
     fps = parser.parse_args(list(map(str, argv))).fps
     if not 0.1 <= fps <= 1000:
@@ -96,9 +96,5 @@ def main(argv=()):
     except KeyboardInterrupt:
         return 130
     if problem:
-        print(f"play_in_terminal.py: {problem}", file=sys.stderr)
+        print(f"breakout_ascii.py: {problem}", file=sys.stderr)
     return 1 if problem else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

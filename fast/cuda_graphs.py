@@ -10,7 +10,8 @@ numbers are baked in: coefficients of the loss and `varied_starts` must not chan
 
 import torch
 
-from device import first_line, out_of_memory
+from harness.device import out_of_memory
+from harness.messages import first_line
 
 
 class ShortcutFailed(RuntimeError):

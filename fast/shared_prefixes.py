@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from breakout_ascii import COLUMNS, TOKENS
-from fast.shortcuts import Compiled
-from fast.pieces import make_level
+from fast.cuda_graphs import Compiled
+from fast.shared_attention import make_level
 
 LINES = 3  # in a chunk, the unit that is shared: 243 characters nearly fill two of FlashAttention's blocks of 128
 CHUNK = LINES * COLUMNS

@@ -6,9 +6,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from breakout_ascii import COLUMNS, ROWS, TOKENS
-from drawing import to_image
-from replay.attention import attention_of_pages, name_of, shares, spread
+from breakout_ascii import COLUMNS, ROWS, TOKENS, to_image
+from viewer.replay.attention import attention_of_pages, name_of, shares, spread
 
 HOT = np.array([255, 140, 0])  # RGB, of a weight of 1; the page itself is grey
 LABEL = 14  # height of the line that names a head

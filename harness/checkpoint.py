@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from device import memory_of, shortened
+from harness.device import memory_of
+from harness.messages import shortened
 
 FORMAT_VERSION = 1  # raise it when a change makes older code misread the file
 PLAYED = ("best_model.pt", "last.pt")  # what is played of a run: the first of them that it has

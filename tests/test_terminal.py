@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import play_in_terminal
+import breakout_ascii
+import viewer.terminal
 
 curses = pytest.importorskip("curses")
 
@@ -50,12 +51,12 @@ class Screen:
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    monkeypatch.setattr(play_in_terminal, "time", SimpleNamespace(monotonic=lambda: Screen.now))
+    monkeypatch.setattr(viewer.terminal, "time", SimpleNamespace(monotonic=lambda: Screen.now))
 
 
 def test_keys():
     screen = Screen([curses.KEY_RIGHT, curses.KEY_RIGHT, curses.KEY_LEFT, ord("x"), -1, ord("r"), ord("q")])
-    assert play_in_terminal.play(screen, fps=1000) is None and not screen.keys
+    assert viewer.terminal.play(screen, fps=1000) is None and not screen.keys
     assert [lines[22].index("=======") for lines in screen.shown] == [36, 38, 40, 38, 38, 38, 36]
     assert [lines[21][40] == "O" for lines in screen.shown] == [True] + [False] * 5 + [True]  # r serves anew
     assert all(lines[24].startswith("score 0   lives 5") and "r: new game" in lines[25] for lines in screen.shown)
@@ -63,14 +64,14 @@ def test_keys():
 
 def test_the_game_waits_while_the_terminal_is_too_small():
     screen = Screen([(25, 80), curses.KEY_RIGHT, (27, 81), ord("Q")])
-    assert play_in_terminal.play(screen, fps=1000) is None
+    assert viewer.terminal.play(screen, fps=1000) is None
     before, *small, after = screen.shown
     assert small == [["too small"]] * 2 and before[22] == after[22] and before[21] != after[21]  # the ball flies on
 
 
 def test_a_game_that_is_over_stays_on_the_screen():
     screen = Screen([-1] * 200 + [ord("r"), ord("q")])  # nobody moves: any five balls are lost in 158 steps
-    assert play_in_terminal.play(screen, fps=1000) is None
+    assert viewer.terminal.play(screen, fps=1000) is None
     over = ["GAME OVER" in lines[24] for lines in screen.shown]
     assert over == sorted(over[:-1]) + [False] and over[-2] and screen.shown[-2] == screen.shown[over.index(True)]
 
@@ -78,22 +79,22 @@ def test_a_game_that_is_over_stays_on_the_screen():
 @pytest.mark.parametrize("arguments", [["--fps", "0"], ["--fps", "nan"], ["--fp", "15"]])
 def test_bad_arguments(capsys, arguments):
     with pytest.raises(SystemExit, match="2"):
-        play_in_terminal.main(arguments)
-    assert capsys.readouterr().err.splitlines()[-1].startswith("play_in_terminal.py: error: ")
+        viewer.terminal.main(arguments)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("breakout_ascii.py: error: ")
 
 
 def test_a_call_takes_no_command_line_of_its_caller(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
-    monkeypatch.setattr(play_in_terminal, "terminal_problem", lambda: "no terminal here")
-    assert play_in_terminal.main() == play_in_terminal.main(["--fps", 30]) == 1
-    assert capsys.readouterr().err == "play_in_terminal.py: no terminal here\n" * 2
+    monkeypatch.setattr(viewer.terminal, "terminal_problem", lambda: "no terminal here")
+    assert viewer.terminal.main() == viewer.terminal.main(["--fps", 30]) == 1
+    assert capsys.readouterr().err == "breakout_ascii.py: no terminal here\n" * 2
 
 
 def test_play_without_a_terminal_is_one_line():
     run = subprocess.run(
-        [sys.executable, play_in_terminal.__file__], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [sys.executable, breakout_ascii.__file__], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
-    assert run.returncode == 1 and run.stderr == "play_in_terminal.py: input and output must be a terminal\n"
+    assert run.returncode == 1 and run.stderr == "breakout_ascii.py: input and output must be a terminal\n"
 
 
 @pytest.mark.parametrize("name", ["stdin", "stdout"])
@@ -101,27 +102,27 @@ def test_input_or_output_that_is_closed_is_no_terminal(monkeypatch, name):
     """<&- and >&-: Python has None for it then."""
     terminal = SimpleNamespace(isatty=lambda: True)
     monkeypatch.setattr(
-        play_in_terminal, "sys", SimpleNamespace(**{"stdin": terminal, "stdout": terminal} | {name: None})
+        viewer.terminal, "sys", SimpleNamespace(**{"stdin": terminal, "stdout": terminal} | {name: None})
     )
-    assert play_in_terminal.terminal_problem() == "input and output must be a terminal"
+    assert viewer.terminal.terminal_problem() == "input and output must be a terminal"
 
 
 def test_play_without_curses(monkeypatch):
-    monkeypatch.setattr(play_in_terminal, "curses", None)
-    assert "pip install windows-curses" in play_in_terminal.terminal_problem()
+    monkeypatch.setattr(viewer.terminal, "curses", None)
+    assert "pip install windows-curses" in viewer.terminal.terminal_problem()
 
 
 def test_windows_has_no_description_of_its_terminal(monkeypatch):
     terminal = SimpleNamespace(isatty=lambda: True)
-    monkeypatch.setattr(play_in_terminal, "sys", SimpleNamespace(stdin=terminal, stdout=terminal))
+    monkeypatch.setattr(viewer.terminal, "sys", SimpleNamespace(stdin=terminal, stdout=terminal))
     monkeypatch.setattr(
-        play_in_terminal,
+        viewer.terminal,
         "curses",
         SimpleNamespace(setupterm=lambda: None, tigetstr=lambda name: None, error=curses.error),
     )
     for name, able in (("posix", False), ("nt", True)):
-        monkeypatch.setattr(play_in_terminal, "os", SimpleNamespace(name=name))
-        assert (play_in_terminal.terminal_problem() is None) == able
+        monkeypatch.setattr(viewer.terminal, "os", SimpleNamespace(name=name))
+        assert (viewer.terminal.terminal_problem() is None) == able
 
 
 def play_in_a_terminal(keys, rows=26, columns=80, term="xterm"):
@@ -136,7 +137,7 @@ def play_in_a_terminal(keys, rows=26, columns=80, term="xterm"):
             signal.SIGINT, signal.SIG_DFL
         )  # tests started in the background ignore it, and so would the program
         signal.alarm(60)  # a program that does not end fails the test, instead of halting it
-        command = [sys.executable, play_in_terminal.__file__, "--fps", "100"]
+        command = [sys.executable, breakout_ascii.__file__, "--fps", "100"]
         os.execve(sys.executable, command, environment | {"TERM": term})
     written = b""
     try:
