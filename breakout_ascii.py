@@ -78,7 +78,7 @@ class Games:
     }
     STATE = list(LIMITS)  # pages follow from it
 
-    xp = np  # the array library; a subclass for another (fast/device_breakout.py) has its own `array`, `draw` and `redraw`
+    xp = np  # the array library; a subclass for another (fast/gpu_games.py) has its own `array`, `draw` and `redraw`
 
     def __init__(self, num_games):
         for name in ("ball_x", "ball_y", "dx", "dy", "paddle_x", "lives", "score", "elapsed", "bricks_left"):

@@ -4,7 +4,7 @@ Any policy with discrete actions (see `Policy`), any Gymnasium vector env with S
 continuous actions, observation normalisation.
 
 The two steps that repeat, `rollout_step` and `train_step`, take no arguments: they read and write tensors that keep their
-addresses. So they run as they stand here on any device, and fast/shortcuts.py can record them as CUDA graphs.
+addresses. So they run as they stand here on any device, and fast/cuda_graphs.py can record them as CUDA graphs.
 """
 
 import math

@@ -1,10 +1,10 @@
 """The same GPT and the same games, faster. Delete this folder and everything still trains, slowly.
 
-one layer, CPU            FastGPT shares lines and pieces of lines      line_index.py one_layer.py pieces.py fast_gpt.py
-one layer, CUDA           DeviceGPT shares lines, and the games run on  one_layer.py device_gpt.py device_breakout.py
+one layer, CPU            FastGPT shares lines and pieces of lines      line_index.py attention_tables.py shared_attention.py fast_gpt.py
+one layer, CUDA           DeviceGPT shares lines, and the games run on  attention_tables.py gpu_gpt.py gpu_games.py
                           the GPU: DeviceBreakout
-more layers, CPU or CUDA  FastGPT shares prefixes of pages              line_index.py prefixes.py fast_gpt.py
-training on CUDA          checks itself against the CPU; more layers    shortcuts.py gpu_training.py self_test.py
+more layers, CPU or CUDA  FastGPT shares prefixes of pages              line_index.py shared_prefixes.py fast_gpt.py
+training on CUDA          checks itself against the CPU; more layers    cuda_graphs.py gpu_training.py self_test.py
                           take bf16; in one process it is compiled, and
                           one layer is recorded as CUDA graphs
 """

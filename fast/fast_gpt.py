@@ -14,7 +14,7 @@ from model import GPT
 class FastGPT(GPT):
     """A `GPT`: the same parameters, the same state_dict, and but for rounding the same numbers. Its encoded pages are 24 line ids.
 
-    One layer shares lines and their pieces (pieces.py, on the CPU), deeper models their prefixes (prefixes.py). Line ids hold until
+    One layer shares lines and their pieces (shared_attention.py, on the CPU), deeper models their prefixes (shared_prefixes.py). Line ids hold until
     the next `inference_cache()`.
     """
 

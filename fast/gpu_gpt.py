@@ -1,7 +1,7 @@
 """One layer on a GPU: pages share their lines, and in no step does the host wait for the GPU.
 
 Which lines a minibatch holds is found before an epoch, for all its minibatches at once: there the host waits a few times. Every
-line has a maximum of its own, so scores of any size do no harm (see pieces.py).
+line has a maximum of its own, so scores of any size do no harm (see shared_attention.py).
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """Training on a GPU, with the shortcuts that work there, and checked.
 
-The first update checks itself against the CPU (self_test.py), and so does every update that records a CUDA graph anew. A shortcut that
+The first update checks itself against the CPU (gpu_checks.py), and so does every update that records a CUDA graph anew. A shortcut that
 fails, or computes something else, is dropped: a warning says so, and the update starts over from the state before it. If results are
 wrong without any shortcut, or the GPU has stopped working, `GPUError` tells the program to go on with the CPU.
 """
