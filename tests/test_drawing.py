@@ -76,6 +76,7 @@ def test_a_gif_keeps_no_picture(tmp_path):
 
     def pictures():
         nonlocal most
+        noise = None
         for i in range(100):
             noise = rng.integers(0, 256, (64, 64, 3), np.uint8) if i % 2 == 0 else noise
             picture = noise.copy().view(Picture)
