@@ -183,7 +183,7 @@ def draw(curves):
         axes.fill_between(x, low, high, color="black", alpha=0.15, linewidth=0)
         for level, color, style, name in (
             (CLEARED_SCORE, "tab:green", "--", "the whole wall, as a simple tracker plays it"),
-            (320, "tab:orange", "-.", "best published agent of this kind"),
+            (320, "tab:orange", "-.", "the public attempt's better game"),
             (RANDOM_SCORE, "gray", ":", "random play"),
         ):
             axes.axhline(level, color=color, linestyle=style, linewidth=1.3, label=f"{name}: {level}")

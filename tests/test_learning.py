@@ -34,7 +34,7 @@ def test_the_initial_weights_can_see():
 
 @pytest.mark.slow
 def test_default_constants_learn(tmp_path):
-    """600k steps on the CPU: far above random play (82) and the best published agent of this kind (320)."""
+    """600k steps on the CPU: far above random play (82) and the better of the public attempt's two games (320)."""
     main(["--num_steps", "600000", "--run_dir", str(tmp_path / "run"), "--device", "cpu"])
     with open(tmp_path / "run" / "metrics.csv") as file:
         assert max(float(row["eval_score"] or 0) for row in csv.DictReader(file)) > 400

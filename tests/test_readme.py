@@ -1,3 +1,5 @@
+"""The pages say what is true: their links, files, options, messages and programs are tried."""
+
 import ast
 import os
 import re
@@ -17,8 +19,12 @@ from breakout_ascii import BRICK_COLOURS
 from harness.options import kind_of
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "algorithms" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = {"no-deps", "logdir", "index", "standalone", "nproc_per_node", "index-url"}  # options of other programs
+README = ROOT / "README.md"
+OTHER_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "algorithms" / "README.md", ROOT / "pretrained" / "README.md"]
+PAGES = [README, *OTHER_PAGES, *sorted((ROOT / "docs").glob("*.md"))]
+# Options of other programs than ours.
+OTHERS = {"no-deps", "logdir", "standalone", "nproc_per_node", "index-url"}
+# Values that the original write-up of the idea names.
 ORIGINAL = {
     "NUM_STEPS": 4_000_000,
     "ROLLOUT_STEPS": 1024,
@@ -31,7 +37,7 @@ ORIGINAL = {
 
 
 def test_table_of_constants():
-    """Names, and the original's values. Somebody who edits a default need not edit the page."""
+    """The table lists every constant, with a value of its type. Whoever edits a default need not edit the page."""
     rows = re.findall(
         r"^\| `([A-Z_]+)` \| `(.*?)` \| (?:`(.*?)`)? *\|", (ROOT / "docs" / "constants.md").read_text(), re.M
     )
@@ -42,37 +48,59 @@ def test_table_of_constants():
     assert {name: ast.literal_eval(original) for name, _, original in rows if original} == ORIGINAL
 
 
-def test_what_the_pages_name_exists():
-    """Links, files, and the options of our programs."""
-    scripts = [
-        ROOT / "load_model.py",
-        ROOT / "viewer" / "terminal.py",
-        ROOT / "tests" / "conftest.py",
-        *(ROOT / "benchmarks").glob("*.py"),
-    ]
-    scripts += (ROOT / "algorithms").rglob("*.py")
-    constants = {name for program in TRAININGS for name in training(program).constants}
-    sources = "".join(script.read_text() for script in scripts)
+def anchors_of(page):
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere():
+    """Every link to a file of ours, and to a heading on one of our pages, is right."""
     for page in PAGES:
-        text = page.read_text()
-        for name in re.findall(r"\]\((?!http)([^)#]+)", text):
-            assert (page.parent / name).exists(), f"{page.name}: {name}"
+        for name, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page.relative_to(ROOT)}: {name}"
+            assert not anchor or anchor in anchors_of(target), f"{page.relative_to(ROOT)}: {name}#{anchor}"
+
+
+def test_files_and_options_on_the_pages_exist():
+    """Every file of Python that a page names is somewhere, and every option is one of our programs'."""
+    scripts = [ROOT / "load_model.py", ROOT / "viewer" / "terminal.py", ROOT / "tests" / "conftest.py"]
+    scripts += [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "algorithms").rglob("*.py")]
+    sources = "".join(script.read_text(encoding="utf-8") for script in scripts)
+    constants = {name for program in TRAININGS for name in training(program).constants}
+    folders = [ROOT / name for name in (".", "fast", "harness", "viewer", "algorithms", "algorithms/parts")]
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
         for name in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", text):
-            assert any(
-                (ROOT / folder / name).exists()
-                for folder in (".", "fast", "harness", "viewer", "algorithms", "algorithms/parts")
-            ), f"{page.name}: {name}"
+            assert any((folder / name).exists() for folder in folders), f"{page.relative_to(ROOT)}: {name}"
         for option in set(re.findall(r"--([a-z][a-z_0-9]*(?:-[a-z]+)*)", text)) - {"resume", *OTHERS}:
-            assert option.upper() in constants or f'"--{option}"' in sources, f"{page.name}: --{option}"
+            known = option.upper() in constants or f'"--{option}"' in sources
+            assert known, f"{page.relative_to(ROOT)}: --{option}"
 
 
-def lines_for_a_notebook():
-    (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "runs.md").read_text(), re.M | re.S)
+def python_of(page):
+    """Return the only block of Python on a page."""
+    (lines,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     return lines
 
 
+def lines_for_a_notebook():
+    return python_of(ROOT / "docs" / "runs.md")
+
+
+def test_the_program_of_the_readme_clears_the_wall(monkeypatch, capsys):
+    """The game and the shipped model, used as in a program of one's own, play a whole game."""
+    monkeypatch.chdir(ROOT)
+    program = python_of(README)
+    assert len([line for line in program.splitlines() if line]) <= 16
+    exec(program, {})
+    page, score = capsys.readouterr().out.rsplit(maxsplit=1)
+    assert score == "960" and len(page.splitlines()) == 24 and "|" not in page
+
+
 def test_the_lines_for_a_notebook(tmp_path, monkeypatch, capsys):
-    """The command line is the kernel's, and the main script has no guard: a process that ran it again would fail."""
+    """The lines train and play although the command line is a kernel's and the main script fails if it is run again."""
     (tmp_path / "cell.py").write_text("raise RuntimeError('run again')")
     cell = types.ModuleType("__main__")
     cell.__file__ = str(tmp_path / "cell.py")
@@ -84,9 +112,8 @@ def test_the_lines_for_a_notebook(tmp_path, monkeypatch, capsys):
     score = cell.exact(cell.policy)["score"]
     out = capsys.readouterr().out
     assert f"\n0 16384 {score}\n" in out and f"score {score:.1f}" in out and "warning" not in out
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"] and (
-        tmp_path / "first.gif"
-    ).stat().st_size > 1000
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]
+    assert (tmp_path / "first.gif").stat().st_size > 1000
 
 
 FROM_ELSEWHERE = {
@@ -94,14 +121,20 @@ FROM_ELSEWHERE = {
     "input": ("-", "{lines}"),
     "a thread": (
         "-",
-        "import threading\nthread = threading.Thread(target=exec, args=({lines!r}, globals()))\nthread.start()\nthread.join()",
+        """
+import threading
+thread = threading.Thread(target=exec, args=({lines!r}, globals()))
+thread.start()
+thread.join()
+""",
     ),
     "a process that may have no others": (
         "script.py",
         """
 import multiprocessing
 if __name__ == "__main__":
-    process = multiprocessing.get_context("spawn").Process(target=exec, args=({lines!r}, {{"__name__": "cell"}}), daemon=True)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=exec, args=({lines!r}, {{"__name__": "cell"}}), daemon=True)
     process.start()
     process.join()
 """,
@@ -113,6 +146,7 @@ if __name__ == "__main__":
 @pytest.mark.faults
 @pytest.mark.parametrize("place", FROM_ELSEWHERE)
 def test_a_training_from(place, tmp_path):
+    """The lines for a notebook also work in every other place that a program can come from."""
     script, program = FROM_ELSEWHERE[place]
     program = program.format(lines=lines_for_a_notebook())
     (tmp_path / "script.py").write_text(program)
@@ -126,31 +160,32 @@ def test_a_training_from(place, tmp_path):
         text=True,
     )
     results = re.findall(r"^0 16384 (.*)$", done.stdout, re.M)
-    assert done.returncode == 0 and len(results) == (2 if "twice" in place else 1) and len(set(results)) == 1, (
-        done.stderr
-    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert len(results) == (2 if "twice" in place else 1) and len(set(results)) == 1
     assert len(list((tmp_path / "runs").iterdir())) == len(results) and (tmp_path / "first.gif").exists()
-    assert (
-        done.stdout.count("warning: no evaluation beside") == ("no others" in place) and "Traceback" not in done.stderr
-    )
+    assert done.stdout.count("warning: no evaluation beside") == ("no others" in place)
 
 
 def test_ci_runs_the_command_of_the_readme():
-    (command,) = re.findall(r"^python3 -m venv .*pytest.*$", PAGES[0].read_text(), re.M)
+    """The command that newcomers test with is the one that every change is tested with."""
+    (command,) = re.findall(r"^python3 -m venv .*pytest.*$", README.read_text(encoding="utf-8"), re.M)
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
 def test_the_readme_is_short_and_has_its_command_early():
-    words = re.sub(
-        r"^```.*?^```",
-        lambda block: block[0] if "train_ppo.py" in block[0] else "",
-        PAGES[0].read_text(),
-        flags=re.M | re.S,
-    ).split()
+    """Count the words of everything but the bars of tables and the blocks of output and of Python."""
+
+    def shown(block):
+        return block[0] if "train_ppo.py" in block[0] else ""
+
+    text = re.sub(r"^```.*?^```", shown, README.read_text(encoding="utf-8"), flags=re.M | re.S)
+    words = [word for word in text.split() if re.search(r"\w", word)]
     assert len(words) <= 1000 and any("train_ppo.py" in word for word in words[:150])
 
 
 def test_the_gif_of_the_readme_is_a_whole_game_that_clears_the_wall():
+    """Bricks are left on every frame but the last."""
+
     def bricks(frame):
         return (np.array(frame.convert("RGB"))[..., None, :] == np.uint8(BRICK_COLOURS)).all(-1).any()
 
@@ -164,9 +199,9 @@ def test_the_gif_of_the_readme_is_a_whole_game_that_clears_the_wall():
 
 
 def test_messages_that_troubleshooting_explains_are_provoked():
-    """A test expects each of them, up to the backslashes of regular expressions."""
+    """The tests contain the text of every message on the page, once the backslashes of regular expressions are removed."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    others = {"externally-managed-environment", "No module named torch"}  # what Python and pip say
+    others = {"externally-managed-environment", "No module named torch"}  # These are Python's and pip's.
     tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py")).replace("\\", "")
     leads = re.findall(r"^- \*\*(.*?)\*\*", page, re.M)
     messages = {message for lead in leads for message in re.findall("`([^-`][^`]*)`", lead)} - others
@@ -176,6 +211,7 @@ def test_messages_that_troubleshooting_explains_are_provoked():
 
 
 def test_pages_name_the_versions_that_are_installed():
+    """A version on a page, such as the one of PyTorch, is the one in requirements.txt."""
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
     named = {
         version for page in PAGES for version in re.findall(r"\b[a-z]+==[0-9.]+[0-9]", page.read_text(encoding="utf-8"))
@@ -184,6 +220,7 @@ def test_pages_name_the_versions_that_are_installed():
 
 
 def test_what_a_resumed_run_keeps_is_listed():
+    """The page about runs lists exactly the constants that resuming does not let one change."""
     page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
     assert (
         re.findall("`([A-Z_]+)`", re.search(r"you can change all but (.*?)\. To train", page, re.S)[1])
@@ -192,7 +229,7 @@ def test_what_a_resumed_run_keeps_is_listed():
 
 
 def test_what_measures_a_head_runs(monkeypatch, capsys):
-    """With an evaluation that costs nothing."""
+    """The lines of heads.md visit every head; a stand-in takes the place of the evaluation, which would take long."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(load_model, "exact", lambda policy: {"score": policy.config.n_head})
     exec(re.search(r"```python\n(.*?)```", (ROOT / "docs" / "heads.md").read_text(encoding="utf-8"), re.S)[1], {})
