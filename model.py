@@ -92,6 +92,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Pages of text in, action logits and values out: `logits, values = gpt(tokens)`."""
 
+    group_size = 1  # how many pages that begin alike should stay together in a minibatch
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -166,6 +168,10 @@ class GPT(nn.Module):
     def heads(self, features):
         """(B, C) -> action logits (B, A) and values (B,)."""
         return self.policy_head(features), self.value_head(features).squeeze(-1)
+
+    def prepare_minibatches(self, characters):
+        """Prepare the characters (K, B, 1944) of K minibatches for `features`."""
+        return characters
 
     def inference_cache(self):
         """-> a function from encoded pages to logits and values, without gradients, valid until the weights change."""

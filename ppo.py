@@ -1,10 +1,11 @@
 """Proximal policy optimisation (Schulman et al. 2017): collect a rollout, update the policy, repeat.
 
-Any policy with discrete actions (see `Policy`), any Gymnasium vector env with SAME_STEP autoreset. Left out: recurrent policies,
-continuous actions, observation normalisation.
+It trains any policy with discrete actions (see `Policy`) on any Gymnasium vector env with SAME_STEP autoreset. Left
+out: recurrent policies, continuous actions and observation normalisation.
 
-The two steps that repeat, `rollout_step` and `train_step`, take no arguments: they read and write tensors that keep their
-addresses. So they run as they stand here on any device, and fast/cuda_graphs.py can record them as CUDA graphs.
+The two steps that repeat, `rollout_step` and `train_step`, take no arguments. They read and write tensors that keep
+their addresses, so that they run as they stand on any device, and a GPU can record them as CUDA graphs
+(fast/cuda_graphs.py).
 """
 
 import math
@@ -23,17 +24,28 @@ from harness.supervise import StopTraining
 from rollout_buffer import RolloutBuffer
 from trainer import Trainer, check_finite
 
+# --- losses -----------------------------------------------------------------------------------------------------------
+
 
 def k3(log_ratio):
-    """An estimate of KL(p, q) at each sample of p, from log q - log p; never negative (http://joschu.net/blog/kl-approx.html).
+    """Estimate KL(p, q) at each sample of p, from log q - log p (http://joschu.net/blog/kl-approx.html).
 
-    For a small x, exp(x) - 1 is rounded to a multiple of float32's 6e-8, of which x^2 / 2 may be less; expm1(x) is not.
+    The estimate is never negative.
+    For a small x, exp(x) - 1 is rounded to a multiple of float32's 6e-8, and x^2 / 2 may be less than that; expm1(x) is
+    exact.
     """
     return log_ratio.expm1() - log_ratio
 
 
 def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
-    """Minus the clipped surrogate (Schulman et al. 2017, equation 7); all (M,), advantages normalised -> loss, statistics."""
+    """The negative clipped surrogate objective (Schulman et al. 2017, equation 7).
+
+    Args:
+        new_logprobs, old_logprobs: (M,) log-probabilities of the actions taken.
+        advantages: (M,) normalised.
+
+    Returns the loss and a dict of statistics, tensors.
+    """
     log_ratio = new_logprobs - old_logprobs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - eps_clip, 1 + eps_clip)
@@ -45,8 +57,13 @@ def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
 
 
 def value_loss(new_values, old_values, returns, value_clip=0.0):
-    """Half the mean squared error; all (M,). With value_clip > 0 the error of each sample is the larger of two: that of the new value, and
-    that of the new value held within this distance of the old one, in units of the scaled return."""
+    """Half the mean squared error of the values; all arguments (M,).
+
+    With value_clip > 0, a second error is that of the new value held within value_clip of the old one, in units of the
+    scaled return, and each sample counts with the larger of the two.
+
+    Returns the loss and a dict of statistics, tensors.
+    """
     errors = (new_values - returns) ** 2
     if value_clip > 0:
         clipped = old_values + (new_values - old_values).clamp(-value_clip, value_clip)
@@ -56,152 +73,240 @@ def value_loss(new_values, old_values, returns, value_clip=0.0):
 
 
 def entropy_loss(all_logprobs):
-    """Minus the mean entropy of the action distributions, in nats; all_logprobs (M, A)."""
+    """The negative mean entropy of the action distributions in nats, and a dict of statistics; all_logprobs (M, A)."""
     entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
     return -entropy, {"entropy": entropy.detach()}
 
 
 def move_loss(all_logprobs):
-    """The mean probability of any action but the first, which does nothing; all_logprobs (M, A)."""
+    """The mean probability of moving, that is of any action but the first. Also a dict of statistics.
+
+    all_logprobs: (M, A).
+    """
     loss = 1 - all_logprobs[:, 0].exp().mean()
     return loss, {"move_loss": loss.detach()}
 
 
 def prediction_loss(logits, changes, has_next):
-    """Cross-entropy of "this part of the observation changes", logits and changes (M, P), summed over the parts, averaged over M.
+    """The cross-entropy of predicting which parts of the observation change, summed over the parts and averaged over
+    the samples.
 
-    Where has_next (M,) is False the next observation belongs to another episode, and the error counts as 0.
+    Args:
+        logits, changes: (M, P), predicted and true.
+        has_next: (M,) bool. Where it is False, the next observation belongs to another episode and the sample counts as
+        0.
+
+    Returns the loss and a dict of statistics, tensors.
     """
     errors = F.binary_cross_entropy_with_logits(logits, changes.to(logits.dtype), reduction="none").sum(1)
     loss = (errors * has_next).mean()
     return loss, {"prediction_loss": loss.detach()}
 
 
+# --- schedules and statistics -----------------------------------------------------------------------------------------
+
+
 def explained_variance(values, returns):
-    """1 - Var(returns - values) / Var(returns); nan where the returns do not vary."""
+    """1 - Var(returns - values) / Var(returns), or nan if the returns do not vary."""
     variance = returns.var()
     return 1 - (returns - values).var() / variance if variance > 0 else torch.tensor(math.nan)
 
 
 def learning_rate(progress, lr, min_lr):
-    """Half a cosine from lr, at progress 0, down to min_lr, at progress 1.
+    """The learning rate of an update: half a cosine that falls from lr, at progress 0, to min_lr, at progress 1.
 
-    progress: the share of the training's environment steps that came before this update. So the first update has lr, even if it is the
-    only one, and min_lr would be that of one more after the last. Where K updates of equal length fill the training, the last has
-    min_lr + (lr - min_lr) * sin(pi / 2K)^2.
+    progress is the share of the training's environment steps that were done before this update. The first update
+    therefore has lr, even if it is the only one. If K updates of equal length fill the training, the last has min_lr +
+    (lr - min_lr) * sin(pi / 2K)^2.
     """
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def gae_lambda(global_step, config):
+    """GAE's lambda, which rises linearly from lambd at the start to lambd_end at environment step lambd_steps."""
+    rise = min(global_step / config.lambd_steps, 1.0)
+    return config.lambd + (config.lambd_end - config.lambd) * rise
+
+
 def lost_lives(infos):
-    """(N,) bool: where a life was lost in this step, also if that ended the episode; False if the env reports no lives."""
+    """Where a life was lost in this step, (N,) bool, also if that ended the episode; False if the env has no lives."""
     return infos.get("life_lost", False) | infos.get("final_info", {}).get("life_lost", False)
 
 
-def flatten_parameters(policy):
-    """Moves the parameters of `policy` that are trained, and their gradients, into one vector -> that vector, a parameter with its gradient.
+# --- what PPO is given ------------------------------------------------------------------------------------------------
 
-    Norm, clipping and optimizer then take one kernel each instead of one per parameter. Clear gradients by `weights.grad.zero_()`:
-    after `policy.zero_grad()` backward would write gradients that `weights.grad` does not see.
+
+class Policy(nn.Module):
+    """What PPO asks of a policy, with defaults. A subclass defines `forward(obs)`, which returns logits (B, A) and
+    values (B,).
+
+    To collect, PPO calls `inference_cache()(encode(obs))`. The rollout buffer keeps the encoded observations, and the
+    loss calls `heads(features(encoded))`. By default an observation passes unchanged through `encode` and `features`,
+    and `heads` is `forward`. To predict what changes in the next observation, a policy also has `changes(obs,
+    next_obs)` and `change_head(features)`, as in GPT.
+    """
+
+    group_size = 1  # how many observations that begin alike should stay together in a minibatch
+
+    def encode(self, obs):
+        """Turn observations (N, ...), an array or a tensor, into the tensor (N, ...) that the rollout buffer keeps."""
+        return torch.as_tensor(obs, device=next(self.parameters()).device)
+
+    def prepare_minibatches(self, encoded):
+        """Prepare the encoded observations (K, M, ...) of K minibatches for `features`; the leading axis K stays."""
+        return encoded
+
+    def features(self, encoded):
+        return encoded
+
+    def heads(self, features):
+        return self(features)
+
+    def inference_cache(self):
+        """Return a function that maps encoded observations to logits and values, without gradients.
+
+        It is valid until the weights change.
+        """
+        return torch.no_grad()(self.forward)
+
+
+class EnvCapabilities:
+    """What PPO uses of a vector env beyond Gymnasium's API, and what it does if the env lacks it.
+
+    on_device: whether `step` takes and returns tensors on the policy's device. Such an env truncates episodes in
+    `start_rollout`.
+    has_pairs: whether the env has `pair()` and `in_sync()`, as BreakoutAsciiVec has.
+    """
+
+    def __init__(self, env):
+        self.env = env
+        self.on_device = getattr(env, "on_device", False)
+        self.has_pairs = hasattr(env, "pair")
+
+    def start_rollout(self, steps):
+        """Let the env prepare its next steps. Returns observations and which episodes it truncated (N,), or None."""
+        return self.env.start_rollout(steps) if hasattr(self.env, "start_rollout") else None
+
+    def state_dict(self):
+        """What the env needs to go on bit for bit (it then has `load_state_dict` too), or None."""
+        return self.env.state_dict() if hasattr(self.env, "state_dict") else None
+
+
+class EagerRunner:
+    """Runs PPO's functions as they stand.
+
+    PPO calls the functions that repeat through its runner. fast/gpu_training.py has another runner, which compiles and
+    records them.
+    """
+
+    def attach(self, ppo):
+        self.ppo = ppo
+
+    def collect_and_update(self):
+        self.ppo.collect()
+        return self.ppo.update()
+
+    def rollout_step(self):
+        self.ppo.rollout_step()
+
+    def train_step(self):
+        self.ppo.train_step()
+
+    def loss(self, minibatch):
+        return self.ppo.loss(minibatch)
+
+
+@dataclass
+class PPOConfig:
+    """The constants of train_ppo.py that concern PPO; it explains each. What has a default here is off or neutral."""
+
+    num_steps: int
+    rollout_steps: int
+    epochs: int
+    batch_size: int
+    gamma: float
+    lambd: float
+    lambd_end: float
+    lambd_steps: int
+    eps_clip: float
+    lr: float
+    min_lr: float
+    value_loss_coef: float
+    entropy_coef: float
+    max_grad_norm: float
+    value_clip: float = 0.0
+    move_coef: float = 0.0
+    prediction_coef: float = 0.0
+    paired_envs: bool = False
+    reward_scale: float = 1.0
+    seed: int = 0
+
+
+def flatten_parameters(policy):
+    """Make one vector of the policy's trained parameters, and return it as a parameter whose gradient is one vector
+    too.
+
+    The policy's own parameters and gradients become views of the two vectors. Norm, clipping and optimizer then take
+    one kernel each instead of one per parameter. Clear gradients by `weights.grad.zero_()`, because after
+    `policy.zero_grad()` a backward pass would write gradients outside the vector.
     """
     parameters = [p for p in policy.parameters() if p.requires_grad]
     sizes = [p.numel() for p in parameters]
     weights = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
     weights.grad = torch.zeros_like(weights)
     for p, weight, grad in zip(parameters, weights.detach().split(sizes), weights.grad.split(sizes)):
-        p.data, p.grad = weight.view_as(p), grad.view_as(p)
+        p.data = weight.view_as(p)
+        p.grad = grad.view_as(p)
     return weights
 
 
-class Policy(nn.Module):
-    """What PPO asks of a policy. A subclass defines `forward(obs) -> logits (B, A), values (B,)`; GPT has methods of its own.
-
-    The buffer stores `encode(obs)`. Collecting calls `inference_cache()(encoded)`, learning calls `heads(features(encoded))`; here
-    `features` passes on what it gets and `heads` is the whole policy. A policy may also have
-    share(minibatches)                   (K, M, ...) encoded observations of K minibatches -> what `features` takes of each
-    group_size                           how many observations that begin alike should stay together in minibatches
-    change_head, changes(obs, next_obs)  for predicting what changes in the next observation
-    """
-
-    def encode(self, obs):
-        """Observations (N, ...), an array or a tensor -> a tensor (N, ...)."""
-        return torch.as_tensor(obs, device=next(self.parameters()).device)
-
-    def features(self, obs):
-        return obs
-
-    def heads(self, obs):
-        return self(obs)
-
-    def inference_cache(self):
-        """-> a function from encoded observations to logits and values, while the weights stand still."""
-        return torch.no_grad()(self.forward)
-
-
-@dataclass
-class PPOConfig:
-    num_steps: int  # environment steps in all, of all ranks together
-    rollout_steps: int  # steps per environment between updates
-    epochs: int  # passes over each rollout
-    batch_size: int  # samples of a gradient step, of all ranks together; must divide those of a rollout
-    gamma: float  # discount
-    lambd: float  # of GAE, at the start of the training
-    lambd_end: float  # from environment step lambd_steps on
-    lambd_steps: int
-    eps_clip: float  # the probability ratio is clipped to 1 +- this
-    lr: float  # at the start
-    min_lr: float  # at the end
-    value_loss_coef: float
-    entropy_coef: float
-    max_grad_norm: float
-    value_clip: float = 0.0  # 0: off
-    move_coef: float = 0.0  # cost of any action but the first, for an env in which that one does nothing; 0: off
-    prediction_coef: float = 0.0  # 0: off
-    paired_envs: bool = False  # pairs start each rollout in the same state; for an env with pair() and in_sync()
-    reward_scale: float = 1.0
-    seed: int = 0
+# --- the algorithm ----------------------------------------------------------------------------------------------------
 
 
 class PPO(Trainer):
-    """`learn()` trains `policy` on `env`; callbacks watch (callbacks.py); `metadata` goes into every checkpoint.
+    """`learn()` trains a policy on a vector env."""
 
-    The env may also have
-    state_dict() load_state_dict()  for a run to be resumed bit for bit
-    pair() in_sync()                for paired_envs: as in BreakoutAsciiVec
-    on_device, start_rollout(S)     it takes and gives tensors, and truncates episodes between rollouts: as in DeviceBreakout
-    """
-
-    def __init__(self, policy, env, config, callbacks=(), metadata=None):
+    def __init__(self, policy, env, config, callbacks=(), metadata=None, runner=None):
+        """
+        Args:
+            policy: has what `Policy` has.
+            env: a Gymnasium vector env with SAME_STEP autoreset, or an env on the policy's device (`EnvCapabilities`).
+            config: a `PPOConfig`.
+            callbacks: watch the training (callbacks.py).
+            metadata: plain values that go into every checkpoint.
+            runner: by default an `EagerRunner`.
+        """
         super().__init__(policy, callbacks, metadata)
         self.env, self.config = env, config
-        self.env_on_device = getattr(env, "on_device", False)
-        if not self.env_on_device and env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+        self.env_can = EnvCapabilities(env)
+        if not self.env_can.on_device and env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
             raise ValueError(
                 "PPO needs a vector env that resets in the step that ends an episode: AutoresetMode.SAME_STEP"
             )
-        self.device = device = next(policy.parameters()).device
+        if config.paired_envs and not self.env_can.has_pairs:
+            raise ValueError("paired_envs needs an env with the methods pair() and in_sync(); set it to False")
+        self.device = next(policy.parameters()).device
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.weights = flatten_parameters(policy)
         if self.ranks > 1:
             dist.broadcast(self.weights.detach(), 0)
-        # a tensor, so that a CUDA graph sees it change; CUDA's kernel wants float32
-        self.lr = torch.tensor(
-            config.lr, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device
-        )
+        # A tensor, so that a CUDA graph sees it change. CUDA's kernel needs float32.
+        dtype = torch.float32 if self.device.type == "cuda" else torch.float64
+        self.lr = torch.tensor(config.lr, dtype=dtype, device=self.device)
         self.optimizer = torch.optim.Adam([self.weights], lr=self.lr, eps=1e-5, fused=True)
         self.generator = torch.Generator()  # of actions and minibatches
-        self.buffer = RolloutBuffer(config.rollout_steps, env.num_envs, device)
+        self.buffer = RolloutBuffer(config.rollout_steps, env.num_envs, self.device)
         self.reset(config.seed + 100_003 * self.rank)  # every rank plays its own games
-        self.noise = torch.zeros(config.rollout_steps, env.num_envs, env.single_action_space.n, device=device)
-        self.in_sync = torch.zeros(env.num_envs // 2, dtype=torch.bool, device=device)
-        self.step_stats = (
-            None  # (gradient steps of an epoch, statistics), a tensor that keeps its address, for CUDA graphs
-        )
+        self.noise = torch.zeros(config.rollout_steps, env.num_envs, env.single_action_space.n, device=self.device)
+        self.in_sync = torch.zeros(env.num_envs // 2, dtype=torch.bool, device=self.device)
         self.stat_names = []
-        self.episode_returns = deque(maxlen=100)  # of the episodes that ended last
+        self.step_stats = None  # (gradient steps of an epoch, statistics); keeps its address, for CUDA graphs
+        self.episode_returns = deque(maxlen=100)  # of the last episodes that ended
+        self.runner = runner or EagerRunner()
+        self.runner.attach(self)
 
     def reset(self, seed):
-        """New episodes and new random numbers."""
+        """Start new episodes and new random numbers."""
         self.generator.manual_seed(seed)
         obs, _ = self.env.reset(seed=seed)
         self.obs = torch.as_tensor(obs, device=self.device).clone()
@@ -213,45 +318,41 @@ class PPO(Trainer):
 
     @property
     def samples_per_update(self):
-        """Of all ranks."""
+        """Of all ranks together."""
         return self.config.rollout_steps * self.env.num_envs * self.ranks
 
     def collect_and_update(self):
-        """What `learn` repeats -> the statistics of the update. On a GPU fast/ puts another in its place, which also checks itself."""
-        self.collect()
-        return self.update()
+        """Collect a rollout and learn from it. Returns the statistics of the update."""
+        return self.runner.collect_and_update()
+
+    # Collecting
 
     def collect(self):
-        """A rollout: S steps of every environment into the buffer, then advantages and returns. Raises FloatingPointError."""
+        """Put S steps of every environment into the buffer, then compute advantages and returns.
+
+        Raises FloatingPointError.
+        """
         self.start_rollout()
         for _ in range(self.config.rollout_steps):
             self.check_stop()
-            self.rollout_step()
+            self.runner.rollout_step()
         last_obs = self.policy.encode(self.obs)
         self.check_rollout(last_obs)
         _, last_values = self.act(last_obs)
-        self.buffer.finish(last_values, self.config.gamma, self.lambd(), self.config.reward_scale)
+        lambd = gae_lambda(self.global_step, self.config)
+        self.buffer.finish(last_values, self.config.gamma, lambd, self.config.reward_scale)
         self.record_episode_returns()
 
-    def check_rollout(self, last_obs):
-        """Raises FloatingPointError, in all ranks if in one. Observations that are numbers of tokens or of lines always are finite."""
-        fields = self.buffer.fields
-        given = {"rewards": fields["rewards"]}
-        if last_obs.is_floating_point():
-            given["observations"] = torch.cat([*fields["obs"], last_obs])
-        for name, x in {**given, "logits": fields["logprobs"], "values": fields["values"]}.items():
-            # A mean is finite only if every number is, and a rank's own would leave the others waiting
-            check_finite(f"in update {self.update_count + 1}", **{name: self.average(x.double().mean())})
-
     def start_rollout(self):
-        """Draw the noise of the rollout ahead, let an env on the device draw its random numbers, and pair environments."""
-        self.act = self.policy.inference_cache()  # encoded observations -> logits, values
+        """Draw the noise of the whole rollout, let the env prepare it, and pair environments."""
+        self.act = self.policy.inference_cache()  # maps encoded observations to logits and values
         self.buffer.clear()
         S, N, A = self.noise.shape
-        # drawn step by step, so that a seed gives the actions that torch.multinomial would
+        # Drawn step by step, so that a seed gives the same actions as torch.multinomial
         self.noise.copy_(torch.stack([torch.empty(N, A).exponential_(generator=self.generator) for _ in range(S)]))
-        if hasattr(self.env, "start_rollout"):
-            obs, truncated = self.env.start_rollout(self.config.rollout_steps)
+        started = self.env_can.start_rollout(S)
+        if started is not None:
+            obs, truncated = started
             self.obs.copy_(obs)
             self.end_episodes(truncated.cpu().numpy())
         if self.config.paired_envs:
@@ -262,7 +363,7 @@ class PPO(Trainer):
 
     @torch.no_grad()
     def rollout_step(self):
-        """One step of every environment into the buffer."""
+        """Put one step of every environment into the buffer."""
         optional = {}
         if self.config.paired_envs:
             self.in_sync &= self.tensor(self.env.in_sync())
@@ -270,28 +371,28 @@ class PPO(Trainer):
         encoded = self.policy.encode(self.obs)
         logits, values = self.act(encoded)
         all_logprobs = F.log_softmax(logits, dim=-1)  # (N, A)
-        # With noise E ~ Exp(1) the argmax of p / E is a sample from p, as in torch.multinomial. Here E was drawn ahead.
+        # With noise E ~ Exp(1) the argmax of p / E is a sample from p, as in torch.multinomial. Here E was drawn in
+        # advance.
         actions = (all_logprobs.exp() / self.noise.index_select(0, self.buffer.position)[0]).argmax(-1)
-        next_obs, rewards, terminated, truncated, infos = self.env.step(
-            actions if self.env_on_device else actions.cpu().numpy()
-        )
+        env_actions = actions if self.env_can.on_device else actions.cpu().numpy()
+        next_obs, rewards, terminated, truncated, infos = self.env.step(env_actions)
         final_values = torch.zeros_like(values)
-        if (
-            "final_obs" in infos and truncated.any()
-        ):  # an env on the device has none, so any() never makes the host wait
+        # an env on the device has none, so any() never makes the host wait
+        if "final_obs" in infos and truncated.any():
             final_obs = np.stack(infos["final_obs"][truncated])
             check_finite(f"in update {self.update_count + 1}", observations=final_obs)
             final_values[self.tensor(truncated)] = self.act(self.policy.encode(final_obs))[1]
         next_obs, terminated, truncated = self.tensor(next_obs), self.tensor(terminated), self.tensor(truncated)
         if self.config.prediction_coef:
             optional["changes"] = self.policy.changes(self.obs, next_obs)
-        # A lost life ends a return like the end of an episode, but the next observation still follows from this one.
         self.buffer.add(
             obs=encoded,
             actions=actions,
             logprobs=all_logprobs.gather(1, actions.unsqueeze(1)).squeeze(1),
             values=values,
             rewards=self.tensor(rewards).float(),
+            # A lost life ends the return as the end of an episode does, but the next observation still follows from
+            # this one
             terminated=terminated | self.tensor(lost_lives(infos)),
             truncated=truncated,
             final_values=final_values,
@@ -303,15 +404,23 @@ class PPO(Trainer):
     def tensor(self, x):
         return torch.as_tensor(x, device=self.device)
 
-    def lambd(self):
-        config, rise = self.config, min(self.global_step / self.config.lambd_steps, 1.0)
-        return config.lambd + (config.lambd_end - config.lambd) * rise
+    def check_rollout(self, last_obs):
+        """Raise FloatingPointError, in all ranks if in one, unless everything in the rollout is finite."""
+        fields = self.buffer.fields
+        quantities = {"rewards": fields["rewards"]}
+        if last_obs.is_floating_point():  # numbers of tokens or of lines are always finite
+            quantities["observations"] = torch.cat([*fields["obs"], last_obs])
+        quantities |= {"logits": fields["logprobs"], "values": fields["values"]}
+        for name, x in quantities.items():
+            # A mean is finite only if every number is. The mean over all ranks stops all of them: none waits for
+            # another.
+            check_finite(f"in update {self.update_count + 1}", **{name: self.average(x.double().mean())})
 
     def record_episode_returns(self):
-        """Of the episodes that ended in the rollout, undiscounted, in the environment's own rewards."""
-        for rewards, has_next in zip(
-            self.buffer.fields["rewards"].cpu().numpy(), self.buffer.fields["has_next"].cpu().numpy()
-        ):
+        """Record the episodes that ended in the rollout: undiscounted returns, in the environment's own rewards."""
+        rewards_of_steps = self.buffer.fields["rewards"].cpu().numpy()
+        has_next_of_steps = self.buffer.fields["has_next"].cpu().numpy()
+        for rewards, has_next in zip(rewards_of_steps, has_next_of_steps):
             self.return_so_far += rewards
             self.end_episodes(~has_next)
 
@@ -319,49 +428,51 @@ class PPO(Trainer):
         self.episode_returns.extend(self.return_so_far[mask].tolist())
         self.return_so_far[mask] = 0
 
-    def update(self):
-        """Epochs of minibatches over the rollout -> the statistics of the update, floats. Raises FloatingPointError.
+    # Updating
 
-        Those of the gradient steps are means over steps and ranks, but for the largest KL; those of the rollout and its
-        episodes are this rank's.
+    def update(self):
+        """Train on the rollout for `epochs` passes. Raises FloatingPointError.
+
+        Returns a dict of floats. Statistics of the gradient steps are means over all steps and ranks, except the
+        largest KL divergence. Statistics of the rollout and its episodes are those of this rank.
         """
         config = self.config
         self.lr.fill_(learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr))
-        step_stats = self.average(
-            torch.cat([self.epoch() for _ in range(config.epochs)])
-        )  # (gradient steps, statistics)
-        spoiled = step_stats[~step_stats.isfinite().all(1)][
-            :1
-        ]  # the first such step: the loss of the next follows from its gradient
-        losses = [name != "grad_norm" for name in self.stat_names]
-        check_finite(f"in update {self.update_count + 1}", loss=spoiled[:, losses], gradient=spoiled)
+        # (gradient steps, statistics)
+        step_stats = self.average(torch.cat([self.epoch() for _ in range(config.epochs)]))
+        self.check_step_stats(step_stats)
+        # Only now, because learning rate and lambda depend on the steps before this update
         self.update_count += 1
-        self.global_step += (
-            self.samples_per_update
-        )  # only now: learning rate and lambda are those of the steps before this update
+        self.global_step += self.samples_per_update
         stats = dict(zip(self.stat_names, step_stats.mean(0).tolist()))
         stats["approx_kl_max"] = step_stats[:, self.stat_names.index("approx_kl")].max().item()
-        stats["explained_variance"] = explained_variance(
-            self.buffer.samples.old_values, self.buffer.samples.returns
-        ).item()
+        samples = self.buffer.samples
+        stats["explained_variance"] = explained_variance(samples.old_values, samples.returns).item()
         if config.paired_envs:
             stats["pair_correlation"] = self.buffer.pair_correlation.item()
         stats["lr"] = self.lr.item()
         stats["episode_return"] = float(np.mean(self.episode_returns)) if self.episode_returns else math.nan
         return stats
 
+    def check_step_stats(self, step_stats):
+        """Raise FloatingPointError unless all statistics are finite."""
+        # The first bad step says what went wrong: it spoils the weights for the steps after it
+        first_bad = step_stats[~step_stats.isfinite().all(1)][:1]
+        losses = [name != "grad_norm" for name in self.stat_names]
+        check_finite(f"in update {self.update_count + 1}", loss=first_bad[:, losses], gradient=first_bad)
+
     def epoch(self):
-        """Every sample once -> the statistics of the gradient steps, (gradient steps, statistics)."""
-        share, group_size = getattr(self.policy, "share", None), getattr(self.policy, "group_size", 1)
-        self.buffer.shuffle(self.config.batch_size // self.ranks, self.generator, group_size, share)
+        """Train on every sample once. Returns the statistics of the gradient steps (gradient steps, statistics)."""
+        batch_size = self.config.batch_size // self.ranks
+        self.buffer.shuffle(batch_size, self.generator, self.policy.group_size, self.policy.prepare_minibatches)
         self.normalize_advantages()
         for _ in range(self.buffer.num_minibatches):
             self.check_stop()
-            self.train_step()
+            self.runner.train_step()
         return self.step_stats.clone()
 
     def normalize_advantages(self):
-        """To mean 0 and standard deviation 1 in each minibatch, all ranks' samples together."""
+        """Normalise to mean 0 and standard deviation 1 in each minibatch, over the samples of all ranks."""
         advantages = self.buffer.minibatches.advantages  # (minibatches, M)
         variances, means = torch.var_mean(advantages, 1, correction=0, keepdim=True)
         centres = self.average(means.clone())
@@ -369,8 +480,8 @@ class PPO(Trainer):
         advantages /= self.average(variances + (means - centres) ** 2).sqrt() + 1e-8
 
     def train_step(self):
-        """One gradient step on the next minibatch."""
-        loss, stats = self.loss(self.buffer.next_minibatch())
+        """Take one gradient step on the next minibatch."""
+        loss, stats = self.runner.loss(self.buffer.next_minibatch())
         grad = self.weights.grad
         grad.zero_()  # this and the clipping below save a third of a millisecond against torch's functions
         loss.backward()
@@ -382,23 +493,26 @@ class PPO(Trainer):
 
     def keep_stats(self, stats):
         if self.step_stats is None or len(self.step_stats) != self.buffer.num_minibatches:
-            self.stat_names, shape = list(stats), (self.buffer.num_minibatches, len(stats))
-            self.step_stats = torch.zeros(shape, device=self.device)
-        self.step_stats.index_copy_(
-            0, self.buffer.minibatch_position - 1, torch.stack(list(stats.values())).unsqueeze(0)
-        )
+            self.stat_names = list(stats)
+            self.step_stats = torch.zeros(self.buffer.num_minibatches, len(stats), device=self.device)
+        row = torch.stack(list(stats.values())).unsqueeze(0)
+        self.step_stats.index_copy_(0, self.buffer.minibatch_position - 1, row)
 
-    def loss(self, mb):
-        """A `Minibatch` -> the loss, and its terms and what else is worth knowing of it; tensors."""
+    def loss(self, mb, policy=None):
+        """The loss of a `Minibatch`, and a dict of its terms and of further statistics; tensors.
+
+        policy: by default the one that is trained.
+        """
         config = self.config
-        features = self.policy.features(mb.obs)
-        logits, new_values = self.policy.heads(features)
+        policy = self.policy if policy is None else policy
+        features = policy.features(mb.obs)
+        logits, new_values = policy.heads(features)
         all_logprobs = F.log_softmax(logits, dim=-1)  # (M, A)
         new_logprobs = all_logprobs.gather(1, mb.actions.unsqueeze(1)).squeeze(1)
 
         loss, stats = 0.0, {}
         if config.prediction_coef:
-            term, info = prediction_loss(self.policy.change_head(features), mb.changes, mb.has_next)
+            term, info = prediction_loss(policy.change_head(features), mb.changes, mb.has_next)
             loss, stats = loss + config.prediction_coef * term, stats | info
         term, info = policy_loss(new_logprobs, mb.old_logprobs, mb.advantages, config.eps_clip)
         loss, stats = loss + term, stats | info
@@ -412,22 +526,23 @@ class PPO(Trainer):
         return loss + term, stats | info
 
     def further_loss(self, mb, all_logprobs):
-        """A `Minibatch`, log-probabilities (M, A) -> what a subclass adds to the loss, and its statistics."""
+        """A term that a subclass adds to the loss, and its statistics. all_logprobs: (M, A)."""
         return 0.0, {}
 
-    # Several ranks: with torchrun each plays its own games, and what is learned is averaged
+    # Several ranks: under torchrun each plays its own games, and all learn from the mean of their gradients
 
     def average(self, tensor):
-        """The mean over all ranks, in place -> tensor."""
+        """Replace the tensor by its mean over all ranks, and return it."""
         if self.ranks > 1:
             dist.all_reduce(tensor)
             tensor /= self.ranks
         return tensor
 
     def stop_together(self):
-        """Between two updates: a stop requested of any rank stops all, so that none waits for another's gradient.
+        """Between two updates, a stop that was requested of one rank stops all, so that none waits for another's
+        gradient.
 
-        With one rank a stop takes effect sooner, at the next step or minibatch.
+        A single rank stops sooner, at the next step or minibatch.
         """
         if self.average(torch.tensor(float(self.stop_requested), device=self.device)) > 0:
             raise StopTraining
@@ -436,27 +551,27 @@ class PPO(Trainer):
         if self.ranks == 1:
             super().check_stop()
 
-    # The state that a resume needs
+    # The state that a resumed run needs
 
     def state_dict(self):
-        """A copy of everything that `learn` goes on from, plain types and tensors on the CPU."""
+        """Everything that `learn` needs to go on, in plain types and tensors on the CPU."""
         return self.training_state(
             optimizer=self.optimizer.state_dict(),
             generator=self.generator.get_state(),
-            env=self.env.state_dict() if hasattr(self.env, "state_dict") else None,
+            env=self.env_can.state_dict(),
             obs=self.obs,
             return_so_far=self.return_so_far,
             episode_returns=list(self.episode_returns),
         )
 
     def load_state_dict(self, state):
-        """Go on where `state_dict` was taken, bit for bit on the CPU if the env has a state_dict of its own.
+        """Go on from a state_dict: bit for bit on the CPU if the env has a state_dict of its own.
 
-        The state is that of rank 0; other ranks start new games.
+        The state is that of rank 0. Other ranks start new games.
         """
         self.load_training_state(state)
         load_optimizer(self.optimizer, state["optimizer"])
-        self.optimizer.param_groups[0]["lr"] = self.lr  # and not a copy
+        self.optimizer.param_groups[0]["lr"] = self.lr  # this tensor itself, not a copy
         self.generator.set_state(state["generator"])
         if self.rank > 0:
             self.reset(self.config.seed + 100_003 * self.rank + state["global_step"])
@@ -464,5 +579,5 @@ class PPO(Trainer):
             self.env.load_state_dict(to_numpy(state["env"]))
             self.obs.copy_(state["obs"])
             self.return_so_far = to_numpy(state["return_so_far"])
-            self.policy.encode(self.obs)  # raises ValueError for observations that are none
+            self.policy.encode(self.obs)  # raises ValueError if these are no observations
         self.episode_returns = deque(state["episode_returns"], maxlen=100)

@@ -132,11 +132,10 @@ class RolloutBuffer:
         samples = f["obs"], f["actions"], f["logprobs"], f["values"], advantages, returns, changes, f["has_next"]
         self.samples = Minibatch(*(x.flatten(0, 1) for x in samples))
 
-    def shuffle(self, batch_size, generator, group_size=1, share=None):
+    def shuffle(self, batch_size, generator, group_size=1, prepare=None):
         """Cut the S * N samples, in `random_order`, into minibatches of batch_size.
 
-        share: a function of the policy, or None: encoded observations (K, batch_size, ...) of all minibatches -> what
-            `features` takes of each, with a leading axis K.
+        prepare: the policy's `prepare_minibatches`; it is applied to the encoded observations (K, batch_size, ...).
         Raises RuntimeError before `finish`, ValueError if batch_size does not divide the samples.
         """
         if self.samples is None:
@@ -147,8 +146,8 @@ class RolloutBuffer:
             )
         order = random_order(self.samples.obs, group_size, generator).to(self.position.device)
         minibatches = Minibatch(*(x[order].unflatten(0, (-1, batch_size)) for x in self.samples))
-        if share is not None:
-            minibatches = minibatches._replace(obs=share(minibatches.obs))
+        if prepare is not None:
+            minibatches = minibatches._replace(obs=prepare(minibatches.obs))
         self.minibatches = copy_into(self.minibatches, minibatches)
         self.minibatch_position.zero_()
 

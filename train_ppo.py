@@ -146,10 +146,9 @@ def build(c, device):
     else:
         env = BreakoutAsciiVec(num_envs, varied_starts=c.VARIED_STARTS)
     ppo_config = PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__})
-    ppo = PPO(policy, env, ppo_config, metadata={"gpt_config": asdict(config), "constants": dict(vars(c))})
-    if trains_on_gpu(device):
-        fast.run_on_gpu(ppo)
-    return ppo
+    runner = fast.GPURunner() if trains_on_gpu(device) else None
+    metadata = {"gpt_config": asdict(config), "constants": dict(vars(c))}
+    return PPO(policy, env, ppo_config, metadata=metadata, runner=runner)
 
 
 def plan(c, ppo, run_dir):

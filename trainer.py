@@ -47,7 +47,7 @@ class Trainer:
     def learn(self):
         """Train to the end. Raises StopTraining after `request_stop`, FloatingPointError if the numbers are no longer finite."""
         self.clock = time.perf_counter()
-        self.snapshot = self.state_dict()
+        self.keep_snapshot()
         self.emit("on_training_start")
         while self.global_step < self.num_steps:
             self.stop_together()
@@ -57,8 +57,12 @@ class Trainer:
             self.stats["steps_per_second"] = (self.global_step - before) / (time.perf_counter() - start)
             self.tick()
             self.emit("on_update_end")
-            self.snapshot = self.state_dict()
+            self.keep_snapshot()
         self.emit("on_training_end")
+
+    def keep_snapshot(self):
+        """Keep a copy of the present state, from which a run that is interrupted in the next update can go on."""
+        self.snapshot = self.state_dict()
 
     def check_weights(self):
         """Raises FloatingPointError before anybody plays or saves weights that are not finite."""

@@ -17,7 +17,7 @@ import torch
 from breakout_ascii import BreakoutAsciiVec
 from fast import DeviceBreakout, DeviceGPT, FastGPT
 from fast.cuda_graphs import ShortcutFailed
-from fast.gpu_training import CheckedUpdates, shortcuts_for
+from fast.gpu_training import GPURunner, shortcuts_for
 from harness.device import GPUError, choose_device, gpu_name, set_threads
 from harness.messages import first_line
 from harness.runs import read_run
@@ -26,8 +26,8 @@ from ppo import PPO, PPOConfig
 from train_ppo import CONSTANTS, KEPT, RANGES, check, check_ranks, gpt_config
 
 
-def gpu_training(c, device):
-    """Constants -> the PPO that a GPU would run, on any device."""
+def gpu_training(c, device, shortcuts):
+    """The PPO that a GPU would run with these constants and shortcuts, on any device."""
     torch.manual_seed(c.SEED)
     kind = DeviceGPT if c.N_LAYER == 1 else FastGPT
     policy = kind(gpt_config(c)).to(device)
@@ -35,24 +35,25 @@ def gpu_training(c, device):
         env = DeviceBreakout(c.NUM_ENVS, device, varied_starts=c.VARIED_STARTS)
     else:
         env = BreakoutAsciiVec(c.NUM_ENVS, varied_starts=c.VARIED_STARTS)
-    return PPO(policy, env, PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__}))
+    config = PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__})
+    return PPO(policy, env, config, runner=GPURunner(shortcuts))
 
 
 def self_test(c, device, state, shortcuts):
-    """Prints the table of one update that takes these shortcuts -> did it pass?"""
-    ppo = gpu_training(c, device)
+    """Print the table of one update that takes these shortcuts, and return whether it passed."""
+    ppo = gpu_training(c, device, shortcuts)
     if state:
         ppo.load_state_dict(state)
-    ppo.snapshot = ppo.state_dict()
-    updates, failure = CheckedUpdates(ppo, shortcuts), None
+    ppo.keep_snapshot()
+    failure = None
     print(f"\n{' and '.join(shortcuts) or 'no shortcut'}")
     try:
-        updates.checked_update()
+        ppo.runner.checked_update()
     except ShortcutFailed as error:
         failure = error
     except RuntimeError as error:
         raise GPUError(f"{first_line(error)}; nothing more can be tried in this process") from error
-    for c in updates.checks:
+    for c in ppo.runner.checks:
         print(f"  {c.name:<44} {c.error:>9.2g} {c.tolerance:>9.2g}  {'ok' if c.passed else 'WRONG'}")
     if failure is not None:
         print(f"  {failure}")
@@ -68,7 +69,7 @@ def main(argv=()):
     print(gpu_name(device))
     print(f"\n  {'check':<44} {'error':>9} {'tolerance':>9}")
     with memory_advice(f"the model does not fit into the memory of {device}; try a smaller --n_embd or --n_layer"):
-        suitable = shortcuts_for(gpu_training(c, device)) if device.type == "cuda" else []
+        suitable = shortcuts_for(gpu_training(c, device, [])) if device.type == "cuda" else []
         passed = [
             self_test(c, device, run.state, combination)
             for n in range(len(suitable) + 1)

@@ -147,7 +147,7 @@ def work(gpt, pages):
     the gradients of a loss of all logits and values."""
     tokens, kept = torch.from_numpy(pages).to(gpt.device), gpt.encode(pages)
     if hasattr(gpt, "share"):
-        kept = select(gpt.share(kept.unsqueeze(0)), torch.tensor([0], device=gpt.device))
+        kept = select(gpt.prepare_minibatches(kept.unsqueeze(0)), torch.tensor([0], device=gpt.device))
 
     @torch.no_grad()
     def forward():
@@ -295,7 +295,7 @@ def clocks(trainer, evaluation):
     """Gives a dict of the seconds that each part of a training takes, without those of the parts that it calls."""
     policy, env, buffer, inner = trainer.policy, trainer.env, trainer.buffer, []
     rollout = [("rollout", trainer, "collect")]  # on a GPU its steps are one CUDA graph, elsewhere
-    if not trainer.env_on_device:
+    if not trainer.env_can.on_device:
         rollout = [
             ("game", env, "step"),
             ("game", env, "pair"),
@@ -346,7 +346,7 @@ def layers_table(policy, args):
     rows = []
     for n in range(1, 7):
         gpt = make_gpt(GPTConfig(**DEEP | {"n_layer": n}), policy.device)
-        pages = training_pages(policy, "random", getattr(gpt, "group_size", 1))
+        pages = training_pages(policy, "random", gpt.group_size)
         rows += model_rows(f"{n} layers", gpt, pages, args.repetitions)
     return "cost as layers grow: C = 96, 6 heads, random play", SPEED, rows
 

@@ -12,7 +12,7 @@ training on CUDA          checks itself against the CPU; more layers    cuda_gra
 from fast.fast_gpt import FastGPT
 from fast.gpu_games import DeviceBreakout as DeviceBreakout
 from fast.gpu_gpt import DeviceGPT
-from fast.gpu_training import run_on_gpu as run_on_gpu
+from fast.gpu_training import GPURunner as GPURunner
 from model import GPT
 
 

@@ -1,16 +1,16 @@
-"""Is what a GPU computes right? An update checks itself against the CPU.
+"""Does a GPU compute what the CPU computes? An update of PPO is compared with the CPU.
 
-A  games       NumPy's games, from the same state with the same actions and random numbers: all that they gave is equal
-B  policy      log-probabilities and values of 256 samples, in float64; actions; advantages
-C  gradient    the pages of all minibatches; of one, the terms of the loss and their gradient, in float64
-D  steps       two of Adam's from the same weights, the second with half the learning rate, in float64
-E  prefixes    deeper models, instead of A to C: what every token of four pages becomes, and the gradient, as model.py computes them
+A  games       NumPy's games, from the same state with the same actions and random numbers: everything must be equal
+B  policy      log-probabilities and values of 256 samples in float64; the actions; the advantages
+C  gradient    the pages of all minibatches; for one, the terms of the loss and their gradient in float64
+D  steps       two of Adam's steps from the same weights, the second with half the learning rate, in float64
+E  prefixes    for deeper models, instead of A to C: every token of four pages, and the gradient, against model.py
 
-How far rounding may go depends on the weights. So the CPU computes B, C and, in bf16, E in the same precision too, and a GPU may be off by
-some times as much. Rounding to the 10 bits of TF32 is off by about 500 times as much as float32.
+How much rounding is allowed depends on the weights. Therefore the CPU also computes B, C and (in bf16) E in the
+precision of the GPU, and the GPU's error may be some times as large as the CPU's. Rounding to the 10 bits of TF32 makes
+an error about 500 times as large as that of float32.
 """
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,13 +32,16 @@ from breakout_ascii import (
 from fast.fast_gpt import FastGPT
 from fast.shared_prefixes import features_of_every_token, prefix_tree
 from model import CHARACTER_OF, GPT
+from ppo import gae_lambda
 from rollout_buffer import Minibatch, RolloutBuffer, select
 
-SAMPLES = 256  # of a rollout, read again in float64
-ROUNDING = 1e-6  # some roundings of float32, relative to numbers of order 1
-# Times the CPU's own error. Of a trained policy's checks a few in a thousand could be false alarms: rounding may carry a sample across the
-# point where PPO clips, and the gradient jumps there.
-VALUES_MARGIN, GRADIENT_MARGIN, BF16_MARGIN = 20, 30, 4
+SAMPLES = 256  # of a rollout, which are computed again in float64
+ROUNDING = 1e-6  # a few roundings of float32, relative to numbers of order 1
+# How many times the CPU's own error a GPU's may be. With a trained policy a few checks in a thousand may be false
+# alarms: rounding can carry a sample across the point at which PPO clips, and the gradient jumps there.
+VALUES_MARGIN = 20
+GRADIENT_MARGIN = 30
+BF16_MARGIN = 4
 
 
 class Check(NamedTuple):
@@ -48,168 +51,174 @@ class Check(NamedTuple):
 
     @property
     def passed(self):
-        return self.error <= self.tolerance  # nan is not
+        return self.error <= self.tolerance  # False for nan
 
     def __str__(self):
         return f"{self.name}: error {self.error:.2g}, tolerance {self.tolerance:.2g}"
 
 
 def check_update(ppo, before):
-    """What `ppo.collect_and_update()` has just made of the state_dict `before` -> a list of `Check`. Leaves ppo as it was."""
-    if isinstance(
-        ppo.policy, FastGPT
-    ):  # more layers: NumPy plays, and bf16 has a tolerance of its own, in `check_prefixes`
+    """Check the update that has just been made, which began in the state_dict `before`. Leaves ppo as it was.
+
+    Returns a list of `Check`.
+    """
+    if isinstance(ppo.policy, FastGPT):  # with more layers NumPy plays, and `check_prefixes` checks the gradient
         return check_steps(ppo)
-    return [
-        check_games(ppo, before["env"]),
-        *check_policy(ppo, before),
-        check_minibatches(ppo),
-        *check_steps(ppo, gradient_on_cpu(ppo)),
-    ]
+    games = check_games(ppo, before["env"])
+    return [games, *check_policy(ppo, before), check_minibatches(ppo), *check_steps(ppo, gradient_on_cpu(ppo))]
 
 
-# Games
+# --- games ------------------------------------------------------------------------------------------------------------
 
 
 def check_games(ppo, state, name="A games, values that differ"):
-    """The rollout in ppo.buffer, played again by NumPy's games from their state before it."""
-    env, fields = ppo.env, {name: x.cpu().numpy() for name, x in ppo.buffer.fields.items()}
+    """Play the rollout in ppo.buffer again with NumPy's games, from their state before it, and count what differs."""
+    env = ppo.env
+    fields = {field: x.cpu().numpy() for field, x in ppo.buffer.fields.items()}
     steps, num_games, _ = fields["obs"].shape
     numbers = [RandomNumbers(*arrays) for arrays in zip(*(x.cpu().numpy() for x in env.numbers))]
     games = Games(num_games)
-    games.load_state_dict({name: np.asarray(x) for name, x in state.items() if name in Games.STATE})
+    games.load_state_dict({field: np.asarray(x) for field, x in state.items() if field in Games.STATE})
     games.reset(games.elapsed >= env.max_episode_steps, *new_games(numbers[steps], env.varied_starts))
     if ppo.config.paired_envs:
         games.pair()
-    wrong, in_sync = 0, True
+    wrong = int(fields["truncated"].sum())  # games are truncated between rollouts only
+    in_sync = True
     for t in range(steps):
         page = games.pages.reshape(num_games, TOKENS).copy()
-        found = {"obs": CHARACTER_OF.numpy()[page]}
+        expected = {"obs": CHARACTER_OF.numpy()[page]}
         if ppo.config.paired_envs:
-            found["in_sync"] = in_sync = in_sync & games.in_sync()
+            in_sync = in_sync & games.in_sync()
+            expected["in_sync"] = in_sync
         rewards, terminated, life_lost = games.step(fields["actions"][t])
         games.reset(terminated, *new_games(numbers[t], env.varied_starts))
-        found |= {"rewards": rewards, "terminated": terminated | life_lost, "has_next": ~terminated}
+        expected |= {"rewards": rewards, "terminated": terminated | life_lost, "has_next": ~terminated}
         if ppo.config.prediction_coef:
-            pages = torch.from_numpy(page), torch.from_numpy(games.pages.reshape(num_games, TOKENS))
-            found["changes"] = ppo.policy.changes(*pages).numpy()
-        wrong += sum(int((fields[name][t] != x).sum()) for name, x in found.items()) + int(
-            fields["truncated"][t].sum()
-        )  # only between rollouts
-    wrong += sum(int((getattr(games, name) != x).sum()) for name, x in env.games.state_dict().items())
-    wrong += sum(
-        int((games.pages.reshape(num_games, TOKENS) != x.cpu().numpy()).sum()) for x in (ppo.obs, env.observation())
-    )
+            next_page = torch.from_numpy(games.pages.reshape(num_games, TOKENS))
+            expected["changes"] = ppo.policy.changes(torch.from_numpy(page), next_page).numpy()
+        wrong += sum(count_differences(fields[field][t], x) for field, x in expected.items())
+    wrong += sum(count_differences(getattr(games, field), x) for field, x in env.games.state_dict().items())
+    for x in (ppo.obs, env.observation()):
+        wrong += count_differences(games.pages.reshape(num_games, TOKENS), x.cpu().numpy())
     return Check(name, wrong, 0)
 
 
-def set_rare_cases(ppo):
-    """Put the games where something rare happens in the next steps -> their state_dict.
+def count_differences(x, y):
+    return int((x != y).sum())
 
-    In turn: the last ball falls; the last brick is hit; an episode has become too long; it is one step shorter; the ball comes to the
-    left and to the right half of the paddle, to the left wall, and to the corner at the top right.
+
+def set_rare_cases(ppo):
+    """Put the games where something rare happens in the next steps, and return their state_dict.
+
+    In turn: the last ball falls; the last brick is hit; an episode has become too long; one is a step shorter than
+    that; the ball comes to the left half of the paddle; to its right half; to the left wall; to the top right corner.
     """
     longest = ppo.env.max_episode_steps
+    above_paddle = PADDLE_ROW - 1
     cases = (
-        dict(lives=1, ball_x=70, ball_y=PADDLE_ROW - 1, dx=1, dy=1, paddle_x=1),
+        dict(lives=1, ball_x=70, ball_y=above_paddle, dx=1, dy=1, paddle_x=1),
         dict(bricks=False, bricks_left=1, ball_x=39, ball_y=BRICK_TOP + BRICK_ROWS, dx=1, dy=-1),
         dict(elapsed=longest),
         dict(elapsed=longest - 1),
-        dict(ball_x=36, ball_y=PADDLE_ROW - 1, dx=1, dy=1, paddle_x=36),
-        dict(ball_x=40, ball_y=PADDLE_ROW - 1, dx=1, dy=1, paddle_x=36),
+        dict(ball_x=36, ball_y=above_paddle, dx=1, dy=1, paddle_x=36),
+        dict(ball_x=40, ball_y=above_paddle, dx=1, dy=1, paddle_x=36),
         dict(ball_x=1, ball_y=15, dx=-1),
         dict(ball_x=RIGHT_WALL - 1, ball_y=1, dx=1, dy=-1),
     )
-    state, num_games = ppo.env.state_dict(), ppo.env.num_envs
-    case = np.arange(num_games) % max(num_games // 2, 1) % len(cases)  # paired games have the same
-    for i, values in enumerate(cases):
+    state = ppo.env.state_dict()
+    num_games = ppo.env.num_envs
+    case_of_game = np.arange(num_games) % max(num_games // 2, 1) % len(cases)  # paired games have the same case
+    for case, values in enumerate(cases):
         for name, x in values.items():
-            state[name][case == i] = x
-    state["bricks"][case == 1, BRICK_ROWS - 1, 6] = True
+            state[name][case_of_game == case] = x
+    state["bricks"][case_of_game == 1, BRICK_ROWS - 1, 6] = True
     ppo.env.load_state_dict(state)
     ppo.obs.copy_(ppo.env.observation())
     return state
 
 
-# Policy and gradient
+# --- policy -----------------------------------------------------------------------------------------------------------
 
 
-def on_cpu(config, weights, dtype):
-    """-> a GPT on the CPU with these weights, a state_dict."""
+def gpt_on_cpu(config, weights, dtype):
+    """A GPT on the CPU with these weights, a state_dict."""
     gpt = FastGPT(config)
     gpt.load_state_dict(weights)
     return gpt.to(dtype)
 
 
-def text_of(characters):
-    """(B, 1944) characters -> tokens, an array."""
+def tokens_of(characters):
+    """Turn characters (B, 1944), indices of the character set, into an array of tokens."""
     return np.frombuffer(CHARACTERS.encode(), np.uint8)[characters.cpu().numpy()]
 
 
-def read(gpt, pages):
-    """-> logits, values"""
+def logits_and_values(gpt, pages):
     return gpt.inference_cache()(gpt.encode(pages))
 
 
 @torch.no_grad()
 def check_policy(ppo, before):
-    """Some samples of the rollout, from its first step, before anything was recorded, to its last."""
+    """Check samples of the rollout from its first step, before anything was recorded, to its last."""
     fields = {name: ppo.buffer.fields[name].flatten(0, 1) for name in ("obs", "actions", "logprobs", "values")}
     rows = torch.linspace(0, len(fields["actions"]) - 1, SAMPLES, device=ppo.device).long().unique()
     fields = {name: x[rows].cpu() for name, x in fields.items()}
-    pages, actions, results = text_of(fields["obs"]), fields["actions"].unsqueeze(1), []
+    pages, actions = tokens_of(fields["obs"]), fields["actions"].unsqueeze(1)
+    results = []
     for dtype in (torch.float64, torch.float32):
-        logits, values = read(on_cpu(ppo.policy.config, before["model"], dtype), pages)
+        logits, values = logits_and_values(gpt_on_cpu(ppo.policy.config, before["model"], dtype), pages)
         results.append((F.log_softmax(logits, dim=-1).double(), values.double()))
     (exact, exact_values), (rounded, rounded_values) = results
-    logprobs = Check(
+    logprobs_check = Check(
         "B log-probabilities",
         largest(fields["logprobs"] - exact.gather(1, actions).squeeze(1)),
         VALUES_MARGIN * largest(rounded - exact) + ROUNDING,
     )
-    values = Check(
+    values_check = Check(
         "B values",
         largest(fields["values"] - exact_values),
         VALUES_MARGIN * largest(rounded_values - exact_values) + ROUNDING,
     )
     scores = exact - ppo.noise.flatten(0, 1)[rows].cpu().double().log()  # the action is where this is largest
     gap = scores.amax(1) - scores.gather(1, actions).squeeze(1)
-    actions = Check("B actions, gap to the best", largest(gap), 2 * logprobs.tolerance)
-    return [logprobs, values, actions, check_advantages(ppo, before, values.tolerance)]
+    actions_check = Check("B actions, gap to the best", largest(gap), 2 * logprobs_check.tolerance)
+    return [logprobs_check, values_check, actions_check, check_advantages(ppo, before, values_check.tolerance)]
 
 
 def check_advantages(ppo, before, tolerance):
-    """tolerance: what the last values may be off by."""
+    """Compute advantages and returns again on the CPU. tolerance: that of the last values."""
     ours, config = ppo.buffer, ppo.config
     buffer = RolloutBuffer(ours.rollout_steps, ours.num_envs)
     buffer.fields = {name: x.cpu() for name, x in ours.fields.items()}
     buffer.position.fill_(ours.rollout_steps)
-    _, last_values = read(on_cpu(ppo.policy.config, before["model"], torch.float64), ppo.obs.cpu())
-    lambd = type(ppo).lambd(SimpleNamespace(config=config, global_step=before["global_step"]))
+    gpt = gpt_on_cpu(ppo.policy.config, before["model"], torch.float64)
+    _, last_values = logits_and_values(gpt, ppo.obs.cpu())
+    lambd = gae_lambda(before["global_step"], config)
     buffer.finish(last_values.float(), config.gamma, lambd, config.reward_scale)
     expected = torch.stack([buffer.samples.advantages, buffer.samples.returns])
     found = torch.stack([ours.samples.advantages, ours.samples.returns]).cpu()
-    return Check("B advantages and returns", largest(found - expected), tolerance + ROUNDING * (1 + largest(expected)))
+    error = largest(found - expected)
+    return Check("B advantages and returns", error, tolerance + ROUNDING * (1 + largest(expected)))
+
+
+# --- gradient ---------------------------------------------------------------------------------------------------------
 
 
 def check_minibatches(ppo):
-    """Every sample is in one minibatch, with its own page. (Advantages are normalised there, and what changes is not compared.)"""
+    """Check that every sample is in exactly one minibatch, with its own page.
+
+    Advantages are left out, because they are normalised there, and so is what changes in the next page.
+    """
     samples, minibatches = ppo.buffer.samples, ppo.buffer.minibatches
     lines = minibatches.obs
     pages = torch.stack([c[numbers].flatten(1) for c, numbers in zip(lines.characters, lines.pages)])  # (K, M, 1944)
-    hashes = np.random.default_rng(0).integers(2**62, size=TOKENS)
+    multipliers = np.random.default_rng(0).integers(2**62, size=TOKENS)  # of a hash of each page
 
     def sorted_samples(pages, x):
-        """-> (6, n) int64: a column for each sample, in an order of their own."""
-        numbers = [
-            x.actions,
-            x.old_logprobs.view(torch.int32),
-            x.old_values.view(torch.int32),
-            x.returns.view(torch.int32),
-            x.has_next,
-        ]
-        columns = [pages.flatten(end_dim=-2).cpu().numpy().astype(np.int64) @ hashes]
-        table = np.stack(columns + [column.flatten().cpu().numpy().astype(np.int64) for column in numbers])
+        """The samples in an order that depends on them alone, (6, n) int64: a column for each."""
+        hashes = pages.flatten(end_dim=-2).cpu().numpy().astype(np.int64) @ multipliers
+        float_bits = [values.view(torch.int32) for values in (x.old_logprobs, x.old_values, x.returns)]
+        rows = [values.flatten().cpu().numpy().astype(np.int64) for values in (x.actions, *float_bits, x.has_next)]
+        table = np.stack([hashes, *rows])
         return table[:, np.lexsort(table)]
 
     wrong = (sorted_samples(samples.obs, samples) != sorted_samples(pages, minibatches)).any(0).sum()
@@ -217,133 +226,127 @@ def check_minibatches(ppo):
 
 
 def gradient_on_cpu(ppo):
-    """The first minibatch at the present weights -> terms of the loss and clipped gradient in float64, and the relative error of the
-    gradient in float32."""
+    """Compute the loss of the first minibatch at the present weights on the CPU.
+
+    Returns the terms of the loss and the clipped gradient in float64, and the gradient's relative error in float32.
+    """
     first = select(ppo.buffer.minibatches, torch.zeros_like(ppo.buffer.minibatch_position))
-    pages, gradients = text_of(first.obs.characters[first.obs.pages].flatten(1)), []
+    pages = tokens_of(first.obs.characters[first.obs.pages].flatten(1))
+    gradients = []
     for dtype in (torch.float32, torch.float64):
-        gpt = on_cpu(ppo.policy.config, ppo.policy.state_dict(), dtype)
+        gpt = gpt_on_cpu(ppo.policy.config, ppo.policy.state_dict(), dtype)
         others = (x.cpu().to(dtype) if x.is_floating_point() else x.cpu() for x in first[1:])
-        loss, terms = type(ppo).loss(
-            SimpleNamespace(policy=gpt, config=ppo.config, further_loss=ppo.further_loss),
-            Minibatch(gpt.encode(pages), *others),
-        )
+        loss, terms = ppo.loss(Minibatch(gpt.encode(pages), *others), gpt)
         loss.backward()
-        gradient = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in gpt.parameters()]
-        )
+        of_parameters = [torch.zeros_like(p) if p.grad is None else p.grad for p in gpt.parameters()]
+        gradient = torch.cat([x.flatten().double() for x in of_parameters])
         gradient = ppo.average(gradient.to(ppo.device)).cpu()
         gradients.append(gradient * min(ppo.config.max_grad_norm / (gradient.norm().item() + 1e-6), 1.0))
     return terms, gradients[1], relative_error(*gradients)
 
 
-# Steps
+# --- steps ------------------------------------------------------------------------------------------------------------
 
 
 def check_steps(ppo, reference=None):
-    """Two training steps on the first minibatch. reference: of `gradient_on_cpu`."""
-    weights, checks = ppo.weights, []
-    state, betas, eps = (
-        ppo.optimizer.state[weights],
-        ppo.optimizer.param_groups[0]["betas"],
-        ppo.optimizer.param_groups[0]["eps"],
-    )
-    kept = [
-        weights.detach(),
-        *(state[name] for name in ("exp_avg", "exp_avg_sq", "step")),
-        ppo.lr,
-        ppo.buffer.minibatch_position,
-    ]
+    """Check two training steps on the first minibatch. reference: from `gradient_on_cpu`, if gradients are checked."""
+    checks = []
+    state = ppo.optimizer.state[ppo.weights]
+    adam_state = [ppo.weights.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"]]
+    kept = [*adam_state, ppo.lr, ppo.buffer.minibatch_position]
     copies = [x.clone() for x in kept]
-    exact = [x.cpu().double() for x in copies[:5]]
-    for lr, label in ((exact[4].item(), ""), (exact[4].item() / 2, ", lr halved")):
-        restore(kept, copies)
+    before = [x.cpu().double() for x in copies[:4]]
+    steps_before, full_lr = before[3].item(), ppo.lr.item()
+    for lr, label in ((full_lr, ""), (full_lr / 2, ", lr halved")):
+        copy_each(kept, copies)
         ppo.lr.fill_(lr)
         ppo.buffer.minibatch_position.zero_()
-        ppo.train_step()
-        miscounted = abs(state["step"].item() - exact[3].item() - 1) + abs(ppo.buffer.minibatch_position.item() - 1)
-        gradient = weights.grad.cpu().double()
-        expected = adam(*exact[:4], gradient, lr, betas, eps)
+        ppo.runner.train_step()
+        miscounted = abs(state["step"].item() - steps_before - 1) + abs(ppo.buffer.minibatch_position.item() - 1)
         checks.append(Check("D steps counted wrong" + label, miscounted, 0))
-        # relative to the weight, which rounds, or to the step, which is lr at most
-        error = (weights.detach().cpu().double() - expected).abs() / (1 + expected.abs())
+        gradient = ppo.weights.grad.cpu().double()
+        expected = adam(*before, gradient, lr, ppo.optimizer.param_groups[0])
+        # Relative to the weight, which is rounded, or to the step, which is at most lr
+        error = (ppo.weights.detach().cpu().double() - expected).abs() / (1 + expected.abs())
         checks.append(Check("D weights" + label, error.max().item(), ROUNDING))
         if reference is not None:
-            terms, exact_gradient, rounding = reference
-            checks.append(
-                Check(
-                    "C gradient" + label,
-                    relative_error(gradient, exact_gradient),
-                    GRADIENT_MARGIN * rounding + ROUNDING,
-                )
-            )
-            found = dict(zip(ppo.stat_names, ppo.step_stats[0].tolist()))
-            # of clipfrac, a count, one sample more or less is no error
-            errors = [
-                abs(found[name] - x.item()) / (1 + abs(x.item())) for name, x in terms.items() if name != "clipfrac"
-            ]
-            checks.append(Check("C loss, each term" + label, largest(torch.tensor(errors)), 1e-4))
-    restore(kept, copies)
+            checks += check_gradient(ppo, gradient, reference, label)
+    copy_each(kept, copies)
     return checks
 
 
-def restore(tensors, copies):
-    for x, copy in zip(tensors, copies):
-        x.copy_(copy)
+def check_gradient(ppo, gradient, reference, label):
+    terms, exact_gradient, rounding = reference
+    error = relative_error(gradient, exact_gradient)
+    gradient_check = Check("C gradient" + label, error, GRADIENT_MARGIN * rounding + ROUNDING)
+    found = dict(zip(ppo.stat_names, ppo.step_stats[0].tolist()))
+    errors = [
+        abs(found[name] - x.item()) / (1 + abs(x.item()))
+        for name, x in terms.items()
+        if name != "clipfrac"  # it counts samples, and one more or less is no error
+    ]
+    return [gradient_check, Check("C loss, each term" + label, largest(torch.tensor(errors)), 1e-4)]
 
 
-def adam(weights, exp_avg, exp_avg_sq, step, gradient, lr, betas, eps):
-    """One step of Adam (Kingma & Ba 2015, algorithm 1) -> weights."""
+def copy_each(targets, sources):
+    for target, source in zip(targets, sources):
+        target.copy_(source)
+
+
+def adam(weights, exp_avg, exp_avg_sq, step, gradient, lr, options):
+    """The weights after one step of Adam (Kingma & Ba 2015, algorithm 1). options: a group of the optimizer."""
+    beta1, beta2 = options["betas"]
     step = step + 1
-    exp_avg = betas[0] * exp_avg + (1 - betas[0]) * gradient
-    exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * gradient**2
-    return weights - lr * exp_avg / (1 - betas[0] ** step) / ((exp_avg_sq / (1 - betas[1] ** step)).sqrt() + eps)
+    exp_avg = beta1 * exp_avg + (1 - beta1) * gradient
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient**2
+    mean = exp_avg / (1 - beta1**step)
+    variance = exp_avg_sq / (1 - beta2**step)
+    return weights - lr * mean / (variance.sqrt() + options["eps"])
 
 
-# Prefixes
+# --- prefixes ---------------------------------------------------------------------------------------------------------
 
 
 def check_prefixes(gpt):
-    """Four pages of one game through a `FastGPT` of more than one layer, as it is set up, against model.py."""
+    """Check a `FastGPT` of more than one layer, as it is set up, against model.py on four pages of one game."""
     env = BreakoutAsciiVec(1)
-    pages = np.concatenate([env.reset(seed=0)[0], *(env.step(np.array([1]))[0] for _ in range(3))])
+    pages = [env.reset(seed=0)[0]]
+    pages += [env.step(np.array([1]))[0] for _ in range(3)]
+    pages = np.concatenate(pages)
     plain = GPT(gpt.config)
     plain.load_state_dict({name: x.cpu() for name, x in gpt.state_dict().items()})
     exact = plain.ln_f(plain.hidden(plain.encode(pages)))
     exact_gradients = gradients(plain, exact)
 
     def errors(model, features):
+        """The largest error of the features, and of the gradient of any parameter as 1 - cosine."""
         pairs = zip(gradients(model, features), exact_gradients, strict=True)
-        return largest(features.cpu() - exact), largest(
-            1 - torch.stack([F.cosine_similarity(*pair, dim=0) for pair in pairs])
-        )
+        cosines = torch.stack([F.cosine_similarity(*pair, dim=0) for pair in pairs])
+        return largest(features.cpu() - exact), largest(1 - cosines)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=gpt.bf16):
-        rounding, of_gradient = errors(plain, plain.ln_f(plain.hidden(plain.encode(pages))))
+        rounding, rounding_of_gradient = errors(plain, plain.ln_f(plain.hidden(plain.encode(pages))))
     tree = prefix_tree(gpt.index, gpt.encode(pages).cpu().numpy(), gpt.device)
     error, error_of_gradient = errors(gpt, features_of_every_token(gpt, tree, gpt.bf16, gpt.compile_blocks))
     with torch.no_grad():
         last = gpt.features(gpt.encode(pages)).cpu()
-    tolerance = BF16_MARGIN * rounding + 1e-3  # 1e-3: without bf16, far above float32's rounding, and below TF32's
+    tolerance = BF16_MARGIN * rounding + 1e-3  # without bf16, far above float32's rounding and below TF32's
+    gradient_tolerance = BF16_MARGIN**2 * rounding_of_gradient + 1e-5  # a cosine is quadratic in the error
     return [
         Check("E every token", error, tolerance),
         Check("E last position, without gradients", largest(last - exact[:, -1]), tolerance),
-        # quadratic in the error
-        Check("E gradient of each parameter, 1 - cosine", error_of_gradient, BF16_MARGIN**2 * of_gradient + 1e-5),
+        Check("E gradient of each parameter, 1 - cosine", error_of_gradient, gradient_tolerance),
     ]
 
 
 def gradients(gpt, features):
-    """The gradient of a weighted sum of features (B, T, C) by each parameter but the heads', vectors on the CPU."""
-    loss = (features * torch.linspace(-1, 1, features.numel(), device=features.device).view_as(features)).sum()
-    return [
-        g.float().cpu().flatten()
-        for g in torch.autograd.grad(loss, list(gpt.parameters()), allow_unused=True)
-        if g is not None
-    ]
+    """The gradient of a weighted sum of features (B, T, C) by each parameter outside the heads: vectors on the CPU."""
+    weights = torch.linspace(-1, 1, features.numel(), device=features.device).view_as(features)
+    of_parameters = torch.autograd.grad((features * weights).sum(), list(gpt.parameters()), allow_unused=True)
+    return [gradient.float().cpu().flatten() for gradient in of_parameters if gradient is not None]
 
 
-# Errors
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def largest(x):

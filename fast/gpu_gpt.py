@@ -108,7 +108,7 @@ class DeviceGPT(GPT):
         lines = pages if isinstance(pages, Lines) else every_line(pages)
         return after_attention(self, line_attention(*pair_table(self), lines))
 
-    def share(self, minibatches):
+    def prepare_minibatches(self, minibatches):
         """Characters (K, M, 1944) of K minibatches -> their `Lines`."""
         lines = distinct_lines(minibatches, self.capacity)
         self.capacity = lines.rows.size(1)

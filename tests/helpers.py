@@ -25,7 +25,7 @@ def make_gpt(seed=0, kind=GPT, **config):
     return kind(GPTConfig(**config))
 
 
-def device_trainer(max_episode_steps=5000, seed=0, num_envs=4, device="cpu", **changes):
+def device_trainer(max_episode_steps=5000, seed=0, num_envs=4, device="cpu", runner=None, **changes):
     """The training that a GPU runs, here on the CPU."""
     env = DeviceBreakout(num_envs, torch.device(device), varied_starts=0.7, max_episode_steps=max_episode_steps)
     constants = dict(
@@ -48,7 +48,8 @@ def device_trainer(max_episode_steps=5000, seed=0, num_envs=4, device="cpu", **c
         paired_envs=True,
         reward_scale=0.1,
     )
-    return PPO(make_gpt(seed, DeviceGPT, n_head=4, n_embd=16), env, PPOConfig(**constants | changes))
+    policy = make_gpt(seed, DeviceGPT, n_head=4, n_embd=16)
+    return PPO(policy, env, PPOConfig(**constants | changes), runner=runner)
 
 
 def random_play():

@@ -15,7 +15,7 @@ from software_graph import Tape, tensors, use_software_graphs
 
 from breakout_ascii import BreakoutAsciiVec, Games
 from callbacks import Callback
-from fast import FastGPT, attention_tables, gpu_checks, gpu_training, run_on_gpu, shared_prefixes
+from fast import FastGPT, GPURunner, attention_tables, gpu_checks, gpu_training, shared_prefixes
 from fast.cuda_graphs import BF16, COMPILE, GRAPHS, Compiled, GraphRunner, ShortcutFailed
 from fast.gpu_checks import check_games, check_prefixes, check_update, set_rare_cases
 from fast.gpu_games import TensorGames
@@ -30,9 +30,8 @@ CONFIG = dict(num_envs=8, rollout_steps=6, batch_size=8, epochs=1, num_steps=2 *
 
 def checked(shortcuts=(), **changes):
     """-> a training that checks itself, with a snapshot to start from."""
-    ppo = device_trainer(**CONFIG | changes)
-    run_on_gpu(ppo, shortcuts)
-    ppo.snapshot = ppo.state_dict()
+    ppo = device_trainer(runner=GPURunner(shortcuts), **CONFIG | changes)
+    ppo.keep_snapshot()
     return ppo
 
 
@@ -47,7 +46,8 @@ def checks_of_one_update(ppo):
 def update(ppo):
     """-> the state before it"""
     before = ppo.state_dict()
-    PPO.collect_and_update(ppo)
+    ppo.collect()
+    ppo.update()
     return before
 
 
@@ -58,7 +58,7 @@ def test_all_checks_pass_and_leave_the_training_as_it_is():
     ours, plain = checked(), device_trainer(**CONFIG)
     ours.learn()
     plain.learn()
-    checks = ours.collect_and_update.checks
+    checks = ours.runner.checks
     assert {check.name[0] for check in checks} == set("ABCD") and failing(checks) == set()
     assert (
         torch.equal(ours.weights, plain.weights)
@@ -254,11 +254,7 @@ def test_graphs_replay_what_eager_steps_do(monkeypatch):
         warnings.simplefilter("error")
         ours.learn()
     plain.learn()
-    assert (
-        len(tapes) == 2
-        and isinstance(ours.train_step, GraphRunner)
-        and failing(ours.collect_and_update.checks) == set()
-    )
+    assert len(tapes) == 2 and isinstance(ours.runner.train_step, GraphRunner) and failing(ours.runner.checks) == set()
     assert torch.equal(ours.weights, plain.weights) and torch.equal(ours.obs, plain.obs)
     for name, x in plain.buffer.fields.items():
         assert torch.equal(ours.buffer.fields[name], x), name
@@ -273,7 +269,7 @@ def test_a_graph_is_recorded_and_checked_again_when_its_tensors_have_moved(monke
     ours.policy.capacity *= 2
     ours.config.num_steps = plain.config.num_steps
     ours.learn()
-    assert (len(tapes), len(checks)) == (3, 2) and failing(ours.collect_and_update.checks) == set()
+    assert (len(tapes), len(checks)) == (3, 2) and failing(ours.runner.checks) == set()
 
 
 def test_a_recording_that_fails_is_named_and_never_tried_again(monkeypatch):
@@ -328,7 +324,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
     with pytest.warns(UserWarning, match="^no compiler; going on without torch.compile$"):
         ours.learn()
     plain.learn()
-    assert torch.equal(ours.weights, plain.weights) and not isinstance(ours.loss, Compiled)
+    assert torch.equal(ours.weights, plain.weights) and not isinstance(ours.runner.loss, Compiled)
 
 
 def test_a_backward_pass_that_cannot_be_compiled_is_blamed_on_the_compiler(monkeypatch):
@@ -376,7 +372,7 @@ def test_what_torch_compiles_is_right():
     ours, plain = checked([COMPILE]), device_trainer(**CONFIG)
     ours.learn()
     plain.learn()
-    assert isinstance(ours.loss, Compiled) and failing(ours.collect_and_update.checks) == set()
+    assert isinstance(ours.runner.loss, Compiled) and failing(ours.runner.checks) == set()
     assert torch.equal(ours.obs, plain.obs)
     torch.testing.assert_close(ours.weights, plain.weights)
 
@@ -390,22 +386,25 @@ def test_a_deeper_model_goes_on_without_a_compiler(monkeypatch):
         shared_prefixes, "compiled", shared_prefixes.compiled.__wrapped__
     )  # what other tests have compiled
     config = device_trainer(num_steps=8, rollout_steps=2, batch_size=4, paired_envs=False, prediction_coef=0.0).config
-    ppo = PPO(make_gpt(kind=FastGPT, n_layer=2, n_head=2, n_embd=8), BreakoutAsciiVec(2), config)
-    run_on_gpu(ppo, [COMPILE, BF16])
+    ppo = PPO(
+        make_gpt(kind=FastGPT, n_layer=2, n_head=2, n_embd=8),
+        BreakoutAsciiVec(2),
+        config,
+        runner=GPURunner([COMPILE, BF16]),
+    )
     with pytest.warns(UserWarning, match="^the host must not wait; going on without torch.compile$"):
         ppo.learn()
     assert (ppo.policy.compile_blocks, ppo.policy.bf16) == (False, True) and ppo.update_count == 2
-    assert failing(ppo.collect_and_update.checks) == set() and {
-        check.name[0] for check in ppo.collect_and_update.checks
-    } == {"D", "E"}
+    assert failing(ppo.runner.checks) == set() and {check.name[0] for check in ppo.runner.checks} == {"D", "E"}
 
 
 def test_a_deeper_model_goes_on_without_bfloat16(monkeypatch):
     """Where its rounding is more than what is allowed."""
     monkeypatch.setattr(gpu_checks, "BF16_MARGIN", 0)
     config = device_trainer(num_steps=4, rollout_steps=2, batch_size=4, paired_envs=False, prediction_coef=0.0).config
-    ppo = PPO(make_gpt(kind=FastGPT, n_layer=2, n_head=2, n_embd=8), BreakoutAsciiVec(2), config)
-    run_on_gpu(ppo, [BF16])
+    ppo = PPO(
+        make_gpt(kind=FastGPT, n_layer=2, n_head=2, n_embd=8), BreakoutAsciiVec(2), config, runner=GPURunner([BF16])
+    )
     with pytest.warns(UserWarning, match="^wrong results on cpu.*E every token.*going on without bfloat16$"):
         ppo.learn()
     assert not ppo.policy.bf16 and ppo.update_count == 1
@@ -440,16 +439,14 @@ def test_gives_up_where_nothing_is_right(monkeypatch):
 
 def test_a_gpu_that_has_failed_is_told_from_a_defect(monkeypatch):
     ppo = checked()
-    monkeypatch.setattr(ppo.collect_and_update, "unchecked_update", fail_as_if_the_host_waited)
+    monkeypatch.setattr(ppo.runner, "unchecked_update", fail_as_if_the_host_waited)
     with pytest.raises(RuntimeError, match="the host must not wait") as error:
         ppo.learn()
     assert not isinstance(error.value, GPUError)
     monkeypatch.setattr(gpu_training, "works", lambda device: False)
     with pytest.raises(GPUError, match=r"the GPU has stopped working \(the host must not wait\)$"):
         ppo.learn()
-    monkeypatch.setattr(
-        ppo.collect_and_update, "unchecked_update", Compiled(fail_as_if_the_host_waited, backend="eager")
-    )
+    monkeypatch.setattr(ppo.runner, "unchecked_update", Compiled(fail_as_if_the_host_waited, backend="eager"))
     with pytest.raises(GPUError, match="the GPU has stopped working"):  # although a shortcut seems to be to blame
         ppo.learn()
 

@@ -141,7 +141,7 @@ def test_tensors_keep_their_addresses():
     """From rollout to rollout and from epoch to epoch, for CUDA graphs; unless a minibatch needs more room."""
 
     def places():
-        buffer.shuffle(4, generator, share=share)
+        buffer.shuffle(4, generator, prepare=prepare)
         return [
             x.data_ptr()
             for x in (
@@ -153,7 +153,7 @@ def test_tensors_keep_their_addresses():
             )
         ]
 
-    generator, share = torch.Generator().manual_seed(0), lambda obs: Shared(obs, obs + 1)
+    generator, prepare = torch.Generator().manual_seed(0), lambda obs: Shared(obs, obs + 1)
     buffer = filled()
     buffer.finish(torch.zeros(3), 0.9, 0.9)
     first, minibatches = places(), buffer.minibatches
@@ -166,7 +166,7 @@ def test_tensors_keep_their_addresses():
     mb = buffer.next_minibatch()
     assert torch.equal(mb.obs[0][:, 0], mb.actions) and torch.equal(mb.obs[1], mb.obs[0] + 1)
     assert not torch.equal(buffer.minibatches.actions.flatten(), order)
-    share = lambda obs: Shared(obs, torch.cat([obs, obs], 1))
+    prepare = lambda obs: Shared(obs, torch.cat([obs, obs], 1))
     assert places() != first and buffer.minibatches is not minibatches
 
 

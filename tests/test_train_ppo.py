@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import callbacks
+import ppo
 import train_ppo
 from fast import DeviceBreakout
 from harness import runs, supervise
@@ -333,8 +334,8 @@ def test_one_seed_one_run(tmp_path):
 def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch):
     """Its learning rate jumps to that of the longer training, lambda goes on, its seconds go on counting, and no constant that was edited
     meanwhile reaches it."""
-    lambds, lambd = [], PPO.lambd
-    monkeypatch.setattr(PPO, "lambd", lambda self: lambds.append(lambd(self)) or lambds[-1])
+    lambds, gae_lambda = [], ppo.gae_lambda
+    monkeypatch.setattr(ppo, "gae_lambda", lambda *args: lambds.append(gae_lambda(*args)) or lambds[-1])
     run(tmp_path, "run", "--lambd_steps", str(7 * 32))
     monkeypatch.setattr(train_ppo, "GAMMA", 0.5)
     assert main(["--resume", str(tmp_path / "run"), "--num_steps", str(8 * 32), "--num_envs", "4"]) == 0
@@ -447,18 +448,20 @@ def test_the_loop_for_a_gpu_leaves_the_same_files_and_either_loop_goes_on(tmp_pa
     [
         ({}, ["DeviceBreakout", "checked"]),
         ({"N_LAYER": 2}, ["BreakoutAsciiVec", "checked"]),
-        ({"DEVICE": "cpu"}, ["BreakoutAsciiVec"]),
+        ({"DEVICE": "cpu"}, ["BreakoutAsciiVec", None]),
     ],
 )
 def test_where_games_and_steps_run(monkeypatch, changes, expected):
     """One layer on CUDA: everything on the GPU. What is built is looked at, not run."""
     c, built = SimpleNamespace(**CONSTANTS | {"DEVICE": "cuda"} | changes), []
     monkeypatch.setattr(train_ppo, "make_gpt", lambda config, device: None)
-    monkeypatch.setattr(train_ppo, "PPO", lambda policy, env, config, metadata: built.append(type(env).__name__))
+    monkeypatch.setattr(
+        train_ppo, "PPO", lambda policy, env, config, metadata, runner: built.extend([type(env).__name__, runner])
+    )
     monkeypatch.setattr(
         train_ppo.fast, "DeviceBreakout", type("DeviceBreakout", (), {"__init__": lambda self, *args, **kwargs: None})
     )
-    monkeypatch.setattr(train_ppo.fast, "run_on_gpu", lambda ppo: built.append("checked"))
+    monkeypatch.setattr(train_ppo.fast, "GPURunner", lambda: "checked")
     train_ppo.build(c, torch.device(c.DEVICE))
     assert built == expected
 
