@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import torch
 
 from breakout_ascii import BreakoutAsciiVec
-from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard, say
+from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
 from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
 from harness.device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
+from harness.messages import say
 from harness.options import CommandLineError, Constants
 from harness.runs import load_state, new_run_dir, read_run, resume_command
 from harness.supervise import check_free_memory, less_memory, memory_advice, run_script, train

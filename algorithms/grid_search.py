@@ -20,10 +20,11 @@ import numpy as np
 
 from algorithms import actor_critic
 from algorithms.parts.common import Algorithm, load_model
-from callbacks import new_figure, read_metrics, reason
 from harness.checkpoint import CheckpointError
 from harness.device import available_cores
-from harness.messages import shown
+from harness.figures import new_figure
+from harness.messages import one_line, shown
+from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Parser, check_constants, convert, given_path, kind_of
 from harness.runs import check_begun, finished, recorded_constants
 from harness.supervise import run_script, run_side_by_side
@@ -267,7 +268,9 @@ def main(argv=()):
         try:
             heat_map(rows, *axes).savefig(out / "grid.png", dpi=120)
         except Exception as error:  # the runs are not lost
-            raise CommandLineError(f"{out / 'grid.png'}: not drawn ({reason(error)}); start again to draw it") from None
+            raise CommandLineError(
+                f"{out / 'grid.png'}: not drawn ({one_line(error)}); start again to draw it"
+            ) from None
         print(f"wrote {shown(out / 'grid.png')}")
     return 0
 

@@ -39,11 +39,11 @@ from algorithms.parts.language_model import (
     with_lora,
 )
 from algorithms.parts.language_policy import Writer
-from callbacks import Callback, say
+from callbacks import Callback
 from evaluation import standard_error
 from harness.checkpoint import CheckpointError, load_optimizer, load_weights
 from harness.device import choose_device
-from harness.messages import shortened, shown
+from harness.messages import say, shortened, shown
 from harness.options import CommandLineError, Constants
 from harness.supervise import run_script
 from ppo import k3, policy_loss

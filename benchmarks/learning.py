@@ -19,9 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_ppo  # noqa: E402
-from callbacks import new_figure, read_metrics, reason  # noqa: E402
 from evaluation import CLEARED_SCORE, RANDOM_SCORE  # noqa: E402
 from harness.device import available_cores
+from harness.figures import new_figure
+from harness.messages import one_line
+from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Parser, check_constants, given_path, read_command_line
 from harness.runs import check_begun, finished
 from harness.supervise import run_script, run_side_by_side
@@ -220,7 +222,9 @@ def main(argv=()):
     try:
         draw(curves[args.variants[0]]).savefig(out / "learning.png", dpi=120)
     except Exception as error:  # the tables are not lost
-        raise CommandLineError(f"{out / 'learning.png'}: not drawn ({reason(error)}); start again to draw it") from None
+        raise CommandLineError(
+            f"{out / 'learning.png'}: not drawn ({one_line(error)}); start again to draw it"
+        ) from None
 
 
 if __name__ == "__main__":

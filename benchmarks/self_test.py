@@ -19,7 +19,7 @@ from fast import DeviceBreakout, DeviceGPT, FastGPT
 from fast.cuda_graphs import ShortcutFailed
 from fast.gpu_training import GPURunner, shortcuts_for
 from harness.device import GPUError, choose_device, gpu_name, set_threads
-from harness.messages import first_line
+from harness.messages import one_line
 from harness.runs import read_run
 from harness.supervise import memory_advice, run_script
 from ppo import PPO, PPOConfig
@@ -52,7 +52,7 @@ def self_test(c, device, state, shortcuts):
     except ShortcutFailed as error:
         failure = error
     except RuntimeError as error:
-        raise GPUError(f"{first_line(error)}; nothing more can be tried in this process") from error
+        raise GPUError(f"{one_line(error)}; nothing more can be tried in this process") from error
     for c in ppo.runner.checks:
         print(f"  {c.name:<44} {c.error:>9.2g} {c.tolerance:>9.2g}  {'ok' if c.passed else 'WRONG'}")
     if failure is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from callbacks import read_metrics  # noqa: E402
+from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Parser
 from harness.supervise import run_script, start_program
 

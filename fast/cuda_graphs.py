@@ -11,7 +11,7 @@ numbers are baked in: coefficients of the loss and `varied_starts` must not chan
 import torch
 
 from harness.device import out_of_memory
-from harness.messages import first_line
+from harness.messages import one_line
 
 
 class ShortcutFailed(RuntimeError):
@@ -39,7 +39,7 @@ class Blamed:
         except Exception as error:  # no compiler, no Triton: whatever it is, without the shortcut it may work
             if out_of_memory(error):
                 raise
-            raise ShortcutFailed(first_line(error), self.shortcut) from error
+            raise ShortcutFailed(one_line(error), self.shortcut) from error
 
 
 class Compiled:
@@ -100,6 +100,6 @@ class GraphRunner:
             torch.cuda.set_stream(before)  # a failed recording leaves its own stream current
             if out_of_memory(cause or error):
                 raise
-            raise ShortcutFailed(first_line(cause or error), GRAPHS) from error
+            raise ShortcutFailed(one_line(cause or error), GRAPHS) from error
         self.graph = graph
         self.recordings += 1

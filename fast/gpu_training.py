@@ -24,7 +24,7 @@ from fast.cuda_graphs import BF16, COMPILE, GRAPHS, Blamed, Compiled, GraphRunne
 from fast.fast_gpt import FastGPT
 from fast.gpu_checks import check_games, check_prefixes, check_update, set_rare_cases
 from harness.device import GPUError, gpu_name, works
-from harness.messages import first_line
+from harness.messages import one_line
 
 
 def shortcuts_for(ppo):
@@ -95,7 +95,7 @@ class GPURunner:
                 return self.checked_update()
             except RuntimeError as error:
                 if not works(self.ppo.device):  # after an illegal memory access, for one, nothing works in this process
-                    raise GPUError(f"the GPU has stopped working ({first_line(error)})") from error
+                    raise GPUError(f"the GPU has stopped working ({one_line(error)})") from error
                 if not isinstance(error, ShortcutFailed):
                     raise
                 self.drop_shortcut(error)

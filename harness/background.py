@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from harness.messages import first_line
+from harness.messages import one_line
 from harness.supervise import signals_handled
 
 STARTING = threading.Lock()  # `main_hidden` changes what all threads see
@@ -66,7 +66,7 @@ class Background:
             future = self.threads.submit(self.call, data)
         except Exception as error:
             future = Future()
-            future.set_exception(CannotStart(f"no other process can run it: {first_line(error)}"))
+            future.set_exception(CannotStart(f"no other process can run it: {one_line(error)}"))
         self.futures.append(future)
         return future
 
@@ -114,7 +114,7 @@ def serve(function, connection):
         try:
             function = pickle.loads(function)
         except Exception as error:
-            connection.send(first_line(error))
+            connection.send(one_line(error))
             return
         connection.send("")
         while True:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from harness.messages import first_line, tell
+from harness.messages import one_line, tell
 
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK, RANKS = (
@@ -38,7 +38,7 @@ def choose_device(name, kinds=("cuda", "cpu")):
     try:
         return working_device(name, kinds)
     except Exception as error:  # whatever torch, a driver or a missing build raises
-        reason = first_line(error)
+        reason = one_line(error)
     if name != "auto":
         raise DeviceError(f"--device {name} does not work here ({reason}); try --device cpu")
     if gpu_is_there():

@@ -5,11 +5,22 @@ import os
 import shlex
 import sys
 
+from tqdm import tqdm
+
 
 def tell(line):
-    """Print a line, without what a terminal would obey, to the standard error. If nobody can read it there, nothing else ends for that."""
+    """Print a line, without what a terminal would obey, to the standard error. If nobody can read it there, nothing
+    else ends for that."""
     with contextlib.suppress(OSError):
         print("\n".join(map(printable, str(line).split("\n"))), file=sys.stderr, flush=True)
+
+
+def say(line):
+    """Print a line to the standard output without tearing a progress bar. If nobody can read it there, nothing else
+    ends for that."""
+    with contextlib.suppress(Exception):
+        tqdm.write("\n".join(map(printable, line.splitlines())))
+        sys.stdout.flush()
 
 
 def printable(text):
@@ -23,17 +34,19 @@ def shortened(text, longest=200):
     return line if len(line) <= longest else line[: longest - 4] + " ..."
 
 
-def first_line(error):
-    return shortened((str(error).strip().splitlines() or [type(error).__name__])[0])
-
-
 def one_line(error):
-    """An error as one line. One of the system names its file and says what to do."""
+    """Return an error as one line: its first line, and what to do where that is known."""
     if no_more_processes(error):
         return "no more processes or threads can be started; end some, or raise the limit (ulimit -u)"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'the output'}: {error.strerror}; check the path, its permissions and the space on the disk"
-    return shortened(error)
+        advice = "check the path, its permissions and the space on the disk"
+        return f"{error.filename or 'the output'}: {error.strerror}; {advice}"
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    if isinstance(error, ModuleNotFoundError):
+        return f"{shortened(lines[0])}; install it with pip"
+    return shortened(lines[0])
 
 
 def no_more_processes(error):

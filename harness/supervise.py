@@ -133,7 +133,7 @@ def give_up(error, received, trainer, run_dir, prog, advice):
         status = 128 + (received[0] if received else signal.SIGTERM)  # without one, another rank was told to stop
     else:
         kind = MemoryError if out_of_memory(error) else type(error)
-        reason = one_line(error) or ("out of memory" if kind is MemoryError else kind.__name__)
+        reason = one_line(error)
         help_with = advice.get(kind, "")
     if RANK == 0:
         how = "going on with" if isinstance(error, GPUError) and RANKS == 1 and not received else "go on with"
@@ -169,7 +169,7 @@ def save_snapshot(trainer, run_dir, command, help_with):
             remark = f"{run_dir} was renamed or removed; "
         save_checkpoint(place / "last.pt", trainer.snapshot)
     except Exception as failure:  # it must not hide the reason
-        return False, f"; {one_line(failure) or type(failure).__name__}; then {command(place)}"
+        return False, f"; {one_line(failure)}; then {command(place)}"
     return True, f"; {remark}{command(place)}"
 
 

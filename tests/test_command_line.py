@@ -19,10 +19,9 @@ import torch
 
 import train_ppo
 from algorithms.grid_search import TRAININGS, training
-from callbacks import say
 from harness import checkpoint, runs, supervise
 from harness.checkpoint import CheckpointError, atomic_write, replacing
-from harness.messages import one_line, shortened, shown
+from harness.messages import one_line, say, shortened, shown
 from harness.options import CommandLineError, Constants, Parser, check_constants, given_path, read_command_line
 from harness.runs import check_begun, locked, new_run_dir, read_run, resume_command
 from harness.supervise import (

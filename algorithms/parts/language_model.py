@@ -16,9 +16,8 @@ import torch
 import torch.nn as nn
 
 from algorithms.parts.common import need
-from callbacks import say
 from harness.device import out_of_memory
-from harness.messages import shortened
+from harness.messages import say, shortened
 from harness.options import CommandLineError
 
 TINY, SMOLLM2 = "tiny", "smollm2"  # names of models that need no hub

@@ -1,0 +1,100 @@
+"""A trainer that trains nothing: it emits the events of a training, in their order, with numbers that are known."""
+
+import csv
+import errno
+import math
+
+import torch
+
+STATS = (
+    "policy_loss value_loss entropy prediction_loss approx_kl approx_kl_max clipfrac explained_variance grad_norm lr"
+).split()
+EVALUATED = ("score", "min", "max", "cleared", "length", "returned")
+SCORES = {2: 90.0, 4: 300.0, 6: 250.0, 8: 400.0}  # {update: score of its evaluation}; other updates are not evaluated
+UPDATES = 8
+
+
+class FakeTrainer:
+    """Every number follows from the update, except timings.
+
+    Args:
+        updates: the length of the training.
+        start: the update of the checkpoint from which it resumes.
+        delay: how many updates an evaluation takes.
+        scores, stats: stand in for SCORES and STATS.
+    """
+
+    def __init__(
+        self, callbacks, updates=UPDATES, start=0, seconds_per_update=1.5, delay=0, scores=SCORES, stats=STATS
+    ):
+        self.callbacks, self.num_steps, self.seconds_per_update = callbacks, 100 * updates, seconds_per_update
+        self.scores, self.stats_names = scores, stats
+        self.delay, self.evaluating = delay, None
+        self.update_count, self.global_step, self.seconds = start, 100 * start, start * 1.5
+        self.evaluated, self.stats, self.is_best, self.pending = None, {}, False, []
+        self.best_score = max([score for update, score in scores.items() if update <= start], default=-math.inf)
+
+    def emit(self, event):
+        for callback in self.callbacks:
+            callback.hear(event, self)
+
+    def learn(self, until=None):
+        """Train to the end, or to this update, after which nothing more happens, as after a kill."""
+        self.emit("on_training_start")
+        for update in range(self.update_count + 1, self.num_steps // 100 + 1):
+            self.update(update)
+            if update == until:
+                return self
+        self.finish_evaluation()
+        self.emit("on_training_end")
+        for callback in self.callbacks:
+            callback.hear("close")
+        return self
+
+    def update(self, update):
+        self.update_count, self.global_step = update, 100 * update
+        self.seconds += self.seconds_per_update
+        self.stats = {name: update / (i + 3) for i, name in enumerate(self.stats_names)}
+        self.stats["steps_per_second"] = 1 / self.seconds
+        self.stats["episode_return"] = 10.0 * update if update > 1 else math.nan
+        if update in self.scores:
+            self.finish_evaluation()
+            self.begin_evaluation()
+        self.emit("on_update_end")
+        if self.evaluating and update >= self.evaluating["update_count"] + self.delay:
+            self.finish_evaluation()
+
+    def begin_evaluation(self):
+        score = self.scores[self.update_count]
+        evaluation = {"score": score, "min": score - 80, "max": score + 90, "cleared": 0, "games": 32}
+        evaluation |= {"length": 812.5, "returned": 0.71}
+        counters = {"global_step": self.global_step, "seconds": self.seconds}
+        self.evaluating = self.policy_state() | counters | {"evaluation": evaluation}
+        self.pending = [self.evaluating]
+
+    def finish_evaluation(self):
+        if self.evaluating:
+            self.evaluated, self.evaluating, self.pending = self.evaluating, None, []
+            score = self.evaluated["evaluation"]["score"]
+            self.is_best = score > self.best_score
+            self.best_score = max(self.best_score, score)
+            self.emit("on_evaluation_end")
+
+    def policy_state(self):
+        return {"update_count": self.update_count, "model": {"w": torch.ones(2)}}
+
+    def state_dict(self):
+        return {**self.policy_state(), "best_score": self.best_score}
+
+
+def disk_full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def table(path):
+    """Return metrics.csv as a list of dicts of text, without the timings."""
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["seconds"], row["steps_per_second"]
+    return rows
