@@ -64,9 +64,8 @@ def test_where_no_process_or_thread_can_be_started(monkeypatch, owner, name, err
     monkeypatch.setattr(owner, name, refused)
     with contextlib.closing(Background(work)) as background:
         for _ in range(2):
-            with pytest.raises(CannotStart, match="^no other process can run it: ") as reached:
+            with pytest.raises(CannotStart, match="^no other process can run it: no more processes or threads"):
                 background.result(background.submit(0))
-            assert str(error).splitlines()[-1] in str(reached.value)
 
 
 def test_products_keep_their_precision(monkeypatch):
@@ -118,7 +117,7 @@ def test_the_processes_end_with_this_one(tmp_path):
     """Even if it is killed: its output, which they share, is closed."""
     program = """
 import os, signal, time
-from background import Background
+from harness.background import Background
 def work(x): time.sleep(1000)
 if __name__ == "__main__":
     background = Background(work)
