@@ -28,7 +28,7 @@ from harness.runs import (
 )
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
-PARENT = "STOP_WITH_PARENT"  # in the environment of a program that another one has started: its process id
+PARENT = "STOP_WITH_PARENT"  # an environment variable: the process id of the program that has started this one
 
 
 class StopTraining(Exception):
@@ -36,12 +36,17 @@ class StopTraining(Exception):
 
 
 class InputNotFinite(FloatingPointError):
-    """What a training is given is not finite, so no learning rate would help."""
+    """The rewards or observations of a training are not finite, so no learning rate would help."""
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def signals_handled(handler, signals=STOP_SIGNALS):
-    """Within, the signals, of those that stop a run, go to handler(signum, frame), but for SIGHUP under nohup."""
+    """A context in which handler(signum, frame) handles these signals. One that is ignored, as SIGHUP under nohup,
+    stays ignored.
+    """
     before = {}
     try:
         for signum in signals:
@@ -54,7 +59,7 @@ def signals_handled(handler, signals=STOP_SIGNALS):
 
 
 def set_handler(signum, handler):
-    """signal.signal, but for a training in a thread: signals are the main thread's."""
+    """Call signal.signal, but not for a training in another thread: only the main thread may."""
     if threading.current_thread() is threading.main_thread():
         return signal.signal(signum, handler)
 
@@ -64,21 +69,42 @@ def ignore_signals():
         set_handler(signum, signal.SIG_IGN)
 
 
-def train(trainer, run_dir, prog, advice):
-    """trainer.learn() to its end; a signal to stop ends it soon, saved and resumable. Returns the exit status.
+def interrupt(signum, frame):
+    raise KeyboardInterrupt(signum)
 
-    After a GPUError the run goes on with the CPU in a fresh process: in this one nothing that is on the GPU may work any more.
-    advice: {exception: options that may help a run that ended with it}; MemoryError stands for all kinds of lack of memory.
+
+def ctrl_c_outside():
+    """The handler of Ctrl-C before and after one of our programs: it ends the process, unless Python goes on
+    interactively.
+    """
+    interactive = sys.flags.interactive or hasattr(sys, "ps1")  # python -i, or %run in IPython
+    return signal.default_int_handler if interactive else signal.SIG_DFL
+
+
+# --- a training and its end -------------------------------------------------------------------------------------------
+
+
+def train(trainer, run_dir, prog, advice):
+    """Run trainer.learn() to its end, and return the exit status.
+
+    A signal ends it soon, saved so that it can be resumed. After a GPUError the run continues on the CPU in a fresh
+    process, because in this one nothing on the GPU may work any more.
+
+    Args:
+        prog: "train_ppo.py" or "-m algorithms.NAME", for the command that resumes the run.
+        advice: {exception: options that may help a run which ended with it}. MemoryError stands for any lack of memory.
+
     Raises CommandLineError if another process is training in this directory.
     """
     received = []
-    # a second Ctrl-C ends the process if that is a program of ours, and otherwise only this call: a notebook's kernel must outlive it
+    # A second Ctrl-C ends the process of one of our programs. A notebook's kernel must outlive it, so there it ends
+    # this call.
     leave = ctrl_c_outside() if signal.getsignal(signal.SIGINT) is interrupt else signal.default_int_handler
 
     def stop(signum, frame):
         received.append(signum)
-        if RANKS == 1:  # torchrun passes on what the terminal has sent already
-            signal.signal(signum, leave if signum == signal.SIGINT else signal.SIG_DFL)  # a second one leaves at once
+        if RANKS == 1:  # torchrun passes on what the terminal has already sent, so there a second signal means nothing
+            signal.signal(signum, leave if signum == signal.SIGINT else signal.SIG_DFL)
         trainer.request_stop()
 
     with signals_handled(stop), contextlib.ExitStack() as stack:
@@ -91,75 +117,78 @@ def train(trainer, run_dir, prog, advice):
                 trainer.learn()
                 return 0
             except Exception as error:
-                ignore_signals()  # the end is near, and the run is not saved yet
-                known = {
-                    GPUError: " --device cpu",
-                    InputNotFinite: "",
-                    CheckpointError: "",
-                    CommandLineError: "",
-                }  # no defects of ours
-                status = give_up(error, received, trainer, run_dir, prog, advice | known)
+                ignore_signals()  # the run is not saved yet
+                status = give_up(error, received, trainer, run_dir, prog, advice)
                 if RANKS == 1:
-                    set_handler(signal.SIGINT, leave)  # one more need not wait until all is closed
+                    set_handler(signal.SIGINT, leave)  # Ctrl-C need not wait until all callbacks are closed
                 if received or not isinstance(error, GPUError) or RANKS > 1:  # ranks would have to agree
                     return status
-    return go_on_with_cpu(run_dir, prog)
+    return continue_on_cpu(run_dir, prog)
 
 
 def begin(trainer, run_dir):
-    """Prepare the directory of a run, new or resumed: write what it is, and delete what a kill has left half written."""
+    """Prepare the directory of a run, new or resumed: write its configuration, and delete what a kill has left half
+    written.
+    """
     trainer.metadata["constants"]["RUN_DIR"] = str(run_dir)
     trainer.metadata["run_id"] = recorded_id(run_dir) or trainer.metadata.get("run_id") or uuid.uuid4().hex
     write_config(run_dir, trainer)
     delete_unfinished(run_dir)
 
 
-def go_on_with_cpu(run_dir, prog):
-    """Resume a run in a fresh process -> its exit status. A signal to stop is passed on."""
-    script = [str(ROOT / prog)] if prog.endswith(".py") else prog.split()  # "train_ppo.py", or -m and its module
+def continue_on_cpu(run_dir, prog):
+    """Resume a run in a fresh process, and return its exit status. Signals are passed on to it."""
+    script = [str(ROOT / prog)] if prog.endswith(".py") else prog.split()
     process = start_program([sys.executable, *script, f"--resume={run_dir}", "--device", "cpu"])
     with signals_handled(lambda signum, frame: process.terminate()):
         return process.wait()
 
 
 def give_up(error, received, trainer, run_dir, prog, advice):
-    """Save the run as it was before the update that failed, and say how to go on -> exit status.
+    """Save the run as it was before the update that failed, say how to resume it, and return the exit status.
 
-    An error that is a defect of the program is raised again; with several ranks its traceback is printed.
+    received: the signals that have asked the training to stop. An error that is a defect of the program is raised
+    again; with several ranks its traceback is printed instead, because it may be only a consequence of another rank's
+    end.
     """
-    status, help_with = 1, ""
-    if isinstance(error, StopTraining) or received:  # a signal to the whole group may have ended a child first
-        reason = "stopped"
-        status = 128 + (received[0] if received else signal.SIGTERM)  # without one, another rank was told to stop
+    stopped = isinstance(error, StopTraining) or bool(received)  # a signal to the whole group may end a child first
+    if stopped:
+        status = 128 + (received[0] if received else signal.SIGTERM)  # without a signal, another rank was told to stop
+        reason, options, defect = "stopped", "", False
     else:
+        status = 1
         kind = MemoryError if out_of_memory(error) else type(error)
         reason = one_line(error)
-        help_with = advice.get(kind, "")
+        no_defects = {GPUError: " --device cpu", InputNotFinite: "", CheckpointError: "", CommandLineError: ""}
+        options = (advice | no_defects).get(kind)
+        defect = options is None and not isinstance(error, ChildProcessError)
+        options = options or ""
     if RANK == 0:
-        how = "going on with" if isinstance(error, GPUError) and RANKS == 1 and not received else "go on with"
+        continues = isinstance(error, GPUError) and RANKS == 1 and not stopped
         saved, next_step = save_snapshot(
-            trainer, run_dir, lambda place: f"{how}: {resume_command(prog, place, RANKS)}{help_with}", help_with
+            trainer, run_dir, prog, "going on with" if continues else "go on with", options
         )
         status = status if saved else 1
         tell(f"\n{reason}{next_step}")
-    elif reason != "stopped":
+    elif not stopped:
         tell(f"rank {RANK}: {reason}")
-    if reason != "stopped" and not isinstance(error, ChildProcessError) and kind not in advice:
+    if defect:
         if RANKS == 1:
             raise error
-        traceback.print_exception(error)  # not raised: it may be but the end of another rank
+        traceback.print_exception(error)
     return status
 
 
-def save_snapshot(trainer, run_dir, command, help_with):
-    """Save what a resume needs -> whether there is something to resume now, and what to do, to follow the reason why the run ended.
+def save_snapshot(trainer, run_dir, prog, go_on, options):
+    """Save the trainer's snapshot. Returns whether there is something to resume now, and what to do, as the end of a
+    sentence.
 
-    command(directory): what goes on with the run.
+    Args:
+        go_on: the words before the command that resumes the run.
+        options: of this command.
     """
-    if (
-        trainer.snapshot is None
-    ):  # the first state could not be taken, so nothing is lost, and what a resumed run has stays
-        return False, f"; try{help_with}" if help_with else ""
+    if trainer.snapshot is None:  # the training has not begun, so nothing is lost
+        return False, f"; try{options}" if options else ""
     place, remark = run_dir, ""
     try:
         if is_replaced(run_dir, trainer):
@@ -168,13 +197,20 @@ def save_snapshot(trainer, run_dir, command, help_with):
             write_config(place, trainer)
             remark = f"{run_dir} was renamed or removed; "
         save_checkpoint(place / "last.pt", trainer.snapshot)
-    except Exception as failure:  # it must not hide the reason
-        return False, f"; {one_line(failure)}; then {command(place)}"
-    return True, f"; {remark}{command(place)}"
+        saved = True
+    except Exception as failure:  # it must not hide the reason for the end
+        remark = f"{one_line(failure)}; then "
+        saved = False
+    return saved, f"; {remark}{go_on}: {resume_command(prog, place, RANKS)}{options}"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def check_free_memory(needed, device, what, advice):
-    """Raises CommandLineError if `what` would take more than nine tenths of the memory that is free now. advice: what to lower."""
+    """Raises CommandLineError if `what` would take more than nine tenths of the memory that is free now. advice: what
+    to lower.
+    """
     free = free_memory(device)
     if needed > 0.9 * free:
         room = f"{device} has {free / 1e9:,.1f} GB free, of which a tenth is for the rest"
@@ -182,7 +218,8 @@ def check_free_memory(needed, device, what, advice):
 
 
 def less_memory(constants, names, ranges, check):
-    """The option that lowers the first of these constants that can be lowered: to half, or to the next less that fits. "" if none can.
+    """The option that lowers the first of these constants that can be lowered: to half, or to the next less that fits.
+    "" if none can.
 
     check: raises CommandLineError for constants that do not fit together.
     """
@@ -207,13 +244,17 @@ def memory_advice(advice):
 
 
 def start_program(command, env=None, **options):
-    """subprocess.Popen of one of our programs. It stops, as after SIGTERM, when this one has ended, however that came about."""
+    """subprocess.Popen of one of our programs. It stops, as after SIGTERM, when this one has ended, however that came
+    about.
+    """
     environment = {**(os.environ if env is None else env), PARENT: str(os.getpid())}
     return subprocess.Popen(list(map(str, command)), env=environment, **options)
 
 
 def stop_with_parent():
-    """Watch whoever started this program by `start_program` or torchrun. On Windows a process does not learn that its parent has ended."""
+    """Watch whoever started this program by `start_program` or torchrun. On Windows a process does not learn that its
+    parent has ended.
+    """
     parent = int(os.environ.pop(PARENT, 0)) or (os.getppid() if UNDER_TORCHRUN else 0)
 
     def watch():
@@ -229,7 +270,8 @@ def stop_with_parent():
 def run_side_by_side(tasks, at_once):
     """Calls task(run) for every task, `at_once` at a time; run(command, **options) runs one of our programs to its end.
 
-    An error of a task, or a signal to stop, stops all programs: they save, and then the error is raised, or CommandLineError.
+    An error of a task, or a signal to stop, stops all programs: they save, and then the error is raised, or
+    CommandLineError.
     """
     running, stopping = set(), threading.Event()
 
@@ -256,22 +298,18 @@ def run_side_by_side(tasks, at_once):
             raise
 
 
-def interrupt(signum, frame):
-    raise KeyboardInterrupt(signum)
-
-
-def ctrl_c_outside():
-    """What Ctrl-C does before and after a program of ours: it leaves at once, but not a Python that goes on (python -i, IPython's %run)."""
-    return signal.default_int_handler if sys.flags.interactive or hasattr(sys, "ps1") else signal.SIG_DFL
+# --- programs ---------------------------------------------------------------------------------------------------------
 
 
 def run_script(main, prog):
-    """main(words of the command line) -> the end of the program: its exit status, or one line that says what was wrong.
+    """Run main(words of the command line) and end the program with the status that it returns.
 
-    Any signal to stop is a KeyboardInterrupt in main, so that what it has begun is cleaned up.
+    An error that a user can cause becomes one line. A signal to stop is a KeyboardInterrupt in main, so that what it
+    has begun is cleaned up.
     """
     prepare_output()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {shortened(message, 300)}\n"  # without its code
+    # without the line of code
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {shortened(message, 300)}\n"
     set_handler(signal.SIGINT, ctrl_c_outside())
     try:
         with signals_handled(interrupt):
@@ -279,51 +317,51 @@ def run_script(main, prog):
             status = main(sys.argv[1:]) or 0
     except BrokenPipeError:  # the reader of the output has left (`| head`)
         status = 141  # 128 + SIGPIPE
-    except (
-        CommandLineError,
-        DeviceError,
-        GPUError,
-        CheckpointError,
-        FloatingPointError,
-        MemoryError,
-        OSError,
-        RuntimeError,
-    ) as error:
-        if isinstance(error, RuntimeError) and not (isinstance(error, GPUError) or no_more_processes(error)):
-            raise
-        rank = f"rank {RANK}: " if RANKS > 1 else ""
-        line = (
-            one_line(error) if isinstance(error, OSError) or no_more_processes(error) else str(error) or "out of memory"
-        )
-        tell(printable(f"{prog}: {rank}{line}"))
-        status = 1
     except KeyboardInterrupt as error:
         status = 128 + (error.args or [signal.SIGINT])[0]
+    except Exception as error:
+        line = line_for_user(error)
+        if line is None:
+            raise
+        rank = f"rank {RANK}: " if RANKS > 1 else ""
+        tell(printable(f"{prog}: {rank}{line}"))
+        status = 1
     sys.exit(finish_output(prog, status))
 
 
+def line_for_user(error):
+    """One line for an error that a user can cause, or None for a defect of the program."""
+    if isinstance(error, OSError) or no_more_processes(error):
+        return one_line(error)
+    if isinstance(error, (CommandLineError, DeviceError, GPUError, CheckpointError, FloatingPointError, MemoryError)):
+        return str(error) or "out of memory"
+    return None
+
+
 def prepare_output():
-    """Output that is closed goes nowhere, and what it has no characters for is escaped."""
-    while (
-        descriptor := os.open(os.devnull, os.O_RDWR)
-    ) < 3:  # or the next file to be opened would be taken for the output
-        pass
-    os.close(descriptor)
+    """Let output that is closed go nowhere, and escape what the output's encoding has no characters for."""
+    while True:  # the next file to be opened must not get the number of a closed output, and be taken for it
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            break
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def finish_output(prog, status):
-    """-> the exit status: not 0 if what was printed has reached nobody, but for a reader that has left (`| head`)."""
+    """Flush the output and return the exit status: 1 instead of 0 if the output could not be written."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes again
-            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            reader_has_left = isinstance(error, BrokenPipeError)
+            if stream is sys.stdout and not reader_has_left:
                 status = status or 1
                 tell(f"{prog}: the output could not be written ({error.strerror})")
     return status
