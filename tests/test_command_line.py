@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import train_ppo
-from algorithms.grid_search import TRAININGS, training
 from harness import checkpoint, runs, supervise
 from harness.checkpoint import CheckpointError, atomic_write, replacing
 from harness.messages import one_line, say, shortened, shown
@@ -36,6 +35,7 @@ from harness.supervise import (
     stop_with_parent,
     train,
 )
+from sweep import TRAININGS, training
 from trainer import Trainer
 
 DEFAULTS = {"NUM_STEPS": 100, "GAMMA": 0.9, "PAIRED": True, "NAME": "a", "DROPOUT": 0.1}
@@ -175,7 +175,7 @@ def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
     assert [str(new_run_dir("")) for _ in range(3)] == ["runs/now", "runs/now-2", "runs/now-3"]
 
 
-@pytest.mark.parametrize("name", [name for name in TRAININGS if name != "actor_critic"])  # which has a file of them
+@pytest.mark.parametrize("name", TRAININGS)
 def test_a_call_takes_the_constants_of_now_and_no_command_line(name, monkeypatch):
     script = importlib.import_module(name if name == "train_ppo" else f"algorithms.{name}")
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
@@ -256,7 +256,7 @@ def test_a_directory_that_no_system_can_make(tmp_path):
         new_run_dir(f"{tmp_path}/a\0b")  # "runs\0" is meant as a Windows path
 
 
-@pytest.mark.parametrize("name", [name for name in TRAININGS if name not in ("train_ppo", "actor_critic")])
+@pytest.mark.parametrize("name", [name for name in TRAININGS if name != "train_ppo"])
 def test_every_algorithm_names_what_takes_less_memory(name):
     algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
     constants = algorithm.constants | ({"POLICY_MODEL": "folder"} if name == "grpo_text" else {})

@@ -205,42 +205,62 @@ def test_a_training_that_is_killed_fifty_times(tmp_path):
     assert len(logged(tmp_path / "straight")) == 200 and logged(tmp_path / "straight") == logged(tmp_path / "killed")
 
 
+ENDLESS = "--num_envs 2 --rollout_steps 8 --batch_size 8 --eval_interval 1000000 --save_freq 1000000"
+ENDLESS += " --num_steps 1000000000 --paired_envs false"
+
+
+def start(log, *command):
+    """Start one of our programs. Its output goes to a file, because its trainings would keep a pipe open."""
+    with open(log, "a") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *map(str, command)]
+        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment)
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert condition()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there a process does not learn that its parent has ended")
-@pytest.mark.parametrize("program", ["algorithms.grid_search", "torch.distributed.run"])
+@pytest.mark.parametrize("program", ["sweep.py", "torchrun"])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_what_started_trainings_is_ended(tmp_path, program, signum):
     """The trainings end too, and have saved."""
-    small, run_dir = (
-        "--num_envs 2 --rollout_steps 8 --batch_size 8 --eval_interval 1000000 --save_freq 1000000 --num_steps 1000000000",
-        tmp_path / "run",
-    )
-    if program == "algorithms.grid_search":
-        command = f"train_ppo {small} --seed 0 1 --paired_envs false --out".split() + [tmp_path]
+    if program == "sweep.py":
+        command = ["sweep.py", "train_ppo", *ENDLESS.split(), "--seed", 0, 1, "--out", tmp_path]
     else:
-        command = (
-            f"--standalone --nproc_per_node=2 train_ppo.py {small} --paired_envs false --device cpu --run_dir".split()
-            + [run_dir]
-        )
-    with open(tmp_path / "log", "w") as log:  # not a pipe, which the trainings would keep open
-        process = subprocess.Popen(
-            [sys.executable, "-m", program, *map(str, command)],
-            cwd=ROOT,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    wanted, deadline = 2 if program == "algorithms.grid_search" else 1, time.monotonic() + 120
-    while (
-        len(runs := [path.parent for path in tmp_path.glob("*/metrics.csv")]) < wanted and time.monotonic() < deadline
-    ):
-        time.sleep(0.1)
+        command = "-m torch.distributed.run --standalone --nproc_per_node=2 train_ppo.py".split()
+        command += [*ENDLESS.split(), "--device", "cpu", "--run_dir", tmp_path / "run"]
+    process, wanted = start(tmp_path / "log", *command), 2 if program == "sweep.py" else 1
+    wait_until(lambda: len(list(tmp_path.glob("*/metrics.csv"))) == wanted)
     process.send_signal(signum)
     process.wait(60)
-    while time.monotonic() < deadline and not all(free(run) for run in runs):
-        time.sleep(0.1)
-    assert len(runs) == wanted and all(
-        free(run) and load_checkpoint(run)["update_count"] > 0 for run in runs
-    )  # saved by nothing but the stop
+    runs = [path.parent for path in tmp_path.glob("*/metrics.csv")]
+    wait_until(lambda: all(free(run) for run in runs))
+    assert all(load_checkpoint(run)["update_count"] > 0 for run in runs)  # saved by nothing but the stop
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a process does not learn that its parent has ended")
+def test_a_sweep_goes_on_with_the_runs_of_one_that_was_killed(tmp_path):
+    """The second joins while the first trains everything, and has nothing to do until then."""
+    command = ["sweep.py", "train_ppo", *ENDLESS.split(), "--seed", 0, "--out", tmp_path]
+    first = start(tmp_path / "first", *command)
+    wait_until(lambda: list(tmp_path.glob("*/metrics.csv")))
+    second = start(tmp_path / "second", *command)
+    wait_until(lambda: "1 runs, " in (tmp_path / "second").read_text())
+    time.sleep(2)
+    assert "seed=0" not in (tmp_path / "second").read_text()
+    first.kill()
+    first.wait()
+    wait_until(lambda: "seed=0 goes on" in (tmp_path / "second").read_text())
+    (run_dir,) = (path.parent for path in tmp_path.glob("*/metrics.csv"))
+    wait_until(lambda: not free(run_dir))
+    second.terminate()
+    assert second.wait(60) == 1 and "sweep.py: stopped; start again to go on" in (tmp_path / "second").read_text()
+    assert free(run_dir)
 
 
 def free(run_dir):

@@ -14,9 +14,9 @@ from PIL import Image, ImageSequence
 
 import load_model
 import train_ppo
-from algorithms.grid_search import TRAININGS, training
 from breakout_ascii import BRICK_COLOURS
 from harness.options import kind_of
+from sweep import TRAININGS, training
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -65,7 +65,12 @@ def test_links_lead_somewhere():
 
 def test_files_and_options_on_the_pages_exist():
     """Every file of Python that a page names is somewhere, and every option is one of our programs'."""
-    scripts = [ROOT / "load_model.py", ROOT / "viewer" / "terminal.py", ROOT / "tests" / "conftest.py"]
+    scripts = [
+        ROOT / "load_model.py",
+        ROOT / "sweep.py",
+        ROOT / "viewer" / "terminal.py",
+        ROOT / "tests" / "conftest.py",
+    ]
     scripts += [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "algorithms").rglob("*.py")]
     sources = "".join(script.read_text(encoding="utf-8") for script in scripts)
     constants = {name for program in TRAININGS for name in training(program).constants}

@@ -1,0 +1,420 @@
+"""Train with many settings, side by side:  python sweep.py reinforce_cartpole --lr 1e-3 1e-2 --seed 0 1 2
+
+TRAINING is train_ppo or a file of algorithms/. Every combination of the values is trained once. With --search N, Optuna
+tries N settings instead, more and more of them near those that did well; two numbers are then the ends of a range.
+
+As many runs go on at once as there are cores. Each has a directory below --out, named after its values, and a log
+beside it. The same command joins in on another machine that sees the folder, and goes on where it was after a stop.
+At the end it prints a table of the runs, the best first, and writes it to sweep.csv.
+"""
+
+import harness.start  # noqa: F401, before the slow imports
+
+import csv
+import importlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import filelock
+import numpy as np
+
+from algorithms.parts.common import load_model, need
+from harness.checkpoint import CheckpointError
+from harness.device import available_cores
+from harness.figures import new_figure
+from harness.messages import one_line, shown
+from harness.metrics_file import read_metrics
+from harness.options import CommandLineError, Parser, check_constants, convert, given_path, kind_of
+from harness.runs import LOCK, ROOT, check_begun, finished
+from harness.supervise import run_script, start_program
+
+try:
+    import optuna
+except ImportError:  # `main` says how to install it
+    optuna = None
+
+STATE_INTERVAL = 60.0  # seconds between two lines that say how far the runs are
+POLL_INTERVAL = 0.5  # seconds between two looks at whether a run has ended
+FRESH_SEED = 1_000_000  # of the games of --fresh, which are those of --evaluate
+TRAININGS = (
+    "train_ppo reinforce_cartpole ppo_lunarlander actor_critic_tictactoe dqn_space_invaders ppo_llm_breakout grpo_text"
+).split()
+DEFAULT_WORDS = {"ppo_llm_breakout": "--lr 3e-4 1e-3 3e-3 --kl_target 0.2 0.8 --num_steps 40960"}
+
+
+# --- trainings and their runs -----------------------------------------------------------------------------------------
+
+
+class Training(NamedTuple):
+    """What a sweep has to know about a training."""
+
+    program: list[str]  # what follows `python` on its command line
+    constants: dict
+    ranges: dict
+    check: Any  # raises CommandLineError for constants that do not fit together
+    algorithm: Any = None  # an `Algorithm`; train_ppo, whose score is exact, is none
+
+
+def training(name):
+    """Return the `Training` of this name."""
+    if name == "train_ppo":
+        import train_ppo
+
+        return Training(["train_ppo.py"], train_ppo.CONSTANTS, train_ppo.RANGES, train_ppo.check)
+    algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
+    return Training(["-m", f"algorithms.{name}"], algorithm.constants, algorithm.ranges, algorithm.check, algorithm)
+
+
+def directory_of(out, values):
+    """Return the directory of the run with these values, such as out/lr=0.001,seed=0."""
+    return out / ",".join(f"{name.lower()}={value}" for name, value in values.items()).replace("/", "_")
+
+
+def command_of(what, run_dir, values):
+    """Return the command that starts a run, or goes on with it."""
+    if (run_dir / "last.pt").exists():
+        return [sys.executable, *what.program, "--resume", run_dir]
+    options = [word for name, value in values.items() for word in (f"--{name.lower()}", value)]
+    return [sys.executable, *what.program, "--run_dir", run_dir, *options]
+
+
+def is_finished(run_dir):
+    """Whether a run has done all its steps. One that cannot be read has not, and says why when it is resumed."""
+    try:
+        return finished(run_dir)
+    except CheckpointError:
+        return False
+
+
+def scores_of(rows):
+    """Return the scores of all evaluations in the rows of a metrics.csv."""
+    return [row["eval_score"] for row in rows if math.isfinite(row["eval_score"])]
+
+
+def fresh_scores(what, run_dir, episodes):
+    """Score the best model of a run in games that no evaluation has played. Raises CheckpointError."""
+    state, path, _ = load_model(what.algorithm, run_dir / "best_model.pt")
+    try:
+        result = what.algorithm.evaluate(state, episodes, FRESH_SEED)
+    except ValueError as error:
+        advice = "move its directory away to train it again"
+        raise CheckpointError(f"{path}: does not fit this program ({error}); {advice}") from None
+    columns = {"fresh": "score", "fresh error": "error", "fresh min": "min"}
+    return {column: result[key] for column, key in columns.items() if key in result}
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+class Sweep:
+    """Runs the trials of an Optuna study, together with every other process that sees its folder.
+
+    A trial is RUNNING in the study until its run has finished, and whoever runs it holds a lock. Optuna's journal has
+    no heartbeat; a trial that is RUNNING and not locked was interrupted, and the next process with a free core goes on
+    with it. Trials are taken one process at a time.
+    """
+
+    def __init__(self, what, out, grid, search):
+        """Open the study in the journal of the folder, or begin it.
+
+        Args:
+            search: how many trials, whose values Optuna chooses; None for one trial of each combination.
+        """
+        self.what, self.out, self.grid, self.search = what, out, grid, search
+        self.lock = filelock.FileLock(out / "sweep.lock")
+        self.running, self.failed = [], {}  # what goes on here, and the directories of trials that are not tried again
+        self.study = open_study(out, f"{'search' if search else 'grid'} {what.program[-1]} {json.dumps(grid)}")
+        settings = search * [{}] if search else combinations(grid)  # what {} lacks is chosen by Optuna
+        with self.lock:
+            for values in settings[len(self.study.trials) :]:
+                self.study.enqueue_trial(values)
+
+    def run(self, prune):
+        """Run until all trials have ended, here and elsewhere. What stops this process stops its runs, which save."""
+        said = time.monotonic()
+        try:
+            while self.begin_runs() or self.running or self.others():
+                time.sleep(POLL_INTERVAL)
+                for run in [run for run in self.running if run.process.poll() is not None]:
+                    self.end(run)
+                if time.monotonic() - said > STATE_INTERVAL:
+                    said = time.monotonic()
+                    self.say_state()
+                    for run in self.running if prune else ():
+                        self.prune(run)
+        except BaseException as error:
+            for run in self.running:
+                run.process.terminate()
+            for run in self.running:
+                run.process.wait()
+            if isinstance(error, KeyboardInterrupt):
+                raise CommandLineError("stopped; start again to go on") from None
+            raise
+
+    def begin_runs(self):
+        """Begin as many runs as there are free cores and free trials. Returns whether there were any."""
+        begun = False
+        while len(self.running) < available_cores() and (run := self.take()):
+            begun = True
+            self.running.append(run)
+            if is_finished(run.directory):  # in a sweep with other values
+                self.end(run)
+                continue
+            if run.directory.exists():  # a training ends a moment after the sweep that started it
+                with filelock.FileLock(run.directory / LOCK, timeout=60):
+                    pass
+            command = command_of(self.what, run.directory, run.trial.params)
+            with open(f"{run.directory}.log", "a") as log:
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                run.process = start_program(command, environment, cwd=ROOT, stdout=log, stderr=log)
+            say(f"{run.directory.name} {'goes on' if '--resume' in command else 'begins'}")
+        return begun
+
+    def take(self):
+        """Take a trial that was interrupted, or else one that nobody has begun. Returns None if there is none."""
+        with self.lock:
+            trials = [optuna.trial.Trial(self.study, trial._trial_id) for trial in self.others()]
+            if self.trials("WAITING"):
+                trials.append(self.study.ask())
+            for trial in trials:
+                values = {name: self.suggest(trial, name) for name in self.grid}
+                directory = directory_of(self.out, values)
+                lock = filelock.FileLock(f"{directory}.lock", timeout=0)
+                try:
+                    lock.acquire()
+                    return SimpleNamespace(trial=trial, directory=directory, lock=lock, process=None)
+                except filelock.Timeout:
+                    pass
+        return None
+
+    def trials(self, *states):
+        """Return the trials in these states, or all."""
+        states = [optuna.trial.TrialState[state] for state in states] or None
+        return self.study.get_trials(deepcopy=False, states=states)
+
+    def others(self):
+        """Return the trials that have not ended, without those that run here, or have failed here."""
+        mine = {run.trial.number for run in self.running} | self.failed.keys()
+        return [trial for trial in self.trials("RUNNING") if trial.number not in mine]
+
+    def suggest(self, trial, name):
+        """Let Optuna choose a value for this trial, or return the value that it has."""
+        values = self.grid[name]
+        if not self.search or len(values) != 2 or type(values[0]) not in (int, float):
+            return trial.suggest_categorical(name, values)
+        low, high = sorted(values)
+        suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
+        return suggest(name, low, high, log=0 < 10 * low <= high)
+
+    def report(self, run):
+        """Tell the study the scores that it does not know of a run yet. Returns the rows of its metrics.csv."""
+        rows = read_metrics(run.directory / "metrics.csv")
+        known = len(self.trials()[run.trial.number].intermediate_values)
+        for i, score in enumerate(scores_of(rows)[known:], start=known):
+            run.trial.report(score, step=i)
+        return rows
+
+    def say_state(self):
+        """Say how many runs have ended and are left, and how far those are that run here."""
+        ended, left = len(self.trials("COMPLETE", "PRUNED")), len(self.trials("WAITING"))
+        here, elsewhere = len(self.running), len(self.others())
+        say(f"{ended} ended, {here} running here, {elsewhere} elsewhere, {left} to begin")
+        for run in self.running:
+            rows = self.report(run)
+            if scores := scores_of(rows):
+                say(f"    {run.directory.name}: {rows[-1]['global_step']:,} steps, score {scores[-1]:.5g}")
+
+    def prune(self, run):
+        """Stop a run whose scores are below the median of those of the others."""
+        if run.trial.should_prune():
+            run.process.terminate()
+            run.process.wait()
+            self.end(run, pruned=True)
+
+    def end(self, run, pruned=False):
+        """Tell the study the result of a run whose process has ended."""
+        rows, complete = self.report(run), is_finished(run.directory)
+        scores = scores_of(rows)
+        if complete and not scores:
+            how = "has lost its metrics.csv; delete its directory to train it again"
+        elif not complete and not pruned:
+            how = f"has not finished; see {shown(run.directory)}.log"
+        else:
+            result = {"best": max(scores), "last": scores[-1], "steps": rows[-1]["global_step"]}
+            result["minutes"] = round(rows[-1]["seconds"] / 60, 2)
+            run.trial.set_user_attr("result", result)
+            state = optuna.trial.TrialState.COMPLETE if complete else optuna.trial.TrialState.PRUNED
+            self.study.tell(run.trial, result["best"] if complete else None, state)
+            how = f"{'has finished' if complete else 'was stopped early'}: "
+            how += ", ".join(f"{name} {x:,.5g}" for name, x in result.items())
+        if "result" not in run.trial.user_attrs:
+            self.failed[run.trial.number] = run.directory
+        self.running.remove(run)
+        run.lock.release()
+        say(f"{run.directory.name} {how}")
+
+    def rows(self):
+        """Return a row for each run that has ended, its values and its result, the best first."""
+        ended = self.trials("COMPLETE", "PRUNED")
+        rows = [{name: trial.params[name] for name in self.grid} | trial.user_attrs["result"] for trial in ended]
+        return sorted(rows, key=lambda row: -row["best"])
+
+
+def open_study(out, name):
+    """Open the study of this name in the journal of a folder, or begin it. Raises CommandLineError."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = str(out / "sweep.journal")
+    try:
+        lock = optuna.storages.journal.JournalFileOpenLock(journal)  # by default a link, for which Windows wants rights
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(journal, lock))
+        pruner = optuna.pruners.MedianPruner(n_warmup_steps=3)  # the first evaluations say little
+        return optuna.create_study(
+            storage=storage, pruner=pruner, study_name=name, direction="maximize", load_if_exists=True
+        )
+    except OSError:
+        raise
+    except Exception:  # Optuna has no error of its own for lines that it cannot read
+        raise CommandLineError(f"{journal}: is damaged; delete it: runs that have finished are found again") from None
+
+
+# --- command line and output ------------------------------------------------------------------------------------------
+
+
+def read_grid(words, what):
+    """["--lr", "1e-3", "1e-2", "--seed", "0"] -> {"LR": [0.001, 0.01], "SEED": [0]}, checked."""
+    grid, name = {}, None
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].upper()
+            if name not in what.constants or name == "RUN_DIR":
+                names = ", ".join(map(str.lower, what.constants))
+                raise CommandLineError(f"{word}: is no constant to search; those are {names}")
+            grid[name] = []
+        elif name is None:
+            raise CommandLineError(f"{word!r} stands before any constant; name one first, as --seed {word}")
+        else:
+            grid[name].append(convert(name, word, kind_of(name, what.constants, what.ranges)))
+    if not grid:
+        raise CommandLineError("name at least one constant and its values, as --seed 0 1 2")
+    for name, values in grid.items():
+        if not values:
+            raise CommandLineError(f"--{name.lower()} needs at least one value")
+        for value in values:
+            check_constants({name: value}, what.constants, what.ranges)
+    return {name: list(dict.fromkeys(values)) for name, values in grid.items()}
+
+
+def combinations(grid):
+    """Return every combination of the values, each as a dict."""
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+
+def check_runs(what, out, grid):
+    """Raises CommandLineError for a combination of values that cannot be trained, or not in its directory."""
+    for values in combinations(grid):
+        constants = what.constants | values
+        check_constants(constants, what.constants, what.ranges)
+        what.check(constants)
+        if constants["EVAL_INTERVAL"] == 0:
+            raise CommandLineError("without evaluations there is nothing to compare; leave --eval_interval 0 out")
+        check_begun(directory_of(out, values), constants)
+
+
+def read_command_line(argv):
+    """Return the options of a sweep, its training, and the values of its constants. Raises CommandLineError."""
+    parser = Parser("sweep.py", __doc__)
+    parser.add_argument("training", choices=TRAININGS, metavar="TRAINING", help=", ".join(TRAININGS))
+    parser.add_argument("--out", type=given_path, help="default runs/sweep/TRAINING")
+    parser.add_argument("--search", type=int, metavar="N", help="N settings by Optuna's TPE, not all combinations")
+    parser.add_argument("--prune", action="store_true", help="stop runs that are worse than the median of the others")
+    parser.add_argument("--map", nargs=2, metavar="CONSTANT", help="two constants for a heat map, sweep.png")
+    parser.add_argument("--fresh", type=int, metavar="GAMES", help="also score each best model in so many fresh games")
+    args, words = parser.parse_known_args(argv)
+    what = training(args.training)
+    grid = read_grid(words or DEFAULT_WORDS.get(args.training, "").split(), what)
+    args.map = [name.upper() for name in args.map or ()]
+    if args.fresh is not None and not what.algorithm:
+        raise CommandLineError(f"--fresh: {args.training} cannot be scored in fresh games; leave it out")
+    for option in ("search", "fresh"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise CommandLineError(f"--{option} must be 1 or more")
+    if args.search and (args.map or max(map(len, grid.values())) < 2):
+        raise CommandLineError("--search needs a constant with two values or more, and no --map, which draws a grid")
+    if missing := [name.lower() for name in args.map if name not in grid]:
+        names = ", ".join(map(str.lower, grid))
+        raise CommandLineError(f"--map {missing[0]}: is not searched; the grid has {names}")
+    return args, what, grid
+
+
+def say(line):
+    """Print a line with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+
+
+def show_table(rows):
+    """Print rows, which are dicts with the same keys, as a markdown table. None is shown as a dash."""
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        cells = ["-" if x is None else f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()]
+        print("| " + " | ".join(cells) + " |")
+
+
+def write_csv(path, rows):
+    """Write rows, which are dicts with the same keys, as a csv file with a header."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def heat_map(rows, x, y):
+    """Draw the mean of the best scores over two constants. Returns a Figure."""
+    xs, ys = (sorted({row[name] for row in rows}) for name in (x, y))
+    means = np.array([[np.mean([row["best"] for row in rows if (row[x], row[y]) == (a, b)]) for a in xs] for b in ys])
+    figure = new_figure(2.5 + len(xs), 2 + 0.7 * len(ys))
+    axes = figure.subplots()
+    image = axes.imshow(means, cmap="viridis", aspect="auto", origin="lower")
+    middle = (means.min() + means.max()) / 2
+    for (i, j), mean in np.ndenumerate(means):
+        axes.text(j, i, f"{mean:.4g}", ha="center", va="center", color="white" if mean < middle else "black")
+    axes.set(xlabel=x, ylabel=y, xticks=range(len(xs)), xticklabels=xs, yticks=range(len(ys)), yticklabels=ys)
+    figure.colorbar(image, label="best score, mean of the runs")
+    return figure
+
+
+def main(argv=()):
+    need("optuna")
+    args, what, grid = read_command_line(argv)
+    out = Path(args.out or f"runs/sweep/{args.training}").resolve()
+    check_runs(what, out, grid)
+    out.mkdir(parents=True, exist_ok=True)
+    sweep = Sweep(what, out, grid, args.search)
+    say(f"{len(sweep.trials())} runs, {available_cores()} at a time, in {shown(out)}")
+    sweep.run(args.prune)
+    if rows := sweep.rows():
+        for row in rows if args.fresh else ():
+            row |= fresh_scores(what, directory_of(out, {name: row[name] for name in grid}), args.fresh)
+        show_table(rows)
+        write_csv(out / "sweep.csv", rows)
+    if sweep.failed:
+        log = f"{next(iter(sweep.failed.values()))}.log"
+        raise CommandLineError(f"{len(sweep.failed)} runs did not finish, see {log}; start again to go on")
+    if args.map:
+        try:
+            heat_map(rows, *args.map).savefig(out / "sweep.png", dpi=120)
+        except Exception as error:  # the runs are not lost
+            line = f"{out / 'sweep.png'}: not drawn ({one_line(error)}); start again to draw it"
+            raise CommandLineError(line) from None
+        print(f"wrote {shown(out / 'sweep.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main, "sweep.py")
