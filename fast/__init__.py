@@ -1,12 +1,10 @@
-"""The same GPT and the same games, faster. Delete this folder and everything still trains, slowly.
+"""The same GPT and the same games as in model.py and breakout_ascii.py, much faster.
 
-one layer, CPU            FastGPT shares lines and pieces of lines      line_index.py attention_tables.py shared_attention.py fast_gpt.py
-one layer, CUDA           DeviceGPT shares lines, and the games run on  attention_tables.py gpu_gpt.py gpu_games.py
-                          the GPU: DeviceBreakout
-more layers, CPU or CUDA  FastGPT shares prefixes of pages              line_index.py shared_prefixes.py fast_gpt.py
-training on CUDA          checks itself against the CPU; more layers    cuda_graphs.py gpu_training.py self_test.py
-                          take bf16; in one process it is compiled, and
-                          one layer is recorded as CUDA graphs
+FastGPT reads pages on a CPU, and deeper models on a GPU too. DeviceGPT reads them, and DeviceBreakout plays the games,
+when a training of one layer stays on a GPU. `GPURunner` adds compilation, CUDA graphs and bf16 to a training, and
+checks the results against the CPU.
+
+Delete this folder and everything still trains, slowly.
 """
 
 from fast.fast_gpt import FastGPT
@@ -17,9 +15,9 @@ from model import GPT
 
 
 def gpt_for(config, device):
-    """An untrained GPT, on the CPU, of the class whose shortcuts suit the device."""
+    """Return an untrained GPT, on the CPU, of the class that is fastest on a device."""
     if device.type == "cuda" and config.n_layer == 1:
         return DeviceGPT(config)
     if device.type in ("cpu", "cuda"):
         return FastGPT(config)
-    return GPT(config)  # no shortcut has been tried on other devices
+    return GPT(config)  # other devices have tried no shortcut

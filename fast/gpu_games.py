@@ -1,4 +1,8 @@
-"""Breakout's games as tensors, so that training never leaves the GPU."""
+"""Breakout's games as tensors, so that a training need not leave the GPU.
+
+The rules are those of `breakout_ascii.Games`, which run on tensors as they are. This file adds how pages are drawn
+without loops, and tensors that keep their addresses for CUDA graphs, as those of the rollout buffer do.
+"""
 
 import numpy as np
 import torch
@@ -28,10 +32,10 @@ from rollout_buffer import copy_into, select
 
 
 class TensorGames(Games):
-    """`Games` of tensors on one device.
+    """`Games` whose arrays are tensors on one device.
 
-    A CUDA graph knows tensors by their addresses, but the rules make new ones. `copy_back` brings these back into the buffers in
-    which the games live.
+    The rules replace these by new tensors, but a CUDA graph knows tensors by their addresses. So the games live in
+    `buffers`, and `copy_back` copies the new tensors there after each step.
     """
 
     xp = torch
@@ -39,81 +43,85 @@ class TensorGames(Games):
     def __init__(self, num_games, device):
         self.device = device
         super().__init__(num_games)
-        cell, whole_page = np.arange(TOKENS), EMPTY_PAGE.copy()
+        whole_page = EMPTY_PAGE.copy()  # a page with all bricks
         whole_page[BRICK_TOP : BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = list((BRICK * BRICK_COLUMNS).encode())
-        row, column = cell // COLUMNS - BRICK_TOP, (cell % COLUMNS - 1) // BRICK_WIDTH
-        brick = np.where(
-            whole_page.ravel() != EMPTY_PAGE.ravel(), row * BRICK_COLUMNS + column, BRICK_ROWS * BRICK_COLUMNS
-        )
-        self.cell, self.brick, self.empty_page, self.whole_page = map(
-            self.array, (cell, brick, EMPTY_PAGE.ravel(), whole_page.ravel())
-        )
+        cell = np.arange(TOKENS)
+        row = cell // COLUMNS - BRICK_TOP
+        column = (cell % COLUMNS - 1) // BRICK_WIDTH
+        is_brick = (whole_page != EMPTY_PAGE).ravel()
+        brick = np.where(is_brick, row * BRICK_COLUMNS + column, BRICK_ROWS * BRICK_COLUMNS)
+        self.cell = self.array(cell)
+        self.brick = self.array(brick)  # the brick to which each cell belongs; for other cells one more than there are
+        self.empty_page = self.array(EMPTY_PAGE.ravel())
+        self.whole_page = self.array(whole_page.ravel())
         self.buffers = {name: getattr(self, name) for name in [*self.STATE, "pages"]}
 
     def array(self, x):
         return torch.as_tensor(x, device=self.device)
 
     def draw(self, *_):
-        """Every page from nothing: which cells have changed would be a list of no fixed length, which CUDA graphs forbid."""
-        bricks = F.pad(self.bricks.flatten(1), (0, 1))[
-            :, self.brick
-        ]  # (N, 1944); cells without a brick see the padding
-        pages = torch.where(bricks, self.whole_page, self.empty_page)
-        along = self.cell - (PADDLE_ROW * COLUMNS + self.paddle_x).unsqueeze(1)
-        pages = torch.where((along >= 0) & (along < len(PADDLE)), ord(PADDLE[0]), pages)
+        """Draw every page from nothing. The number of changed cells varies, which a CUDA graph forbids."""
+        bricks = F.pad(self.bricks.flatten(1), (0, 1))  # cells without a brick read the padding
+        pages = torch.where(bricks[:, self.brick], self.whole_page, self.empty_page)  # (N, 1944)
+        offset = self.cell - (PADDLE_ROW * COLUMNS + self.paddle_x).unsqueeze(1)
+        pages = torch.where((offset >= 0) & (offset < len(PADDLE)), ord(PADDLE[0]), pages)
         pages = torch.where(self.cell == (self.ball_y * COLUMNS + self.ball_x).unsqueeze(1), ord("O"), pages)
         self.pages = pages.view_as(self.pages)
 
     redraw = draw
 
-    def from_buffers(self):
-        """The games are in the buffers already, unless the recording of a CUDA graph failed half-way and left tensors of its own."""
-        for name, buffer in self.buffers.items():
-            setattr(self, name, buffer)
-
     def copy_back(self):
+        """Copy the state and the pages into the buffers."""
         for name, buffer in self.buffers.items():
             setattr(self, name, buffer.copy_(getattr(self, name)))
+
+    def use_buffers(self):
+        """Return to the buffers, because a CUDA graph whose recording failed half-way leaves tensors of its own."""
+        for name, buffer in self.buffers.items():
+            setattr(self, name, buffer)
 
     def state_dict(self):
         return {name: getattr(self, name).cpu().numpy().copy() for name in self.STATE}
 
 
 class DeviceBreakout:
-    """N training games, each started anew in the step that ends it.
+    """N games for training as tensors on one device; each starts anew in the step that ends it.
 
-    Like `BreakoutAsciiVec`, but: `step` takes and gives tensors, and never makes the host wait. So the random numbers of new
-    games are drawn ahead, by `start_rollout(S)` for S steps, and a game that has become too long is truncated there, between two
-    rollouts, where the values of what follows bootstrap it anyway. Rewards are integers, infos have `life_lost` alone, also for
-    games that ended, and observations are overwritten by the next step. The same seed gives other games than there.
+    It is used like `BreakoutAsciiVec`, with these differences, most of which are there so that the host never waits in
+    `step`:
+
+    - `step` takes and returns tensors. Rewards are integers, and the returned observations change with the next step.
+    - The random numbers of all steps of a rollout are drawn before it, by `start_rollout`.
+    - Games that have become too long are truncated only there, between two rollouts. A rollout bootstraps from the
+      values of the observations that follow it in any case.
+    - The only info is `life_lost`, also for games that ended.
+    - The same seed gives other games.
     """
 
     on_device = True  # actions, rewards and observations are tensors
 
     def __init__(self, num_envs, device, *, varied_starts=0.0, max_episode_steps=MAX_EPISODE_STEPS):
-        self.num_envs, self.device, self.varied_starts, self.max_episode_steps = (
-            num_envs,
-            device,
-            varied_starts,
-            max_episode_steps,
-        )
+        self.num_envs = num_envs
+        self.device = device
+        self.varied_starts = varied_starts
+        self.max_episode_steps = max_episode_steps
         self.single_action_space = Discrete(len(PADDLE_MOVES))
         self.games = TensorGames(num_envs, device)
         self.numbers = (
-            None  # `RandomNumbers` with a leading axis: those of each step of a rollout, and those of its start
+            None  # `RandomNumbers` with an axis of steps in front: for each step of a rollout, then for its start
         )
-        self.played = torch.zeros(1, dtype=torch.int64, device=device)  # how many of these steps have been played
+        self.played = torch.zeros(1, dtype=torch.int64, device=device)  # how many steps of the rollout have been played
 
     def reset(self, *, seed):
-        """Start N new games -> observations (N, 1944) uint8, infos."""
+        """Start N new games. Returns observations (N, 1944) uint8, and no infos."""
         self.np_random = np.random.default_rng(seed)
         self.new_games(self.games.index >= 0, select(self.random_numbers(1), torch.zeros_like(self.played)))
         return self.observation(), {}
 
     def start_rollout(self, steps):
-        """Draw the random numbers of the next `steps` steps, and truncate the games that have become too long.
+        """Draw the random numbers of the next `steps` steps, and truncates the games that have become too long.
 
-        -> observations (N, 1944), and which games were truncated (N,)
+        Returns: observations (N, 1944), and which games were truncated (N,).
         """
         self.numbers = copy_into(self.numbers, self.random_numbers(steps + 1))
         truncated = self.games.elapsed >= self.max_episode_steps
@@ -122,9 +130,10 @@ class DeviceBreakout:
         return self.observation(), truncated
 
     def random_numbers(self, steps):
-        """-> the `RandomNumbers` of N games in each of so many steps, (steps, N, ...)."""
+        """Draw `RandomNumbers` for N games in each of a number of steps, (steps, N, ...)."""
         generator = torch.Generator(self.device).manual_seed(int(self.np_random.integers(2**62)))
-        options, games = dict(generator=generator, device=self.device), (steps, self.num_envs)
+        options = dict(generator=generator, device=self.device)
+        games = (steps, self.num_envs)
         return RandomNumbers(
             torch.randint(2, (*games, LIVES), **options),
             torch.rand(*games, LIVES, **options),
@@ -135,36 +144,36 @@ class DeviceBreakout:
         )
 
     def new_games(self, mask, numbers):
-        """Start new games where mask (N,) is true, made of the `RandomNumbers` of N games."""
+        """Start new games where mask (N,) is true, from the `RandomNumbers` of N games."""
         self.games.reset(mask, *new_games(numbers, self.varied_starts, torch))
         self.games.copy_back()
 
     def step(self, actions):
-        """One step of every game -> observations (N, 1944), rewards, terminated, truncated, each (N,), and infos."""
+        """Play one step. Returns observations (N, 1944), rewards, terminated and truncated (N,), and infos."""
         rewards, terminated, life_lost = self.games.step(actions)
         self.new_games(terminated, select(self.numbers, self.played))
         self.played += 1
         return self.observation(), rewards, terminated, torch.zeros_like(terminated), {"life_lost": life_lost}
 
     def observation(self):
-        """-> (N, 1944) uint8, the current pages themselves."""
+        """Return the current pages (N, 1944) uint8, not a copy."""
         return self.games.pages.flatten(1)
 
     def pair(self):
-        """Turn the games of the second half into copies of the first half's -> observations (N, 1944)."""
+        """Turn the games of the second half into copies of the first half's. Returns observations (N, 1944)."""
         self.games.pair()
         return self.observation()
 
     def in_sync(self):
-        """-> (N / 2,) bool: do the pages of paired games agree above the paddle's row?"""
+        """Return (N / 2,) bool: whether the pages of paired games agree above the paddle's row."""
         return self.games.in_sync()
 
     def state_dict(self):
-        """What `BreakoutAsciiVec.state_dict` gives: a run may go on with either."""
+        """Return what `BreakoutAsciiVec.state_dict` would, so a run may go on with either class."""
         return self.games.state_dict() | {"np_random": self.np_random.bit_generator.state}
 
     def load_state_dict(self, state):
-        self.games.from_buffers()
+        self.games.use_buffers()
         self.games.load_state_dict(state)
         self.games.copy_back()
         self.np_random.bit_generator.state = state["np_random"]

@@ -1,7 +1,26 @@
-"""One layer on a GPU: pages share their lines, and in no step does the host wait for the GPU.
+"""One layer on a GPU: pages share their lines, and no step makes the host wait for the GPU.
 
-Which lines a minibatch holds is found before an epoch, for all its minibatches at once: there the host waits a few times. Every
-line has a maximum of its own, so scores of any size do no harm (see shared_attention.py).
+The distinct lines of all minibatches of an epoch are found at once, before the epoch; only there the host waits a few
+times. A GPU gains nothing from sharing pieces of lines too. Each line has a maximum of its own (see
+shared_attention.py), so scores of any size are harmless.
+
+For example, the ball of a new game moves one row up in its first step. The two pages have 26 distinct lines, which is
+rounded up to a power of two, and differ in two of them. Attention is then computed for 26 (in fact 32) lines instead of
+48, with the same result:
+
+>>> from breakout_ascii import BreakoutAscii
+>>> from model import GPTConfig
+>>> game, gpt = BreakoutAscii(), DeviceGPT(GPTConfig())
+>>> (first, _), (second, *_) = game.reset(seed=0), game.step(0)
+>>> pages = gpt.encode(np.stack([first, second]))
+>>> batches = distinct_lines(pages.unsqueeze(0))  # of one batch
+>>> lines = Lines(batches.characters[0], batches.rows[0], batches.pages[0])
+>>> lines.characters.shape
+torch.Size([32, 81])
+>>> (lines.pages[0] != lines.pages[1]).nonzero().flatten()  # the rows in which the pages have different lines
+tensor([20, 21])
+>>> torch.allclose(gpt.features(lines), gpt.features(pages), atol=1e-3)
+True
 """
 
 from typing import NamedTuple
@@ -10,120 +29,152 @@ import numpy as np
 import torch
 
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS
-from fast.attention_tables import after_attention, pair_table
-from fast.line_index import LineIndex
+from fast.attention_tables import features_from_attention, pair_table
 from model import GPT
 
 
 class Lines(NamedTuple):
-    """A batch of B pages as L lines; or K batches, each with lines of its own, with a leading axis K."""
+    """A batch of B pages as L lines. K batches, each with lines of its own, have a further axis K in front."""
 
     characters: torch.Tensor  # (L, 81) uint8
-    rows: torch.Tensor  # (L,) where on a page each line stands
-    pages: torch.Tensor  # (B, 24) positions among the L lines
+    rows: torch.Tensor  # (L,) the row of each line on the page
+    pages: torch.Tensor  # (B, 24) for each page the positions of its lines among the L
 
 
 def every_line(characters):
-    """(B, 1944) characters -> all their `Lines`, none shared."""
+    """Cut the pages of one batch, (B, 1944) characters, into `Lines` without sharing any."""
     ids = torch.arange(len(characters) * ROWS, device=characters.device)
     return Lines(characters.view(-1, COLUMNS), ids % ROWS, ids.view(-1, ROWS))
 
 
-def distinct_lines(characters, capacity=0):
-    """(K, B, 1944) characters of K batches -> the distinct `Lines` of each, told apart by a hash as in `LineIndex`.
+def distinct_lines(characters, min_capacity=0):
+    """Find the distinct lines of each of K batches; the same text in another row is another line.
 
-    All batches get the same capacity: that of the one with most lines, rounded up to a power of two, and at least `capacity`.
-    What a batch does not need is filled with zeros, and computed in vain.
+    All batches get room for equally many lines: for those of the batch that has most, rounded up to a power of two, and
+    for at least `min_capacity`. Room that a batch does not need is filled with zeros.
+
+    Args: characters (K, B, 1944).
+    Returns: the `Lines` of K batches.
     """
     K, B, _ = characters.shape
     lines = characters.view(-1, COLUMNS)  # (K * B * 24, 81)
     i = torch.arange(len(lines), device=lines.device)
-    batch, row = i // (B * ROWS), i % ROWS
-    of_row, *of_column = LineIndex.MULTIPLIERS.view(np.int64).tolist()
-    line_hash = row * of_row
-    for column, multiplier in zip(lines.unbind(1), of_column):  # CUDA multiplies no matrices of integers
-        line_hash = line_hash + column.long() * multiplier
-    hashes, hash_id = line_hash.unique(return_inverse=True)
-    # Distinct (batch, hash) pairs are the lines to keep; they come out sorted by batch.
-    kept, kept_id = (batch * len(hashes) + hash_id).unique(return_inverse=True)
-    kept_batch = kept // len(hashes)
-    counts = torch.bincount(kept_batch, minlength=K)
-    start = counts.cumsum(0) - counts  # of each batch's lines among the kept
-    capacity = max(capacity, 1 << (int(counts.max()) - 1).bit_length())
-    an_occurrence = torch.empty_like(kept).scatter_(0, kept_id, i)
-    slot = kept_batch, torch.arange(len(kept), device=lines.device) - start[kept_batch]
-    shared = Lines(
-        lines.new_zeros(K, capacity, COLUMNS), row.new_zeros(K, capacity), (kept_id - start[batch]).view(K, B, ROWS)
-    )
-    shared.characters[slot] = lines[an_occurrence]
-    shared.rows[slot] = row[an_occurrence]
-    return shared
+    batches = i // (B * ROWS)
+    rows = i % ROWS
+    hashes, hash_ids = line_hashes(rows, lines).unique(return_inverse=True)
+    # A line is kept once for every batch that has it. `unique` sorts, so the kept lines of a batch are next to each
+    # other.
+    kept, kept_ids = (batches * len(hashes) + hash_ids).unique(return_inverse=True)
+    kept_batches = kept // len(hashes)
+    counts = torch.bincount(kept_batches, minlength=K)
+    starts = counts.cumsum(0) - counts  # where the lines of each batch start among the kept lines
+    capacity = max(min_capacity, 1 << (int(counts.max()) - 1).bit_length())
+    sources = torch.empty_like(kept).scatter_(0, kept_ids, i)  # one of the places from which to copy each kept line
+    targets = kept_batches, torch.arange(len(kept), device=lines.device) - starts[kept_batches]
+    kept_characters = lines.new_zeros(K, capacity, COLUMNS)
+    kept_characters[targets] = lines[sources]
+    kept_rows = rows.new_zeros(K, capacity)
+    kept_rows[targets] = rows[sources]
+    return Lines(kept_characters, kept_rows, (kept_ids - starts[batches]).view(K, B, ROWS))
+
+
+MULTIPLIERS = np.random.default_rng(0).integers(2**64, size=1 + COLUMNS, dtype=np.uint64).view(np.int64).tolist()
+
+
+def line_hashes(rows, lines):
+    """Compute a random linear hash, modulo 2^64, of the row (n,) and the characters (n, 81) of each line. Returns (n,)
+    int64.
+
+    Lines with equal hashes are taken for the same. Among ten thousand lines the chance that two different ones have
+    equal hashes is less than one in a billion.
+    """
+    hashes = rows * MULTIPLIERS[0]
+    for column, multiplier in zip(lines.unbind(1), MULTIPLIERS[1:]):  # CUDA cannot multiply matrices of integers
+        hashes = hashes + column.long() * multiplier
+    return hashes
 
 
 def line_attention(table, rstd, lines):
-    """`pair_table`'s factors, `Lines` -> attention outputs of the last position (B, D, H)."""
-    n_character, device = len(CHARACTERS), rstd.device
-    of_character, of_rows, of_column = table.split([n_character, ROWS, COLUMNS])
-    # One-hot products instead of lookups in the table: their gradients are products too, not atomic additions.
-    chosen = (lines.characters.unsqueeze(2) == torch.arange(n_character, device=device)).to(rstd.dtype)  # (L, 81, 7)
-    row = (lines.rows.unsqueeze(1) == torch.arange(ROWS, device=device)).to(rstd.dtype)  # (L, 24)
-    of_row = (row @ of_rows.flatten(1)).view(-1, *table.shape[1:])  # (L, 1 + D, H)
-    of_positions = row @ rstd.view(n_character, ROWS, COLUMNS).permute(1, 2, 0).flatten(1)  # (L, 81 * 7)
-    scale = (chosen * of_positions.view_as(chosen)).sum(2, keepdim=True)  # (L, 81, 1)
-    scores = (chosen @ of_character[:, 0] + of_row[:, :1] + of_column[:, 0]) * scale  # (L, 81, H), in bits
-    m = scores.detach().amax(1)  # (L, H)
-    weights = torch.exp2(scores - m.unsqueeze(1))
-    scaled = weights * scale
-    by_character = torch.einsum("lth,ltc->lch", scaled, chosen)  # the sum of values is linear in the table's rows
-    values = torch.einsum("lch,cdh->ldh", by_character, of_character[:, 1:]) + torch.einsum(
-        "lth,tdh->ldh", scaled, of_column[:, 1:]
-    )
-    values = values + scaled.sum(1).unsqueeze(1) * of_row[:, 1:]
-    sums = torch.cat(
-        [weights.sum(1).unsqueeze(1), values], dim=1
-    )  # denominator and numerator of each line, (L, 1 + D, H)
-    numbers = lines.pages.flatten()
-    m = m.index_select(0, numbers).unflatten(0, (-1, ROWS))  # (B, 24, H)
+    """Compute attention of the last position on pages given as `Lines`.
+
+    Args: table (112, 1 + D, H) and rstd (7 * 1944,), as from `pair_table`.
+    Returns: (B, D, H).
+    """
+    m, sums = line_sums(table, rstd, lines)
+    ids = lines.pages.flatten()
+    m = m.index_select(0, ids).unflatten(0, (-1, ROWS))  # (B, 24, H)
     factors = torch.exp2(m - m.amax(1, keepdim=True))
-    sums = (sums.index_select(0, numbers).unflatten(0, (-1, ROWS)) * factors.unsqueeze(2)).sum(1)
+    sums = sums.index_select(0, ids).unflatten(0, (-1, ROWS))  # (B, 24, 1 + D, H)
+    sums = (sums * factors.unsqueeze(2)).sum(1)
     return sums[:, 1:] / sums[:, :1]
 
 
+def line_sums(table, rstd, lines):
+    """Compute each line's largest score m (L, H), and relative to it denominator and numerators (L, 1 + D, H)."""
+    num_characters, device = len(CHARACTERS), rstd.device
+    of_character, of_rows, of_column = table.split([num_characters, ROWS, COLUMNS])
+    # Products with one-hot vectors replace lookups: their gradients are products too, and not atomic additions.
+    chosen = (lines.characters.unsqueeze(2) == torch.arange(num_characters, device=device)).to(rstd.dtype)  # (L, 81, 7)
+    row = (lines.rows.unsqueeze(1) == torch.arange(ROWS, device=device)).to(rstd.dtype)  # (L, 24)
+    of_row = (row @ of_rows.flatten(1)).view(-1, *table.shape[1:])  # (L, 1 + D, H)
+    of_positions = row @ rstd.view(num_characters, ROWS, COLUMNS).permute(1, 2, 0).flatten(1)  # (L, 81 * 7)
+    scale = (chosen * of_positions.view_as(chosen)).sum(2, keepdim=True)  # (L, 81, 1), rstd of each pair
+    scores = (chosen @ of_character[:, 0] + of_row[:, :1] + of_column[:, 0]) * scale  # (L, 81, H), in bits
+    m = scores.detach().amax(1)  # (L, H)
+    weights = torch.exp2(scores - m.unsqueeze(1))
+    # The value of a pair is a sum of three rows of the table, so each kind of row is weighted and summed alone.
+    scaled = weights * scale
+    by_character = torch.einsum("lth,ltc->lch", scaled, chosen)
+    values = torch.einsum("lch,cdh->ldh", by_character, of_character[:, 1:])
+    values = values + torch.einsum("lth,tdh->ldh", scaled, of_column[:, 1:])
+    values = values + scaled.sum(1).unsqueeze(1) * of_row[:, 1:]
+    return m, torch.cat([weights.sum(1).unsqueeze(1), values], dim=1)
+
+
 class DeviceGPT(GPT):
-    """A `GPT` of one layer: the same parameters, the same state_dict, and but for rounding the same numbers. It takes for granted
-    what it is shown: pages of the game, which end with a newline."""
+    """A `GPT` of one layer with the same parameters, the same state_dict and, except for rounding, the same outputs.
+
+    It does not check its pages, for which the host would have to wait: they must be pages of the game, which end with a
+    newline.
+    """
 
     def __init__(self, config):
         super().__init__(config)
-        self.table = None  # `pair_table` for as long as the weights stand still
-        # Lines in a minibatch of 512 pages: 1,043 to 1,402 were seen. It only grows, for each change costs a compilation and a graph
+        self.table = None  # `pair_table` for `act`, from the latest `inference_cache`
+        # Room for lines in a minibatch: 512 pages had 1,043 to 1,402. It only grows, because every change costs a
+        # compilation and a graph.
         self.capacity = 2048
 
     def encode(self, tokens):
-        """(B, 1944) uint8 tokens, a tensor or an array -> their characters, 0..6. Does not check them: the host would wait."""
+        """Look up the characters of pages without any check.
+
+        Args: tokens (B, 1944) uint8, a tensor or an array.
+        Returns: (B, 1944) uint8, 0..6.
+        """
         return self.character_of[torch.as_tensor(tokens, device=self.device).int()]
 
     def features(self, pages):
-        """(B, 1944) characters, or the `Lines` of pages -> (B, C)."""
+        """Do the work of `GPT.features` on characters (B, 1944), or on the `Lines` of B pages. Returns (B, C)."""
         lines = pages if isinstance(pages, Lines) else every_line(pages)
-        return after_attention(self, line_attention(*pair_table(self), lines))
+        return features_from_attention(self, line_attention(*pair_table(self), lines))
 
     def prepare_minibatches(self, minibatches):
-        """Characters (K, M, 1944) of K minibatches -> their `Lines`."""
+        """Find the distinct `Lines` of each of K minibatches, (K, M, 1944) characters."""
         lines = distinct_lines(minibatches, self.capacity)
         self.capacity = lines.rows.size(1)
         return lines
 
     @torch.no_grad()
     def inference_cache(self):
-        """As in `GPT`, with the table of pairs computed once; it overwrites the table of an older cache."""
+        """Do the work of `GPT.inference_cache`, with `pair_table` computed once. Older caches use it too."""
         table = pair_table(self)
         if self.table is None:
             self.table = table
         for kept, x in zip(self.table, table):
-            kept.copy_(x)  # where a CUDA graph will look for it
+            kept.copy_(x)  # a CUDA graph reads the table at its address
         return self.act
 
     @torch.no_grad()
     def act(self, characters):
-        return self.heads(after_attention(self, line_attention(*self.table, every_line(characters))))
+        """Read characters (B, 1944) with the weights of the latest `inference_cache`: logits (B, A), values (B,)."""
+        return self.heads(features_from_attention(self, line_attention(*self.table, every_line(characters))))

@@ -1,7 +1,28 @@
-"""Ids for the distinct lines of pages, and for the distinct pieces of lines.
+"""Numbers for the distinct lines of pages, and for the distinct pieces of lines.
 
-Most lines recur from step to step and across games. So a page is kept as the ids of its 24 lines, and whatever depends on one line
-alone is computed once for all pages it stands on.
+Most lines recur from step to step and from game to game. So a page is kept as the ids of its 24 lines, and whatever
+depends on one line alone is computed once for all pages that have it. New lines resemble old ones, so lines are divided
+further, into pieces.
+
+For example, the ball of a new game moves one row up in its first step. The second page has 22 of its 24 lines in common
+with the first, and only the lines without the ball in row 21 and with it in row 20 are new:
+
+>>> from breakout_ascii import BreakoutAscii
+>>> game = BreakoutAscii()
+>>> (first, _), (second, *_) = game.reset(seed=0), game.step(0)
+>>> index = LineIndex()
+>>> index.encode(np.stack([first, second]))[:, 18:]  # the last six lines of both pages
+array([[18, 19, 20, 21, 22, 23],
+       [18, 19, 24, 25, 22, 23]])
+
+A line is 9 pieces of 9 characters. Each of the two new lines has one new piece, number 216 or 217, where the ball is or
+was:
+
+>>> index.line_pieces()[[20, 24]]  # row 20 without and with the ball
+tensor([[180, 181, 182, 183, 184, 185, 186, 187, 188],
+        [180, 181, 182, 183, 216, 185, 186, 187, 188]])
+
+A piece is 9 pairs of a character and a position on the page, in one number: character * 1944 + position.
 """
 
 import numpy as np
@@ -10,105 +31,110 @@ import torch
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS
 from model import CHARACTER_OF, check_pages
 
-PIECE = (
-    9  # characters in a piece of a line, a divisor of 81; its key, below 13608 * 7**PIECE, fits into 64 bits up to 17
-)
+PIECE = 9  # characters in a piece of a line, a divisor of 81
 
 
 class LineIndex:
-    """Gives lines, and pieces of lines, ids in the order in which they come; the same text in another row is another line.
+    """Gives ids to lines, and to pieces of lines, in the order in which they first appear.
 
-    Lines are told apart by a random linear hash of their row and characters, modulo 2^64. Two of ten thousand lines have the same
-    hash, and would be taken for one, with a chance of less than one in a billion. The tables grow with every new line.
+    The same text in another row is another line, because what a GPT makes of a character depends on where it is. The
+    tables grow with every new line.
     """
 
-    MULTIPLIERS = np.random.default_rng(0).integers(2**64, size=1 + COLUMNS, dtype=np.uint64)
-
     def __init__(self):
-        self.lines = {}  # hash of a line: its id
-        self.line_pieces = GrowingTable(COLUMNS // PIECE, dtype=torch.int64)  # id of a line -> ids of its 9 pieces
-        self.pieces = {}  # key of a piece: its id
-        self.piece_pairs = GrowingTable(
-            PIECE, dtype=torch.int64
-        )  # id of a piece -> its 9 pairs, character * 1944 + position
-        self.last = None  # the last batch of pages and its ids: from step to step few lines change
-        self.pages_end_alike = True  # with a newline, as those of the game do; once false it stays so
+        self.lines = {}  # row and characters of a line, as bytes: its id
+        self.line_pieces = GrowingTable(COLUMNS // PIECE, dtype=torch.int64)  # row i: the ids of the 9 pieces of line i
+        self.pieces = {}  # pairs of a piece, as bytes: its id
+        self.piece_pairs = GrowingTable(PIECE, dtype=torch.int64)  # row i: the 9 pairs of piece i
+        self.last_pages = self.last_ids = None  # of the last call of `encode`
+        self.pages_end_alike = True  # with a newline, as the pages of the game do; once false it stays so
 
     def encode(self, tokens):
-        """(B, 1944) uint8 array or CPU tensor -> (B, 24) int64 array, the ids of its lines. Raises ValueError if it is no page."""
+        """Replace the lines of pages by their ids.
+
+        Args: tokens (B, 1944) uint8, an array or a CPU tensor.
+        Returns: (B, 24) int64 array.
+        Raises: ValueError for anything but pages.
+        """
         check_pages(tokens)
         tokens = np.asarray(tokens)
-        if self.last is not None and len(self.last[0]) == len(tokens):
-            changed = np.zeros(len(tokens) * ROWS, bool)
-            changed[np.flatnonzero(tokens != self.last[0]) // COLUMNS] = True  # few characters change
-            changed = changed.nonzero()[0]
-            ids = self.last[1].copy()
-        else:
-            changed = np.arange(len(tokens) * ROWS)
-            ids = np.empty((len(tokens), ROWS), np.int64)
-        rows, lines = changed % ROWS, tokens.reshape(-1, COLUMNS)[changed]  # (n,), (n, 81)
-        hashes = (np.column_stack([rows, lines]).view(np.uint64) @ self.MULTIPLIERS).tolist()
-        if first := first_unknown(self.lines, hashes):
-            new = list(first.values())
-            check_characters(lines[new])
-            add_keys(self.lines, first)
-            self.add(rows[new], lines[new])
-        ids.reshape(-1)[changed] = ids_of(self.lines, hashes)
-        self.last = tokens.copy(), ids.copy()
+        changed, ids = self.changed_lines(tokens)
+        rows = changed % ROWS  # (n,)
+        lines = tokens.reshape(-1, COLUMNS)[changed]  # (n, 81)
+        keys = row_bytes(np.column_stack([rows.astype(np.uint8), lines]))
+        if not self.lines.keys() >= set(keys):
+            check_characters(lines)
+            new = add_new(self.lines, keys)
+            self.add_pieces(rows[new], lines[new])
+        ids.reshape(-1)[changed] = ids_of(self.lines, keys)
+        self.last_pages, self.last_ids = tokens.copy(), ids.copy()
         return ids
 
-    def add(self, rows, lines):
-        """New lines: rows (n,), tokens (n, 81)."""
+    def changed_lines(self, tokens):
+        """Find the lines that differ from the last batch of as many pages: from step to step few do, and only these
+        are looked up.
+
+        Returns: their positions among the B * 24 lines, (n,), and an array (B, 24) with the ids of all other lines.
+        """
+        if self.last_pages is None or len(self.last_pages) != len(tokens):
+            return np.arange(len(tokens) * ROWS), np.empty((len(tokens), ROWS), np.int64)
+        changed = np.zeros(len(tokens) * ROWS, bool)
+        changed[np.flatnonzero(tokens != self.last_pages) // COLUMNS] = True
+        return changed.nonzero()[0], self.last_ids.copy()
+
+    def add_pieces(self, rows, lines):
+        """Enter the pieces of new lines: rows (n,), and their tokens (n, 81)."""
         self.pages_end_alike &= bool((lines[rows == ROWS - 1, -1] == ord("\n")).all())
-        characters = CHARACTER_OF.numpy()[lines].astype(np.int64).reshape(-1, PIECE)
         positions = rows[:, None] * COLUMNS + np.arange(COLUMNS)  # (n, 81)
-        pairs = characters * TOKENS + positions.reshape(-1, PIECE)
-        # the piece's first pair, which knows its position, and its characters as digits in base 7
-        keys = pairs[:, 0] * len(CHARACTERS) ** PIECE + characters @ len(CHARACTERS) ** np.arange(PIECE)
-        keys = keys.tolist()
-        first = first_unknown(self.pieces, keys)
-        add_keys(self.pieces, first)
-        pieces = ids_of(self.pieces, keys)
-        self.piece_pairs.append(torch.from_numpy(pairs[list(first.values())]))
-        self.line_pieces.append(torch.from_numpy(pieces).view(-1, COLUMNS // PIECE))
+        pairs = CHARACTER_OF.numpy()[lines].astype(np.int64) * TOKENS + positions
+        pairs = pairs.reshape(-1, PIECE)  # (n * 9, 9)
+        keys = row_bytes(pairs.astype(np.uint16))
+        new = add_new(self.pieces, keys)
+        self.piece_pairs.append(torch.from_numpy(pairs[new]))
+        self.line_pieces.append(torch.from_numpy(ids_of(self.pieces, keys)).view(-1, COLUMNS // PIECE))
 
 
 def check_characters(tokens):
-    """Raises ValueError for a token that is no character of a page."""
+    """Raise ValueError for a token that is no character of a page."""
     if others := tokens.tobytes().translate(None, delete=CHARACTERS.encode()):
         raise ValueError(f"token {others[0]} ({chr(others[0])!r}) is not in the character set {CHARACTERS!r}")
 
 
-def first_unknown(table, keys):
-    """-> {key: the index at which it stands first} for the keys that `table` lacks, in the order in which they come."""
-    first = {}
-    for i, known in enumerate(map(table.get, keys)):
-        if known is None:
-            first.setdefault(keys[i], i)
-    return first
+def row_bytes(array):
+    """Return each row of an array (n, k) as `bytes`, which can be the keys of a dict."""
+    return array.view(f"V{array.itemsize * array.shape[1]}").ravel().tolist()
 
 
-def add_keys(table, keys):
-    """Gives keys that `table` lacks the next ids."""
-    table.update(zip(keys, range(len(table), len(table) + len(keys))))
+def add_new(ids, keys):
+    """Give the next ids to the keys that have none, and return the positions in `keys` at which these come first."""
+    positions = []
+    for i, key in enumerate(keys):
+        if key not in ids:
+            ids[key] = len(ids)
+            positions.append(i)
+    return positions
 
 
-def ids_of(table, keys):
-    """-> (n,) int64"""
-    return np.fromiter(map(table.get, keys), np.int64, len(keys))
+def ids_of(ids, keys):
+    """Look up the ids of keys, and return an array (n,) int64."""
+    return np.fromiter(map(ids.get, keys), np.int64, len(keys))
 
 
 class GrowingTable:
-    """A tensor that grows by rows: `table()` is what it holds now."""
+    """A tensor to which rows are appended in place. Calling it returns the rows that it has now, a view."""
 
-    def __init__(self, *shape, **kwargs):
-        self.table, self.n = torch.empty(1024, *shape, **kwargs), 0
+    def __init__(self, *shape, dtype):
+        self.storage = torch.empty(1024, *shape, dtype=dtype)
+        self.n = 0
+
+    def __len__(self):
+        return self.n
 
     def append(self, rows):
-        while self.n + len(rows) > self.table.shape[0]:
-            self.table = torch.cat([self.table, torch.empty_like(self.table)])
-        self.table[self.n : self.n + len(rows)] = rows
+        while self.n + len(rows) > len(self.storage):
+            self.storage = torch.cat([self.storage, torch.empty_like(self.storage)])  # twice as long
+        self.storage[self.n : self.n + len(rows)] = rows
         self.n += len(rows)
 
     def __call__(self):
-        return self.table[: self.n]
+        return self.storage[: self.n]

@@ -1,10 +1,28 @@
 """Two layers and more: pages share how they begin.
 
-Attention is causal: what a block computes at a position depends on the text up to there. So pages that begin alike share all
-work up to their first difference. Each distinct prefix is computed once, chunk by chunk; the queries of its last chunk attend to
-the keys and values of its whole path, as language model servers share prompts (Zheng et al. 2024, RadixAttention), here with
-gradients. Each path has a copy of its keys and values, which takes two to three times the memory that they take unshared;
-all else takes less. On two CPU cores six layers learn 1.5 to 2.2 times as fast with it (docs/performance.md).
+Attention is causal: what a block computes at a position depends only on the text up to there. So pages that begin alike
+share all work up to their first difference. Each distinct prefix is computed once, chunk by chunk. The queries of its
+last chunk attend to the keys and values of all its chunks, as servers of language models share prompts (Zheng et al.
+2024, RadixAttention), here with gradients.
+
+For example, the ball of a new game moves from row 21 to row 20 in its first step. A chunk is three lines, so both pages
+share six of their eight chunks, and each has a seventh (rows 18 to 20) and an eighth of its own. Of 16 chunks 10 are
+computed:
+
+>>> from breakout_ascii import BreakoutAscii
+>>> from fast.line_index import LineIndex
+>>> game, index = BreakoutAscii(), LineIndex()
+>>> (first, _), (second, *_) = game.reset(seed=0), game.step(0)
+>>> tree = prefix_tree(index, index.encode(np.stack([first, second])))
+>>> tree.chunks.shape
+torch.Size([10, 243])
+>>> tree.paths[7].members  # the chunks of which the prefixes of full length, which are the pages, consist
+tensor([[0, 1, 2, 3, 4, 5, 6, 8],
+        [0, 1, 2, 3, 4, 5, 7, 9]])
+
+Every prefix needs a copy of the keys and values of all its chunks, which takes two to three times the memory that they
+take without sharing; everything else takes less. On two CPU cores six layers learn 1.5 to 2.2 times as fast with it
+(docs/performance.md).
 """
 
 import functools
@@ -15,134 +33,157 @@ import torch
 import torch.nn.functional as F
 
 from breakout_ascii import COLUMNS, TOKENS
+from fast.bags import bag_sums, make_bags
 from fast.cuda_graphs import Compiled
-from fast.shared_attention import make_level
 
 LINES = 3  # in a chunk, the unit that is shared: 243 characters nearly fill two of FlashAttention's blocks of 128
 CHUNK = LINES * COLUMNS
 
 
 class PrefixTree(NamedTuple):
-    """The pages of a minibatch as the distinct ones of their prefixes: of 1 chunk, of 2, ... of all 8.
+    """The distinct prefixes of the pages of a minibatch: those of one chunk, those of two, and so on up to whole pages,
+    of eight.
 
-    A prefix is its last chunk, behind a shorter prefix that others may share. All are numbered, the shortest first. The children
-    of a prefix of J chunks are the J prefixes that its chunks end, the shortest first and itself last: its path. In the `Level` of
-    length J `offsets` has one entry for each prefix of up to J chunks.
+    A prefix adds one chunk to a prefix that is a chunk shorter. So each prefix has one number, which is also the number
+    of its last chunk; shorter prefixes have lower numbers. The path of a prefix is the list of its chunks, from the top
+    of the page down.
     """
 
-    chunks: torch.Tensor  # (n, CHUNK) characters
+    chunks: torch.Tensor  # (n, CHUNK) characters of each chunk
     starts: torch.Tensor  # (n, 1) where on the page each chunk starts
-    levels: list  # for each length J a `Level`: children (n of this length, J)
-    pages: torch.Tensor  # (B,) each page's position among the prefixes of full length
+    paths: list  # for each length J = 1, 2, ..., 8 the paths of all prefixes of J chunks, as `Bags` of J chunks each
+    pages: torch.Tensor  # (B,) the position of each page among the prefixes of full length
 
 
 def prefix_tree(index, lines, device="cpu"):
-    """Pages as line ids (B, 24), an int64 array, of a `LineIndex` -> their `PrefixTree`."""
-    order = np.lexsort(lines.T[::-1])  # pages that begin alike lie next to each other
+    """Return the `PrefixTree` of pages that a `LineIndex` has encoded as line ids, an int64 array (B, 24)."""
+    order = np.lexsort(lines.T[::-1])  # pages that begin alike are next to each other
     chunks = lines[order].reshape(len(order), -1, LINES)  # (B, 8, LINES)
-    new = np.ones(chunks.shape[:2], bool)  # prefixes that the page before does not share
-    new[1:] = np.logical_or.accumulate((chunks[1:] != chunks[:-1]).any(2), axis=1)
-    ends = new.sum(0).cumsum()  # how many prefixes there are up to each length
-    prefixes = new.cumsum(0) - 1 + np.append(0, ends[:-1])  # (B, 8): each page's prefix of each length
-    levels = [make_level(prefixes[new[:, i], : i + 1], end, device) for i, end in enumerate(ends)]
-    pieces = index.line_pieces().numpy()[chunks.swapaxes(0, 1)[new.T]]  # (n, LINES, 9)
+    is_new = np.ones(
+        chunks.shape[:2], bool
+    )  # whether a page's prefix of each length differs from that of the page before
+    is_new[1:] = np.logical_or.accumulate((chunks[1:] != chunks[:-1]).any(2), axis=1)
+    ends = is_new.sum(0).cumsum()  # how many prefixes there are up to each length
+    prefixes = is_new.cumsum(0) - 1 + np.append(0, ends[:-1])  # (B, 8): the number of each page's prefix of each length
+    paths = [make_bags(prefixes[is_new[:, i], : i + 1], end, device) for i, end in enumerate(ends)]
+    pieces = index.line_pieces().numpy()[chunks.swapaxes(0, 1)[is_new.T]]  # (n, LINES, 9)
     characters = index.piece_pairs().numpy()[pieces].reshape(-1, CHUNK) // TOKENS
+    starts = is_new.T.nonzero()[0][:, None] * CHUNK
     pages = np.empty_like(order)
     pages[order] = prefixes[:, -1] - prefixes[0, -1]
-    tensors = lambda *arrays: (torch.from_numpy(x).to(device) for x in arrays)
-    starts = new.T.nonzero()[0][:, None] * CHUNK
-    return PrefixTree(*tensors(characters, starts), levels, *tensors(pages))
+    characters, starts, pages = (torch.from_numpy(x).to(device) for x in (characters, starts, pages))
+    return PrefixTree(characters, starts, paths, pages)
 
 
 class Paths(torch.autograd.Function):
-    """rows (K, W) -> for each level, the rows of its children, (n * J, W). The gradient is a segment sum, without atomics."""
+    """Looks up the rows (n, W) of the chunks on each path, and returns them for each length J, (prefixes of that length
+    * J, W).
+
+    The gradient of a row is a sum over the paths that contain it, computed without atomic additions.
+    """
 
     @staticmethod
-    def forward(ctx, rows, levels):
-        ctx.rows, ctx.levels = len(rows), levels
-        return tuple(rows.index_select(0, level.children.flatten()) for level in levels)
+    def forward(ctx, rows, paths):
+        ctx.num_rows, ctx.paths = len(rows), paths
+        return tuple(rows.index_select(0, of_length.members.flatten()) for of_length in paths)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        dtype = torch.promote_types(gradients[0].dtype, torch.float32)  # each level would round a sum in bf16 again
-        total = gradients[0].new_zeros(ctx.rows, gradients[0].size(1), dtype=dtype)
-        for of_length, d in zip(ctx.levels, gradients):
-            total[: len(of_length.offsets)] += F.embedding_bag(of_length.order, d, of_length.offsets, mode="sum")
+        dtype = torch.promote_types(gradients[0].dtype, torch.float32)  # adding up in bf16 would round for each length
+        total = gradients[0].new_zeros(ctx.num_rows, gradients[0].size(1), dtype=dtype)
+        for of_length, gradient in zip(ctx.paths, gradients):
+            # The paths of this length consist of the first chunks only.
+            total[: len(of_length.offsets)] += bag_sums(gradient, of_length.order, of_length.offsets)
         return total.to(gradients[0].dtype), None
 
 
 def lower_right_attention(q, kv, n_head):
-    """Causal attention of queries (B, T, C), the last T of S positions, to keys and values (B, S, 2C) of all -> (B, T, C)."""
+    """Compute causal attention of the last T of S positions to all S.
+
+    Args: queries (B, T, C), keys and values (B, S, 2C).
+    Returns: (B, T, C).
+    """
     mask = None
     if q.size(1) < kv.size(1):
-        from torch.nn.attention.bias import causal_lower_right  # here: the import takes a second
+        from torch.nn.attention.bias import causal_lower_right  # here because the import takes a second
 
         mask = causal_lower_right(q.size(1), kv.size(1))
-    heads = lambda z: z.unflatten(2, (n_head, -1)).transpose(1, 2)  # (B, nh, T or S, hs)
     k, v = kv.chunk(2, dim=2)
-    y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=mask, is_causal=mask is None)
+    q, k, v = (x.unflatten(2, (n_head, -1)).transpose(1, 2) for x in (q, k, v))  # (B, nh, T or S, hs)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     return y.transpose(1, 2).flatten(2)
 
 
-def prefix_attention(q, kv, n_head, levels):
-    """Queries (n, T, C) of the last T positions of each prefix, keys and values (K, CHUNK, 2C) of all chunks -> (n, T, C)."""
-    queries, paths = q.split([len(level.children) for level in levels]), Paths.apply(kv.flatten(1), levels)
+def prefix_attention(q, kv, n_head, paths):
+    """Compute attention of the last T positions of each prefix to its whole path.
+
+    Args: queries (n, T, C) of the prefixes on `paths`, keys and values (number of chunks, CHUNK, 2C) of all chunks.
+    Returns: (n, T, C).
+    """
+    queries = q.split([len(of_length.members) for of_length in paths])
+    kvs = Paths.apply(kv.flatten(1), paths)
     return torch.cat(
-        [lower_right_attention(q, path.view(len(q), -1, kv.size(2)), n_head) for q, path in zip(queries, paths)]
+        [lower_right_attention(q, kv_.view(len(q), -1, kv.size(2)), n_head) for q, kv_ in zip(queries, kvs)]
     )
 
 
 def before_attention(block, x):
-    """The first half of a block: (..., C) -> queries (..., C), keys and values (..., 2C)."""
+    """Compute the first half of a block: from x (..., C) the queries (..., C), and the keys and values (..., 2C)."""
     x = block.ln_1(x)
     return [F.linear(x, w) for w in block.attn.c_attn.weight.split([x.size(-1), 2 * x.size(-1)])]
 
 
-def rest_of_block(block, x, y):
-    """The second half: x (..., C), attention outputs y (..., C) -> (..., C)."""
+def after_attention(block, x, y):
+    """Compute the second half of a block: from its input x and the output y of attention, both (..., C)."""
     x = x + block.attn.c_proj(y)
     return x + block.mlp(block.ln_2(x))
 
 
 @functools.cache
 def compiled(f):
-    """One compilation for all blocks and for any number of chunks, which differs from minibatch to minibatch."""
+    """Compile a function once for all blocks, and for any number of chunks, because every minibatch has another."""
     return Compiled(f, dynamic=True)
 
 
 def halves(compile_blocks):
-    """-> the two halves of a block, compiled or as they stand."""
-    return [compiled(f) if compile_blocks else f for f in (before_attention, rest_of_block)]
+    """Return the two halves of a block as functions, compiled or not."""
+    if compile_blocks:
+        return compiled(before_attention), compiled(after_attention)
+    return before_attention, after_attention
 
 
 def prefix_features(gpt, tree, bf16=False, compile_blocks=False):
-    """`GPT.features` of a `PrefixTree` -> (B, C).
+    """Do the work of `GPT.features` on a `PrefixTree`.
 
-    bf16: in the blocks. compile_blocks: once for all blocks, but for the end of the last.
+    Args: whether the blocks compute in bf16, and whether they are compiled.
+    Returns: features (B, C).
     """
     *blocks, last_block = gpt.blocks
+    num_pages = len(tree.paths[-1].members)
     with torch.autocast(gpt.device.type, torch.bfloat16, enabled=bf16):
         x = through_blocks(gpt, tree, blocks, compile_blocks)
-        ends = lambda z: z[-len(tree.levels[-1].children) :, -1:]  # the last positions of whole pages: all that is read
+        # Only the last positions of whole pages are read, so the last block computes nothing else but keys and values.
         before, _ = halves(compile_blocks)
         q, kv = before(last_block, x)
-        x = rest_of_block(last_block, ends(x), prefix_attention(ends(q), kv, gpt.config.n_head, tree.levels[-1:]))
+        y = prefix_attention(q[-num_pages:, -1:], kv, gpt.config.n_head, tree.paths[-1:])
+        x = after_attention(last_block, x[-num_pages:, -1:], y)
     return gpt.ln_f(x.squeeze(1)).index_select(0, tree.pages)
 
 
 def features_of_every_token(gpt, tree, bf16=False, compile_blocks=False):
-    """All positions, where `prefix_features` has the last alone -> (B, 1944, C)."""
+    """Compute the features of every position, (B, 1944, C), where `prefix_features` computes those of the last."""
     with torch.autocast(gpt.device.type, torch.bfloat16, enabled=bf16):
         x = gpt.ln_f(through_blocks(gpt, tree, gpt.blocks, compile_blocks))
-    return x[tree.levels[-1].children[tree.pages]].flatten(1, 2)
+    return x[tree.paths[-1].members[tree.pages]].flatten(1, 2)
 
 
 def through_blocks(gpt, tree, blocks, compile_blocks):
-    """-> (n, CHUNK, C), what the blocks make of every chunk behind its prefix."""
+    """Send every chunk through `blocks`, and return (n, CHUNK, C)."""
     before, after = halves(compile_blocks)
     positions = tree.starts + torch.arange(CHUNK, device=gpt.device)
     x = gpt.wte(tree.chunks) + gpt.wre(positions // COLUMNS) + gpt.wce(positions % COLUMNS)  # (n, CHUNK, C)
     for block in blocks:
-        x = after(block, x, prefix_attention(*before(block, x), gpt.config.n_head, tree.levels))
+        q, kv = before(block, x)
+        x = after(block, x, prefix_attention(q, kv, gpt.config.n_head, tree.paths))
     return x

@@ -1,6 +1,8 @@
-"""Every shortcut against the textbook GPT in float64: the same outputs, the same gradients, within what float32 can hold."""
+"""Every shortcut gives the outputs and gradients of the textbook GPT in float64, within the precision of float32."""
 
 import copy
+import doctest
+import importlib
 import math
 
 import numpy as np
@@ -11,10 +13,11 @@ from helpers import all_new, foreign_end, largest_score, late_game, make_gpt, on
 import fast.shared_attention
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS, BreakoutAsciiVec
 from fast import DeviceGPT, FastGPT, gpt_for, shared_prefixes
+from fast.bags import make_bags
 from fast.cuda_graphs import Compiled
-from fast.gpu_gpt import distinct_lines, every_line
+from fast.gpu_gpt import Lines, distinct_lines, every_line
 from fast.line_index import LineIndex
-from fast.shared_attention import SharedAttention, Tree, make_level, shared_attention
+from fast.shared_attention import SharedAttention, SharedPages, shared_attention
 from fast.shared_prefixes import CHUNK, prefix_tree
 from model import GPT, GPTConfig
 
@@ -23,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def features_and_gradient(gpt, pages):
-    """-> features (B, C), and the gradient of a loss of all outputs, by all parameters, one vector."""
+    """Return features (B, C), and the gradient of a loss that depends on all outputs, as one vector."""
     gpt.zero_grad()
     features = gpt.features(pages)
     outputs = torch.cat([x.flatten() for x in (features, *gpt.heads(features), gpt.change_head(features))])
@@ -36,48 +39,56 @@ def relative_error(x, reference):
 
 
 def twice(gpt, kind):
-    """The same weights in another class."""
+    """Return a model of another class with the same weights."""
     other = kind(gpt.config)
     other.load_state_dict(gpt.state_dict())
     return other
 
 
+@pytest.mark.parametrize("name", ["line_index", "shared_attention", "shared_prefixes", "gpu_gpt"])
+def test_the_examples_in_the_docstrings_are_right(name):
+    results = doctest.testmod(importlib.import_module(f"fast.{name}"))
+    assert results.failed == 0 and results.attempted > 0
+
+
 @pytest.mark.parametrize("n_layer", [1, 2])
 @pytest.mark.parametrize("pages", PAGES)
 def test_fast_gpt_equals_gpt(pages, n_layer):
-    gpt, tokens = make_gpt(n_layer=n_layer, n_head=4, n_embd=32, mlp_expansion=2), torch.from_numpy(pages())
+    gpt = make_gpt(n_layer=n_layer, n_head=4, n_embd=32, mlp_expansion=2)
+    tokens = torch.from_numpy(pages())
     expected = features_and_gradient(copy.deepcopy(gpt).double(), gpt.encode(tokens))
     ours = twice(gpt, FastGPT)
     assert ours.state_dict().keys() == gpt.state_dict().keys()
     for x, reference in zip(features_and_gradient(ours, ours.encode(tokens)), expected):
         assert relative_error(x, reference) <= tolerance(largest_score(gpt)) * n_layer
+    atol = tolerance(largest_score(gpt)) * n_layer * 8  # |features| = 6
     for x, reference in zip(ours(tokens), copy.deepcopy(gpt).double()(tokens)):
-        torch.testing.assert_close(
-            x, reference.float(), rtol=1e-3, atol=tolerance(largest_score(gpt)) * n_layer * 8
-        )  # |features| = 6
+        torch.testing.assert_close(x, reference.float(), rtol=1e-3, atol=atol)
 
 
 @pytest.mark.parametrize(
     "pages, largest", [(random_play, 50), (late_game, 200), (random_play, 5000), (late_game, 5000), (all_new, 5000)]
 )
 def test_one_layer_is_exact_when_scores_are_huge(pages, largest):
-    gpt, tokens = make_gpt(), torch.from_numpy(pages()[:1])
+    gpt = make_gpt()
+    tokens = torch.from_numpy(pages()[:1])
     with torch.no_grad():
         gpt.blocks[0].attn.c_attn.weight[: gpt.config.n_embd] *= largest / largest_score(gpt)
     assert largest_score(gpt) == pytest.approx(largest, rel=1e-4)
     characters = gpt.encode(tokens)
     expected = features_and_gradient(copy.deepcopy(gpt).double(), characters)
     on_cpu, on_device = twice(gpt, FastGPT), twice(gpt, DeviceGPT)
-    shared = type(every_line(characters))(*(x[0] for x in distinct_lines(characters.unsqueeze(0))))
-    paths = (gpt, characters), (on_cpu, on_cpu.encode(tokens)), (on_device, characters), (on_device, shared)
-    for model, encoded in paths:
+    shared = Lines(*(x[0] for x in distinct_lines(characters.unsqueeze(0))))
+    ways = (gpt, characters), (on_cpu, on_cpu.encode(tokens)), (on_device, characters), (on_device, shared)
+    for model, encoded in ways:
         for x, reference in zip(features_and_gradient(model, encoded), expected):
             assert relative_error(x, reference) <= tolerance(largest), type(model)
 
 
 def test_a_wrong_sum_would_be_noticed():
-    """The tolerance is no licence: scores rounded to TF32's 10 bits are far outside it."""
-    gpt, tokens = make_gpt(), torch.from_numpy(random_play())
+    """Weights that are wrong in the eleventh bit, as with TF32, give features far outside the tolerance."""
+    gpt = make_gpt()
+    tokens = torch.from_numpy(random_play())
     expected, _ = features_and_gradient(copy.deepcopy(gpt).double(), gpt.encode(tokens))
     ours = twice(gpt, FastGPT)
     with torch.no_grad():
@@ -87,22 +98,22 @@ def test_a_wrong_sum_would_be_noticed():
 
 @pytest.mark.parametrize("spread, rescaled", [(100, False), (400, True)])
 def test_pages_far_apart_in_one_head(monkeypatch, spread, rescaled):
-    """In the first head four characters dwarf the rest of their page, and the other pages lack them."""
+    """A head is rescaled if some characters of one page have much larger scores than any of another page."""
     torch.manual_seed(0)
     table, rstd = torch.randn(120, 1 + 3, 2), 0.5 + torch.rand(40)  # 40 pairs, each of three rows of its own
-    table[:12:3, 0, 0] += spread  # bits, of the first four pairs; the scores of the second head lie near each other
+    table[:12:3, 0, 0] += spread  # bits, for the first four pairs in the first head
     table.requires_grad_(), rstd.requires_grad_()
     pages = np.stack([np.arange(0, 20), np.arange(20, 40), np.arange(10, 30)])
-    tree = Tree(torch.arange(40), make_level(np.arange(120).reshape(40, 3), 120), [make_level(pages, 40)])
-    used = []
+    shared = SharedPages(torch.arange(40), make_bags(np.arange(120).reshape(40, 3), 120), [make_bags(pages, 40)])
+    heads = []
     apply = SharedAttention.apply
-    monkeypatch.setattr(SharedAttention, "apply", lambda *args: used.append(args[0].size(2)) or apply(*args))
-    y = shared_attention(table, rstd, tree)
-    assert used == ([2, 1] if rescaled else [2])
+    monkeypatch.setattr(SharedAttention, "apply", lambda *args: heads.append(args[0].size(2)) or apply(*args))
+    y = shared_attention(table, rstd, shared)
+    assert heads == ([2, 1] if rescaled else [2])
     rows = table.view(40, 3, 4, 2).sum(1) * rstd.view(-1, 1, 1)
     weights = (rows[pages, 0] * math.log(2)).softmax(1)  # (3, 20, 2)
     expected = (weights.unsqueeze(2) * rows[pages, 1:]).sum(1)
-    near = dict(rtol=tolerance(spread), atol=tolerance(spread) * 10)  # values and their sums are of order 1 to 10
+    near = dict(rtol=tolerance(spread), atol=tolerance(spread) * 10)  # values and their sums are between 1 and 10 or so
     torch.testing.assert_close(y, expected, **near)
     loss = torch.linspace(-1, 1, y.numel()).view_as(y)
     for ours, theirs in zip(*(torch.autograd.grad((out * loss).sum(), (table, rstd)) for out in (y, expected))):
@@ -111,9 +122,11 @@ def test_pages_far_apart_in_one_head(monkeypatch, spread, rescaled):
 
 @pytest.mark.parametrize("games, config", [(8, {}), (2, {"n_layer": 2, "n_head": 2, "n_embd": 8})])
 def test_the_inference_cache_reads_what_the_model_reads(games, config):
-    gpt, env = make_gpt(kind=FastGPT, **config), BreakoutAsciiVec(games, varied_starts=0.7)
+    gpt = make_gpt(kind=FastGPT, **config)
+    env = BreakoutAsciiVec(games, varied_starts=0.7)
     obs, _ = env.reset(seed=0)
-    act, near = gpt.inference_cache(), dict(rtol=1e-3, atol=tolerance(largest_score(gpt)) * gpt.config.n_embd**0.5)
+    act = gpt.inference_cache()
+    near = dict(rtol=1e-3, atol=tolerance(largest_score(gpt)) * gpt.config.n_embd**0.5)
     for step in range(80):
         lines = gpt.encode(obs)
         logits, values = act(lines)
@@ -125,29 +138,32 @@ def test_the_inference_cache_reads_what_the_model_reads(games, config):
 
 
 def test_the_inference_cache_rescales_the_pages_that_need_it(monkeypatch):
-    gpt, env, rescaled = make_gpt(kind=FastGPT), BreakoutAsciiVec(32, varied_starts=0.7), []
+    """The largest scores of some pages, but not of all, are far below those of the pairs on no page."""
+    gpt = make_gpt(kind=FastGPT)
+    env = BreakoutAsciiVec(32, varied_starts=0.7)
     with torch.no_grad():
-        gpt.blocks[0].attn.c_attn.weight[: gpt.config.n_embd] *= (
-            16  # scores so far apart that most pages, but not all, lie too low
-        )
+        gpt.blocks[0].attn.c_attn.weight[: gpt.config.n_embd] *= 8
     obs, _ = env.reset(seed=0)
     for _ in range(30):
         obs, *_ = env.step(np.arange(32) % 3)
-    sums = fast.shared_attention.rescaled_sums
+    rescaled = []
+    share_pages = fast.shared_attention.share_pages
     monkeypatch.setattr(
         fast.shared_attention,
-        "rescaled_sums",
-        lambda m, below, parts: rescaled.append(parts.shape) or sums(m, below, parts),
+        "share_pages",
+        lambda index, lines: rescaled.append(len(lines)) or share_pages(index, lines),
     )
     act, lines = gpt.inference_cache(), gpt.encode(obs)
     ours = act(lines)
-    assert [0 < n < 32 for n, parts in rescaled if parts == ROWS] == [True]
-    torch.testing.assert_close(ours, gpt.heads(gpt.features(lines)), rtol=1e-3, atol=tolerance(largest_score(gpt)) * 8)
+    assert [0 < n < 32 for n in rescaled] == [True]
+    expected = gpt.heads(gpt.features(lines))
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=tolerance(largest_score(gpt)) * 8)
 
 
 def test_an_older_cache_says_that_it_is_out_of_date():
     gpt = make_gpt(kind=FastGPT, n_head=4, n_embd=16)
-    older, newer = gpt.inference_cache(), gpt.inference_cache()
+    older = gpt.inference_cache()
+    newer = gpt.inference_cache()
     lines = gpt.encode(random_play())
     with pytest.raises(RuntimeError, match="out of date"):
         older(lines)
@@ -155,7 +171,7 @@ def test_an_older_cache_says_that_it_is_out_of_date():
 
 
 def test_pages_that_end_otherwise_are_read_too():
-    """The cache has been used already when the first comes."""
+    """Pages with different last characters share no query. Even a cache that has read pages of the game reads them."""
     gpt = make_gpt(kind=FastGPT, n_head=4, n_embd=16)
     act = gpt.inference_cache()
     act(gpt.encode(random_play()))
@@ -163,12 +179,13 @@ def test_pages_that_end_otherwise_are_read_too():
     torch.testing.assert_close(act(gpt.encode(foreign_end())), twice(gpt, GPT)(foreign_end()), **near)
 
 
-def test_reading_leaves_the_line_numbers_of_a_rollout_alone():
+def test_forward_leaves_the_line_ids_of_a_rollout_alone():
     gpt = make_gpt(kind=FastGPT, n_head=4, n_embd=16)
     lines = gpt.encode(random_play())
     expected = gpt.features(lines)
     gpt(all_new())
-    assert torch.equal(gpt.features(lines), expected) and torch.equal(gpt.encode(random_play()), lines)
+    assert torch.equal(gpt.features(lines), expected)
+    assert torch.equal(gpt.encode(random_play()), lines)
 
 
 def test_changes_are_those_of_gpt():
@@ -179,17 +196,18 @@ def test_changes_are_those_of_gpt():
 
 
 def test_which_shortcut_suits_which_device():
-    deep, one = GPTConfig(n_layer=2), GPTConfig()
+    one, deep = GPTConfig(), GPTConfig(n_layer=2)
     kinds = [type(gpt_for(config, torch.device(device))) for config in (one, deep) for device in ("cpu", "cuda", "mps")]
     assert kinds == [FastGPT, DeviceGPT, GPT, FastGPT, FastGPT, GPT]
     assert gpt_for(one, CPU).group_size == 1 and gpt_for(deep, CPU).group_size == 8
 
 
-# Line numbers
+# Line ids
 
 
-def test_a_line_index_numbers_distinct_lines_once():
-    index, pages = LineIndex(), random_play()
+def test_a_line_index_gives_every_distinct_line_one_id():
+    index = LineIndex()
+    pages = random_play()
     first = index.encode(pages)
     known = len(index.lines)
     assert known == len({(row, page[81 * row : 81 * row + 81].tobytes()) for page in pages for row in range(ROWS)})
@@ -202,33 +220,35 @@ def test_a_line_index_numbers_distinct_lines_once():
     np.testing.assert_array_equal(pairs.numpy() % TOKENS, np.tile(np.arange(TOKENS), (len(pages), 1)))
 
 
-def test_hashes_tell_lines_apart():
-    """Every line that differs from another in one character, and the same line in another row."""
+def test_similar_lines_are_told_apart():
+    """All lines that differ in one character from a given line are distinct, and each is distinct in another row."""
     page = np.frombuffer(CHARACTERS.encode(), np.uint8)[np.random.default_rng(4).integers(7, size=TOKENS)]
     pages = np.tile(page, (7 * COLUMNS, 1))
-    pages[:, :COLUMNS] = page[:COLUMNS]
     for i, c in enumerate(CHARACTERS.encode()):
         pages[i * COLUMNS + np.arange(COLUMNS), np.arange(COLUMNS)] = c
     pages[:, COLUMNS : 2 * COLUMNS] = pages[:, :COLUMNS]
+    expected = 2 * (6 * COLUMNS + 1) + 22  # rows 0 and 1 vary, the other 22 do not
     index = LineIndex()
     index.encode(pages)
-    assert len(index.lines) == 2 * (6 * COLUMNS + 1) + 22
+    assert len(index.lines) == expected
+    characters = make_gpt(n_head=2, n_embd=8).encode(pages)
+    assert distinct_lines(characters.unsqueeze(0)).pages.unique().numel() == expected
 
 
+# fmt: off
 @pytest.mark.parametrize("kind, n_layer", [(GPT, 1), (FastGPT, 1), (FastGPT, 2)])
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda pages: pages[:, :-1],
-        lambda pages: pages[0],
-        lambda pages: pages[:0],
-        lambda pages: pages.astype(np.int64),
-        lambda pages: np.where(pages == ord("O"), ord("x"), pages).astype(np.uint8),
-        lambda pages: np.where(pages == ord("O"), 200, pages).astype(np.uint8),
-    ],
-)
+@pytest.mark.parametrize("spoil", [
+    lambda pages: pages[:, :-1],
+    lambda pages: pages[0],
+    lambda pages: pages[:0],
+    lambda pages: pages.astype(np.int64),
+    lambda pages: np.where(pages == ord("O"), ord("x"), pages).astype(np.uint8),
+    lambda pages: np.where(pages == ord("O"), 200, pages).astype(np.uint8),
+])
+# fmt: on
 def test_wrong_pages_are_refused(spoil, kind, n_layer):
-    gpt, pages = make_gpt(kind=kind, n_layer=n_layer, n_head=2, n_embd=8), np.ascontiguousarray(spoil(late_game()))
+    gpt = make_gpt(kind=kind, n_layer=n_layer, n_head=2, n_embd=8)
+    pages = np.ascontiguousarray(spoil(late_game()))
     for given in (pages, torch.from_numpy(pages)):
         with pytest.raises(ValueError, match="pages must be|character set") as error:
             gpt(given)
@@ -236,7 +256,8 @@ def test_wrong_pages_are_refused(spoil, kind, n_layer):
 
 
 def test_a_refused_page_leaves_the_index_as_it_was():
-    index, pages = LineIndex(), random_play()
+    index = LineIndex()
+    pages = random_play()
     expected = index.encode(pages)
     bad = pages.copy()
     bad[1, 500] = ord("x")
@@ -249,7 +270,7 @@ def test_a_refused_page_leaves_the_index_as_it_was():
 
 
 def test_lines_are_the_text_of_the_pages():
-    """All of them, and the distinct ones of each batch: the same text in another row is another line."""
+    """`every_line` and `distinct_lines` hold all the text of the pages, and the latter each line of a batch once."""
     pages = np.stack(
         [np.concatenate([one_game(), random_play()]), np.concatenate([random_play(), one_game()[:1].repeat(6, 0)])]
     )
@@ -257,29 +278,28 @@ def test_lines_are_the_text_of_the_pages():
     shared = distinct_lines(characters)
     capacity = shared.rows.size(1)
     used = [len({(i % ROWS, line.tobytes()) for i, line in enumerate(batch.reshape(-1, COLUMNS))}) for batch in pages]
-    assert (
-        used[0] != used[1]
-        and max(used) <= capacity < 2 * max(used)
-        and distinct_lines(characters, capacity=4096).rows.size(1) == 4096
-    )
-    for batch, text, n, lines in zip(characters, pages, used, map(type(shared)._make, zip(*shared))):
+    assert used[0] != used[1]
+    assert max(used) <= capacity < 2 * max(used)
+    assert distinct_lines(characters, min_capacity=4096).rows.size(1) == 4096
+    for batch, n, lines in zip(characters, used, map(Lines._make, zip(*shared))):
         assert torch.equal(lines.pages.unique(), torch.arange(n))
-        for of, rows, numbers in (lines, every_line(batch)):
-            assert torch.equal(of[numbers].flatten(1), batch) and torch.equal(
-                rows[numbers], torch.arange(ROWS).expand(9, ROWS)
-            )
+        for of_batch in (lines, every_line(batch)):
+            assert torch.equal(of_batch.characters[of_batch.pages].flatten(1), batch)
+            assert torch.equal(of_batch.rows[of_batch.pages], torch.arange(ROWS).expand(9, ROWS))
 
 
-def test_device_gpt_keeps_the_table_of_its_cache_in_its_place():
+def test_a_new_cache_of_device_gpt_keeps_the_table_at_its_address():
     gpt = make_gpt(kind=DeviceGPT, n_head=4, n_embd=16)
-    act, pages = gpt.inference_cache(), gpt.encode(random_play())
-    places = [x.data_ptr() for x in gpt.table]
-    before = act(pages)
+    act = gpt.inference_cache()
+    pages = gpt.encode(random_play())
+    addresses = [x.data_ptr() for x in gpt.table]
+    before, _ = act(pages)
     with torch.no_grad():
         gpt.blocks[0].attn.c_attn.weight.mul_(2)
-    assert torch.equal(act(pages)[0], before[0])  # as the weights were
+    assert torch.equal(act(pages)[0], before)  # the cache still has the old weights
     after = gpt.inference_cache()(pages)
-    assert not torch.equal(after[0], before[0]) and [x.data_ptr() for x in gpt.table] == places
+    assert not torch.equal(after[0], before)
+    assert [x.data_ptr() for x in gpt.table] == addresses
     torch.testing.assert_close(after, gpt.heads(gpt.features(pages)))
 
 
@@ -287,46 +307,48 @@ def test_device_gpt_keeps_the_table_of_its_cache_in_its_place():
 
 
 def test_a_prefix_tree_holds_each_prefix_once():
-    pages, index = np.concatenate([one_game(), random_play(), all_new()]), LineIndex()
+    pages = np.concatenate([one_game(), random_play(), all_new()])
+    index = LineIndex()
     tree = prefix_tree(index, index.encode(pages))
     texts = np.array([ord(c) for c in CHARACTERS], np.uint8)[tree.chunks]
-    for length, of_length in enumerate(tree.levels, start=1):
-        starts = [texts[path].tobytes() for path in of_length.children.numpy()]
-        assert len(starts) == len(set(starts))
-        assert set(starts) == {page[: length * CHUNK].tobytes() for page in pages}
-        own = of_length.children[:, -1]
-        assert (tree.starts[own] == (length - 1) * CHUNK).all()
-    assert [starts[i] for i in tree.pages] == [page.tobytes() for page in pages]
-    assert len(tree.chunks) == sum(len(of_length.children) for of_length in tree.levels)
+    for length, of_length in enumerate(tree.paths, start=1):
+        prefixes = [texts[path].tobytes() for path in of_length.members.numpy()]
+        assert len(prefixes) == len(set(prefixes))
+        assert set(prefixes) == {page[: length * CHUNK].tobytes() for page in pages}
+        last_chunks = of_length.members[:, -1]
+        assert (tree.starts[last_chunks] == (length - 1) * CHUNK).all()
+    assert [prefixes[i] for i in tree.pages] == [page.tobytes() for page in pages]
+    assert len(tree.chunks) == sum(len(of_length.members) for of_length in tree.paths)
 
 
 def test_compiled_blocks_are_compiled_for_few_sizes(monkeypatch):
-    """Every batch has another number of chunks. What is compiled anew for each would soon not be compiled at all."""
-    from torch._dynamo.testing import CompileCounter  # slow to import
+    """The number of chunks differs from batch to batch, but torch gives up on functions that it compiles too often."""
+    from torch._dynamo.testing import CompileCounter  # here because it is slow to import
 
     counter = CompileCounter()
     monkeypatch.setattr(shared_prefixes, "compiled", lambda f: Compiled(f, dynamic=True, backend=counter))
-    gpt, pages = (
-        make_gpt(kind=FastGPT, n_layer=3, n_head=2, n_embd=16),
-        np.concatenate([one_game(), random_play(), all_new()]),
-    )
-    expected = gpt(torch.from_numpy(pages))[0]
+    gpt = make_gpt(kind=FastGPT, n_layer=3, n_head=2, n_embd=16)
+    pages = np.concatenate([one_game(), random_play(), all_new()])
+    expected, _ = gpt(torch.from_numpy(pages))
     gpt.compile_blocks = True
-    frames = []
+    compilations = []
     for n in (2, 5, 8, 10, len(pages)):
         logits, _ = gpt(torch.from_numpy(pages[:n]))
         logits.sum().backward()
         with torch.no_grad():
             gpt(torch.from_numpy(pages[:n]))
-        frames.append(counter.frame_count)
+        compilations.append(counter.frame_count)
     torch.testing.assert_close(logits, expected)
-    assert 4 <= frames[-1] == frames[1] <= 6  # two halves, with gradients and without
+    assert 4 <= compilations[-1] == compilations[1] <= 6  # two halves, with gradients and without
 
 
 def test_bf16_is_for_the_blocks_alone():
-    gpt, tokens = make_gpt(kind=FastGPT, n_layer=3, n_head=6, n_embd=96, mlp_expansion=1), torch.from_numpy(one_game())
+    """The sums between the blocks, and what the final LayerNorm makes of them, stay in float32."""
+    gpt = make_gpt(kind=FastGPT, n_layer=3, n_head=6, n_embd=96, mlp_expansion=1)
+    tokens = torch.from_numpy(one_game())
+    residuals = []
     with torch.no_grad():
-        plain, residuals = gpt.features(gpt.encode(tokens)), []
+        plain = gpt.features(gpt.encode(tokens))
         gpt.ln_f.register_forward_pre_hook(lambda _, args: residuals.append(args[0]))
         gpt.bf16 = True
         features = gpt.features(gpt.encode(tokens))
