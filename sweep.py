@@ -31,7 +31,7 @@ from harness.device import available_cores
 from harness.figures import new_figure
 from harness.messages import one_line, shown
 from harness.metrics_file import read_metrics
-from harness.options import CommandLineError, Parser, check_constants, convert, given_path, kind_of
+from harness.options import CommandLineError, Constants, Parser, Values, given_path
 from harness.runs import LOCK, ROOT, check_begun, finished
 from harness.supervise import run_script, start_program
 
@@ -56,8 +56,7 @@ class Training(NamedTuple):
     """What a sweep has to know about a training."""
 
     program: list[str]  # what follows `python` on its command line
-    constants: dict
-    ranges: dict
+    constants: Constants
     check: Any  # raises CommandLineError for constants that do not fit together
     algorithm: Any = None  # an `Algorithm`; train_ppo, whose score is exact, is none
 
@@ -67,9 +66,9 @@ def training(name):
     if name == "train_ppo":
         import train_ppo
 
-        return Training(["train_ppo.py"], train_ppo.CONSTANTS, train_ppo.RANGES, train_ppo.check)
+        return Training(["train_ppo.py"], train_ppo.CONSTANTS, train_ppo.check)
     algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
-    return Training(["-m", f"algorithms.{name}"], algorithm.constants, algorithm.ranges, algorithm.check, algorithm)
+    return Training(["-m", f"algorithms.{name}"], algorithm.constants, algorithm.check, algorithm)
 
 
 def directory_of(out, values):
@@ -300,14 +299,14 @@ def read_grid(words, what):
         elif name is None:
             raise CommandLineError(f"{word!r} stands before any constant; name one first, as --seed {word}")
         else:
-            grid[name].append(convert(name, word, kind_of(name, what.constants, what.ranges)))
+            grid[name].append(what.constants.convert(name, word))
     if not grid:
         raise CommandLineError("name at least one constant and its values, as --seed 0 1 2")
     for name, values in grid.items():
         if not values:
             raise CommandLineError(f"--{name.lower()} needs at least one value")
         for value in values:
-            check_constants({name: value}, what.constants, what.ranges)
+            what.constants.check({name: value})
     return {name: list(dict.fromkeys(values)) for name, values in grid.items()}
 
 
@@ -320,8 +319,8 @@ def check_runs(what, out, grid):
     """Raises CommandLineError for a combination of values that cannot be trained, or not in its directory."""
     for values in combinations(grid):
         constants = what.constants | values
-        check_constants(constants, what.constants, what.ranges)
-        what.check(constants)
+        what.constants.check(constants)
+        what.check(Values(**constants))
         if constants["EVAL_INTERVAL"] == 0:
             raise CommandLineError("without evaluations there is nothing to compare; leave --eval_interval 0 out")
         check_begun(directory_of(out, values), constants)

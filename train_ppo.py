@@ -7,7 +7,6 @@ Several cores or GPUs, each with its own games:    torchrun --standalone --nproc
 
 import functools
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import torch
 
@@ -16,7 +15,7 @@ from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, Progre
 from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
 from harness.device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
 from harness.messages import say
-from harness.options import CommandLineError, Constants
+from harness.options import CommandLineError, Constants, Values
 from harness.runs import load_state, new_run_dir, read_run, resume_command
 from harness.supervise import check_free_memory, less_memory, memory_advice, run_script, train
 from model import GPTConfig
@@ -25,82 +24,49 @@ from ppo import PPO, PPOConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # length
-NUM_STEPS = 4_000_000  # environment steps in all; the learning rate falls over this length
-NUM_ENVS = 128  # games side by side
-ROLLOUT_STEPS = 128  # steps of every game between two updates: 128 * 128 = 16384 samples
+NUM_STEPS = 4_000_000  # [1, inf) environment steps in all; the learning rate falls over this length
+NUM_ENVS = 128  # [1, inf) games side by side
+ROLLOUT_STEPS = 128  # [1, inf) steps of every game between two updates: 128 * 128 = 16384 samples
 # PPO
-EPOCHS = 2  # passes over each rollout
-BATCH_SIZE = 512  # samples in a minibatch; must divide the samples of a rollout
-GAMMA = 0.995  # discount per step; with 0.99 a life is worth too little among the last bricks, which lie hundreds of steps apart
-LAMBD = 0.8  # GAE at the start: 0 trusts the critic alone, 1 the returns alone
-LAMBD_END = 0.98  # it rises evenly to this: a brick that a bounce aims at is hit some thirty steps later
-LAMBD_STEPS = 4_000_000  # environment steps until LAMBD_END is reached
-EPS_CLIP = 0.2  # the probability ratio is clipped to 1 +- this
-VALUE_LOSS_COEF = 0.5  # of half the squared error; Stable-Baselines3's vf_coef weighs the whole
-VALUE_CLIP = 0.0  # in units of the scaled return; off if 0.0
-ENTROPY_COEF = 0.01
-MOVE_COEF = 0.04  # cost of moving, in standard deviations of the advantage; off if 0.0
-REWARD_SCALE = 0.1  # a brick is worth 10 points in the game and 1 in training
+EPOCHS = 2  # [1, inf) passes over each rollout
+BATCH_SIZE = 512  # [2, inf) samples in a minibatch; must divide the samples of a rollout
+GAMMA = 0.995  # [0.0, 1.0] discount per step; 0.99 undervalues lives: the last bricks lie hundreds of steps apart
+LAMBD = 0.8  # [0.0, 1.0] lambda of GAE at the start: 0 trusts the critic alone, 1 the returns alone
+LAMBD_END = 0.98  # [0.0, 1.0] lambda rises evenly to this: a bounce hits the brick it aims at some thirty steps later
+LAMBD_STEPS = 4_000_000  # [1, inf) environment steps until lambda reaches LAMBD_END, whatever NUM_STEPS is
+EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
+VALUE_LOSS_COEF = 0.5  # [0.0, inf) of half the squared error; Stable-Baselines3's vf_coef weighs the whole error
+VALUE_CLIP = 0.0  # [0.0, inf) largest change of a value that counts, in units of the scaled return; off if 0.0
+ENTROPY_COEF = 0.01  # [0.0, inf) weight of the entropy bonus
+MOVE_COEF = 0.04  # [0.0, inf) cost of moving, in standard deviations of the advantage; off if 0.0
+REWARD_SCALE = 0.1  # (0.0, inf) a brick is worth 10 points in the game and 1 in training
 # optimizer (Adam)
-LR = 2e-3
-MIN_LR = 5e-5  # at the end of half a cosine; equal to LR: no schedule
-MAX_GRAD_NORM = 0.5
+LR = 2e-3  # (0.0, 1.0] learning rate of the first update
+MIN_LR = 5e-5  # [0.0, 1.0] learning rate at the end of half a cosine; no schedule if equal to LR
+MAX_GRAD_NORM = 0.5  # (0.0, inf) gradients with a larger norm are scaled down to it
 # what makes it learn
-VARIED_STARTS = 0.7  # share of training serves and walls that are random; evaluation never varies
-PREDICTION_COEF = 0.1  # weight of predicting which rows and columns change next; off if 0.0
-PAIRED_ENVS = True  # pairs of games start each rollout in the same state; what both gain counts as the critic's error
+VARIED_STARTS = 0.7  # [0.0, 1.0] share of training serves and walls that are random; evaluation never varies
+PREDICTION_COEF = 0.1  # [0.0, inf) weight of predicting which rows and columns change next; off if 0.0
+PAIRED_ENVS: bool = True  # pairs of games start each rollout in the same state, each a control variate for the other
 # GPT
-N_LAYER = 1  # two or more run thousands of times slower, a hundred times on an H100: pages share only what stands before they differ
-N_HEAD = 16
-N_EMBD = 64
-MLP_EXPANSION = 4
+N_LAYER = 1  # [1, inf) blocks; two or more are thousands of times slower on a CPU and a hundred on an H100
+N_HEAD = 16  # [1, inf) attention heads; must divide N_EMBD
+N_EMBD = 64  # [1, inf) width of the embeddings, a multiple of 4
+MLP_EXPANSION = 4  # [1, inf) width of the MLP's hidden layer, in units of N_EMBD
 # run
-SEED = 0
-DEVICE = "auto"  # "cuda" if it works, else "cpu"
-RUN_DIR = ""  # "" for runs/<date-time>
-EVAL_INTERVAL = 8  # updates between two evaluations; never if 0
-SAVE_FREQ = 8  # updates between two checkpoints
+SEED = 0  # [0, 4_294_967_295] for the initial weights, the games, the actions and the minibatches
+DEVICE: str = "auto"  # "cuda" if it works, else "cpu"; or one by name, such as "cuda:1"
+RUN_DIR: str = ""  # directory of the run; "" for runs/<date-time>
+EVAL_INTERVAL = 8  # [0, inf) updates between two evaluations; never if 0
+SAVE_FREQ = 8  # [1, inf) updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-RANGES = {  # lowest and highest value, integers if the constant is one; or its type. One that you add need not be here
-    "NUM_STEPS": (1, 10**12),
-    "NUM_ENVS": (1, 65536),
-    "ROLLOUT_STEPS": (1, 65536),
-    "EPOCHS": (1, 1000),
-    "BATCH_SIZE": (2, 10**7),
-    "GAMMA": (0.0, 1.0),
-    "LAMBD": (0.0, 1.0),
-    "LAMBD_END": (0.0, 1.0),
-    "LAMBD_STEPS": (1, 10**12),
-    "EPS_CLIP": (1e-9, 1.0),
-    "VALUE_LOSS_COEF": (0.0, 1e9),
-    "VALUE_CLIP": (0.0, 1e9),
-    "ENTROPY_COEF": (0.0, 1e9),
-    "MOVE_COEF": (0.0, 1e9),
-    "REWARD_SCALE": (1e-9, 1e9),
-    "LR": (1e-9, 1.0),
-    "MIN_LR": (0.0, 1.0),
-    "MAX_GRAD_NORM": (1e-9, 1e9),
-    "VARIED_STARTS": (0.0, 1.0),
-    "PREDICTION_COEF": (0.0, 1e9),
-    "N_LAYER": (1, 1024),
-    "N_HEAD": (1, 8192),
-    "N_EMBD": (1, 8192),
-    "MLP_EXPANSION": (1, 1024),
-    "SEED": (0, 2**32 - 1),
-    "EVAL_INTERVAL": (0, 10**9),
-    "SAVE_FREQ": (1, 10**9),
-    "PAIRED_ENVS": bool,
-    "DEVICE": str,
-    "RUN_DIR": str,
-}
 KEPT = "NUM_ENVS N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run must not change these
 
 
-def check(constants):
+def check(c):
     """Raises CommandLineError for constants that do not fit together."""
-    c = SimpleNamespace(**constants)
     if c.NUM_ENVS * c.ROLLOUT_STEPS % c.BATCH_SIZE:
         raise CommandLineError(
             f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {c.NUM_ENVS * c.ROLLOUT_STEPS:,} samples of a rollout"
@@ -211,8 +177,8 @@ def check_ranks(run, c):
 
 def main(argv=()):
     """Train, with these words of a command line -> exit status. Raises CommandLineError, DeviceError or CheckpointError for a wrong one."""
-    run = read_run(argv, "train_ppo.py", __doc__, CONSTANTS, RANGES, KEPT, check)
-    c = SimpleNamespace(**run.constants)
+    run = read_run(argv, "train_ppo.py", __doc__, CONSTANTS, KEPT, check)
+    c = Values(**run.constants)
     check_ranks(run, c)
     device = choose_device(c.DEVICE)
     set_threads(c.N_LAYER)
@@ -236,7 +202,7 @@ def main(argv=()):
             run_dir,
             "train_ppo.py",
             {
-                MemoryError: less_memory(run.constants, largest_first, RANGES, check),
+                MemoryError: less_memory(run.constants, largest_first, CONSTANTS, check),
                 FloatingPointError: f" --lr {c.LR / 2:g} --min_lr {min(c.MIN_LR, c.LR / 2):g}",
             },
         )

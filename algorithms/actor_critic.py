@@ -23,8 +23,8 @@ import json
 import math
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,12 +43,25 @@ from harness.checkpoint import (
     to_plain,
 )
 from harness.messages import one_line, shortened, shown, tell
-from harness.options import CommandLineError, Parser, given_path
+from harness.options import CommandLineError, Constants, Parser, given_path
 from harness.runs import delete_unfinished, locked, resume_command
 from harness.supervise import check_free_memory, ignore_signals, run_script, signals_handled
 from ppo import policy_loss, value_loss
 from trainer import check_finite
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the defaults of config.json, which has these names in lower case
+INPUT_DIM = 10  # [1, 4096] numbers in a state
+OUTPUT_DIM = 2  # [2, 4096] actions to choose from, at most INPUT_DIM
+HIDDEN_DIM = 256  # [1, 65536] units in the hidden layer of each of the two networks
+LEARNING_RATE = 1e-4  # (0.0, 1.0] of Adam, for both networks
+BATCH_SIZE = 32  # [2, inf) states in a gradient step
+NUM_EPOCHS = 100  # [1, inf) epochs of 200 gradient steps each
+SEED = 42  # [0, 2_147_483_647] for the weights, the reward model and the states
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONSTANTS = Constants(globals())
+Config = namedtuple("Config", map(str.lower, CONSTANTS), defaults=CONSTANTS.values())
 SHIPPED = HERE / "pretrained" / "actor_critic.pt"
 LOG = "training.log"
 FINAL = "final.pt"
@@ -56,25 +69,6 @@ STEPS_PER_EPOCH = 200
 SAVE_FREQ = 10  # epochs
 TEST_STATES = 100_000
 NAME = "actor_critic"
-RANGES = {
-    "input_dim": (1, 4096),
-    "output_dim": (2, 4096),
-    "hidden_dim": (1, 65536),
-    "learning_rate": (1e-9, 1.0),
-    "batch_size": (2, 10**6),
-    "num_epochs": (1, 10**6),
-    "seed": (0, 2**31 - 1),
-}
-
-
-class Config(NamedTuple):
-    input_dim: int = 10
-    output_dim: int = 2
-    hidden_dim: int = 256
-    learning_rate: float = 1e-4
-    batch_size: int = 32
-    num_epochs: int = 100
-    seed: int = 42
 
 
 def read_config(path):
@@ -101,11 +95,8 @@ def check_config(given, path):
             f"{path}: unknown key {shortened(repr(unknown[0]))}; the keys are {', '.join(Config._fields)}"
         )
     for name, value in given.items():
-        low, high = RANGES[name]
-        kinds = (int, float) if name == "learning_rate" else (int,)
-        if type(value) not in kinds or not low <= value <= high:
-            kind = "a number" if float in kinds else "an integer"
-            raise CommandLineError(f"{path}: {name} must be {kind} from {low:g} to {high:g}, not {json.dumps(value)}")
+        if problem := CONSTANTS.problem(name.upper(), value):
+            raise CommandLineError(f"{path}: {name} {problem}")
     config = Config(**given)
     if config.output_dim > config.input_dim:
         raise CommandLineError(f"{path}: output_dim {config.output_dim} must not exceed input_dim {config.input_dim}")

@@ -37,52 +37,32 @@ from trainer import Trainer, check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # length
-NUM_STEPS = 4_000_000  # moves of the learner
-GAMES = 256  # between two updates, against one opponent; with too few, all may end before the learner's first move
+NUM_STEPS = 4_000_000  # [1, inf) moves of the learner in all
+GAMES = 256  # [8, 1_000_000] games between two updates, against one opponent; few may all end before the learner moves
 # opponents
-POOL = 16  # older selves, one of which is drawn for each update
-POOL_INTERVAL = 50  # updates between two additions to the pool, each of which drops the oldest
-RANDOM_MOVES = 0.3  # share of their moves that are random
-OPENINGS = 0.5  # share of games that start with up to six random moves of both sides; evaluation never does
+POOL = 16  # [1, 1000] older selves, one of which is drawn for each update
+POOL_INTERVAL = 50  # [1, inf) updates between two additions to the pool, each of which drops the oldest
+RANDOM_MOVES = 0.3  # [0.0, 1.0] share of the opponent's moves that are random
+OPENINGS = 0.5  # [0.0, 1.0] share of games that start with up to six random moves; evaluation never does
 # actor-critic
-GAMMA = 1.0  # discount per move
-LAMBD = 0.9  # GAE
-VALUE_LOSS_COEF = 0.5
-ENTROPY_COEF = 0.08  # high, so that no reply is ruled out before it has been tried often
+GAMMA = 1.0  # [0.0, 1.0] discount per move
+LAMBD = 0.9  # [0.0, 1.0] lambda of GAE: 0 trusts the critic alone, 1 the returns alone
+VALUE_LOSS_COEF = 0.5  # [0.0, inf) weight of half the squared error of the value
+ENTROPY_COEF = 0.08  # [0.0, inf) weight of the entropy bonus; high, so that no reply is ruled out before many trials
 # optimizer (Adam)
-LR = 3e-3
-MIN_LR = 3e-5  # at the end of half a cosine
+LR = 3e-3  # (0.0, 1.0] learning rate of the first update
+MIN_LR = 3e-5  # [0.0, 1.0] learning rate at the end of half a cosine
 # networks
-HIDDEN = 128  # units of each of two hidden layers
+HIDDEN = 128  # [1, 8192] units in each of the two hidden layers
 # run
-SEED = 0
-DEVICE = "cpu"  # a GPU is slower with networks this small
-RUN_DIR = ""  # "" for runs/actor_critic_tictactoe/<date-time>
-EVAL_INTERVAL = 250  # updates between two evaluations; never if 0
-SAVE_FREQ = 500  # updates between two checkpoints
+SEED = 0  # [0, 2_147_483_647] for the initial weights, the opponents, the openings and the moves
+DEVICE: str = "cpu"  # a GPU is slower with networks this small
+RUN_DIR: str = ""  # directory of the run; "" for runs/actor_critic_tictactoe/<date-time>
+EVAL_INTERVAL = 250  # [0, inf) updates between two evaluations; never if 0
+SAVE_FREQ = 500  # [1, inf) updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-RANGES = {
-    "NUM_STEPS": (1, 10**12),
-    "GAMES": (8, 10**6),
-    "POOL": (1, 1000),
-    "POOL_INTERVAL": (1, 10**9),
-    "RANDOM_MOVES": (0.0, 1.0),
-    "OPENINGS": (0.0, 1.0),
-    "GAMMA": (0.0, 1.0),
-    "LAMBD": (0.0, 1.0),
-    "VALUE_LOSS_COEF": (0.0, 1e9),
-    "ENTROPY_COEF": (0.0, 1e9),
-    "LR": (1e-9, 1.0),
-    "MIN_LR": (0.0, 1.0),
-    "HIDDEN": (1, 8192),
-    "SEED": (0, 2**31 - 1),
-    "EVAL_INTERVAL": (0, 10**9),
-    "SAVE_FREQ": (1, 10**9),
-    "DEVICE": str,
-    "RUN_DIR": str,
-}
 KEPT = "POOL HIDDEN SEED RUN_DIR".split()
 
 # --- what learns ------------------------------------------------------------------------------------------------------
@@ -322,7 +302,6 @@ ALGORITHM = Algorithm(
     "actor_critic_tictactoe",
     __doc__,
     CONSTANTS,
-    RANGES,
     KEPT,
     build,
     evaluate,

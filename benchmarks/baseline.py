@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from breakout_ascii import TOKENS, BreakoutAsciiVec  # noqa: E402
 from evaluation import exact  # noqa: E402
 from harness.device import set_threads
-from harness.options import CommandLineError, Parser, check_constants, given_path
+from harness.options import CommandLineError, Parser, given_path
 from harness.supervise import run_script
 from ppo import Policy, lost_lives  # noqa: E402
 from train_ppo import (  # noqa: E402
@@ -42,7 +42,6 @@ from train_ppo import (  # noqa: E402
     MAX_GRAD_NORM,
     NUM_ENVS,
     NUM_STEPS,
-    RANGES,
     REWARD_SCALE,
     ROLLOUT_STEPS,
     VALUE_LOSS_COEF,
@@ -128,7 +127,7 @@ def main(argv=()):
     )
     parser.add_argument("--out", type=given_path, default="runs/baseline", help="default runs/baseline")
     args = parser.parse_args(argv)
-    check_constants({"SEED": args.seed, "NUM_STEPS": args.num_steps}, CONSTANTS, RANGES)
+    CONSTANTS.check({"SEED": args.seed, "NUM_STEPS": args.num_steps})
     path, scores = Path(args.out, f"seed{args.seed}.csv"), []
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

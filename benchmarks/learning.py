@@ -24,7 +24,7 @@ from harness.device import available_cores
 from harness.figures import new_figure
 from harness.messages import one_line
 from harness.metrics_file import read_metrics
-from harness.options import CommandLineError, Parser, check_constants, given_path, read_command_line
+from harness.options import CommandLineError, Parser, Values, given_path, read_command_line
 from harness.runs import check_begun, finished
 from harness.supervise import run_script, run_side_by_side
 from model import GPT  # noqa: E402
@@ -83,13 +83,13 @@ def log_of(run_dir):
 
 def check(run_dir, variant, seed, more):
     """Raises CommandLineError for what train_ppo.py does not take, and for a run begun with other constants."""
-    defaults, ranges = train_ppo.CONSTANTS, train_ppo.RANGES
-    resume, given = read_command_line([*VARIANTS[variant], *more], "train_ppo.py", train_ppo.__doc__, defaults, ranges)
+    known = train_ppo.CONSTANTS
+    resume, given = read_command_line([*VARIANTS[variant], *more], "train_ppo.py", train_ppo.__doc__, known)
     if resume is not None or given.keys() & {"SEED", "RUN_DIR"}:
         raise CommandLineError("--seed, --run_dir and --resume differ from run to run; give --seeds and --out")
-    wanted = defaults | given | {"SEED": seed}
-    check_constants(wanted, defaults, ranges)
-    train_ppo.check(wanted)
+    wanted = known | given | {"SEED": seed}
+    known.check(wanted)
+    train_ppo.check(Values(**wanted))
     if wanted["EVAL_INTERVAL"] == 0:
         raise CommandLineError("without evaluations there is no curve; leave --eval_interval out")
     check_begun(run_dir, wanted)

@@ -263,7 +263,7 @@ def tell(name, seconds, rewards, more=""):
 
 def in_words(seed, num_steps, model):
     need("trl", "trl")  # or say at once that it is missing
-    grpo.check({"POLICY_MODEL": model})
+    grpo.check(SimpleNamespace(POLICY_MODEL=model))
     c = SimpleNamespace(
         **{
             **grpo.CONSTANTS,

@@ -23,7 +23,7 @@ from harness.messages import one_line
 from harness.runs import read_run
 from harness.supervise import memory_advice, run_script
 from ppo import PPO, PPOConfig
-from train_ppo import CONSTANTS, KEPT, RANGES, check, check_ranks, gpt_config
+from train_ppo import CONSTANTS, KEPT, check, check_ranks, gpt_config
 
 
 def gpu_training(c, device, shortcuts):
@@ -61,7 +61,7 @@ def self_test(c, device, state, shortcuts):
 
 
 def main(argv=()):
-    run = read_run(argv, "benchmarks/self_test.py", __doc__, CONSTANTS, RANGES, KEPT, check)
+    run = read_run(argv, "benchmarks/self_test.py", __doc__, CONSTANTS, KEPT, check)
     c = SimpleNamespace(**run.constants)
     check_ranks(run, c)
     device = choose_device(c.DEVICE)

@@ -36,12 +36,12 @@ from fast.cuda_graphs import ShortcutFailed
 from fast.line_index import LineIndex  # noqa: E402
 from harness.checkpoint import load_checkpoint
 from harness.device import choose_device, set_threads
-from harness.options import CommandLineError, Parser, check_constants
+from harness.options import CommandLineError, Parser
 from harness.supervise import begin, run_script
 from model import GPT, GPTConfig  # noqa: E402
 from policies import SHIPPED, load_policy, make_gpt
 from rollout_buffer import random_order, select  # noqa: E402
-from train_ppo import CONSTANTS, RANGES, build, check, evaluation_of, watch  # noqa: E402
+from train_ppo import CONSTANTS, build, check, evaluation_of, watch  # noqa: E402
 from trainer import StopTraining  # noqa: E402
 
 C = SimpleNamespace(**CONSTANTS)
@@ -381,9 +381,10 @@ def main(argv=()):
     )
     parser.add_argument("--device", default="auto", help="default auto: CUDA if it works, else the CPU")
     args = parser.parse_args(argv)
-    given = {"NUM_STEPS": args.num_steps, "REPETITIONS": args.repetitions}
-    check_constants(given, CONSTANTS | {"REPETITIONS": 1}, RANGES | {"REPETITIONS": (1, 1000)})
-    check(CONSTANTS)
+    CONSTANTS.check({"NUM_STEPS": args.num_steps})
+    if args.repetitions < 1:
+        raise CommandLineError(f"--repetitions must be 1 or more, not {args.repetitions}")
+    check(C)
     device = choose_device(args.device)
     policy, _ = load_policy(SHIPPED, device)
     torch.manual_seed(0)  # of the deeper GPTs, which are untrained

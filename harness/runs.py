@@ -17,8 +17,8 @@ except ImportError:  # Windows
 
 from harness.checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint
 from harness.device import RANK, out_of_memory
-from harness.messages import one_line, quoted, shortened, shown
-from harness.options import CommandLineError, check_constants, check_constants_of_file, expand_home, read_command_line
+from harness.messages import one_line, quoted, shortened, shown, tell
+from harness.options import CommandLineError, Values, expand_home, read_command_line
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,55 +33,97 @@ class Run(NamedTuple):
     state: dict | None  # of the trainer; None: a new run
 
 
-def read_run(argv, prog, doc, defaults, ranges, kept=(), check=lambda constants: None):
-    """The command line -> the `Run` that it asks for, its constants checked.
+def read_run(argv, prog, doc, known, kept=(), check=lambda c: None):
+    """Read the command line of a training.
 
-    kept: constants that a resumed run keeps. check(constants) raises CommandLineError for values that do not fit together.
+    Args:
+        argv: the words of the command line
+        prog, doc: how the program is started, and its docstring, both for --help
+        known: the `Constants` of the script
+        kept: names of constants that must not change when a run is resumed
+        check: called with `Values`; raises CommandLineError if they do not fit together
+
+    Returns:
+        the `Run` that it asks for, its constants checked
     """
-    resume, given = read_command_line(argv, prog, doc, defaults, ranges)
-    defaults = expand_home(defaults)
+    resume, given = read_command_line(argv, prog, doc, known)
     given = expand_home(given)
-    run = Run(defaults | given, None, None) if resume is None else read_resumed(resume, given, defaults, ranges, kept)
-    check_constants(run.constants, defaults, ranges)
-    check(run.constants)
+    if resume is None:
+        run = Run(expand_home(known) | given, None, None)
+    else:
+        run = read_resumed(resume, given, known, kept)
+    known.check(run.constants)
+    check(Values(**run.constants))
+    if RANK == 0:
+        for name in known.unread():
+            tell(f"warning: {name} is read nowhere; it has no effect")
     return run
 
 
-def read_resumed(name, given, defaults, ranges, kept):
+def read_resumed(name, given, known, kept):
+    """The `Run` to resume from this run directory or checkpoint, with the constants given on the command line."""
+    path = find_run(name)
+    run_dir = path.parent
+    in_a_run = (run_dir / "config.json").exists()
+    with locked(run_dir) if in_a_run and RANK == 0 else contextlib.nullcontext():  # a training would soon replace it
+        state = load_checkpoint(path)
+    if "optimizer" not in state:
+        raise CheckpointError(f"{path}: holds a model to play, not a run to resume; resume from its run's last.pt")
+    if not in_a_run:
+        raise CheckpointError(
+            f"{path}: lies outside its run (there is no config.json beside it); resume it in its run directory"
+        )
+    run_id = recorded_id(run_dir)
+    if run_id and state.get("run_id", run_id) != run_id:  # metrics.csv would mix the rows of two runs
+        raise CheckpointError(
+            f"{path}: is of another run than the config.json beside it; resume it in its own run directory"
+        )
+    recorded = state.get("constants")
+    if not isinstance(recorded, dict):
+        raise CheckpointError(f"{path}: does not say with which constants it was trained; resume another run")
+    if gone := sorted(map(str, recorded.keys() - known.keys())):
+        names = shortened(", ".join(gone))
+        raise CheckpointError(
+            f"{path}: has other constants than this program ({names}); resume it with the program that wrote it"
+        )
+    for constant in kept:
+        if constant in given and given[constant] != recorded.get(constant, known[constant]):
+            raise CommandLineError(f"--{constant.lower()} cannot change in a resumed run; leave it out")
+    constants = constants_of(path, recorded, known, given) | given | {"RUN_DIR": str(run_dir)}
+    return Run(constants, run_dir, state)
+
+
+def find_run(name):
+    """The checkpoint to resume from. Raises CommandLineError for a run that has none yet, CheckpointError if there is no run."""
     if (Path(name) / "config.json").exists() and not any(Path(name).glob("*.pt")):
         raise CommandLineError(
             f"{name} was stopped before its first checkpoint; begin it again with --run_dir {quoted(name)}"
         )
-    path = find_checkpoint(name)
-    in_a_run = RANK == 0 and (path.parent / "config.json").exists()
-    with locked(path.parent) if in_a_run else contextlib.nullcontext():  # or it would soon be out of date
-        state = load_checkpoint(path)
-    if "optimizer" not in state:
-        raise CheckpointError(f"{path}: holds a model to play, not a run to resume; resume from its run's last.pt")
-    if not (path.parent / "config.json").exists():
+    return find_checkpoint(name)
+
+
+def constants_of(path, recorded, known, given=()):
+    """The constants of a checkpoint, without those `given` on the command line. One added to the script since then has its default.
+
+    Raises CheckpointError for a value that the script would not accept.
+    """
+    constants = {}
+    for name, default in expand_home(known).items():
+        if name in given:
+            continue
+        if name not in recorded and RANK == 0:
+            tell(f"{name} was not there when this run began; it takes its default {default!r}")
+        constants[name] = recorded.get(name, default)
+    try:
+        known.check(constants)
+    except CommandLineError as error:
+        raise CheckpointError(f"{path}: {error}; use another checkpoint") from None
+    if ":" in constants.get("ENV_ID", ""):  # Gymnasium would import the module before the colon
+        env_id = shortened(repr(constants["ENV_ID"]))
         raise CheckpointError(
-            f"{path}: lies outside its run (there is no config.json beside it); resume it in its run directory"
+            f"{path}: its ENV_ID {env_id} would run a module's code; name it by --env_id if you trust that"
         )
-    recorded = recorded_id(path.parent)
-    if recorded and state.get("run_id", recorded) != recorded:  # its rows would be joined to those of this run
-        raise CheckpointError(
-            f"{path}: is of another run than the config.json beside it; resume it in its own run directory"
-        )
-    constants = state.get("constants")
-    if not isinstance(constants, dict) or constants.keys() != defaults.keys():
-        differing = shortened(
-            ", ".join(sorted(map(str, set(constants if isinstance(constants, dict) else ()) ^ set(defaults))))
-        )
-        raise CheckpointError(
-            f"{path}: has other constants than this program ({differing}); resume it with the program that wrote it"
-        )
-    check_constants_of_file(
-        path, {name: value for name, value in constants.items() if name not in given}, defaults, ranges
-    )
-    for constant in kept:
-        if given.get(constant, constants[constant]) != constants[constant]:
-            raise CommandLineError(f"--{constant.lower()} cannot change in a resumed run; leave it out")
-    return Run(constants | given | {"RUN_DIR": str(path.parent)}, path.parent, state)
+    return constants
 
 
 def new_run_dir(name, parent="runs"):

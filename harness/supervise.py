@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from harness.checkpoint import CheckpointError, save_checkpoint
 from harness.device import RANK, RANKS, UNDER_TORCHRUN, DeviceError, GPUError, free_memory, out_of_memory
 from harness.messages import no_more_processes, one_line, printable, shortened, tell
-from harness.options import CommandLineError
+from harness.options import CommandLineError, Values
 from harness.runs import (
     ROOT,
     delete_unfinished,
@@ -217,17 +217,17 @@ def check_free_memory(needed, device, what, advice):
         raise CommandLineError(f"{what} needs {needed / 1e9:,.1f} GB or more, and {room}; {advice}")
 
 
-def less_memory(constants, names, ranges, check):
+def less_memory(constants, names, known, check):
     """The option that lowers the first of these constants that can be lowered: to half, or to the next less that fits.
     "" if none can.
 
-    check: raises CommandLineError for constants that do not fit together.
+    known: the `Constants` of the script. check: raises CommandLineError for `Values` that do not fit together.
     """
     for name in names:
-        lowest, value = ranges[name][0], constants[name]
-        for smaller in range(min(max(value // 2, lowest), value - 1), lowest - 1, -1):
+        for smaller in range(constants[name] // 2, 0, -1):
             with contextlib.suppress(CommandLineError):
-                check(constants | {name: smaller})
+                known.check({name: smaller})
+                check(Values(**constants | {name: smaller}))
                 return f" --{name.lower()} {smaller}"
     return ""
 

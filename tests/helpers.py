@@ -5,6 +5,7 @@ import torch
 
 from breakout_ascii import CHARACTERS, TOKENS, BreakoutAsciiVec
 from fast import DeviceBreakout, DeviceGPT
+from harness.options import Constants
 from model import GPT, GPTConfig
 from ppo import PPO, PPOConfig
 
@@ -106,3 +107,12 @@ def every_score(gpt):
 
 def largest_score(gpt):
     return every_score(gpt).abs().max().item()
+
+
+def script_constants(folder, block, below=""):
+    """The `Constants` of a script with these lines above and below its CONSTANTS."""
+    file, text = folder / "script.py", f"{block}CONSTANTS = Constants(globals())\n{below}"
+    file.write_text(text)
+    script = {"__file__": str(file), "Constants": Constants}
+    exec(text, script)
+    return script["CONSTANTS"]

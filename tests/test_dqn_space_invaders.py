@@ -302,7 +302,7 @@ def test_bad_input(tmp_path):
     for words, message in (
         ("--num_envs 6 --replay_size 10", "too small for 6 games"),
         ("--env_id ALE/Nope-v5", "ALE/Nope-v5"),
-        ("--epsilon 2", "EPSILON .* must be a number from 0.0 to 1.0"),
+        ("--epsilon 2", r"EPSILON .* must be a number in \[0.0, 1.0\]"),
         ("--device tpu", "does not work here"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -15,7 +15,6 @@ from PIL import Image, ImageSequence
 import load_model
 import train_ppo
 from breakout_ascii import BRICK_COLOURS
-from harness.options import kind_of
 from sweep import TRAININGS, training
 
 ROOT = Path(__file__).parent.parent
@@ -42,9 +41,7 @@ def test_table_of_constants():
         r"^\| `([A-Z_]+)` \| `(.*?)` \| (?:`(.*?)`)? *\|", (ROOT / "docs" / "constants.md").read_text(), re.M
     )
     assert [name for name, _, _ in rows] == list(train_ppo.CONSTANTS)
-    assert all(
-        type(ast.literal_eval(value)) is kind_of(name, train_ppo.CONSTANTS, train_ppo.RANGES) for name, value, _ in rows
-    )
+    assert all(type(ast.literal_eval(value)) is train_ppo.CONSTANTS.kind(name) for name, value, _ in rows)
     assert {name: ast.literal_eval(original) for name, _, original in rows if original} == ORIGINAL
 
 

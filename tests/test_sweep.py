@@ -371,7 +371,7 @@ def test_a_stop_stops_the_runs(tmp_path, made_up, monkeypatch, error, message):
         ("reinforce_cartpole 3", "'3' stands before any constant"),
         ("reinforce_cartpole --lr", "--lr needs at least one value"),
         ("reinforce_cartpole --lr fast", "--lr needs a number, not 'fast'"),
-        ("reinforce_cartpole --lr 7", "LR .* must be a number from 1e-09 to 1"),
+        ("reinforce_cartpole --lr 7", r"LR .* must be a number in \(0.0, 1.0\]"),
         ("reinforce_cartpole --run_dir a b", "--run_dir: is no constant to search"),
         ("nothing --lr 1", "invalid choice: 'nothing'"),
         ("reinforce_cartpole --lr 0.1 --map lr seed", "--map seed: is not searched; the grid has lr"),
@@ -406,7 +406,7 @@ def test_a_bare_sweep_of_the_language_model(monkeypatch):
 @pytest.mark.parametrize("name", TRAININGS)
 def test_every_training_can_be_searched(name):
     what = training(name)
-    assert "SEED" in what.constants and set(what.ranges) <= set(what.constants)
+    assert "SEED" in what.constants
     assert what.program[-1].endswith((f"{name}.py", f"algorithms.{name}"))
 
 

@@ -25,11 +25,11 @@ from fast import DeviceBreakout
 from harness import runs, supervise
 from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.device import DeviceError
-from harness.options import CommandLineError, kind_of
+from harness.options import CommandLineError, Values
 from harness.supervise import StopTraining, interrupt, less_memory, signals_handled
 from model import GPTConfig
 from ppo import PPO
-from train_ppo import CONSTANTS, RANGES, check, main
+from train_ppo import CONSTANTS, check, main
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--num_envs 4 --rollout_steps 8 --batch_size 16 --epochs 2 --n_head 4 --n_embd 16 --device cpu"
@@ -289,9 +289,9 @@ def test_the_batch_that_is_advised_can_be_trained(monkeypatch, batch, ranks, sma
         "ROLLOUT_STEPS": 2 if batch in (66, 33) else 8,
         "BATCH_SIZE": batch,
     }
-    assert less_memory(constants, ["BATCH_SIZE"], RANGES, check) == (f" --batch_size {smaller}" if smaller else "")
+    assert less_memory(constants, ["BATCH_SIZE"], CONSTANTS, check) == (f" --batch_size {smaller}" if smaller else "")
     shorter = less_memory(
-        constants | {"BATCH_SIZE": 2}, ["BATCH_SIZE", "ROLLOUT_STEPS"], RANGES, check
+        constants | {"BATCH_SIZE": 2}, ["BATCH_SIZE", "ROLLOUT_STEPS"], CONSTANTS, check
     )  # the batch is as small as can be
     assert shorter == f" --rollout_steps {constants['ROLLOUT_STEPS'] // 2}"
 
@@ -381,14 +381,14 @@ def another(name, value):
         "MIN_LR": 0.0019,
     }
     fraction = 0.001 * len(name) + 0.0001 * sum(map(ord, name))
-    return fitting.get(name, value + 1 if kind_of(name, CONSTANTS, RANGES) is int else fraction)
+    return fitting.get(name, value + 1 if CONSTANTS.kind(name) is int else fraction)
 
 
 def test_every_constant_reaches_what_it_is_for(tmp_path):
     """Another value for each: nothing is dropped on the way, nothing swapped."""
     other = {name: another(name, value) for name, value in CONSTANTS.items()}
-    check(other)
-    c = SimpleNamespace(**other)
+    c = Values(**other)
+    check(c)
     ppo = train_ppo.build(c, torch.device("cpu"))
     evaluation = train_ppo.evaluation_of(c, torch.device("cpu"))
     checkpoints = train_ppo.watch(ppo, c, tmp_path / c.RUN_DIR, evaluation)[-1]
@@ -592,9 +592,9 @@ def test_a_model_too_large_for_the_memory(tmp_path, monkeypatch):
     "arguments, message",
     [
         ("--gama 0.9", "unknown argument --gama; did you mean --gamma?"),
-        ("--gamma 1.1", "GAMMA (--gamma) must be a number from 0.0 to 1.0, not 1.1"),
+        ("--gamma 1.1", "GAMMA (--gamma) must be a number in [0.0, 1.0], not 1.1"),
         ("--num_envs 0", "NUM_ENVS"),
-        ("--batch_size 1", "BATCH_SIZE (--batch_size) must be an integer from 2 to"),
+        ("--batch_size 1", "BATCH_SIZE (--batch_size) must be an integer in [2, inf), not 1"),
         ("--batch_size 99999", "BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the "),
         (
             "--num_envs 33 --rollout_steps 2 --batch_size 66 --paired_envs true --num_steps 1",
@@ -655,7 +655,7 @@ def test_a_directory_that_is_removed_or_renamed_while_training_can_be_resumed(
             shutil.rmtree(run_dir) if removed else run_dir.rename(tmp_path / "renamed")
         if ppo.update_count == 4:
             with pytest.raises(CommandLineError, match="another process is training this run"):
-                runs.read_resumed(str(run_dir), {}, CONSTANTS, RANGES, ())
+                runs.read_resumed(str(run_dir), {}, CONSTANTS, ())
         if ppo.update_count == (2 if last else 4):
             os.kill(os.getpid(), signal.SIGTERM)
         return update(ppo)
@@ -863,11 +863,11 @@ def test_a_terminal_that_is_closed(tmp_path):
 )
 def test_what_two_ranks_cannot_share(monkeypatch, edit):
     monkeypatch.setattr(train_ppo, "RANKS", 2)
-    check(CONSTANTS | {"NUM_ENVS": 8, "ROLLOUT_STEPS": 4, "BATCH_SIZE": 16})
+    check(Values(**CONSTANTS | {"NUM_ENVS": 8, "ROLLOUT_STEPS": 4, "BATCH_SIZE": 16}))
     with pytest.raises(CommandLineError, match="NUM_ENVS and BATCH_SIZE are shared by 2 ranks"):
-        check(CONSTANTS | edit)
+        check(Values(**CONSTANTS | edit))
     with pytest.raises(CommandLineError, match="PAIRED_ENVS needs an even number of games on each rank"):
-        check(CONSTANTS | {"NUM_ENVS": 6, "ROLLOUT_STEPS": 4, "BATCH_SIZE": 12})
+        check(Values(**CONSTANTS | {"NUM_ENVS": 6, "ROLLOUT_STEPS": 4, "BATCH_SIZE": 12}))
 
 
 @pytest.mark.faults

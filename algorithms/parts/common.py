@@ -13,7 +13,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
@@ -26,8 +25,8 @@ from evaluation import standard_error
 from harness.checkpoint import CheckpointError, check_like, load_checkpoint, model_to_play, replacing
 from harness.device import RANKS, DeviceError, choose_device
 from harness.messages import printable, quoted, shortened, shown, tell
-from harness.options import CommandLineError, Parser, check_constants_of_file, given_path
-from harness.runs import load_state, new_run_dir, read_run
+from harness.options import CommandLineError, Constants, Parser, Values, given_path
+from harness.runs import constants_of, load_state, new_run_dir, read_run
 from harness.supervise import less_memory, memory_advice, train
 from ppo import PPOConfig
 from trainer import check_finite
@@ -40,19 +39,16 @@ class Algorithm(NamedTuple):
 
     name: str  # of its module, without the package
     doc: str
-    constants: dict
-    ranges: dict  # as command_line.py wants them
+    constants: Constants
     kept: tuple  # constants that a resumed run must not change
-    build: Callable[
-        [SimpleNamespace], Any
-    ]  # constants -> a Trainer without callbacks, its metadata {"algorithm", "constants"}
+    build: Callable[[Values], Any]  # constants -> a Trainer without callbacks, its metadata {"algorithm", "constants"}
     evaluate: Callable[..., dict]  # policy state, episodes, seed -> a dict with a "score"
     # policy state, episodes, seed, human -> yields RGB arrays, or None where a window shows the game; may return a dict. None: `human` shows
     frames: Callable | None
     episodes: int = 100  # of an evaluation
     frame_ms: int = 40  # between two frames of a gif, as `write_gif` wants it
     levels: dict = {}  # {label: score} for the learning curve
-    check: Callable = lambda constants: None  # raises CommandLineError for constants that do not fit together
+    check: Callable = lambda c: None  # raises CommandLineError for constants that do not fit together
     callbacks: Callable = lambda constants, run_dir: []  # more of them
     memory: tuple = ()  # constants that a run which ran out of memory may lower, the first of them first
     models: tuple = ()  # constants that name a stranger's model: it may have moved when a run is resumed or played
@@ -92,8 +88,8 @@ def run_algorithm(algorithm, argv):
         return play_or_evaluate(algorithm, argv)
     program = f"-m algorithms.{algorithm.name}"
     doc = (algorithm.doc or "") + f"\nTo watch or to score: python {program} --play --help"
-    run = read_run(argv, program, doc, algorithm.constants, algorithm.ranges, algorithm.kept, algorithm.check)
-    c = SimpleNamespace(**run.constants)
+    run = read_run(argv, program, doc, algorithm.constants, algorithm.kept, algorithm.check)
+    c = Values(**run.constants)
     if run.state:
         check_algorithm(algorithm.name, run.state, run.directory)
     with memory_advice("does not fit into memory; try a smaller model, or fewer games at once"):
@@ -103,22 +99,22 @@ def run_algorithm(algorithm, argv):
         load_state(trainer, run)
     run_dir = run.directory or new_run_dir(c.RUN_DIR, f"runs/{algorithm.name}")
     trainer.callbacks = watch(algorithm, c, run_dir)
-    memory = less_memory(run.constants, algorithm.memory, algorithm.ranges, algorithm.check)
+    memory = less_memory(run.constants, algorithm.memory, algorithm.constants, algorithm.check)
     lower = f" --lr {c.LR / 2:g}" + (f" --min_lr {min(c.MIN_LR, c.LR / 2):g}" if hasattr(c, "MIN_LR") else "")
     return train(trainer, run_dir, program, {FloatingPointError: lower, MemoryError: memory})
 
 
-def check_lr(constants):
+def check_lr(c):
     """Raises CommandLineError for a learning rate that would rise."""
-    if constants["MIN_LR"] > constants["LR"]:
-        raise CommandLineError(f"MIN_LR {constants['MIN_LR']} must not exceed LR {constants['LR']}")
+    if c.MIN_LR > c.LR:
+        raise CommandLineError(f"MIN_LR {c.MIN_LR} must not exceed LR {c.LR}")
 
 
-def check_ppo(constants):
+def check_ppo(c):
     """Raises CommandLineError for constants of PPO that do not fit together."""
-    check_lr(constants)
-    samples = constants["NUM_ENVS"] * constants["ROLLOUT_STEPS"]
-    if samples % constants["BATCH_SIZE"]:
+    check_lr(c)
+    samples = c.NUM_ENVS * c.ROLLOUT_STEPS
+    if samples % c.BATCH_SIZE:
         raise CommandLineError(f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {samples:,} samples of a rollout")
 
 
@@ -181,9 +177,7 @@ def load_model(algorithm, name):
         check_like(state, {"constants": {}, "global_step": 0, "model": {}})
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; train one anew") from None
-    constants = {name: state["constants"].get(name, default) for name, default in algorithm.constants.items()}
-    check_constants_of_file(path, constants, algorithm.constants, algorithm.ranges)
-    return state | {"constants": constants}, path, why
+    return state | {"constants": constants_of(path, state["constants"], algorithm.constants)}, path, why
 
 
 def play_or_evaluate(algorithm, argv):

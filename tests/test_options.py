@@ -1,0 +1,289 @@
+"""Constants of a script as options: what is read from its source, and what is refused."""
+
+import importlib
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+from helpers import script_constants
+
+import train_ppo
+from harness.options import (
+    CommandLineError,
+    Constants,
+    Interval,
+    MissingConstant,
+    Parser,
+    Values,
+    given_path,
+    read_command_line,
+)
+from sweep import TRAININGS
+
+SCRIPT = """
+NUM_STEPS = 100  # [1, inf) steps
+GAMMA = 0.9  # [0.0, 1.0] discount; 100 % is none
+PAIRED: bool = True
+NAME: str = "a"
+DROPOUT = 0.1
+"""
+
+
+def module_of(name):
+    return importlib.import_module(name if name == "train_ppo" else f"algorithms.{name}")
+
+
+@pytest.fixture
+def known(tmp_path):
+    return script_constants(tmp_path, SCRIPT)
+
+
+def read(text, constants):
+    return read_command_line(text.split(), "script.py", "what it does", constants)
+
+
+def test_constants_are_what_a_script_assigns(tmp_path):
+    """At its top level and before CONSTANTS, in every form of assignment; a later assignment from outside counts."""
+    constants = script_constants(
+        tmp_path,
+        """
+from math import pi as PI
+STEPS = 4 * 10  # steps
+ENVS: int = 3
+STEPS *= 2
+LOW, HIGH = 1, STEPS
+LR = 2,5e-3
+lower = 1
+NOTHING = None
+WIDTH2 = 2**7  # [1, inf) a name with a digit
+SHIFT = -1  # [-5, 5] below zero
+LONG = (
+    7  # [1, 9] over
+    # several lines
+)
+def f():
+    INSIDE = 1
+""",
+        "AFTER = 1\n",
+    )
+    assert constants == {
+        "STEPS": 80,
+        "ENVS": 3,
+        "LOW": 1,
+        "HIGH": 80,
+        "LR": (2, 5e-3),
+        "NOTHING": None,
+        "WIDTH2": 128,
+        "SHIFT": -1,
+        "LONG": 7,
+    }
+    assert constants.comments["STEPS"] == "steps" and constants.comments["LONG"] == "[1, 9] over several lines"
+    constants.script["STEPS"] = 7  # as a program does that has imported the script
+    assert (constants | {"LR": 1.0})["STEPS"] == 7
+    constants.check({"SHIFT": -5, "LONG": 9, "WIDTH2": 1, "ENVS": -1})
+    assert read("--shift -3", constants) == (None, {"SHIFT": -3})
+
+
+def test_a_script_in_another_encoding_is_read(tmp_path):
+    """Editors on Windows may put a byte order mark before the first character."""
+    script = script_constants(tmp_path, "STEPS = 3\n").script
+    file = tmp_path / "script.py"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert Constants(script) == {"STEPS": 3}
+
+
+@pytest.mark.parametrize("file", [None, __file__])  # pasted into a notebook; `exec` in another script
+def test_a_script_without_its_file_says_so_in_one_line(file):
+    with pytest.raises(SystemExit, match="^the constants are read from the script's own file; import or run it"):
+        exec(
+            "from harness.options import Constants; STEPS = 3; CONSTANTS = Constants(globals())",
+            {"__file__": file} if file else {},
+        )
+
+
+# fmt: off
+@pytest.mark.parametrize("text, kind, inside, outside", [
+    ("[1, inf)", int, [1, 10**30], [0, -1]),
+    ("[0.0, 1.0]", float, [0, 0.0, 1, 1.0], [-1e-9, 1 + 1e-9, math.nan, math.inf]),
+    ("(0.0, 1.0] of it", float, [1e-300, 1.0], [0.0, 0, 1.1]),
+    ("[0.0, inf)", float, [0.0, 1e308], [math.inf, math.nan, -1e-300]),
+    ("(-inf, 5)", int, [4, -(10**30)], [5]),
+    ("[1e-3,1]", float, [0.001], [0.0009]),
+    ("[0, 4_294_967_295]", int, [4294967295], [4294967296]),
+])
+# fmt: on
+def test_an_interval_holds_what_its_notation_says(text, kind, inside, outside):
+    interval = Interval(text)
+    assert interval.kind is kind
+    assert all(x in interval for x in inside) and not any(x in interval for x in outside)
+
+
+@pytest.mark.parametrize(
+    "comment",
+    ["[1, inf environment steps", "[1; 2] steps", "[a, b]", "[2, 1] steps", "(0.5) of it", "[, 1]", "[1, 2, 3]", "[see above]"],
+)
+def test_a_malformed_interval_is_named_at_the_start(tmp_path, comment):
+    with pytest.raises(SystemExit, match=r"script.py, line 3: the comment of STEPS should begin with an interval") as error:
+        script_constants(tmp_path, f"ENVS = 1\n\nSTEPS = 3  # {comment}\n")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("comment", ["", "# (see above)", "# steps [1, 2]", "# steps (1 to 3)", '# "a" or "b"'])
+def test_a_comment_without_an_interval_leaves_the_type_alone_to_be_checked(tmp_path, comment):
+    constants = script_constants(tmp_path, f"STEPS = 3  {comment}\n")
+    constants.check({"STEPS": -(10**20)})
+    with pytest.raises(CommandLineError, match=r"STEPS \(--steps\) must be an integer, not 1.5"):
+        constants.check({"STEPS": 1.5})
+
+
+# fmt: off
+@pytest.mark.parametrize("constant, value, message", [
+    ("SEED", None, "SEED (--seed) must be an integer in [0, 4_294_967_295], not None"),
+    ("SEED", -1, "SEED (--seed) must be an integer in [0, 4_294_967_295], not -1"),
+    ("LR", (2, 5e-3), "LR (--lr) must be a number in (0.0, 1.0], not (2, 0.005)"),
+    ("LR", "2e-3", "LR (--lr) must be a number in (0.0, 1.0], not '2e-3'"),
+    ("RUN_DIR", None, "RUN_DIR (--run_dir) must be text, not None"),
+    ("PAIRED_ENVS", "no", "PAIRED_ENVS (--paired_envs) must be true or false, not 'no'"),
+    ("DEVICE", ["cpu"], "DEVICE (--device) must be text, not ['cpu']"),
+    ("NUM_ENVS", 128.0, "NUM_ENVS (--num_envs) must be an integer"),
+])
+# fmt: on
+def test_a_default_that_is_edited_wrongly_is_named(monkeypatch, constant, value, message):
+    monkeypatch.setattr(train_ppo, constant, value)
+    with pytest.raises(CommandLineError, match=re.escape(message)):
+        train_ppo.main([])
+
+
+def test_a_constant_that_is_deleted_or_renamed_is_named(monkeypatch):
+    left = {name: comment for name, comment in train_ppo.CONSTANTS.comments.items() if name != "MIN_LR"}
+    monkeypatch.setattr(train_ppo.CONSTANTS, "comments", left)
+    with pytest.raises(CommandLineError, match="^MIN_LR is missing among the constants at the top of the script"):
+        train_ppo.main([])
+    values = Values(STEPS=3)
+    assert not hasattr(values, "LR") and values.STEPS == 3
+    with pytest.raises(MissingConstant):
+        values.LR  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["RESUME", "HELP"])
+def test_a_constant_that_would_hide_an_option_is_named(tmp_path, name):
+    with pytest.raises(CommandLineError, match=f"{name} among the constants .* would hide --{name.lower()}"):
+        read("", script_constants(tmp_path, f"{name} = True\n"))
+
+
+def test_a_constant_of_no_type_that_an_option_can_have(tmp_path):
+    constants = script_constants(tmp_path, "MINE = [3]\nNOTHING = None\n")
+    for name in constants:
+        with pytest.raises(CommandLineError, match=f"{name} .* must be true or false, a number, or text, not "):
+            constants.check({name: constants[name]})
+    with pytest.raises(CommandLineError, match="--nothing needs another default in the script, not '3'"):
+        read("--nothing 3", constants)
+
+
+def test_overrides(known):
+    assert read("--num_steps 7 --gamma=0.1 --resume x", known) == ("x", {"NUM_STEPS": 7, "GAMMA": 0.1})
+    assert read("--paired false --name b --dropout 1", known) == (None, {"PAIRED": False, "NAME": "b", "DROPOUT": 1.0})
+    assert read("", known) == (None, {})
+
+
+def test_the_type_follows_the_interval_or_the_annotation_and_then_the_default(known):
+    """So a default may be edited to any value that makes sense, such as 1 for a number."""
+    known.script["GAMMA"] = 1
+    assert read("--gamma 0.5", known) == (None, {"GAMMA": 0.5})
+    known.check(known | {"DROPOUT": 12.5})
+
+
+# fmt: off
+@pytest.mark.parametrize("text, message", [
+    ("--gama 0.9", "unknown argument --gama; did you mean --gamma?"),
+    ("--num-steps 9", "unknown argument --num-steps; did you mean --num_steps?"),
+    ("--num_steps many", "--num_steps needs an integer, not 'many'"),
+    ("--num_steps 1.5", "--num_steps needs an integer"),
+    ("--gamma fast", "--gamma needs a number, not 'fast'"),
+    ("--paired maybe", "--paired needs true or false, not 'maybe'"),
+    ("--num_steps", "expected one argument"),
+])
+# fmt: on
+def test_wrong_arguments(known, text, message):
+    with pytest.raises(CommandLineError, match=re.escape(message)):
+        read(text, known)
+
+
+# fmt: off
+@pytest.mark.parametrize("edit, message", [
+    ({"NUM_STEPS": 1e6}, "NUM_STEPS (--num_steps) must be an integer in [1, inf), not 1000000.0"),
+    ({"NUM_STEPS": 0}, "must be an integer in [1, inf), not 0"),
+    ({"NUM_STEPS": True}, "must be an integer"),
+    ({"GAMMA": 1.1}, "GAMMA (--gamma) must be a number in [0.0, 1.0], not 1.1"),
+    ({"GAMMA": float("nan")}, "must be a number in [0.0, 1.0]"),
+    ({"PAIRED": 2}, "must be true or false"),
+    ({"NAME": None}, "NAME (--name) must be text, not None"),
+    ({"DROPOUT": "x"}, "must be a number, not"),
+])
+# fmt: on
+def test_values_are_checked(known, edit, message):
+    known.check(known | {"GAMMA": 1})  # an integer is a number
+    with pytest.raises(CommandLineError, match=re.escape(message)):
+        known.check(known | edit)
+
+
+def test_help_shows_the_comment_with_the_range_and_the_default(known, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        read("--help", known)
+    out = capsys.readouterr().out
+    assert "--gamma float    [0.0, 1.0] discount; 100 % is none (default 0.9)\n" in out
+    assert "--name str       (default 'a')\n" in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_a_constant_that_nothing_reads(tmp_path):
+    """A use is a mention below the constants, in another constant, or in any loaded module, also in lower case."""
+    unread = "MY_" + "BONUS"  # in one word, this file would mention it
+    constants = script_constants(
+        tmp_path,
+        f"{unread} = 1.0  # {unread} has no effect\nEVAL_INTERVAL = 8\nLOW = 1\nHIGH = LOW + 1\nENTROPY_COEF = 0\n",
+        "def f(c):\n    return c.HIGH\n",
+    )
+    assert constants.unread() == [unread]
+
+
+@pytest.mark.parametrize("name", [*TRAININGS, "actor_critic"])
+def test_every_constant_is_read_and_has_a_type_and_a_default_in_its_range(name):
+    """One step below each range, one above it, nan, and the wrong type are refused in one line."""
+    constants = module_of(name).CONSTANTS
+    constants.check(constants)
+    assert constants.unread() == [] and all(constants.comments.values())
+    for constant in constants:
+        interval = constants.ranges.get(constant)
+        if interval is None:
+            assert constants.annotated[constant] in (bool, str)
+            wrong = [None, 1, ["no"], "no" if constants.kind(constant) is bool else True]
+        else:
+            step = 1 if interval.kind is int else 1e-9
+            wrong = [interval.low - step, interval.high + step, math.nan, math.inf, "1", None, True]
+        for value in wrong:
+            with pytest.raises(CommandLineError, match=f"^{constant} .* must be ") as error:
+                constants.check({constant: value})
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_call_takes_the_constants_of_now_and_no_command_line(name, monkeypatch):
+    script = module_of(name)
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    with pytest.raises(CommandLineError, match="unknown argument --sed; did you mean --seed"):
+        script.main(["--sed", 1])
+    monkeypatch.setattr(script, "SEED", -1)
+    with pytest.raises(CommandLineError, match=r"SEED \(--seed\) must be an integer in \[0, .*\], not -1"):
+        script.main()
+
+
+def test_a_program_may_give_numbers_and_paths(tmp_path):
+    parser = Parser("script.py", "what it does")
+    parser.add_argument("folder", type=given_path)
+    parser.add_argument("--seeds", type=int, nargs="+")
+    assert vars(parser.parse_args([tmp_path, "--seeds", 3, np.int64(4)])) == {"folder": str(tmp_path), "seeds": [3, 4]}
+    with pytest.raises(CommandLineError, match="unrecognized arguments: --fold"):
+        parser.parse_args([tmp_path, "--fold"])

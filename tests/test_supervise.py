@@ -1,0 +1,229 @@
+"""How a program runs and ends: signals, its output, and what an interrupted training leaves."""
+
+import errno
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from harness import checkpoint, supervise
+from harness.checkpoint import replacing
+from harness.options import CommandLineError
+from harness.supervise import (
+    PARENT,
+    STOP_SIGNALS,
+    finish_output,
+    ignore_signals,
+    less_memory,
+    run_script,
+    run_side_by_side,
+    signals_handled,
+    stop_with_parent,
+    train,
+)
+from sweep import TRAININGS
+from trainer import Trainer
+
+
+def test_in_a_thread_signals_stay_as_they_are():
+    before, within = signal.getsignal(signal.SIGINT), []
+
+    def handled():
+        with signals_handled(signal.SIG_IGN):
+            ignore_signals()
+            within.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=handled)
+    thread.start()
+    thread.join()
+    assert within == [before] and signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name", [name for name in TRAININGS if name != "train_ppo"])
+def test_every_algorithm_names_what_takes_less_memory(name):
+    algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
+    constants = algorithm.constants | ({"POLICY_MODEL": "folder"} if name == "grpo_text" else {})
+    option, smaller = less_memory(constants, algorithm.memory, algorithm.constants, algorithm.check).split()
+    lowered = constants | {option[2:].upper(): int(smaller)}
+    algorithm.constants.check(lowered)
+    assert (
+        lowered[algorithm.memory[0]] == constants[algorithm.memory[0]] // 2
+        and algorithm.memory[0] not in algorithm.kept
+    )
+
+
+def test_a_reader_that_has_left_ends_a_script_quietly(capsys):
+    def broken(argv):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(SystemExit, match="141"):
+        run_script(broken, "script.py")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_what_nohup_ignores_stays_ignored(monkeypatch):
+    ended = []
+    for before, seen in ((signal.SIG_IGN, []), (signal.SIG_DFL, [signal.SIGHUP])):
+        own = signal.signal(signal.SIGHUP, before)
+        try:
+            with supervise.signals_handled(lambda signum, frame: ended.append(signum)):
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert ended == seen and signal.getsignal(signal.SIGHUP) == before
+        finally:
+            signal.signal(signal.SIGHUP, own)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_reaches_nobody_is_no_success(monkeypatch, capsys):
+    for status in (0, 130):
+        with open("/dev/full", "w") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            print("the result")
+            assert finish_output("script.py", status) == (status or 1)
+        assert capsys.readouterr().err == "script.py: the output could not be written (No space left on device)\n"
+
+
+class Failing(Trainer):
+    """Its first state, or its first update, fails."""
+
+    def __init__(self, first_state=None, update=None):
+        super().__init__(torch.nn.Linear(1, 1), metadata={"constants": {}})
+        self.num_steps, self.first_state, self.update = 1, first_state, update
+
+    def state_dict(self):
+        if self.first_state:
+            raise self.first_state
+        return self.training_state()
+
+    def collect_and_update(self):
+        raise self.update
+
+
+@pytest.mark.parametrize(
+    "error, advice",
+    [(RuntimeError("environment cannot be saved"), ""), (MemoryError(), "\nout of memory; try --small 1\n")],
+)
+def test_where_the_first_state_cannot_be_taken_the_error_is_that_one(tmp_path, capsys, error, advice):
+    """And the last.pt of a resumed run stays as it is."""
+    (tmp_path / "last.pt").write_bytes(b"an earlier one")
+    if advice:
+        assert train(Failing(error), tmp_path, "script.py", {MemoryError: " --small 1"}) == 1
+    else:
+        with pytest.raises(RuntimeError, match="environment cannot be saved"):
+            train(Failing(error), tmp_path, "script.py", {})
+    assert (tmp_path / "last.pt").read_bytes() == b"an earlier one"
+    assert capsys.readouterr().err == (advice or "\nenvironment cannot be saved\n")
+
+
+def test_a_second_ctrl_c_ends_the_training_and_not_a_notebooks_kernel(tmp_path, monkeypatch):
+    trainer = Failing(update=RuntimeError("never raised"))
+    monkeypatch.setattr(trainer, "collect_and_update", lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, tmp_path, "script.py", {})
+    assert trainer.stop_requested and signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("goes_on, handler", [(True, signal.default_int_handler), (False, signal.SIG_DFL)])
+def test_ctrl_c_does_not_end_a_python_that_goes_on_after_the_program(tmp_path, monkeypatch, goes_on, handler):
+    """As python -i and IPython's %run do: neither the second one in a training, nor one after it."""
+    if goes_on:
+        monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    trainer, handlers = Failing(), []
+
+    def interrupted():
+        signal.raise_signal(signal.SIGINT)
+        handlers.append(signal.getsignal(signal.SIGINT))
+        trainer.check_stop()
+
+    monkeypatch.setattr(trainer, "collect_and_update", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            run_script(lambda argv: train(trainer, tmp_path, "script.py", {}), "script.py")
+        assert [*handlers, signal.getsignal(signal.SIGINT)] == [handler, handler]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("no memory to save in")]
+)
+def test_a_run_that_cannot_be_saved_still_says_why_it_ended(tmp_path, monkeypatch, capsys, failure):
+    def fail(*args):
+        raise failure
+
+    monkeypatch.setattr(checkpoint, "atomic_write", fail)
+    assert (
+        train(
+            Failing(update=FloatingPointError("the gradient is not finite")),
+            tmp_path,
+            "script.py",
+            {FloatingPointError: " --lr 1"},
+        )
+        == 1
+    )
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert (
+        line.startswith("the gradient is not finite; ")
+        and str(failure.args[-1]) in line
+        and line.endswith(f"--resume {tmp_path} --lr 1")
+    )
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_signal_leaves_the_old_file_and_nothing_else(tmp_path, signum):
+    (tmp_path / "gpt.gif").write_text("old")
+
+    def main(argv):
+        with replacing(tmp_path / "gpt.gif") as unfinished:
+            unfinished.write_text("half")
+            signal.raise_signal(signum)
+
+    with pytest.raises(SystemExit) as error:
+        run_script(main, "a.py")
+    assert (
+        error.value.code == 128 + signum
+        and os.listdir(tmp_path) == ["gpt.gif"]
+        and (tmp_path / "gpt.gif").read_text() == "old"
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a process does not learn of it")
+@pytest.mark.parametrize("parent, stops", [(os.getppid(), False), (1 if os.getppid() > 1 else 2, True)])
+def test_a_program_stops_when_the_one_that_started_it_has_ended(monkeypatch, parent, stops):
+    monkeypatch.setenv(PARENT, str(parent))
+    received, deadline = [], time.monotonic() + (10 if stops else 0.2)
+    with signals_handled(lambda signum, frame: received.append(signum)):
+        stop_with_parent()
+        while not received and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert received == [signal.SIGTERM] * stops and PARENT not in os.environ  # nor is it handed on
+
+
+WAITS = [sys.executable, "-c", "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(1000)"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_programs_side_by_side_are_stopped_together(tmp_path, error):
+    started, ended = tmp_path / "started", []
+
+    def waits(run):
+        run([*WAITS, started])
+        ended.append(0)
+
+    def fails(run):
+        while not started.exists():
+            time.sleep(0.01)
+        raise error
+
+    with pytest.raises(CommandLineError if error is KeyboardInterrupt else error):
+        run_side_by_side([waits, fails], 2)
+    assert ended == [0]
