@@ -1,4 +1,4 @@
-"""A function that is called in processes of its own."""
+"""Calls a function in background processes, such as the evaluation of a policy that trains on meanwhile."""
 
 import contextlib
 import multiprocessing
@@ -17,47 +17,52 @@ import torch
 from harness.messages import one_line
 from harness.supervise import signals_handled
 
-STARTING = threading.Lock()  # `main_hidden` changes what all threads see
+# Held while a process starts, because `main_hidden` changes a module that all threads see.
+STARTING = threading.Lock()
 
 
 class CannotStart(RuntimeError):
-    """No process can be started here, or none that finds the function; in one line."""
+    """No process can be started here, or none that can import the function; the message is one line."""
 
 
 class Background:
-    """`submit(x)` gives the future of function(x), computed in one of some processes; `result(future)` waits for it.
+    """Computes function(x) in other processes: `submit(x)` returns a future, and `result(future)` waits for its value.
 
-    A thread for each process sends what is submitted and waits for the answer. The processes ignore Ctrl-C, which reaches every
-    process of a terminal, and end with this one, however it ends. `close()` ends them at once.
+    One thread per process sends it the submitted values and waits for the answers. The processes ignore Ctrl-C, which
+    reaches every process of a terminal. They end together with this process, however it ends, and `close()` ends them
+    at once.
 
-    function: must be importable, because it is pickled by its name.
+    Args:
+        function: is pickled by its name, so it must be importable.
+        processes: the largest number of processes; all but the first start only when they are needed.
     """
 
     def __init__(self, function, processes=1):
         self.function, self.processes = function, processes
         self.threads = ThreadPoolExecutor(processes)
         self.started, self.futures = [], []
-        self.idle = (
-            queue.SimpleQueue()
-        )  # connections to processes that wait for work, and whether they have said that they can work
-        with contextlib.suppress(Exception):  # `submit` tries again
-            self.start_process()  # the imports take seconds: one process starts now
+        # Pairs of a connection to a process that waits for work, and whether this process has reported that it can
+        # work.
+        self.idle = queue.SimpleQueue()
+        # One process starts now, because its imports take seconds. If that fails, `submit` tries again and reports the
+        # reason.
+        with contextlib.suppress(Exception):
+            self.start_process()
 
     def start_process(self):
-        function, context = (
-            pickle.dumps(self.function),
-            multiprocessing.get_context("spawn"),
-        )  # CUDA does not survive a fork
+        function = pickle.dumps(self.function)
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork.
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(function, theirs), daemon=True)
-        with STARTING, sigint_ignored(), contextlib.nullcontext() if b"__main__" in function else main_hidden():
+        hidden = contextlib.nullcontext() if b"__main__" in function else main_hidden()
+        with STARTING, sigint_ignored(), hidden:
             process.start()
-        theirs.close()  # only the process has it now: if that ends, so does what we wait for
+        theirs.close()  # Now only the process has this end, so receiving fails as soon as the process has ended.
         self.started.append(process)
         self.idle.put((ours, False))
 
     def submit(self, x):
-        """Gives a future for `result`, also where no process or thread can be started: `result` then says why."""
+        """Return a future for `result`. Where no process or thread can be started, `result` raises the reason."""
         data = pickle.dumps(x)
         self.futures = [future for future in self.futures if not future.done()]
         try:
@@ -71,6 +76,7 @@ class Background:
         return future
 
     def call(self, data):
+        """Send a pickled value to an idle process and return its answer; runs in one of the threads."""
         connection, works = self.idle.get()
         try:
             if not works:
@@ -81,9 +87,8 @@ class Background:
             result, error = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
             if not works:
-                raise CannotStart(
-                    "no other process can run it: what it wrote stands above, or memory ran out"
-                ) from None
+                reason = "what it wrote stands above, or memory ran out"
+                raise CannotStart(f"no other process can run it: {reason}") from None
             raise ChildProcessError(
                 "a background process has died: what it wrote stands above, or memory ran out"
             ) from None
@@ -94,7 +99,13 @@ class Background:
         return result
 
     def result(self, future):
-        """Raises what function raised, CannotStart if nothing can run, ChildProcessError if a process has died since the start."""
+        """Wait for the value of a future and return it.
+
+        Raises:
+            CannotStart: no process can run the function.
+            ChildProcessError: a process has died since it started.
+            Exception: whatever the function itself has raised.
+        """
         return future.result()
 
     def close(self):
@@ -104,12 +115,13 @@ class Background:
 
 
 def serve(function, connection):
-    """What a process does: it says whether it finds the function, and then answers until there is nobody to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems that do not inherit it
-    with contextlib.suppress(RuntimeError):  # where no more threads can be started, a process ends when it next answers
+    """Run a background process: report whether it can import the function, then answer until the connection closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Not every system lets a process inherit this.
+    # Where no more threads can be started, the process ends when it next tries to answer.
+    with contextlib.suppress(RuntimeError):
         threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")  # as device.py says; no TF32
+    torch.set_float32_matmul_precision("highest")  # No TF32, for the reason given in harness/device.py.
     with contextlib.suppress(EOFError, OSError):
         try:
             function = pickle.loads(function)
@@ -123,7 +135,7 @@ def serve(function, connection):
 
 
 def answer_to(function, data):
-    """-> pickled: function(x) and None, or None and what it raised."""
+    """Return a pickled pair: the function's value and None, or None and the exception that it raised."""
     try:
         return pickle.dumps((function(pickle.loads(data)), None))
     except Exception as error:
@@ -132,18 +144,19 @@ def answer_to(function, data):
 
 
 def end_with_parent():
+    """End this process as soon as the one that started it has ended, even if that was killed."""
     multiprocessing.parent_process().join()
     os._exit(0)
 
 
 def sigint_ignored():
-    """Inherited by a process that starts within: until `serve`, Ctrl-C would print tracebacks."""
+    """Let a process that is started within ignore Ctrl-C from its first moment, when Ctrl-C would print a traceback."""
     return signals_handled(signal.SIG_IGN, [signal.SIGINT])
 
 
 @contextlib.contextmanager
 def main_hidden():
-    """A process that starts within does not run the main script again, which would train there too if it has no main guard."""
+    """Keep a process that is started within from running the main script again, which may have no main guard."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

@@ -1,3 +1,5 @@
+"""Background processes answer, report every failure, and end with the process that started them."""
+
 import contextlib
 import multiprocessing
 import os
@@ -16,18 +18,20 @@ from harness.background import Background, CannotStart
 
 
 def work(x):
+    """Fail or die if asked to, and otherwise return x and this process's number after a Ctrl-C that must be ignored."""
     if x == "die":
         os._exit(1)
     if x == "fail":
         raise ValueError("of the function")
     if x == "precision":
         return torch.get_float32_matmul_precision()
-    os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C reaches every process of a terminal
+    os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C reaches every process of a terminal.
     time.sleep(0.2)
     return x, os.getpid()
 
 
-def test_in_the_background():
+def test_values_and_errors_come_back_from_other_processes():
+    """Two processes share the work; an error of the function and the death of a process reach whoever waits."""
     with contextlib.closing(Background(work, processes=2)) as background:
         futures = [background.submit(i) for i in range(3)]
         results = [background.result(future) for future in futures]
@@ -35,8 +39,8 @@ def test_in_the_background():
         assert len({pid for _, pid in results}) == 2
         with pytest.raises(ValueError, match="of the function") as error:
             background.result(background.submit("fail"))
-        assert "in work" in error.value.__notes__[0]  # where it happened
-        for _ in range(3):  # both processes die, and stay dead
+        assert "in work" in error.value.__notes__[0]  # The traceback says where it happened.
+        for _ in range(3):  # Both processes die and stay dead.
             with pytest.raises(ChildProcessError, match="a background process has died"):
                 background.result(background.submit("die"))
     for process in background.started:
@@ -56,7 +60,7 @@ def test_in_the_background():
     ],
 )
 def test_where_no_process_or_thread_can_be_started(monkeypatch, owner, name, error):
-    """As under a low `ulimit -u`: who wants a result is told each time, and none waits for ever."""
+    """Under a low `ulimit -u`, for example, every wait for a result ends with the reason."""
 
     def refused(*args):
         raise error
@@ -69,12 +73,14 @@ def test_where_no_process_or_thread_can_be_started(monkeypatch, owner, name, err
 
 
 def test_products_keep_their_precision(monkeypatch):
+    """A background process computes without TF32, whatever the environment asks for."""
     monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
     with contextlib.closing(Background(work)) as background:
         assert background.result(background.submit("precision")) == "highest"
 
 
-def test_a_function_that_no_process_can_find():
+def test_a_function_that_no_process_can_import_is_named():
+    """A lambda cannot be pickled by its name, and the error says so in one line."""
     with contextlib.closing(Background(lambda x: x)) as background:
         for _ in range(2):
             with pytest.raises(CannotStart, match="^no other process can run it: .*lambda") as error:
@@ -82,7 +88,8 @@ def test_a_function_that_no_process_can_find():
             assert "\n" not in str(error.value)
 
 
-def test_ctrl_c_is_as_before():
+def test_ctrl_c_is_handled_as_before():
+    """Starting processes that ignore Ctrl-C does not change this process."""
     before = signal.getsignal(signal.SIGINT)
     with contextlib.closing(Background(work)) as background:
         background.submit(0)
@@ -90,7 +97,7 @@ def test_ctrl_c_is_as_before():
 
 
 def test_two_threads_that_start_processes_leave_the_main_module_as_it_is(monkeypatch):
-    """Without a lock the first, which ends first, would restore it, and the second then put the other's empty one in its place."""
+    """Without a lock the second thread would restore the empty module that the first one has put there."""
     main, first, seen, second_is_there = sys.modules["__main__"], [], [], threading.Event()
 
     def start(self):
@@ -114,7 +121,7 @@ def test_two_threads_that_start_processes_leave_the_main_module_as_it_is(monkeyp
 
 
 def test_the_processes_end_with_this_one(tmp_path):
-    """Even if it is killed: its output, which they share, is closed."""
+    """After this process is killed, its output closes only once the processes that share it have ended as well."""
     program = """
 import os, signal, time
 from harness.background import Background
@@ -126,4 +133,6 @@ if __name__ == "__main__":
 """
     (tmp_path / "program.py").write_text(program)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, stdout=subprocess.PIPE, timeout=60)
+    command = [sys.executable, tmp_path / "program.py"]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""Does it learn? Minutes, so only with --slow."""
+"""Trains until something is learned, for minutes, so these tests run only with --slow."""
 
 import csv
 
@@ -14,7 +14,7 @@ from train_ppo import main
 
 @pytest.mark.slow
 def test_the_initial_weights_can_see():
-    """Supervised: the tracker's action from a varied page, in 300k frames."""
+    """Supervised by the tracker's actions on varied pages, the GPT imitates them after 300 thousand frames."""
     torch.manual_seed(0)
     gpt, env = GPT(GPTConfig()), BreakoutAsciiVec(256, varied_starts=1.0)
     optimizer = torch.optim.Adam(gpt.parameters(), lr=1e-3)
@@ -34,7 +34,7 @@ def test_the_initial_weights_can_see():
 
 @pytest.mark.slow
 def test_default_constants_learn(tmp_path):
-    """600k steps on the CPU: far above random play (82) and the better of the public attempt's two games (320)."""
+    """After 600 thousand steps the score is above random play's (82) and the public attempt's (320)."""
     main(["--num_steps", "600000", "--run_dir", str(tmp_path / "run"), "--device", "cpu"])
     with open(tmp_path / "run" / "metrics.csv") as file:
         assert max(float(row["eval_score"] or 0) for row in csv.DictReader(file)) > 400
