@@ -13,10 +13,10 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def tolerance(largest_score):
-    """The relative error that float32 may leave in attention whose scores go up to so many nats.
+    """Return the relative error that float32 may cause in attention whose scores, in nats, have this maximum.
 
-    A score s is rounded to s (1 + a few EPS), which changes its weight exp(s) by a share of a few EPS * s, and with the weights
-    what they weigh, and the gradient.
+    A score s is rounded with a relative error of a few EPS. So its weight exp(s) has a relative error of a few EPS * s,
+    and so have the weighted sum and the gradient.
     """
     return 2 * EPS * (1 + largest_score)
 
@@ -27,7 +27,7 @@ def make_gpt(seed=0, kind=GPT, **config):
 
 
 def device_trainer(max_episode_steps=5000, seed=0, num_envs=4, device="cpu", runner=None, **changes):
-    """The training that a GPU runs, here on the CPU."""
+    """Return a PPO with the policy and games that a GPU would have, by default on the CPU."""
     env = DeviceBreakout(num_envs, torch.device(device), varied_starts=0.7, max_episode_steps=max_episode_steps)
     constants = dict(
         num_steps=96,
@@ -54,6 +54,7 @@ def device_trainer(max_episode_steps=5000, seed=0, num_envs=4, device="cpu", run
 
 
 def random_play():
+    """Return the pages of three games after 60 random steps."""
     env = BreakoutAsciiVec(3)
     env.reset(seed=1)
     rng = np.random.default_rng(1)
@@ -63,38 +64,42 @@ def random_play():
 
 
 def late_game():
-    """Nearly empty walls, the balls anywhere."""
+    """Return pages with few bricks and with the balls anywhere."""
     env = BreakoutAsciiVec(3, varied_starts=1.0)
     env.reset(seed=2)
     env.games.bricks &= np.random.default_rng(2).random(env.games.bricks.shape) < 0.1
-    env.games.ball_y[:], env.games.ball_x[:] = (14, 20, 3), (5, 33, 70)
+    env.games.ball_y[:] = (14, 20, 3)
+    env.games.ball_x[:] = (5, 33, 70)
     env.games.draw(np.ones(3, bool))
     return env.observation()
 
 
 def all_new():
-    """No two lines alike, nor any two pieces: random characters but for the last newline."""
+    """Return pages of random characters that end with a newline, so that no two lines are equal."""
     pages = np.random.default_rng(3).choice(np.frombuffer(CHARACTERS.encode(), np.uint8), (3, TOKENS))
     pages[:, -1] = ord("\n")
     return pages
 
 
 def foreign_end():
-    """The last character is another on each page, so the pages share no query."""
+    """Return pages that end with different characters, so that they share no query."""
     pages = all_new()
     pages[:, -1] = [ord(c) for c in "O# "]
     return pages
 
 
 def one_game():
-    """Pages that begin alike: four steps of one game, the first page twice."""
+    """Return pages that begin alike: the first five of a game, and the first once more."""
     env = BreakoutAsciiVec(1)
     pages = [env.reset(seed=1)[0]] + [env.step(np.array([1]))[0] for _ in range(4)]
     return np.concatenate(pages + pages[:1])
 
 
 def every_score(gpt):
-    """(7 * 1944, H) attention scores, in nats, that the last position's query gives every character everywhere, in one layer."""
+    """Return the scores, in nats, of every character at every position for the query of the last, (7 * 1944, H).
+
+    The GPT has one layer.
+    """
     with torch.no_grad():
         rows, columns = torch.arange(24).repeat_interleave(81), torch.arange(81).repeat(24)
         x = gpt.wte.weight.unsqueeze(1) + gpt.wre.weight[rows] + gpt.wce.weight[columns]  # (7, 1944, C)

@@ -1,4 +1,7 @@
-"""A stand-in for CUDA graphs that runs on the CPU: a tape of aten calls, replayed on the storages that they were recorded with."""
+"""A stand-in for CUDA graphs that runs on the CPU.
+
+It records the aten calls of a function on a tape, and replays them on the storages with which they were recorded.
+"""
 
 import contextlib
 from types import SimpleNamespace
@@ -9,12 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 
 class Tape(TorchDispatchMode):
-    """Records the aten calls made within, forward and backward. `replay()` makes them again with the recorded arguments: tensors at
-    their present values, Python's numbers as they were."""
+    """Records the aten calls made inside a `with` block, forward and backward.
+
+    `replay()` makes them again with the recorded arguments. As in a CUDA graph, tensors then have their present values,
+    while Python's numbers have the recorded ones.
+    """
 
     def __init__(self):
         super().__init__()
-        self.calls, self.created, self.saved = [], set(), {}
+        self.calls = []
+        self.created = set()  # addresses of the storages that these calls created
+        self.saved = {}  # address of each other storage that they wrote to: the storage, and a copy from before
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -27,13 +35,14 @@ class Tape(TorchDispatchMode):
         self.calls.append((function, args, kwargs, results))
         return results
 
-    def save(self, x):
-        """A storage, before its first write."""
-        for x in tensors(x):
+    def save(self, written):
+        """Copy storages that existed before the recording, before the first write to them."""
+        for x in tensors(written):
             if address(x) not in self.created:
                 self.saved.setdefault(address(x), (x.untyped_storage(), x.untyped_storage().clone()))
 
     def undo(self):
+        """Undo all writes of the recorded calls."""
         for storage, before in self.saved.values():
             storage.copy_(before)
 
@@ -54,7 +63,7 @@ def address(x):
 
 
 def use_software_graphs(monkeypatch):
-    """Let torch.cuda's streams and graphs be stand-ins. -> the list of tapes that will be recorded."""
+    """Replace torch.cuda's streams and graphs by stand-ins. Return the list to which recorded tapes will be added."""
     tapes = []
 
     class Graph:
@@ -66,7 +75,7 @@ def use_software_graphs(monkeypatch):
         graph.tape = Tape()
         with graph.tape:
             yield
-        graph.tape.undo()  # CUDA records and computes nothing
+        graph.tape.undo()  # because CUDA computes nothing while it records
         tapes.append(graph.tape)
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
