@@ -1,4 +1,4 @@
-"""Which GPT computes on which device, and how a checkpoint becomes one. Only this file knows whether `fast/` is there."""
+"""From a configuration or a checkpoint to a GPT. Only this file knows whether `fast/` is there."""
 
 import importlib
 from dataclasses import asdict
@@ -16,46 +16,53 @@ fast = importlib.import_module("fast") if (HERE / "fast" / "__init__.py").exists
 
 
 def make_gpt(config, device):
-    """An untrained GPT, with the shortcuts that suit the device if fast/ is there."""
-    return (fast.gpt_for(config, device) if fast else GPT(config)).to(device)
+    """An untrained GPT on the device. If `fast/` is there, it is the class that is fastest on this device."""
+    gpt = fast.gpt_for(config, device) if fast else GPT(config)
+    return gpt.to(device)
 
 
 def load_policy(path, device="cpu"):
-    """A checkpoint, or a run directory -> the GPT in eval mode, and the checkpoint without its weights.
+    """Load the GPT of a checkpoint, or of a run directory.
 
-    The GPT maps (B, 1944) uint8 tokens to logits (B, 3) and values (B,). Raises CheckpointError with a message of one line.
+    Returns the GPT in eval mode, which maps (B, 1944) uint8 tokens to logits (B, 3) and values (B,), and a dict of
+    everything else in the checkpoint. Raises CheckpointError with a message of one line.
     """
     path, _ = find_model(path)
     meta = load_checkpoint(path)
     try:
         policy = policy_of(meta, device)
-        del meta["model"]
     except ValueError as error:
         raise CheckpointError(f"{path}: is no model of this program ({error}); train one with train_ppo.py") from error
+    del meta["model"]
     return policy, meta
 
 
 def policy_of(state, device="cpu"):
-    """The state of a checkpoint -> the GPT in eval mode. Raises ValueError if it holds none."""
+    """The GPT, in eval mode, in the state of a checkpoint. Raises ValueError if there is none."""
     check_like(state, {"gpt_config": asdict(GPTConfig()), "model": {}})
-    # the prefixes of a policy that somebody has wrapped by torch.compile or DistributedDataParallel
-    model = {str(name).removeprefix("_orig_mod.").removeprefix("module."): x for name, x in state["model"].items()}
     config = GPTConfig(**{name: state["gpt_config"][name] for name in asdict(GPTConfig())})
-    weights = sum(x.numel() for x in model.values() if isinstance(x, torch.Tensor))
+    # torch.compile and DistributedDataParallel put prefixes before the names of a policy that somebody has wrapped by
+    # them
+    weights = {str(name).removeprefix("_orig_mod.").removeprefix("module."): x for name, x in state["model"].items()}
+    size = sum(x.numel() for x in weights.values() if isinstance(x, torch.Tensor))
     if config.n_action != GPTConfig.n_action:
         raise ValueError(f"it chooses from {config.n_action} actions, the game has {GPTConfig.n_action}")
-    if config.num_parameters != weights:  # before a GPT is built that may take minutes
-        raise ValueError(f"it has {weights:,} weights, its configuration {config.num_parameters:,}")
+    if config.num_parameters != size:  # checked before a large GPT is built, which may take minutes
+        raise ValueError(f"it has {size:,} weights, its configuration {config.num_parameters:,}")
     policy = make_gpt(config, torch.device(device))
-    load_weights(policy, model)
+    load_weights(policy, weights)
     return policy.eval()
 
 
 def evaluate_state(state, device="cpu"):
-    """The state of a checkpoint -> what `evaluate` says of its policy."""
+    """Evaluate the policy in the state of a checkpoint; see `evaluate`."""
     return evaluate(policy_of(state, device))
 
 
 def find_model(name):
-    """The checkpoint or run directory that was named, else the newest run of a GPT, else the shipped model -> its path, and why it is that."""
+    """Find the checkpoint to play: the file or run that was named, else the newest run of a GPT, else the shipped
+    model.
+
+    Returns its path, and a remark on why it was taken, or "".
+    """
     return model_to_play(name, SHIPPED, lambda state: "gpt_config" in state)

@@ -1,11 +1,12 @@
-"""torch.compile and CUDA graphs, for functions that are called again and again.
+"""torch.compile and CUDA graphs for functions that are called again and again.
 
-Both raise `ShortcutFailed` where they do not work; gpu_training.py then goes on without.
+Both raise `ShortcutFailed` where they do not work; gpu_training.py then goes on without them.
 
-A training of one layer launches some hundred small kernels a step, and launching them takes longer than running them. A CUDA graph
-is recorded once and replayed without Python. What it reads and writes must keep its address: the games and their random numbers, the
-noise, the policy's table, the rollout buffer and its minibatches, weights, gradient, optimizer state and learning rate. Python
-numbers are baked in: coefficients of the loss and `varied_starts` must not change after the recording.
+A training of one layer launches some hundred small kernels in a step, and launching them takes longer than running
+them. A CUDA graph is recorded once and then replayed without Python. What it reads and writes must keep its address:
+the games and their random numbers, the noise, the policy's table, the rollout buffer and its minibatches, weights,
+gradient, optimizer state and learning rate. Python's numbers become part of the graph, so the coefficients of the loss
+and `varied_starts` must not change after the recording.
 """
 
 import torch
@@ -13,20 +14,19 @@ import torch
 from harness.device import out_of_memory
 from harness.messages import one_line
 
+COMPILE, GRAPHS, BF16 = "torch.compile", "CUDA graphs", "bfloat16"
+
 
 class ShortcutFailed(RuntimeError):
-    """What failed, and why, in one line. shortcut: COMPILE or GRAPHS, or None if it is not known which is to blame."""
+    """What failed and why, in one line. shortcut: the one to blame, or None if that is not known."""
 
     def __init__(self, message, shortcut=None):
         super().__init__(message)
         self.shortcut = shortcut
 
 
-COMPILE, GRAPHS, BF16 = "torch.compile", "CUDA graphs", "bfloat16"
-
-
 class Blamed:
-    """function(*args), whose errors become ShortcutFailed and blame a shortcut; but lack of memory passes through."""
+    """Calls a function. Its errors, except lack of memory, become ShortcutFailed and blame the given shortcut."""
 
     def __init__(self, function, shortcut):
         self.function, self.shortcut = function, shortcut
@@ -36,14 +36,14 @@ class Blamed:
             return self.function(*args)
         except ShortcutFailed:
             raise
-        except Exception as error:  # no compiler, no Triton: whatever it is, without the shortcut it may work
+        except Exception as error:  # no compiler, no Triton: whatever it is, it may work without the shortcut
             if out_of_memory(error):
                 raise
             raise ShortcutFailed(one_line(error), self.shortcut) from error
 
 
 class Compiled:
-    """function(*args): as it stands for the first `plain_calls` calls, then compiled, and `Blamed`."""
+    """Calls a function as it stands for the first `plain_calls` times, and then compiled and `Blamed`."""
 
     def __init__(self, function, plain_calls=0, **options):
         self.function, self.plain_calls = function, plain_calls
@@ -57,22 +57,31 @@ class Compiled:
 
 
 class GraphRunner:
-    """function(), which reads and writes tensors that keep their addresses. On a side stream its first calls warm up, as a recording
-    requires; then it is recorded as a CUDA graph and replayed. Raises ShortcutFailed where it cannot be recorded.
+    """Calls a function without arguments, first as it stands and then as a CUDA graph.
 
-    recorded_with() -> the objects whose tensors the graph uses; when one is replaced, the function is recorded again.
+    The function reads and writes tensors that keep their addresses. Its first calls warm up on a side stream, as a
+    recording requires; after them it is recorded, and from then on replayed.
     """
 
-    WARM_UP = 3  # calls: one as it stands, one that compiles, one compiled
+    WARM_UP = 3  # calls: one as the function stands, one that compiles it, one compiled
 
-    def __init__(self, function, stream, recorded_with=lambda: ()):
-        self.function, self.stream, self.recorded_with, self.recordings = function, stream, recorded_with, 0
-        self.graph, self.calls, self.objects = None, 0, ()
+    def __init__(self, function, stream, recorded_with=tuple):
+        """recorded_with: returns the objects whose tensors the graph uses. If one is replaced, the function is recorded
+        again.
+        """
+        self.function, self.stream, self.recorded_with = function, stream, recorded_with
+        self.recordings = 0  # so far
+        self.start_again(())
+
+    def start_again(self, objects):
+        self.graph, self.calls, self.objects = None, 0, objects
 
     def __call__(self):
+        """Raises ShortcutFailed if the function cannot be recorded."""
         objects = self.recorded_with()
-        if len(objects) != len(self.objects) or any(x is not y for x, y in zip(objects, self.objects)):
-            self.graph, self.calls, self.objects = None, 0, objects
+        same = len(objects) == len(self.objects) and all(x is y for x, y in zip(objects, self.objects))
+        if not same:
+            self.start_again(objects)
         if self.graph is not None:
             self.graph.replay()
             return
@@ -88,13 +97,14 @@ class GraphRunner:
             self.record(before)
 
     def record(self, before):
+        """Record a graph, which computes nothing yet. before: the stream to return to."""
         graph, cause = torch.cuda.CUDAGraph(), None
         try:
-            with torch.cuda.graph(graph, stream=self.stream):  # records, computes nothing
+            with torch.cuda.graph(graph, stream=self.stream):
                 try:
                     self.function()
                 except Exception as error:
-                    cause = error  # ending a failed recording raises another, which says less
+                    cause = error  # ending a failed recording raises another error, which says less
                     raise
         except Exception as error:
             torch.cuda.set_stream(before)  # a failed recording leaves its own stream current
