@@ -142,12 +142,13 @@ class Sweep:
             while self.begin_runs() or self.running or self.others():
                 time.sleep(POLL_INTERVAL)
                 for run in [run for run in self.running if run.process.poll() is not None]:
+                    self.running.remove(run)
                     self.end(run)
                 if time.monotonic() - said > STATE_INTERVAL:
                     said = time.monotonic()
                     self.say_state()
-                    for run in self.running if prune else ():
-                        self.prune(run)
+                    if prune:
+                        self.prune()
         except BaseException as error:
             for run in self.running:
                 run.process.terminate()
@@ -162,7 +163,6 @@ class Sweep:
         begun = False
         while len(self.running) < available_cores() and (run := self.take()):
             begun = True
-            self.running.append(run)
             if is_finished(run.directory):  # in a sweep with other values
                 self.end(run)
                 continue
@@ -173,16 +173,14 @@ class Sweep:
             with open(f"{run.directory}.log", "a") as log:
                 environment = {**os.environ, "OMP_NUM_THREADS": "1"}
                 run.process = start_program(command, environment, cwd=ROOT, stdout=log, stderr=log)
+            self.running.append(run)
             say(f"{run.directory.name} {'goes on' if '--resume' in command else 'begins'}")
         return begun
 
     def take(self):
         """Take a trial that was interrupted, or else one that nobody has begun. Returns None if there is none."""
         with self.lock:
-            trials = [optuna.trial.Trial(self.study, trial._trial_id) for trial in self.others()]
-            if self.trials("WAITING"):
-                trials.append(self.study.ask())
-            for trial in trials:
+            for trial in self.candidates():
                 values = {name: self.suggest(trial, name) for name in self.grid}
                 directory = directory_of(self.out, values)
                 lock = filelock.FileLock(f"{directory}.lock", timeout=0)
@@ -192,6 +190,13 @@ class Sweep:
                 except filelock.Timeout:
                     pass
         return None
+
+    def candidates(self):
+        """Yield the trials that may be free: those that have not ended, and then one that nobody has begun."""
+        for trial in self.others():
+            yield optuna.trial.Trial(self.study, trial._trial_id)
+        if self.trials("WAITING"):
+            yield self.study.ask()
 
     def trials(self, *states):
         """Return the trials in these states, or all."""
@@ -230,16 +235,17 @@ class Sweep:
             if scores := scores_of(rows):
                 say(f"    {run.directory.name}: {rows[-1]['global_step']:,} steps, score {scores[-1]:.5g}")
 
-    def prune(self, run):
-        """Stop a run whose scores are below the median of those of the others."""
-        if run.trial.should_prune():
+    def prune(self):
+        """Stop the runs whose scores are below the median of those of the others."""
+        for run in [run for run in self.running if run.trial.should_prune()]:
+            self.running.remove(run)
             run.process.terminate()
             run.process.wait()
             self.end(run, pruned=True)
 
     def end(self, run, pruned=False):
-        """Tell the study the result of a run whose process has ended."""
-        rows, complete = self.report(run), is_finished(run.directory)
+        """Tell the study the result of a run that does not go on, and let go of it."""
+        rows, complete, result = self.report(run), is_finished(run.directory), None
         scores = scores_of(rows)
         if complete and not scores:
             how = "has lost its metrics.csv; delete its directory to train it again"
@@ -248,15 +254,16 @@ class Sweep:
         else:
             result = {"best": max(scores), "last": scores[-1], "steps": rows[-1]["global_step"]}
             result["minutes"] = round(rows[-1]["seconds"] / 60, 2)
-            run.trial.set_user_attr("result", result)
-            state = optuna.trial.TrialState.COMPLETE if complete else optuna.trial.TrialState.PRUNED
-            self.study.tell(run.trial, result["best"] if complete else None, state)
-            how = f"{'has finished' if complete else 'was stopped early'}: "
-            how += ", ".join(f"{name} {x:,.5g}" for name, x in result.items())
-        if "result" not in run.trial.user_attrs:
-            self.failed[run.trial.number] = run.directory
-        self.running.remove(run)
-        run.lock.release()
+            values = ", ".join(f"{name} {x:,.5g}" for name, x in result.items())
+            how = f"{'has finished' if complete else 'was stopped early'}: {values}"
+        with self.lock:  # or another process would take the trial between its result and its release
+            if result is None:
+                self.failed[run.trial.number] = run.directory
+            else:
+                run.trial.set_user_attr("result", result)
+                state = optuna.trial.TrialState.COMPLETE if complete else optuna.trial.TrialState.PRUNED
+                self.study.tell(run.trial, result["best"] if complete else None, state)
+            run.lock.release()
         say(f"{run.directory.name} {how}")
 
     def rows(self):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -263,11 +264,9 @@ def test_two_processes_share_a_sweep(tmp_path, made_up, monkeypatch):
     monkeypatch.setattr(sweep, "start_program", start_together)
     what, grid = training("reinforce_cartpole"), {"LR": [0.1, 0.2, 0.3], "SEED": [0, 1]}
     sweeps = [sweep.Sweep(what, tmp_path, grid, None) for _ in range(2)]
-    threads = [threading.Thread(target=one.run, args=(False,)) for one in sweeps]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor() as pool:
+        for future in [pool.submit(one.run, prune=False) for one in sweeps]:
+            future.result(60)
     assert sorted(made_up) == sorted(directory_of(tmp_path, values).name for values in combinations(grid))
     assert sweeps[0].rows() == sweeps[1].rows() and len(sweeps[0].rows()) == 6
 
