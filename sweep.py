@@ -8,7 +8,7 @@ beside it. The same command joins in on another machine that sees the folder, an
 At the end it prints a table of the runs, the best first, and writes it to sweep.csv.
 """
 
-import harness.start  # noqa: F401, before the slow imports
+import harness.start  # before the slow imports
 
 import csv
 import importlib

@@ -1,4 +1,4 @@
-"""What an ordinary agent learns here:  python benchmarks/baseline.py [--seed 0] [--num_steps 4000000] [--out runs/baseline]
+"""What an ordinary agent learns here:  python -m benchmarks.baseline [--seed 0] [--num_steps 4000000] [--out runs/baseline]
 
 Stable-Baselines3's PPO with its MlpPolicy (pip install stable-baselines3) on the games that train_ppo.py trains on. From
 there too: rollout, minibatch, discount, GAE's lambda at the start, clipping of ratio and gradient, the weights of entropy bonus and value
@@ -6,6 +6,8 @@ loss, reward scale, and that a lost life ends a return. All else is Stable-Basel
 are as in train_ppo.py, but it takes 10 passes over a rollout at a learning rate of 3e-4. Left out, as the GPT's own: predicting the next frame, the cost of moving, a
 falling learning rate, a rising lambda, paired games.
 """
+
+import harness.start  # before the slow imports
 
 import csv
 import sys
@@ -20,18 +22,16 @@ try:
     from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.vec_env import VecEnv
 except ImportError:
-    sys.exit("baseline.py: needs Stable-Baselines3: pip install stable-baselines3")
+    sys.exit("-m benchmarks.baseline: needs Stable-Baselines3: pip install stable-baselines3")
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from breakout_ascii import TOKENS, BreakoutAsciiVec  # noqa: E402
-from evaluation import exact  # noqa: E402
+from breakout_ascii import TOKENS, BreakoutAsciiVec
+from evaluation import exact
 from harness.device import set_threads
 from harness.options import CommandLineError, Parser, given_path
 from harness.supervise import run_script
-from ppo import Policy, lost_lives  # noqa: E402
-from train_ppo import (  # noqa: E402
+from ppo import Policy, lost_lives
+from train_ppo import (
     BATCH_SIZE,
     CONSTANTS,
     ENTROPY_COEF,
@@ -120,7 +120,7 @@ def train(seed, num_steps):
 
 
 def main(argv=()):
-    parser = Parser("baseline.py", __doc__)
+    parser = Parser("-m benchmarks.baseline", __doc__)
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument(
         "--num_steps", type=int, default=NUM_STEPS, help=f"environment steps in all (default {NUM_STEPS})"
@@ -147,4 +147,4 @@ def main(argv=()):
 
 
 if __name__ == "__main__":
-    run_script(main, "baseline.py")
+    run_script(main, "-m benchmarks.baseline")

@@ -1,26 +1,24 @@
-"""What reading a prompt's fixed beginning once saves:  python benchmarks/language_models.py [--model smollm2]
+"""What reading a prompt's fixed beginning once saves:  python -m benchmarks.language_models [--model smollm2]
 
 Seconds of a forward pass over the texts of 16 games, as a rollout does them, with the beginning read once and with it read before every text;
 alternating, medians. --levels plays instead: 30 games of following the ball by a rule, and as many at random.
 """
 
+import harness.start  # before the slow imports
+
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from algorithms.parts.breakout_text import ACTIONS, BreakoutTexts, follow_the_ball, texts_of
 from algorithms.parts.common import summary
 from algorithms.parts.language_model import load_model, load_tokenizer
 from algorithms.parts.language_policy import LanguagePolicy
-from algorithms.ppo_llm_breakout import ANSWERS, CONSTANTS, PREFIX, SUFFIX, invented_texts, scores_of  # noqa: E402
+from algorithms.ppo_llm_breakout import ANSWERS, CONSTANTS, PREFIX, SUFFIX, invented_texts, scores_of
 from harness.device import choose_device
 from harness.options import CommandLineError, Parser
 from harness.supervise import run_script
@@ -59,7 +57,7 @@ def levels(games):
 
 
 def main(argv=()):
-    parser = Parser("language_models.py", __doc__)
+    parser = Parser("-m benchmarks.language_models", __doc__)
     parser.add_argument(
         "--model", default="smollm2", help='as ppo_llm_breakout takes it, but for "mlp" (default smollm2)'
     )
@@ -86,4 +84,4 @@ def main(argv=()):
 
 
 if __name__ == "__main__":
-    run_script(main, "language_models.py")
+    run_script(main, "-m benchmarks.language_models")

@@ -1,4 +1,4 @@
-"""The trainings of algorithms/ beside Stable-Baselines3's and TRL's:  python benchmarks/peers.py lunarlander|space_invaders|grpo [--seed 0]
+"""The trainings of algorithms/ beside Stable-Baselines3's and TRL's:  python -m benchmarks.peers lunarlander|space_invaders|grpo [--seed 0]
 
 lunarlander     minutes and steps until the mean of 30 greedy episodes reaches 200, ours and SB3's PPO with the settings of RL Baselines3
                 Zoo; evaluations are not counted in either's time
@@ -16,25 +16,23 @@ entropies.
 Needs algorithms/requirements.txt, and pip install stable-baselines3 for the first two or pip install trl for the last.
 """
 
+import harness.start  # before the slow imports
+
 import statistics
-import sys
 import tempfile
 import time
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from algorithms import dqn_space_invaders as dqn  # noqa: E402
-from algorithms import grpo_text as grpo  # noqa: E402
-from algorithms import ppo_lunarlander as lander  # noqa: E402
+from algorithms import dqn_space_invaders as dqn
+from algorithms import grpo_text as grpo
+from algorithms import ppo_lunarlander as lander
 from algorithms.parts.common import greedy_returns, need
-from callbacks import Callback  # noqa: E402
+from callbacks import Callback
 from harness.options import CommandLineError, Parser
 from harness.supervise import run_script
 
@@ -293,7 +291,7 @@ def in_words(seed, num_steps, model):
 
 
 def main(argv=()):
-    parser = Parser("peers.py", __doc__)
+    parser = Parser("-m benchmarks.peers", __doc__)
     parser.add_argument("what", choices=("lunarlander", "space_invaders", "grpo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_steps", type=int, default=1_000_000, help="of LunarLander (default 1000000)")
@@ -316,4 +314,4 @@ def main(argv=()):
 
 
 if __name__ == "__main__":
-    run_script(main, "peers.py")
+    run_script(main, "-m benchmarks.peers")

@@ -1,4 +1,4 @@
-"""How well it plays games that it is not scored on:  python benchmarks/robustness.py [CHECKPOINT|RUN ...] [--games 200]
+"""How well it plays games that it is not scored on:  python -m benchmarks.robustness [CHECKPOINT|RUN ...] [--games 200]
 
 standard        the game as it is: all 32 games if nothing is drawn, else games drawn at random
 random serves   every serve anywhere on its row, the paddle under the ball; the whole wall
@@ -10,16 +10,12 @@ points. A game that is neither cleared nor lost is "caught in a cycle" until it 
 layouts. To choose among models, give them all with one --seed, and score the one you choose with another.
 """
 
-import sys
-from pathlib import Path
+import harness.start  # before the slow imports
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from breakout_ascii import BRICK_POINTS, CLEAR_POINTS, LIVES, draw_numbers, new_games, standard_serves  # noqa: E402
-from evaluation import GAMES_AT_ONCE, SERVES, Results, greedy, play_games, sampling, standard_error, tracker  # noqa: E402
+from breakout_ascii import BRICK_POINTS, CLEAR_POINTS, LIVES, draw_numbers, new_games, standard_serves
+from evaluation import GAMES_AT_ONCE, SERVES, Results, greedy, play_games, sampling, standard_error, tracker
 from harness.device import set_threads
 from harness.messages import shown
 from harness.options import CommandLineError, Parser, given_path
@@ -88,7 +84,7 @@ def show_rows(name, make_player, deterministic, num_games, seed):
 
 
 def read_command_line(argv):
-    parser = Parser("robustness.py", __doc__)
+    parser = Parser("-m benchmarks.robustness", __doc__)
     parser.add_argument(
         "models", nargs="*", type=given_path, default=[SHIPPED], help="checkpoints or runs (default: the shipped one)"
     )
@@ -116,4 +112,4 @@ def main(argv=()):
 
 
 if __name__ == "__main__":
-    run_script(main, "robustness.py")
+    run_script(main, "-m benchmarks.robustness")

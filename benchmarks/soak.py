@@ -1,9 +1,11 @@
-"""Does a long training keep its pace and leak nothing?  python benchmarks/soak.py [--minutes 30]
+"""Does a long training keep its pace and leak nothing?  python -m benchmarks.soak [--minutes 30]
 
 Trains with the constants of train_ppo.py in a process of its own and looks at it once a second, with the evaluations beside it: memory,
 open files, and steps per second of metrics.csv. Prints what they were after the first tenth of the time and in the last tenth. Exit status
 1 if memory grew by more than 2 %, if files stayed open, or if the pace fell by more than 10 %. Linux only: it reads /proc.
 """
+
+import harness.start  # before the slow imports
 
 import os
 import statistics
@@ -13,11 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Parser
+from harness.runs import ROOT
 from harness.supervise import run_script, start_program
 
 
@@ -61,7 +61,7 @@ def ends(values):
 
 
 def main(argv=()):
-    parser = Parser("soak.py", __doc__)
+    parser = Parser("-m benchmarks.soak", __doc__)
     parser.add_argument("--minutes", type=float, default=30.0, help="default 30")
     args, arguments = parser.parse_known_args(argv)
     if not 0.01 <= args.minutes <= 10_000:
@@ -76,4 +76,4 @@ def main(argv=()):
 
 
 if __name__ == "__main__":
-    run_script(main, "benchmarks/soak.py")
+    run_script(main, "-m benchmarks.soak")

@@ -1,4 +1,4 @@
-"""How fast it is, and beside what:  python benchmarks/throughput.py [--tables 1 2 3 4 5]
+"""How fast it is, and beside what:  python -m benchmarks.throughput [--tables 1 2 3 4 5]
 
 1 speed beside a plain baseline   2 training: end to end, and where its time goes
 3 cost as games grow   4 cost as layers grow   5 cost as the share of changed characters grows
@@ -8,6 +8,8 @@ same weights: every token through every block, in float32. Both run by turns; a 
 the median of their ratios. On CUDA ours is compiled, deeper models also run in bf16, and these have a second baseline that is
 compiled and runs in bf16 too. All read pages of the same minibatch, made of a rollout as training makes it.
 """
+
+import harness.start  # before the slow imports
 
 import contextlib
 import copy
@@ -25,24 +27,21 @@ from unittest import mock
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from test_breakout_ascii import SlowGame  # noqa: E402
-
-from breakout_ascii import CHARACTERS, BreakoutAsciiVec  # noqa: E402
-from evaluation import sampling  # noqa: E402
+from benchmarks.slow_game import SlowGame
+from breakout_ascii import CHARACTERS, BreakoutAsciiVec
+from evaluation import sampling
 from fast.cuda_graphs import ShortcutFailed
-from fast.line_index import LineIndex  # noqa: E402
+from fast.line_index import LineIndex
 from harness.checkpoint import load_checkpoint
 from harness.device import choose_device, set_threads
 from harness.options import CommandLineError, Parser
+from harness.runs import ROOT
 from harness.supervise import begin, run_script
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig
 from policies import SHIPPED, load_policy, make_gpt
-from rollout_buffer import random_order, select  # noqa: E402
-from train_ppo import CONSTANTS, build, check, evaluation_of, watch  # noqa: E402
-from trainer import StopTraining  # noqa: E402
+from rollout_buffer import random_order, select
+from train_ppo import CONSTANTS, build, check, evaluation_of, watch
+from trainer import StopTraining
 
 C = SimpleNamespace(**CONSTANTS)
 RANDOM_ACTIONS = {"random": 1.0, "middling": 0.5, "expert": 0.0}  # their share in each level of play
@@ -373,7 +372,7 @@ def show(table, title, header, rows):
 
 
 def main(argv=()):
-    parser = Parser("throughput.py", __doc__)
+    parser = Parser("-m benchmarks.throughput", __doc__)
     parser.add_argument("--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), help="default all")
     parser.add_argument("--repetitions", type=int, default=5, help="of every timing but those of table 2 (default 5)")
     parser.add_argument(
@@ -401,4 +400,4 @@ def main(argv=()):
 
 
 if __name__ == "__main__":
-    run_script(main, "throughput.py")
+    run_script(main, "-m benchmarks.throughput")

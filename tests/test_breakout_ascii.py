@@ -14,6 +14,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import breakout_ascii
+from benchmarks.slow_game import SlowGame
 from breakout_ascii import (
     BreakoutAscii,
     BreakoutAsciiVec,
@@ -26,62 +27,6 @@ from breakout_ascii import (
 )
 
 ALL_SERVES = np.array(list(itertools.product((-1, 1), repeat=5)))  # (32, 5)
-
-
-# A reference: one game in plain Python, its page drawn from nothing, character by character.
-
-
-class SlowGame:
-    def __init__(self, serves, bricks):
-        self.serves = [tuple(map(int, serve)) for serve in serves]
-        self.bricks = {(r, j) for r in range(7) for j in range(13) if bricks[r][j]}
-        self.lives, self.score, self.elapsed = 5, 0, 0
-        self.serve()
-
-    def serve(self):
-        self.x, self.dx, self.px = self.serves[5 - self.lives]
-        self.y, self.dy = 21, -1
-
-    def step(self, action):
-        """-> reward, terminated, life_lost"""
-        self.elapsed += 1
-        if action == 1:
-            self.px = max(1, self.px - 2)
-        elif action == 2:
-            self.px = min(72, self.px + 2)
-        x, y = self.x + self.dx, self.y + self.dy
-        if x <= 0:
-            x, self.dx = 0, -self.dx
-        elif x >= 79:
-            x, self.dx = 79, -self.dx
-        if y <= 0:
-            y, self.dy = 0, -self.dy
-        elif y >= 23:
-            self.lives -= 1
-            if self.lives == 0:
-                return 0, True, True
-            self.serve()
-            return 0, False, True
-        if y == 22 and x in range(self.px, self.px + 7):
-            y, self.dy = 21, -1
-            self.dx = -1 if x - self.px in (0, 1, 2, 3) else 1
-        self.x, self.y = x, y
-        reward = 0
-        for r, j in list(self.bricks):
-            if y == 5 + r and 1 + 6 * j <= x <= 6 + 6 * j:
-                self.bricks.remove((r, j))
-                self.dy = -self.dy
-                reward = 10 if self.bricks else 60
-        self.score += reward
-        return reward, not self.bricks, False
-
-    def page(self):
-        page = [["#"] * 80] + [["#"] + [" "] * 78 + ["#"] for _ in range(22)] + [["#"] * 80]
-        for r, j in self.bricks:
-            page[5 + r][1 + 6 * j : 7 + 6 * j] = "|____|"
-        page[22][self.px : self.px + 7] = "======="
-        page[self.y][self.x] = "O"
-        return "".join("".join(line) + "\n" for line in page)
 
 
 def tracker(games, dead_zone):

@@ -1,16 +1,14 @@
-"""Is what this GPU computes right?  python benchmarks/self_test.py
+"""Is what this GPU computes right?  python -m benchmarks.gpu_checks
 
 The checks of fast/self_test.py, which the first update of every training on a GPU makes, as a table: with every combination of the
 shortcuts that suit, each in a training of its own. Takes the constants of train_ppo.py, such as --n_layer 6, and --resume RUN for the
 weights of a run. With --device cpu the CPU does what a GPU would do, slowly: add --num_envs 16 --rollout_steps 16 --batch_size 64.
 """
 
-import itertools
-import sys
-from pathlib import Path
-from types import SimpleNamespace
+import harness.start  # before the slow imports
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import itertools
+from types import SimpleNamespace
 
 import torch
 
@@ -61,7 +59,7 @@ def self_test(c, device, state, shortcuts):
 
 
 def main(argv=()):
-    run = read_run(argv, "benchmarks/self_test.py", __doc__, CONSTANTS, KEPT, check)
+    run = read_run(argv, "-m benchmarks.gpu_checks", __doc__, CONSTANTS, KEPT, check)
     c = SimpleNamespace(**run.constants)
     check_ranks(run, c)
     device = choose_device(c.DEVICE)
@@ -79,4 +77,4 @@ def main(argv=()):
 
 
 if __name__ == "__main__":
-    run_script(main, "benchmarks/self_test.py")
+    run_script(main, "-m benchmarks.gpu_checks")

@@ -1,0 +1,1 @@
+"""Programs that measure the figures on the pages again, `python -m benchmarks.NAME`."""
