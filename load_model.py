@@ -6,6 +6,8 @@ that replays the game with the model's attention, and lets one edit what it read
 prints the exact score as JSON.
 """
 
+import harness.start  # before the slow imports
+
 import contextlib
 import errno
 import importlib.util

@@ -5,6 +5,8 @@ Go on with a run that was stopped:                 python train_ppo.py --resume 
 Several cores or GPUs, each with its own games:    torchrun --standalone --nproc_per_node=2 train_ppo.py
 """
 
+import harness.start  # before the slow imports
+
 import functools
 from dataclasses import asdict
 

@@ -19,6 +19,8 @@ A run leaves checkpoints_YYYYMMDD_HHMMSS/ with training.log, epoch_<n>.pt every 
 checkpoint in it.
 """
 
+import harness.start  # before the slow imports
+
 import json
 import math
 import sys

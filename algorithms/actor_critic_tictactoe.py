@@ -7,6 +7,8 @@ random. --play --human plays against you in the terminal, and shows what it thin
 Left out: search. The game is small enough to score a policy exactly: `evaluate` walks every line of play.
 """
 
+import harness.start  # before the slow imports
+
 import numpy as np
 import torch
 import torch.nn as nn

@@ -7,6 +7,8 @@ r + gamma Q'(s', argmax Q(s', a)): a frozen copy Q' says what the action is wort
 Left out: prioritised replay, duelling heads, n-step returns, distributions. A step is an agent's step: SKIP frames of the game.
 """
 
+import harness.start  # before the slow imports
+
 import math
 from collections import deque
 

@@ -10,6 +10,8 @@ drawn is never judged, so the gradient is that of a policy which nobody samples 
 --play [RUN] prints answers to prompts that no training has seen, --evaluate [RUN] their mean reward.
 """
 
+import harness.start  # before the slow imports
+
 import copy
 import os
 import re

@@ -10,6 +10,8 @@ generated: one forward pass reads the text and scores all answers. The default i
 --verify plays a few random steps, and prints texts, actions and rewards.
 """
 
+import harness.start  # before the slow imports
+
 import math
 import random
 

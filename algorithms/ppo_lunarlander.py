@@ -4,6 +4,8 @@ The root's PPO, loop, losses and rollout buffer, as they are, with a policy of i
 estimates the return.
 """
 
+import harness.start  # before the slow imports
+
 import math
 
 import gymnasium as gym

@@ -12,6 +12,8 @@ rate need not know whether they are 20 or 500.
 Left out: entropy bonus, a baseline that depends on the state. An episode that reaches 500 steps is cut off and counts as finished.
 """
 
+import harness.start  # before the slow imports
+
 import gymnasium as gym
 import numpy as np
 import torch

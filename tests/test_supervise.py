@@ -1,5 +1,6 @@
 """How a program runs and ends: signals, its output, and what an interrupted training leaves."""
 
+import ast
 import errno
 import importlib
 import os
@@ -7,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 from harness import checkpoint, supervise
 from harness.checkpoint import replacing
 from harness.options import CommandLineError
+from harness.runs import ROOT
 from harness.supervise import (
     PARENT,
     STOP_SIGNALS,
@@ -227,3 +230,47 @@ def test_programs_side_by_side_are_stopped_together(tmp_path, error):
     with pytest.raises(CommandLineError if error is KeyboardInterrupt else error):
         run_side_by_side([waits, fails], 2)
     assert ended == [0]
+
+
+def first_import(file):
+    imports = (
+        node
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    )
+    return ast.unparse(next(imports))
+
+
+def test_every_program_prepares_its_start():
+    """Programs that import PyTorch import harness.start before it."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "algorithms").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    programs = [file for file in files if "run_script(" in file.read_text(encoding="utf-8")]
+    assert len(programs) > 10
+    for file in programs:
+        assert first_import(file) == "import harness.start", file
+
+
+@pytest.mark.parametrize(
+    "place, handler",
+    [
+        (ROOT / "train_ppo.py", signal.SIG_DFL),
+        (ROOT / "algorithms" / "grpo_text.py", signal.SIG_DFL),
+        (ROOT / ".venv" / "bin" / "jupyter.py", signal.default_int_handler),
+        (None, signal.default_int_handler),
+    ],
+)
+def test_ctrl_c_during_the_imports_leaves_at_once_in_our_programs_only(monkeypatch, place, handler):
+    """A notebook that imports ours keeps its own handler."""
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=place and str(place)))
+    monkeypatch.setattr(os, "environ", {})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        exec((ROOT / "harness" / "start.py").read_text(), {"__file__": str(ROOT / "harness" / "start.py")})
+        assert signal.getsignal(signal.SIGINT) == handler
+        assert os.environ == (
+            {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+            if handler == signal.SIG_DFL and sys.platform == "linux"
+            else {}
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
