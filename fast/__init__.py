@@ -20,4 +20,4 @@ def gpt_for(config, device):
         return DeviceGPT(config)
     if device.type in ("cpu", "cuda"):
         return FastGPT(config)
-    return GPT(config)  # other devices have tried no shortcut
+    return GPT(config)  # because no shortcut has been tried on other devices

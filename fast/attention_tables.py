@@ -1,4 +1,4 @@
-"""What makes a GPT of one layer cheap: the scores and values of attention fit into a table.
+"""Tables of the scores and values of attention, which a GPT of one layer allows.
 
 The last character of a page is always the same newline, so its query is the same on every page. In one layer, keys and
 values depend only on a character and its position, and so does the score. Attention is therefore a weighted mean over
@@ -23,14 +23,16 @@ PAIRS = np.stack([x.ravel() for x in np.indices((len(CHARACTERS), ROWS, COLUMNS)
 
 
 def pair_table(gpt):
-    """Compute the scores and values of all pairs, in factors, for H heads of size D.
+    """Compute a small table and the factors rstd, from which follow the scores and values of all pairs.
 
-    Let x be the sum of a character's, a row's and a column's embedding, each less its own mean. Then LayerNorm gives x
-    * rstd * weight, where 1 / rstd is the standard deviation of x. Scores and values are linear in that, so they are
-    sums of three rows of a small table, times rstd.
+    LayerNorm makes x * rstd * weight of a pair, where x is the sum of the embeddings of its character, row and column,
+    each less its mean, and rstd is 1 over the standard deviation of x. Scores and values are linear in that. So the
+    score and the value of a pair are the sum of three rows of the table, times rstd.
 
-    Returns: the table (112, 1 + D, H), first the score, in bits because exp2 is cheaper than exp, then the value;
-    and rstd (7 * 1944,).
+    Returns:
+        table  (112, 1 + D, H)  for each embedding and head the score, in bits because exp2 is cheaper than exp, and
+                                then the D numbers of the value
+        rstd   (7 * 1944,)      for each pair
     """
     block, C, H = gpt.blocks[0], gpt.config.n_embd, gpt.config.n_head
     x = torch.cat([gpt.wte.weight, gpt.wre.weight, gpt.wce.weight])
@@ -46,7 +48,7 @@ def pair_table(gpt):
 def pair_rstd(dots, eps):
     """Compute LayerNorm's reciprocal standard deviation for the sum of embeddings of each pair.
 
-    Args: dots (112, 112), the covariances of the embeddings. The variance of a sum follows from those of its terms.
+    Args: dots (112, 112), the covariances of the embeddings, from which follows the variance of a sum of three.
     Returns: (7 * 1944,).
     """
     char, row, col = slice(FIRST_ROW), slice(FIRST_ROW, FIRST_COLUMN), slice(FIRST_COLUMN, NUM_EMBEDDINGS)

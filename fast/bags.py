@@ -1,7 +1,16 @@
-"""Sums over bags: the operation with which work on shared parts of pages reaches the pages.
+"""Sums over bags of rows: how what is computed once for a part of pages gets to all pages that have the part.
 
-As in `torch.nn.EmbeddingBag`, a bag is a list of indices of rows. A line of a page, for example, is a bag of pieces,
-and a page is a bag of lines: whatever was computed for a line once is added up on every page that has the line.
+As in `torch.nn.EmbeddingBag`, a bag is a list of indices of rows. For example, a page is a bag of lines. Here two pages
+of two lines have line 1 in common. The result for a page is a sum over its lines, and the gradient of a line is a sum
+over its pages:
+
+>>> pages = make_bags(np.array([[0, 1], [1, 2]]), num_members=3)
+>>> lines = torch.tensor([[10.0], [20.0], [30.0]])
+>>> bag_sums(lines, pages.members).flatten()
+tensor([30., 50.])
+>>> gradients = torch.tensor([[1.0], [7.0]])  # of the pages
+>>> bag_sums(gradients, pages.bag_of, pages.offsets).flatten()
+tensor([1., 8., 7.])
 """
 
 from typing import NamedTuple
@@ -12,7 +21,7 @@ import torch.nn.functional as F
 
 
 class Bags(NamedTuple):
-    """n bags of J members each, and the same sorted by member for gradients, which add up over the bags of a member."""
+    """n bags of J members each; and for gradients, which are sums over all bags of a member, the same by member."""
 
     members: torch.Tensor  # (n, J) indices
     order: torch.Tensor  # (n * J,) positions in members.flatten(), sorted by member
@@ -21,7 +30,7 @@ class Bags(NamedTuple):
 
 
 def make_bags(members, num_members, device="cpu"):
-    """Return the `Bags` of an int64 array of indices below num_members, (n, J)."""
+    """Return the `Bags` whose members are an int64 array of indices below num_members, (n, J)."""
     if num_members <= 2**8:
         dtype = np.uint8
     elif num_members <= 2**16:

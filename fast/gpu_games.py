@@ -34,8 +34,8 @@ from rollout_buffer import copy_into, select
 class TensorGames(Games):
     """`Games` whose arrays are tensors on one device.
 
-    The rules replace these by new tensors, but a CUDA graph knows tensors by their addresses. So the games live in
-    `buffers`, and `copy_back` copies the new tensors there after each step.
+    The rules make new tensors in each step, but a CUDA graph knows tensors by their addresses. So the games live in
+    `buffers`, and `copy_back` copies the new tensors there.
     """
 
     xp = torch
@@ -85,15 +85,14 @@ class TensorGames(Games):
 
 
 class DeviceBreakout:
-    """N games for training as tensors on one device; each starts anew in the step that ends it.
+    """N games for training as tensors on one device; in the step that ends a game, the next one starts.
 
-    It is used like `BreakoutAsciiVec`, with these differences, most of which are there so that the host never waits in
-    `step`:
+    It is used like `BreakoutAsciiVec`. These differences let `step` run without the host's waiting for the device:
 
     - `step` takes and returns tensors. Rewards are integers, and the returned observations change with the next step.
     - The random numbers of all steps of a rollout are drawn before it, by `start_rollout`.
-    - Games that have become too long are truncated only there, between two rollouts. A rollout bootstraps from the
-      values of the observations that follow it in any case.
+    - Games that have become too long are truncated only there, between two rollouts, because there values bootstrap
+      the returns anyway.
     - The only info is `life_lost`, also for games that ended.
     - The same seed gives other games.
     """
@@ -107,9 +106,8 @@ class DeviceBreakout:
         self.max_episode_steps = max_episode_steps
         self.single_action_space = Discrete(len(PADDLE_MOVES))
         self.games = TensorGames(num_envs, device)
-        self.numbers = (
-            None  # `RandomNumbers` with an axis of steps in front: for each step of a rollout, then for its start
-        )
+        # `RandomNumbers` with an axis of steps in front. A rollout of S steps has S + 1; the last are for its start.
+        self.numbers = None
         self.played = torch.zeros(1, dtype=torch.int64, device=device)  # how many steps of the rollout have been played
 
     def reset(self, *, seed):
@@ -119,7 +117,7 @@ class DeviceBreakout:
         return self.observation(), {}
 
     def start_rollout(self, steps):
-        """Draw the random numbers of the next `steps` steps, and truncates the games that have become too long.
+        """Draw the random numbers of the next `steps` steps, and truncate the games that have become too long.
 
         Returns: observations (N, 1944), and which games were truncated (N,).
         """

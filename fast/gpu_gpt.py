@@ -1,19 +1,18 @@
 """One layer on a GPU: pages share their lines, and no step makes the host wait for the GPU.
 
-The distinct lines of all minibatches of an epoch are found at once, before the epoch; only there the host waits a few
-times. A GPU gains nothing from sharing pieces of lines too. Each line has a maximum of its own (see
-shared_attention.py), so scores of any size are harmless.
+The distinct lines of all minibatches of an epoch are found at once before the epoch; only there the host waits a few
+times. Each line has a maximum m of its own (see shared_attention.py), so scores may spread as far as they like.
 
-For example, the ball of a new game moves one row up in its first step. The two pages have 26 distinct lines, which is
-rounded up to a power of two, and differ in two of them. Attention is then computed for 26 (in fact 32) lines instead of
-48, with the same result:
+For example, the ball of a new game moves from row 21 to row 20 in its first step. The pages before and after differ in
+these two rows, so they have 26 distinct lines. Room is made for 32, the next power of two. Attention to these gives the
+same features as attention to all 48 lines:
 
 >>> from breakout_ascii import BreakoutAscii
 >>> from model import GPTConfig
 >>> game, gpt = BreakoutAscii(), DeviceGPT(GPTConfig())
 >>> (first, _), (second, *_) = game.reset(seed=0), game.step(0)
 >>> pages = gpt.encode(np.stack([first, second]))
->>> batches = distinct_lines(pages.unsqueeze(0))  # of one batch
+>>> batches = distinct_lines(pages.unsqueeze(0))  # one batch of two pages
 >>> lines = Lines(batches.characters[0], batches.rows[0], batches.pages[0])
 >>> lines.characters.shape
 torch.Size([32, 81])
@@ -34,7 +33,7 @@ from model import GPT
 
 
 class Lines(NamedTuple):
-    """A batch of B pages as L lines. K batches, each with lines of its own, have a further axis K in front."""
+    """A batch of B pages as L lines; or K such batches, whose tensors have a further axis K in front."""
 
     characters: torch.Tensor  # (L, 81) uint8
     rows: torch.Tensor  # (L,) the row of each line on the page
@@ -62,8 +61,8 @@ def distinct_lines(characters, min_capacity=0):
     batches = i // (B * ROWS)
     rows = i % ROWS
     hashes, hash_ids = line_hashes(rows, lines).unique(return_inverse=True)
-    # A line is kept once for every batch that has it. `unique` sorts, so the kept lines of a batch are next to each
-    # other.
+    # A line is kept once for every batch that has it. `unique` sorts, so the kept lines of a batch come one after
+    # another.
     kept, kept_ids = (batches * len(hashes) + hash_ids).unique(return_inverse=True)
     kept_batches = kept // len(hashes)
     counts = torch.bincount(kept_batches, minlength=K)
@@ -82,11 +81,10 @@ MULTIPLIERS = np.random.default_rng(0).integers(2**64, size=1 + COLUMNS, dtype=n
 
 
 def line_hashes(rows, lines):
-    """Compute a random linear hash, modulo 2^64, of the row (n,) and the characters (n, 81) of each line. Returns (n,)
-    int64.
+    """Compute a random linear hash of each line, modulo 2^64, from its row (n,) and its characters (n, 81).
 
-    Lines with equal hashes are taken for the same. Among ten thousand lines the chance that two different ones have
-    equal hashes is less than one in a billion.
+    Lines with equal hashes are taken for the same. The chance that ten thousand different lines do not have ten
+    thousand hashes is less than one in a billion.
     """
     hashes = rows * MULTIPLIERS[0]
     for column, multiplier in zip(lines.unbind(1), MULTIPLIERS[1:]):  # CUDA cannot multiply matrices of integers

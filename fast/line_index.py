@@ -1,11 +1,11 @@
 """Numbers for the distinct lines of pages, and for the distinct pieces of lines.
 
 Most lines recur from step to step and from game to game. So a page is kept as the ids of its 24 lines, and whatever
-depends on one line alone is computed once for all pages that have it. New lines resemble old ones, so lines are divided
-further, into pieces.
+depends only on a line is computed once for all pages that have the line. Lines that differ still have most of their
+text in common, so they are divided further, into pieces.
 
-For example, the ball of a new game moves one row up in its first step. The second page has 22 of its 24 lines in common
-with the first, and only the lines without the ball in row 21 and with it in row 20 are new:
+For example, the ball of a new game moves from row 21 to row 20 in its first step. The second page has only two new
+lines: row 20, now with the ball, and row 21, now without it.
 
 >>> from breakout_ascii import BreakoutAscii
 >>> game = BreakoutAscii()
@@ -15,8 +15,7 @@ with the first, and only the lines without the ball in row 21 and with it in row
 array([[18, 19, 20, 21, 22, 23],
        [18, 19, 24, 25, 22, 23]])
 
-A line is 9 pieces of 9 characters. Each of the two new lines has one new piece, number 216 or 217, where the ball is or
-was:
+A line is 9 pieces of 9 characters. Each of the new lines has one new piece, where the ball is or was:
 
 >>> index.line_pieces()[[20, 24]]  # row 20 without and with the ball
 tensor([[180, 181, 182, 183, 184, 185, 186, 187, 188],
@@ -71,8 +70,7 @@ class LineIndex:
         return ids
 
     def changed_lines(self, tokens):
-        """Find the lines that differ from the last batch of as many pages: from step to step few do, and only these
-        are looked up.
+        """Find the lines that differ from the last batch of as many pages, which from step to step are few.
 
         Returns: their positions among the B * 24 lines, (n,), and an array (B, 24) with the ids of all other lines.
         """

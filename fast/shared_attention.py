@@ -1,10 +1,10 @@
 """One layer on the CPU: pages share their lines, and lines share their pieces.
 
-A softmax splits over parts of a page (Milakov & Gimelshein 2018; Dao et al. 2022, FlashAttention). For each part we
-keep, per head, the maximum m of its scores s and two sums over its characters: the denominator, of 2^(s - m), and the
-numerator, of 2^(s - m) v for values v. Parts with the same maximum are combined by adding their sums, others are first
-rescaled to the larger maximum. For example, two characters with scores of 3 bits and values 5 and 7 have the sums 2 and
-12, one with 1 bit and the value 9 has the sums 1 and 9:
+The softmax over a page can be computed from parts of the page (Milakov & Gimelshein 2018; Dao et al. 2022,
+FlashAttention). A part has for each head the maximum m of its scores s, and two sums over its characters: the
+denominator, which is the sum of 2^(s - m), and the numerator, the sum of 2^(s - m) v with values v. Parts with the same
+m are combined by adding their sums; others are first rescaled to the larger m. For example, let the two characters of
+one part have the scores 3 and 3 and the values 5 and 7, and the only character of another the score 1 and the value 9:
 
 >>> m = torch.tensor([[3.0], [1.0]])  # (parts, heads)
 >>> sums = torch.tensor([[[2.0], [12.0]], [[1.0], [9.0]]])  # (parts, denominator and numerator, heads)
@@ -12,14 +12,15 @@ rescaled to the larger maximum. For example, two characters with scores of 3 bit
 >>> m.flatten(), sums.flatten(), factors.flatten()
 (tensor([3.]), tensor([ 2.2500, 14.2500]), tensor([1.0000, 0.2500]))
 
-and attention is 14.25 / 2.25. A page is 24 lines of 9 pieces of 9 characters. Most pieces and lines are on many pages
-of a minibatch, and each is summed once: 512 pages have about 1,000 distinct pieces and 1,250 distinct lines.
+Attention to all three characters is 14.25 / 2.25. A page is 24 lines of 9 pieces of 9 characters. Most pieces and lines
+are on many pages of a minibatch, and each is summed once: 512 pages have about 1,000 distinct pieces and 1,250 distinct
+lines.
 
-Maxima are rounded up to whole numbers, and scores are in bits, so that rescaling multiplies by a power of two, which is
-exact. It is fastest to take one maximum per head for the whole minibatch, and that is accurate while the largest scores
-of its pages are within HEADROOM - LEAST = 176 bits of each other. Heads whose scores spread further rescale every part.
-What this is worth is in docs/performance.md: always rescaling makes a gradient step 1.7 times as long, and sharing
-lines without pieces makes attention 2.7 times as long.
+Maxima are rounded up to whole numbers, and scores are in bits, so that rescaling multiplies by powers of two, which is
+exact. It is fastest to take one m per head for the whole minibatch. That is accurate while the largest scores of its
+pages are within HEADROOM - LEAST = 176 bits of each other; heads whose scores spread further take an m for each part.
+Without this distinction a gradient step takes 1.7 times as long, and without pieces attention takes 2.7 times as long
+(docs/performance.md).
 """
 
 import contextlib
@@ -33,11 +34,11 @@ from fast.attention_tables import NUM_EMBEDDINGS, PAIRS, features_from_attention
 from fast.bags import Bags, bag_sums, make_bags
 from fast.line_index import GrowingTable
 
-# A common maximum is HEADROOM bits below the largest score, so sums rise that far above 1. Of the 128 bits that float32
-# has there, the sum of 1944 terms takes 11, which leaves 31 for the values.
+# An m that all parts have in common is the largest score less HEADROOM bits, so each term of a denominator is at most
+# 2^HEADROOM. float32 ends at 2^128. Adding 1944 terms takes 11 bits, which leaves 31 for the values.
 HEADROOM = 86
-# Denominators of at most 2^LEAST are not trusted: float32 may flush terms below 2^-126 to zero. In a larger denominator
-# all 1944 of them would not be more than a share of 2^-25, which is below its precision.
+# Denominators up to 2^LEAST are too small for that m, because terms below 2^-126 may count as zero. In a larger
+# denominator even 1944 such terms would be a fraction of 2^-25, which is less than its rounding.
 LEAST = -90
 
 
@@ -46,7 +47,7 @@ class SharedPages(NamedTuple):
 
     pairs: torch.Tensor  # (P,) numbers of the distinct pairs, character * 1944 + position
     embeddings: Bags  # pairs as bags of three of the NUM_EMBEDDINGS
-    parts: list  # `Bags` of pairs, of pieces and of lines: the pieces, the lines, the pages
+    parts: list  # three `Bags`: pieces as bags of pairs, lines as bags of pieces, pages as bags of lines
 
 
 def share_pages(index, lines):
@@ -76,14 +77,14 @@ def denormals_flushed(flush=True):
 
 
 def pair_sums(table, rstd, embeddings, rescale):
-    """Compute the sums of P pairs, each of which is a part of one character.
+    """Compute m and the sums of P pairs, each a part of one character.
 
-    Args: table and rstd (P,), as from `pair_table`; embeddings (P, 3); and whether parts will be rescaled.
+    Args: table and rstd (P,), as from `pair_table`; embeddings (P, 3); and whether each part has an m of its own.
     Returns:
-        rows     (P, 1 + D, H)  the sums of three rows of the table, score and values that still lack the factor rstd
+        rows     (P, 1 + D, H)  sums of three rows of the table, that is score and value without the factor rstd
         weights  (P, H)         2^(s - m)
-        sums     (P, 1 + D, H)  the denominator, which is the weight, and then the numerators
-        m        (P, H)         each score, rounded up; or if parts will not be rescaled, the common maximum (H,)
+        sums     (P, 1 + D, H)  the denominator, which is the weight, and then the numerator, D numbers
+        m        (P, H)         the score, rounded up; or the m (H,) that all have in common
     """
     rows, rstd = bag_sums(table, embeddings), rstd.unsqueeze(1)
     scores = rows[:, 0] * rstd
@@ -92,7 +93,7 @@ def pair_sums(table, rstd, embeddings, rescale):
         m = whole
     else:
         m = whole.max(0).values - HEADROOM  # three times as fast as amax(0)
-    # There are two factors because then rounding does not depend on m.
+    # In two factors, because rounding then does not depend on m.
     weights = torch.exp2(scores - whole) * torch.exp2(whole - m)
     sums = rows * (weights * rstd).unsqueeze(1)
     sums[:, 0] = weights
@@ -100,10 +101,11 @@ def pair_sums(table, rstd, embeddings, rescale):
 
 
 def rescaled_sums(m, sums, members):
-    """Combine parts with maxima of their own, m (K, H) and sums (K, 1 + D, H), to n wholes of J `members` each, (n,
-    J).
+    """Combine K parts, each with an m of its own, to n wholes of J parts.
 
-    Returns: m (n, H), the largest of each whole's parts; sums (n, 1 + D, H); and the factors of its parts (n, J, H).
+    Args: m (K, H) and sums (K, 1 + D, H) of the parts; members (n, J), the parts of each whole.
+    Returns: m (n, H) and sums (n, 1 + D, H) of the wholes, and the factors by which their parts were rescaled, (n, J,
+    H).
     """
     n, J = members.shape
     flat = members.flatten()
@@ -115,14 +117,14 @@ def rescaled_sums(m, sums, members):
 
 
 class SharedAttention(torch.autograd.Function):
-    """Attention of the last position on `SharedPages`, with one maximum for each head, or (rescale) for each part and
-    head.
+    """Attention of the last position, computed on `SharedPages`.
 
-    Args: table (112, 1 + D, H) and rstd (7 * 1944,), as from `pair_table`.
+    Args: table (112, 1 + D, H) and rstd (7 * 1944,), as from `pair_table`; rescale, whether each part has an m of its
+    own.
     Returns: y (B, D, H), and the denominators (B, H), which have no gradient.
 
-    y does not depend on the maxima, so the gradient takes them as constants. The sums are linear in those of the parts,
-    so the gradient of a part is the sum of the gradients of the larger parts that have it.
+    y does not depend on m, so m is a constant to the gradient. Sums are linear in the sums of smaller parts, so the
+    gradient of a part is the sum of the gradients of the larger parts that have it.
     """
 
     @staticmethod
@@ -148,7 +150,7 @@ class SharedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, _):
-        # Flushing always would change what a seed learns by some bits.
+        # Only then, because a training with a given seed would otherwise differ from earlier ones in some bits.
         with denormals_flushed(ctx.has_denormals):
             return SharedAttention.gradients(ctx, dy)
 
@@ -175,7 +177,7 @@ class SharedAttention(torch.autograd.Function):
 
 
 def shared_attention(table, rstd, shared):
-    """Apply `SharedAttention`, and once more with rescaling to those heads that need it. Returns y (B, D, H)."""
+    """Compute attention with one m per head, and again with rescaling for heads that need it. Returns y (B, D, H)."""
     y, denominator = SharedAttention.apply(table, rstd, shared, False)
     spread = (denominator <= 2.0**LEAST).any(0).nonzero().flatten()
     if len(spread):
@@ -185,10 +187,10 @@ def shared_attention(table, rstd, shared):
 
 
 class LineCache:
-    """Sums every distinct line of a `LineIndex` once, for as long as the weights of a GPT do not change.
+    """Reads pages with fixed weights, and computes the sums of every distinct line of a `LineIndex` once.
 
-    All sums have the maximum of all pairs, also of those that are on no page. Pages whose scores are too far below it
-    are read as in training.
+    All lines have the same m, from the largest score of all pairs, even of those that are on no page. Pages whose
+    scores are too far below it are read as in training, by `shared_attention`.
     """
 
     @torch.no_grad()
@@ -202,7 +204,7 @@ class LineCache:
     @torch.no_grad()
     @denormals_flushed()
     def __call__(self, lines):
-        """Read pages as line ids (B, 24), on the CPU. Returns action logits (B, A) and values (B,)."""
+        """Return action logits (B, A) and values (B,) of pages, given as line ids (B, 24) on the CPU."""
         if len(self.lines) < len(self.index.lines):
             self.pieces.append(bag_sums(self.pairs, self.index.piece_pairs()[len(self.pieces) :]))
             self.lines.append(bag_sums(self.pieces(), self.index.line_pieces()[len(self.lines) :]))

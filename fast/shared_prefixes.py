@@ -16,7 +16,7 @@ computed:
 >>> tree = prefix_tree(index, index.encode(np.stack([first, second])))
 >>> tree.chunks.shape
 torch.Size([10, 243])
->>> tree.paths[7].members  # the chunks of which the prefixes of full length, which are the pages, consist
+>>> tree.paths[7].members  # the chunks of each prefix of full length, that is of each page
 tensor([[0, 1, 2, 3, 4, 5, 6, 8],
         [0, 1, 2, 3, 4, 5, 7, 9]])
 
@@ -41,12 +41,11 @@ CHUNK = LINES * COLUMNS
 
 
 class PrefixTree(NamedTuple):
-    """The distinct prefixes of the pages of a minibatch: those of one chunk, those of two, and so on up to whole pages,
-    of eight.
+    """The distinct prefixes of the pages of a minibatch, of one chunk, of two, and so on up to whole pages of eight.
 
-    A prefix adds one chunk to a prefix that is a chunk shorter. So each prefix has one number, which is also the number
-    of its last chunk; shorter prefixes have lower numbers. The path of a prefix is the list of its chunks, from the top
-    of the page down.
+    A prefix adds one chunk to a prefix that is a chunk shorter, so there are as many chunks to compute as prefixes.
+    Both have the same numbers, and those of shorter prefixes come first. The path of a prefix is the list of its
+    chunks, from the top of the page down.
     """
 
     chunks: torch.Tensor  # (n, CHUNK) characters of each chunk
@@ -59,9 +58,7 @@ def prefix_tree(index, lines, device="cpu"):
     """Return the `PrefixTree` of pages that a `LineIndex` has encoded as line ids, an int64 array (B, 24)."""
     order = np.lexsort(lines.T[::-1])  # pages that begin alike are next to each other
     chunks = lines[order].reshape(len(order), -1, LINES)  # (B, 8, LINES)
-    is_new = np.ones(
-        chunks.shape[:2], bool
-    )  # whether a page's prefix of each length differs from that of the page before
+    is_new = np.ones(chunks.shape[:2], bool)  # (B, 8): whether the page before has another prefix of this length
     is_new[1:] = np.logical_or.accumulate((chunks[1:] != chunks[:-1]).any(2), axis=1)
     ends = is_new.sum(0).cumsum()  # how many prefixes there are up to each length
     prefixes = is_new.cumsum(0) - 1 + np.append(0, ends[:-1])  # (B, 8): the number of each page's prefix of each length
@@ -76,25 +73,25 @@ def prefix_tree(index, lines, device="cpu"):
 
 
 class Paths(torch.autograd.Function):
-    """Looks up the rows (n, W) of the chunks on each path, and returns them for each length J, (prefixes of that length
-    * J, W).
+    """Copies the rows (n, W) of chunks to all paths that have them.
 
-    The gradient of a row is a sum over the paths that contain it, computed without atomic additions.
+    For each length J it returns the rows of all paths of that length, one path after the other. The gradient of a row
+    is a sum over the paths that have it, computed without atomic additions.
     """
 
     @staticmethod
     def forward(ctx, rows, paths):
         ctx.num_rows, ctx.paths = len(rows), paths
-        return tuple(rows.index_select(0, of_length.members.flatten()) for of_length in paths)
+        return tuple(rows.index_select(0, bags.members.flatten()) for bags in paths)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        dtype = torch.promote_types(gradients[0].dtype, torch.float32)  # adding up in bf16 would round for each length
+        dtype = torch.promote_types(gradients[0].dtype, torch.float32)  # bf16 would round after each length
         total = gradients[0].new_zeros(ctx.num_rows, gradients[0].size(1), dtype=dtype)
-        for of_length, gradient in zip(ctx.paths, gradients):
-            # The paths of this length consist of the first chunks only.
-            total[: len(of_length.offsets)] += bag_sums(gradient, of_length.order, of_length.offsets)
+        for bags, gradient in zip(ctx.paths, gradients):
+            # Short paths have only chunks with low numbers.
+            total[: len(bags.offsets)] += bag_sums(gradient, bags.order, bags.offsets)
         return total.to(gradients[0].dtype), None
 
 
@@ -121,11 +118,12 @@ def prefix_attention(q, kv, n_head, paths):
     Args: queries (n, T, C) of the prefixes on `paths`, keys and values (number of chunks, CHUNK, 2C) of all chunks.
     Returns: (n, T, C).
     """
-    queries = q.split([len(of_length.members) for of_length in paths])
+    queries = q.split([len(bags.members) for bags in paths])
     kvs = Paths.apply(kv.flatten(1), paths)
-    return torch.cat(
-        [lower_right_attention(q, kv_.view(len(q), -1, kv.size(2)), n_head) for q, kv_ in zip(queries, kvs)]
-    )
+    ys = []
+    for q, path_kv in zip(queries, kvs):
+        ys.append(lower_right_attention(q, path_kv.view(len(q), -1, kv.size(2)), n_head))
+    return torch.cat(ys)
 
 
 def before_attention(block, x):
@@ -163,7 +161,7 @@ def prefix_features(gpt, tree, bf16=False, compile_blocks=False):
     num_pages = len(tree.paths[-1].members)
     with torch.autocast(gpt.device.type, torch.bfloat16, enabled=bf16):
         x = through_blocks(gpt, tree, blocks, compile_blocks)
-        # Only the last positions of whole pages are read, so the last block computes nothing else but keys and values.
+        # Only the last position of a page is read, so the last block needs keys and values of all, but one query.
         before, _ = halves(compile_blocks)
         q, kv = before(last_block, x)
         y = prefix_attention(q[-num_pages:, -1:], kv, gpt.config.n_head, tree.paths[-1:])

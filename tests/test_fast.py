@@ -45,7 +45,7 @@ def twice(gpt, kind):
     return other
 
 
-@pytest.mark.parametrize("name", ["line_index", "shared_attention", "shared_prefixes", "gpu_gpt"])
+@pytest.mark.parametrize("name", ["bags", "line_index", "shared_attention", "shared_prefixes", "gpu_gpt"])
 def test_the_examples_in_the_docstrings_are_right(name):
     results = doctest.testmod(importlib.import_module(f"fast.{name}"))
     assert results.failed == 0 and results.attempted > 0
