@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import filelock
 import numpy as np
 
-from algorithms.parts.common import load_model, need
+from algorithms.parts.packages import need
+from algorithms.parts.playing import load_policy_state
 from harness.checkpoint import CheckpointError
 from harness.device import available_cores
 from harness.figures import new_figure
@@ -99,7 +100,7 @@ def scores_of(rows):
 
 def fresh_scores(what, run_dir, episodes):
     """Score the best model of a run in games that no evaluation has played. Raises CheckpointError."""
-    state, path, _ = load_model(what.algorithm, run_dir / "best_model.pt")
+    state, path, _ = load_policy_state(what.algorithm, run_dir / "best_model.pt")
     try:
         result = what.algorithm.evaluate(state, episodes, FRESH_SEED)
     except ValueError as error:

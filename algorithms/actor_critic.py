@@ -1,29 +1,29 @@
 """Actor-critic on random states, configured by a JSON file:  python -m algorithms.actor_critic [CONFIG]
 
-The smallest setting in which an actor and a critic learn: every state is drawn at random, one action is taken, a reward model says what
-it is worth, and nothing follows. The critic learns what a state is worth on average, the actor to do better than that; one optimizer
-serves both networks. The reward model has a known best action, so that learning is measured against what theory says is possible.
+The smallest setting in which an actor and a critic learn: every state is drawn at random, one action is taken, a reward
+model gives its reward, and the episode is over. The critic learns the mean reward in each state, the actor learns to do
+better than that; one optimizer serves both networks. The best action of the reward model is known, so the result is
+compared with the best that is possible.
 
-CONFIG (default config.json) is written with the defaults if there is none:
+CONFIG (config.json by default) is a JSON file. If there is none, it is written with the defaults:
 
-    input_dim 10       numbers in a state, independent and standard normal
-    output_dim 2       actions, at most input_dim
-    hidden_dim 256     units of the one hidden layer of each network
-    learning_rate 1e-4 of Adam
-    batch_size 32      states in a gradient step
-    num_epochs 100     of 200 gradient steps
-    seed 42            of states, weights, rewards and actions
+    input_dim      10    numbers in a state, independent and standard normal
+    output_dim     2     actions; at most input_dim
+    hidden_dim     256   units of the hidden layer of each network
+    learning_rate  1e-4  of Adam
+    batch_size     32    states in a gradient step
+    num_epochs     100   of 200 gradient steps
+    seed           42    of states, weights, rewards and actions
 
-A run leaves checkpoints_YYYYMMDD_HHMMSS/ with training.log, epoch_<n>.pt every tenth epoch, and final.pt.
---evaluate [RUN] prints how good it is (default: the shipped model), --resume RUN goes on, bit for bit. RUN is such a directory, or a
-checkpoint in it.
+A run leaves a directory checkpoints_YYYYMMDD_HHMMSS with training.log, epoch_<n>.pt every tenth epoch, and final.pt.
+--evaluate [RUN] prints how good a run is, by default the shipped one. --resume RUN continues a run bit for bit. RUN is
+such a directory, or a checkpoint in it.
 """
 
 import harness.start  # before the slow imports
 
 import json
 import math
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -33,7 +33,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.parts.common import HERE, check_algorithm
+from algorithms.parts.packages import ALGORITHMS
+from algorithms.parts.playing import check_algorithm
 from harness.checkpoint import (
     CheckpointError,
     atomic_write,
@@ -64,17 +65,20 @@ SEED = 42  # [0, 2_147_483_647] for the weights, the reward model and the states
 
 CONSTANTS = Constants(globals())
 Config = namedtuple("Config", map(str.lower, CONSTANTS), defaults=CONSTANTS.values())
-SHIPPED = HERE / "pretrained" / "actor_critic.pt"
+SHIPPED = ALGORITHMS / "pretrained" / "actor_critic.pt"
 LOG = "training.log"
 FINAL = "final.pt"
 STEPS_PER_EPOCH = 200
 SAVE_FREQ = 10  # epochs
-TEST_STATES = 100_000
+TEST_STATES = 100_000  # of an evaluation
 NAME = "actor_critic"
 
 
 def read_config(path):
-    """A JSON file -> `Config`; written with the defaults if there is none. Raises CommandLineError for what is wrong in it."""
+    """Read the `Config` in a JSON file, which is written with the defaults if there is none.
+
+    Raises CommandLineError for a file that is not such a configuration.
+    """
     path = Path(path)
     if path.is_dir():
         raise CommandLineError(f"{path} is a directory; name a JSON file")
@@ -82,24 +86,24 @@ def read_config(path):
         atomic_write(path, (json.dumps(Config()._asdict(), indent=2) + "\n").encode())
         print(f"wrote {path} with the defaults")
     try:
-        given = json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (ValueError, RecursionError, OSError) as error:
         raise CommandLineError(f"{path}: cannot be read as JSON ({error}); delete it for the defaults") from None
-    return check_config(given, path)
+    return check_config(values, path)
 
 
-def check_config(given, path):
-    """What a file has -> `Config`. Raises CommandLineError for what is wrong in it."""
-    if not isinstance(given, dict):
+def check_config(values, path):
+    """The `Config` with these values from the file `path`. Raises CommandLineError for a wrong name or value."""
+    if not isinstance(values, dict):
         raise CommandLineError(f'{path}: must hold an object, as {{"seed": 1}}; delete it for the defaults')
-    if unknown := [name for name in given if name not in Config._fields]:
-        raise CommandLineError(
-            f"{path}: unknown key {shortened(repr(unknown[0]))}; the keys are {', '.join(Config._fields)}"
-        )
-    for name, value in given.items():
-        if problem := CONSTANTS.problem(name.upper(), value):
+    for name, value in values.items():
+        if name not in Config._fields:
+            keys = ", ".join(Config._fields)
+            raise CommandLineError(f"{path}: unknown key {shortened(repr(name))}; the keys are {keys}")
+        problem = CONSTANTS.problem(name.upper(), value)
+        if problem:
             raise CommandLineError(f"{path}: {name} {problem}")
-    config = Config(**given)
+    config = Config(**values)
     if config.output_dim > config.input_dim:
         raise CommandLineError(f"{path}: output_dim {config.output_dim} must not exceed input_dim {config.input_dim}")
     return config
@@ -107,19 +111,26 @@ def check_config(given, path):
 
 def check_memory(config):
     """Raises CommandLineError for networks and batches that do not fit into memory."""
-    hidden = (
-        config.hidden_dim * config.batch_size * 2 * 2 * 4
-    )  # of both networks, before and after its ReLU, in float32
-    states = config.batch_size * (config.input_dim + config.output_dim) * 4
-    weights = config.hidden_dim * (2 * config.input_dim + config.output_dim) * 4 * 4  # with gradients and two moments
-    lower = (
-        "hidden_dim" if weights > hidden + states else "batch_size" if states > hidden else "batch_size or hidden_dim"
-    )
-    check_free_memory(hidden + states + weights, torch.device("cpu"), "this training", f"lower {lower}")
+    number = 4  # bytes of a float32
+    # Two networks, before and after the ReLU.
+    activations = 2 * 2 * config.batch_size * config.hidden_dim * number
+    states = config.batch_size * (config.input_dim + config.output_dim) * number
+    # Each weight has a gradient and the two moments of Adam.
+    weights = 4 * config.hidden_dim * (2 * config.input_dim + config.output_dim) * number
+    if weights > activations + states:
+        lower = "hidden_dim"
+    elif states > activations:
+        lower = "batch_size"
+    else:
+        lower = "batch_size or hidden_dim"
+    check_free_memory(activations + states + weights, torch.device("cpu"), "this training", f"lower {lower}")
+
+
+# --- what learns ------------------------------------------------------------------------------------------------------
 
 
 class PolicyNetwork(nn.Module):
-    """States (B, input_dim) -> log-probabilities of the actions (B, output_dim)."""
+    """Computes log-probabilities of the actions (B, output_dim) from states (B, input_dim)."""
 
     def __init__(self, config):
         super().__init__()
@@ -130,7 +141,7 @@ class PolicyNetwork(nn.Module):
 
 
 class ValueNetwork(nn.Module):
-    """States (B, input_dim) -> the expected reward (B,)."""
+    """Estimates the expected reward (B,) from states (B, input_dim)."""
 
     def __init__(self, config):
         super().__init__()
@@ -141,14 +152,16 @@ class ValueNetwork(nn.Module):
 
 
 def mlp(inputs, hidden, outputs):
+    """A network with one hidden layer."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 class RewardModel:
-    """Each action has a direction, and its reward is how far the state points that way: states (B, input_dim) -> rewards (B, output_dim).
+    """Gives the reward of each action, (B, output_dim), in states (B, input_dim).
 
-    The directions are orthonormal, so the rewards of the actions are independent and standard normal, and the best of k of them is worth
-    the expected maximum of k standard normal numbers. A random action is worth 0.
+    Each action has a direction, and its reward is how far the state points in that direction. The directions are
+    orthonormal, so the rewards of k actions are independent and standard normal. The mean reward of the best action is
+    then the expected maximum of k standard normal numbers, and that of a random action is 0.
     """
 
     def __init__(self, config, generator):
@@ -159,62 +172,74 @@ class RewardModel:
 
 
 def expected_maximum(k):
-    """Of k independent standard normal numbers: the integral of x k phi(x) Phi(x)^(k - 1); 1 / sqrt(pi) for two."""
+    """The expected maximum of k independent standard normal numbers, 1 / sqrt(pi) for two.
+
+    It is the integral of x k phi(x) Phi(x)^(k - 1), with the density phi and the distribution function Phi.
+    """
     x = np.linspace(-12, 12, 100_001)
     density = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-    below = torch.special.ndtr(torch.from_numpy(x)).numpy()
-    return float(np.trapezoid(x * k * density * below ** (k - 1), x))
+    distribution = torch.special.ndtr(torch.from_numpy(x)).numpy()
+    return float(np.trapezoid(x * k * density * distribution ** (k - 1), x))
 
 
 class ActorCriticAgent:
-    """Both networks, their one optimizer, and the random numbers of the training."""
+    """Both networks, their optimizer, and the random numbers of the training."""
 
     def __init__(self, config):
         torch.manual_seed(config.seed)
-        self.config, self.epoch = config, 0
-        self.policy, self.value = PolicyNetwork(config), ValueNetwork(config)
-        self.optimizer = torch.optim.Adam(
-            [*self.policy.parameters(), *self.value.parameters()], lr=config.learning_rate
-        )
+        self.config = config
+        self.epoch = 0
+        self.policy = PolicyNetwork(config)
+        self.value = ValueNetwork(config)
+        parameters = [*self.policy.parameters(), *self.value.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.reward_model = RewardModel(config, self.generator)
 
-    @torch.enable_grad()  # whatever a notebook has set
+    @torch.enable_grad()  # a notebook may have switched gradients off
     def update(self):
-        """One gradient step on a batch of random states -> the mean reward and the terms of the loss, floats. Raises FloatingPointError."""
+        """One gradient step on a batch of random states.
+
+        Returns the mean reward, the actor's loss and the critic's loss. Raises FloatingPointError if it diverges.
+        """
         when = f"in epoch {self.epoch + 1}"
         states = torch.randn(self.config.batch_size, self.config.input_dim, generator=self.generator)
-        all_logprobs, values = self.policy(states), self.value(states)
+        all_logprobs = self.policy(states)
+        values = self.value(states)
         check_finite(when, logits=all_logprobs)
         actions = torch.multinomial(all_logprobs.detach().exp(), 1, generator=self.generator)
         rewards = self.reward_model(states).gather(1, actions).squeeze(1)
         logprobs = all_logprobs.gather(1, actions).squeeze(1)
-        # at a ratio of 1, PPO's loss has the gradient of the plain actor-critic
-        actor_loss, _ = policy_loss(logprobs, logprobs.detach(), rewards - values.detach(), eps_clip=1.0)
+        advantages = rewards - values.detach()
+        # At a ratio of 1 the gradient of PPO's loss is that of the plain actor-critic.
+        actor_loss, _ = policy_loss(logprobs, logprobs.detach(), advantages, eps_clip=1.0)
         critic_loss, _ = value_loss(values, values.detach(), rewards)
-        check_finite(when, rewards=rewards, values=values, loss=actor_loss + critic_loss)
+        loss = actor_loss + critic_loss
+        check_finite(when, rewards=rewards, values=values, loss=loss)
         self.optimizer.zero_grad()
-        (actor_loss + critic_loss).backward()
+        loss.backward()
         self.optimizer.step()
         return rewards.mean().item(), actor_loss.item(), critic_loss.item()
 
     @torch.no_grad()
     def regret(self, seed=10**6):
-        """The mean shortfall from the best action of each state, in states that no training draws."""
+        """How much less than the best action the policy gets on average, in states that no training draws."""
         states = torch.randn(TEST_STATES, self.config.input_dim, generator=torch.Generator().manual_seed(seed))
         total = 0.0
-        for part in states.split(1000):  # wide layers would not fit into memory with all of them
-            rewards = self.reward_model(part)
-            total += (rewards.amax(1) - (self.policy(part).exp() * rewards).sum(1)).sum().item()
+        for batch in states.split(1000):  # all at once would not fit into memory if the layers are wide
+            rewards = self.reward_model(batch)
+            expected = (self.policy(batch).exp() * rewards).sum(1)
+            total += (rewards.amax(1) - expected).sum().item()
         return total / TEST_STATES
 
     def evaluate(self):
-        """-> the expected reward, the most that there is, and the one as a share of the other."""
+        """The expected reward of the policy, that of the best possible one, and the ratio of the two."""
         optimum = expected_maximum(self.config.output_dim)
         score = optimum - self.regret()
         return {"score": score, "optimum": optimum, "share": score / optimum}
 
     def state_dict(self):
+        """Everything that a resumed run needs."""
         return to_plain(
             {
                 "algorithm": NAME,
@@ -224,13 +249,14 @@ class ActorCriticAgent:
                 "value": self.value.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "generator": self.generator.get_state(),
-                "directions": self.reward_model.directions,  # another version of LAPACK could find others
+                "directions": self.reward_model.directions,  # saved, because another version of LAPACK may find others
             }
         )
 
     def load_state_dict(self, state):
+        """Go on bit for bit where `state_dict` was taken. Raises ValueError for a state that does not fit."""
         own = self.state_dict()
-        del own["optimizer"]  # `load_optimizer` compares it
+        del own["optimizer"]  # `load_optimizer` checks it
         check_like(state, own)
         self.policy.load_state_dict(state["policy"])
         self.value.load_state_dict(state["value"])
@@ -241,80 +267,92 @@ class ActorCriticAgent:
 
 
 def load_agent(path):
-    """A checkpoint -> the agent that it holds. Raises CheckpointError."""
+    """The agent in a checkpoint. Raises CheckpointError."""
     state = load_checkpoint(path)
     check_algorithm(NAME, state, path)
     config = check_config(state.get("config"), path)
     try:
-        with torch.device("meta"):  # before a large one is built
+        # Compare the shapes before networks are built that may be far too large.
+        with torch.device("meta"):
             networks = {"policy": PolicyNetwork(config), "value": ValueNetwork(config)}
         check_like(state, {name: network.state_dict() for name, network in networks.items()})
         agent = ActorCriticAgent(config)
         agent.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:  # the former for a generator's state
+    except (RuntimeError, ValueError) as error:  # a bad state of a generator is a RuntimeError
         raise CheckpointError(f"{path}: does not fit this program ({one_line(error)}); train anew") from None
     return agent
 
 
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
 def load_run(path):
-    """A checkpoint of a run -> the agent that it holds. Raises CheckpointError if the run whose log lies beside it is another."""
+    """The agent in a checkpoint that is to be resumed. Raises CheckpointError for a checkpoint outside its run.
+
+    A resumed run replaces files in the directory of its checkpoint, so they must be its own: training.log has the
+    configuration of the run. If there is no log, because the disk was full, final.pt has to be enough.
+    """
     agent = load_agent(path)
     log = path.with_name(LOG)
-    known = (
-        json.dumps(agent.config._asdict()) in log.read_text(errors="replace") if log.is_file() else path.name == FINAL
-    )
-    if not known:
-        raise CheckpointError(
-            f"{path}: lies outside its run (no {LOG} beside it tells of it); resume it in its run's directory"
-        )
+    if log.is_file():
+        in_its_run = json.dumps(agent.config._asdict()) in log.read_text(errors="replace")
+    else:
+        in_its_run = path.name == FINAL
+    if not in_its_run:
+        reason = f"lies outside its run (no {LOG} beside it tells of it)"
+        raise CheckpointError(f"{path}: {reason}; resume it in its run's directory")
     return agent
 
 
 def new_directory(parent):
-    """Makes checkpoints_YYYYMMDD_HHMMSS, with a number behind it if another run has just begun."""
+    """Make checkpoints_YYYYMMDD_HHMMSS, with a number appended if a run began in the same second."""
     stem = time.strftime("checkpoints_%Y%m%d_%H%M%S")
     for attempt in range(1, 100):
+        directory = Path(parent, stem if attempt == 1 else f"{stem}-{attempt}")
         try:
-            directory = Path(parent, stem if attempt == 1 else f"{stem}-{attempt}")
             directory.mkdir()
             return directory
         except FileExistsError:
-            pass
+            continue
     raise CommandLineError(f"{stem} exists already")
 
 
 class Log:
-    """Prints lines, and writes them into the log of a run. What cannot be written stops no training.
+    """Prints lines, and appends them to the log of a run. A log that cannot be written does not stop the training.
 
-    The log begins with what is trained: by that `load_run` knows the run. If somebody renames or removes the run's directory while it
-    trains, it is made anew with such a log, so that what is saved there can be resumed.
+    The log begins with the configuration, by which `load_run` recognises the run. If somebody removes the directory
+    during the training, it is made anew with such a log, so that what is saved there can be resumed.
     """
 
     def __init__(self, directory, config):
-        self.path, self.begun = directory / LOG, False
+        self.path = directory / LOG
         self.title = f"training {json.dumps(config._asdict())} in {directory}"
         tell(self.title)
 
     def say(self, line):
         tell(line)
-        new = not self.path.exists()
-        if new and self.begun:
-            tell(f"warning: {self.path.parent} was renamed or removed; it is made anew, and training goes on")
+        lines = [line] if self.path.exists() else [self.title, line]
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            keep(self.path.parent)
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                for text in [self.title, line] if new else [line]:
+                for text in lines:
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            self.begun = True
         except OSError:
             tell(f"warning: {self.path}: not written; training goes on")
 
 
+def keep(directory):
+    """Make the directory of a run anew if somebody has renamed or removed it during the training."""
+    if not directory.exists():
+        tell(f"warning: {directory} was renamed or removed; it is made anew, and training goes on")
+        directory.mkdir(parents=True)
+
+
 def train(agent, directory):
-    """To the end of its epochs -> exit status. A signal to stop saves the last whole epoch, from which a resume goes on."""
+    """Train to the last epoch; a signal ends the training after the last whole one. Returns the exit status."""
 
     def stop(signum, frame):
-        raise SystemExit(128 + signum)  # no Exception: what is under way might catch that
+        raise SystemExit(128 + signum)  # not an Exception, which the code that is interrupted might catch
 
     try:
         with locked(directory), signals_handled(stop):
@@ -326,61 +364,80 @@ def train(agent, directory):
 
 
 def train_epochs(agent, directory):
+    """Train the remaining epochs, and save the last whole one even if an exception ends the training."""
     config = agent.config
     log = Log(directory, config)
-    whole = agent.state_dict()
+    last_epoch = agent.state_dict()
+    diverged = False
     try:
         while agent.epoch < config.num_epochs:
-            reward, actor_loss, critic_loss = np.mean([agent.update() for _ in range(STEPS_PER_EPOCH)], axis=0)
-            agent.epoch += 1
-            for weights in (*agent.policy.parameters(), *agent.value.parameters()):
-                check_finite(f"after epoch {agent.epoch}", weights=weights)
-            whole = agent.state_dict()
-            log.say(
-                f"epoch {agent.epoch}: reward {reward:.4f}, actor loss {actor_loss:.4f}, critic loss {critic_loss:.4f}"
-            )
+            log.say(train_epoch(agent))
+            last_epoch = agent.state_dict()
             if agent.epoch % SAVE_FREQ == 0:
                 try:
-                    save_checkpoint(directory / f"epoch_{agent.epoch}.pt", whole)
+                    save_checkpoint(directory / f"epoch_{agent.epoch}.pt", last_epoch)
                 except CheckpointError as error:
                     log.say(f"warning: {error}; training goes on")
+    except FloatingPointError:
+        diverged = True  # a resumed run would diverge again
+        raise
     finally:
-        ignore_signals()  # the end is near, and the run is not saved yet
-        directory.mkdir(parents=True, exist_ok=True)  # somebody may have renamed or removed it
-        save_checkpoint(directory / FINAL, whole)
+        ignore_signals()  # the run is not saved yet, and this does not take long
+        keep(directory)
+        save_checkpoint(directory / FINAL, last_epoch)
         if agent.epoch == config.num_epochs:
-            log.say("expected reward {:.4f} of {:.4f}, {:.2%}".format(*agent.evaluate().values()))
-        elif not isinstance(sys.exc_info()[1], FloatingPointError):  # it would come again
+            log.say("expected reward {score:.4f} of {optimum:.4f}, {share:.2%}".format(**agent.evaluate()))
+        elif not diverged:
             log.say(f"stopped; go on with: {resume_command(f'-m algorithms.{NAME}', directory, ranks=1)}")
 
 
+def train_epoch(agent):
+    """Train one epoch. Returns a line for the log; raises FloatingPointError if the training diverges."""
+    steps = [agent.update() for _ in range(STEPS_PER_EPOCH)]
+    reward, actor_loss, critic_loss = np.mean(steps, axis=0)
+    agent.epoch += 1
+    for weights in (*agent.policy.parameters(), *agent.value.parameters()):
+        check_finite(f"after epoch {agent.epoch}", weights=weights)
+    return f"epoch {agent.epoch}: reward {reward:.4f}, actor loss {actor_loss:.4f}, critic loss {critic_loss:.4f}"
+
+
 def main(argv=()):
+    """Train, resume or evaluate. Returns the exit status."""
     parser = Parser(f"-m algorithms.{NAME}", __doc__)
     parser.add_argument("config", nargs="?", type=given_path, default="config.json")
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run's directory, or a checkpoint in it")
-    parser.add_argument(
-        "--directory", type=given_path, default=".", help="where the run's directory is made (default: here)"
-    )
+    where = "where the run's directory is made (default: here)"
+    parser.add_argument("--directory", type=given_path, default=".", help=where)
     parser.add_argument("--evaluate", type=given_path, nargs="?", const=SHIPPED, metavar="CHECKPOINT")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # small networks
     if args.evaluate is not None:
-        path = find_checkpoint(args.evaluate, (FINAL,))
-        agent = load_agent(path)
-        why = " (the shipped model)" if path == SHIPPED else ""
-        tell(f"{shown(path)}: trained for {agent.epoch:,} epochs{why}")
-        print(json.dumps(agent.evaluate()))
-        return 0
+        return evaluate(args.evaluate)
     if args.resume is not None:
-        path = find_checkpoint(args.resume, (FINAL,))
-        agent = load_run(path)
-        if agent.epoch >= agent.config.num_epochs:
-            raise CommandLineError(f"{args.resume} has done all of its {agent.epoch} epochs already")
-        check_memory(agent.config)
-        return train(agent, path.parent)
+        return resume(args.resume)
     config = read_config(args.config)
     check_memory(config)
     return train(ActorCriticAgent(config), new_directory(args.directory))
+
+
+def evaluate(run):
+    """Print how good the policy of a run, or in a checkpoint, is. Returns the exit status."""
+    path = find_checkpoint(run, (FINAL,))
+    agent = load_agent(path)
+    why = " (the shipped model)" if path == SHIPPED else ""
+    tell(f"{shown(path)}: trained for {agent.epoch:,} epochs{why}")
+    print(json.dumps(agent.evaluate()))
+    return 0
+
+
+def resume(run):
+    """Train a run to its end, from its last checkpoint or from the one that is named. Returns the exit status."""
+    path = find_checkpoint(run, (FINAL,))
+    agent = load_run(path)
+    if agent.epoch >= agent.config.num_epochs:
+        raise CommandLineError(f"{run} has done all of its {agent.epoch} epochs already")
+    check_memory(agent.config)
+    return train(agent, path.parent)
 
 
 if __name__ == "__main__":

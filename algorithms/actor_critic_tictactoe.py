@@ -1,10 +1,11 @@
-"""Actor-critic learns tic-tac-toe by playing itself:  python -m algorithms.actor_critic_tictactoe
+"""An actor-critic learns tic-tac-toe by playing itself:  python -m algorithms.actor_critic_tictactoe
 
-An actor chooses moves, a critic estimates the result, and moves that did better than it expected become more probable. The
-opponents are frozen copies of older selves, who now and then move at random, so that the learner meets every position. Who starts is
-random. --play --human plays against you in the terminal, and shows what it thinks of each cell.
+The actor chooses moves, the critic estimates the result of the game, and moves that did better than the critic expected
+become more probable. The opponents are frozen copies of earlier policies. They sometimes move at random, so that the
+learner meets every position. Who starts is random. --play --human plays against you in the terminal, and shows what the
+agent thinks of each cell.
 
-Left out: search. The game is small enough to score a policy exactly: `evaluate` walks every line of play.
+Left out: search. The game is small enough to score a policy exactly: `evaluate` walks through every possible game.
 """
 
 import harness.start  # before the slow imports
@@ -14,21 +15,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.parts.common import Algorithm, check_lr, run_algorithm
 from algorithms.parts.tictactoe import (
     O,
     TicTacToe,
     X,
-    ask,
-    best_score,
-    every_line,
+    ask_for_move,
+    every_game,
     observations,
+    optimal_score,
     over,
     picture,
     print_board,
     wins,
 )
-from algorithms.reinforce_cartpole import normalize
+from algorithms.parts.training import Algorithm, check_lr, run_algorithm
 from harness.checkpoint import load_optimizer, load_weights, to_plain
 from harness.device import choose_device, set_threads
 from harness.options import Constants
@@ -66,30 +66,26 @@ SAVE_FREQ = 500  # [1, inf) updates between two checkpoints
 
 CONSTANTS = Constants(globals())
 KEPT = "POOL HIDDEN SEED RUN_DIR".split()
+MOST_MOVES = 5  # of one side in a game
+MASKED = -1e9  # the logit of a cell that is taken
 
 # --- what learns ------------------------------------------------------------------------------------------------------
 
 
-def mlp(hidden, outputs):
-    return nn.Sequential(
-        nn.Linear(18, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
-    )
-
-
 class Actor(nn.Module):
-    """Observations (B, 18) -> log-probabilities of the moves (B, 9); no taken cell is ever chosen."""
+    """Computes log-probabilities of the nine moves (B, 9) from observations (B, 18). A taken cell is never chosen."""
 
     def __init__(self, hidden):
         super().__init__()
         self.layers = mlp(hidden, 9)
 
     def forward(self, obs):
-        taken = obs.view(-1, 2, 9).sum(1) > 0
-        return F.log_softmax(self.layers(obs).masked_fill(taken, -1e9), dim=-1)
+        taken = obs.view(-1, 2, 9).sum(1) > 0  # by either side
+        return F.log_softmax(self.layers(obs).masked_fill(taken, MASKED), dim=-1)
 
 
 class Critic(nn.Module):
-    """Observations (B, 18) -> the expected result (B,), -1 to 1."""
+    """Estimates the result (B,), from -1 to 1, from observations (B, 18)."""
 
     def __init__(self, hidden):
         super().__init__()
@@ -100,222 +96,282 @@ class Critic(nn.Module):
 
 
 class ActorCritic(nn.Module):
+    """Both networks, so that they are optimised and saved together."""
+
     def __init__(self, hidden):
         super().__init__()
-        self.actor, self.critic = Actor(hidden), Critic(hidden)
+        self.actor = Actor(hidden)
+        self.critic = Critic(hidden)
+
+
+def mlp(hidden, outputs):
+    """A network with two hidden layers that reads an observation."""
+    return nn.Sequential(
+        nn.Linear(18, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+    )
 
 
 class SelfPlay(Trainer):
+    """Plays games side by side against an earlier policy, and takes one gradient step after them."""
+
     def __init__(self, c, device, metadata):
         torch.manual_seed(c.SEED)
         super().__init__(ActorCritic(c.HIDDEN).to(device), metadata=metadata)
-        self.c, self.device, self.num_steps = c, device, c.NUM_STEPS
+        self.c = c
+        self.device = device
+        self.num_steps = c.NUM_STEPS
         self.optimizer = torch.optim.Adam(self.policy.parameters(), c.LR)
         self.rng = np.random.default_rng(c.SEED)
         self.pool = [to_plain(self.policy.actor.state_dict()) for _ in range(c.POOL)]  # the oldest first
         self.opponent = Actor(c.HIDDEN).to(device)
 
     def collect_and_update(self):
-        return self.update(*self.play())
+        """One update: play games and learn from them. Returns its statistics."""
+        obs, actions, rewards, values, ends, played = self.play()
+        return self.update(obs, actions, rewards, values, ends, played)
 
     def play(self):
-        """GAMES games -> obs (5, N, 18), actions, rewards, values, ends and which moves were played, each (5, N)."""
-        player, steps = self.rng.choice((X, O), self.c.GAMES), []
+        """Play GAMES games against one opponent from the pool; S is 5, the most moves that the learner can make.
+
+        Returns:
+            obs: (S, N, 18).
+            actions, values: (S, N).
+            rewards: (S, N), 1 for a move after which the game was won, -1 for one after which it was lost.
+            ends: (S, N) bool, True at the last move of a game.
+            played: (S, N) bool, False behind the end of a game.
+        """
+        players = self.rng.choice((X, O), self.c.GAMES)  # the learner's side in each game
         self.opponent.load_state_dict(self.pool[self.rng.integers(len(self.pool))])
         boards, turn = self.openings()
-        self.move_opponents(boards, (turn != player) & ~over(boards), -player)
-        for _ in range(5):  # the learner has five moves at most
-            playing = ~over(boards)
-            obs = torch.from_numpy(observations(boards, player)).to(self.device)
+        self.move_opponents(boards, (turn != players) & ~over(boards), -players)
+        steps = []
+        for _ in range(MOST_MOVES):
+            played = ~over(boards)
+            obs = torch.from_numpy(observations(boards, players)).to(self.device)
             with torch.no_grad():
-                actions, values = self.choose(self.policy.actor, obs), self.policy.critic(obs)
-            boards[playing, actions[playing]] = player[playing]
-            self.move_opponents(boards, playing & ~over(boards), -player)
-            ends = playing & over(boards)
-            rewards = (1.0 * wins(boards, player) - wins(boards, -player)) * ends
-            steps.append(
-                [obs, *(torch.as_tensor(x, device=self.device) for x in (actions, rewards, values, ends, playing))]
-            )
-        return [torch.stack(x) for x in zip(*steps)]
+                actions = self.draw(self.policy.actor(obs))
+                values = self.policy.critic(obs)
+            boards[played, actions[played]] = players[played]
+            self.move_opponents(boards, played & ~over(boards), -players)
+            ends = played & over(boards)
+            rewards = (1.0 * wins(boards, players) - wins(boards, -players)) * ends
+            step = (obs, actions, rewards, values, ends, played)
+            steps.append([torch.as_tensor(x, device=self.device) for x in step])
+        return [torch.stack(quantity) for quantity in zip(*steps)]
 
     def openings(self):
-        """-> boards (N, 9), and whose turn it is (N,)."""
+        """Positions that the games start from, (N, 9), and whose turn it is, (N,): X or O.
+
+        A share of OPENINGS has up to six random moves. Where these have ended the game, it starts with an empty board.
+        """
         n = self.c.GAMES
-        boards, moves = np.zeros((n, 9), np.int8), self.rng.integers(7, size=n) * (self.rng.random(n) < self.c.OPENINGS)
+        boards = np.zeros((n, 9), np.int8)
+        moves = self.rng.integers(7, size=n) * (self.rng.random(n) < self.c.OPENINGS)
         for move in range(6):
             games = np.flatnonzero((moves > move) & ~over(boards))
-            cells = (self.rng.random((len(games), 9)) * (boards[games] == 0)).argmax(1)
+            cells = (self.rng.random((len(games), 9)) * (boards[games] == 0)).argmax(1)  # random empty ones
             boards[games, cells] = X if move % 2 == 0 else O
-        ended = over(boards)  # those start at the beginning instead
-        boards[ended], moves[ended] = 0, 0
+        ended = over(boards)
+        boards[ended] = 0
+        moves[ended] = 0
         return boards, np.where(moves % 2 == 0, X, O)
 
+    @torch.no_grad()
     def move_opponents(self, boards, mask, players):
-        """One move of the opponent where mask (N,) is true."""
+        """Make one move of the opponent where mask (N,) is True; a share of RANDOM_MOVES is random."""
         obs = torch.from_numpy(observations(boards[mask], players[mask])).to(self.device)
         at_random = torch.from_numpy(self.rng.random((len(obs), 1)) < self.c.RANDOM_MOVES).to(self.device)
-        boards[mask, self.choose(self.opponent, obs, at_random)] = players[mask]
+        logprobs = self.opponent(obs)
+        allowed = logprobs > MASKED / 10
+        logprobs = torch.where(at_random & allowed, 0.0, logprobs)  # all allowed moves become equally probable
+        boards[mask, self.draw(logprobs)] = players[mask]
 
-    @torch.no_grad()
-    def choose(self, actor, obs, at_random=False):
-        """Moves drawn from the actor's probabilities, or from all that are allowed (B, 1) -> an array (B,)."""
-        logprobs = actor(obs)
-        if at_random is not False:
-            logprobs = torch.where(at_random & (logprobs > -1e8), 0.0, logprobs)
-        noise = torch.from_numpy(self.rng.gumbel(size=logprobs.shape)).to(self.device)  # its argmax is a draw
+    def draw(self, logprobs):
+        """Draw moves, an array (B,), from log-probabilities (B, 9), by the Gumbel-max trick."""
+        noise = torch.from_numpy(self.rng.gumbel(size=logprobs.shape)).to(self.device)
         return (logprobs + noise).argmax(1).cpu().numpy()
 
     def update(self, obs, actions, rewards, values, ends, played):
-        """One gradient step -> statistics. Raises FloatingPointError."""
-        c, lr = self.c, learning_rate(self.global_step / self.num_steps, self.c.LR, self.c.MIN_LR)
+        """One gradient step on what `play` returned. Returns statistics; raises FloatingPointError if it diverges."""
+        c = self.c
+        lr = learning_rate(self.global_step / self.num_steps, c.LR, c.MIN_LR)
         self.optimizer.param_groups[0]["lr"] = lr
+
+        # Every game ends, so nothing is truncated, and nothing follows the last row.
         next_values = torch.cat([values[1:], torch.zeros_like(values[:1])])
-        advantages, returns = compute_gae(
-            rewards.float(), values, next_values, ends, torch.zeros_like(ends), c.GAMMA, c.LAMBD
-        )
-        obs, actions, values, advantages, returns = (x[played] for x in (obs, actions, values, advantages, returns))
-        advantages = normalize(advantages)
-        all_logprobs = self.policy.actor(obs)
-        logprobs = all_logprobs.gather(1, actions.unsqueeze(1)).squeeze(1)
-        # at a ratio of 1, PPO's loss has the gradient of the plain actor-critic
+        truncated = torch.zeros_like(ends)
+        advantages, returns = compute_gae(rewards.float(), values, next_values, ends, truncated, c.GAMMA, c.LAMBD)
+        advantages = advantages[played]  # (M,), as everything from here on
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+
+        all_logprobs = self.policy.actor(obs[played])  # (M, 9)
+        logprobs = all_logprobs.gather(1, actions[played].unsqueeze(1)).squeeze(1)
+        new_values = self.policy.critic(obs[played])
+        # At a ratio of 1 the gradient of PPO's loss is that of the plain actor-critic.
         actor_loss, _ = policy_loss(logprobs, logprobs.detach(), advantages, eps_clip=1.0)
-        critic_loss, stats = value_loss(self.policy.critic(obs), values, returns)
-        negative_entropy, more = entropy_loss(all_logprobs)
+        critic_loss, value_stats = value_loss(new_values, values[played], returns[played])
+        negative_entropy, entropy_stats = entropy_loss(all_logprobs)
         loss = actor_loss + c.VALUE_LOSS_COEF * critic_loss + c.ENTROPY_COEF * negative_entropy
-        check_finite(
-            f"in update {self.update_count + 1}", rewards=rewards, logits=all_logprobs, values=values, loss=loss
-        )
+        quantities = {"rewards": rewards, "logits": all_logprobs, "values": values, "loss": loss}
+        check_finite(f"in update {self.update_count + 1}", **quantities)
+
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+
         self.update_count += 1
         self.global_step += int(played.sum())
         if self.update_count % c.POOL_INTERVAL == 0:
             self.pool = [*self.pool[1:], to_plain(self.policy.actor.state_dict())]
-        return {name: x.item() for name, x in (stats | more).items()} | {
+        return {
+            "value_loss": value_stats["value_loss"].item(),
+            "entropy": entropy_stats["entropy"].item(),
             "lr": lr,
             "episode_return": rewards.sum().item() / c.GAMES,
         }
 
     def state_dict(self):
+        """Everything that a resumed run needs."""
         return self.training_state(
             optimizer=self.optimizer.state_dict(), rng=self.rng.bit_generator.state, pool=self.pool
         )
 
     def load_state_dict(self, state):
-        """Go on where `state_dict` was taken, bit for bit: between two updates no game is under way."""
+        """Go on bit for bit where `state_dict` was taken; between two updates no game is under way."""
         self.load_training_state(state)
         load_optimizer(self.optimizer, state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
         self.pool = list(state["pool"])
 
 
+def build(c):
+    """The trainer that these constants describe."""
+    device = choose_device(c.DEVICE)
+    set_threads(n_layer=1)  # small networks
+    return SelfPlay(c, device, {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
+
+
 # --- playing ----------------------------------------------------------------------------------------------------------
 
 
 def policy_of(state):
+    """The networks of a policy state."""
     policy = ActorCritic(state["constants"]["HIDDEN"])
     load_weights(policy, state["model"])
     return policy
 
 
 def greedy(policy):
-    """-> a function from boards (N, 9) and a player to the most probable moves (N,)."""
+    """A function from boards (N, 9) and a player to the most probable moves (N,)."""
 
     @torch.no_grad()
-    def moves(boards, player):
+    def choose(boards, player):
         return policy.actor(torch.from_numpy(observations(boards, player))).argmax(1).numpy()
 
-    return moves
+    return choose
 
 
 def evaluate(state, episodes=None, seed=None):
-    """Exact: the greedy policy against every line of play, as X and as O -> a dict
+    """Score the greedy policy exactly, by all games that it can get into as X and as O.
 
-    score                    wins less losses against random play, the mean of both sides, less 1 for every line that is lost
-    as_X as_O                wins less losses against random play
-    optimum_as_X optimum_as_O  the most that anybody can expect
-    lost lines               how many lines of play are lost, of how many
+    Returns a dict with
+        score: the mean of as_X and as_O, minus 1 for each game that can be lost.
+        lost, lines: how many of these games are lost, and how many there are.
+        as_X, as_O: the expected result against random play, a win being 1 and a loss -1.
+        optimum_as_X, optimum_as_O: the highest expected result that is possible.
     """
-    moves, result, lost, lines = greedy(policy_of(state)), {}, 0, 0
+    choose = greedy(policy_of(state))
+    result = {"score": 0.0, "lost": 0, "lines": 0}
     for player, name in ((X, "X"), (O, "O")):
-        boards, chances = every_line(moves, player)
+        boards, probabilities = every_game(choose, player)
         losses = wins(boards, -player)
-        result[f"as_{name}"] = float((chances * (1.0 * wins(boards, player) - losses)).sum())
-        result[f"optimum_as_{name}"] = best_score((0,) * 9, player, X)
-        lost, lines = lost + int(losses.sum()), lines + len(boards)
-    return {"score": (result["as_X"] + result["as_O"]) / 2 - lost, "lost": lost, "lines": lines, **result}
+        results = 1.0 * wins(boards, player) - losses
+        result["lost"] += int(losses.sum())
+        result["lines"] += len(boards)
+        result[f"as_{name}"] = float((probabilities * results).sum())
+        result[f"optimum_as_{name}"] = optimal_score((0,) * 9, player, X)
+    result["score"] = (result["as_X"] + result["as_O"]) / 2 - result["lost"]
+    return result
 
 
 def thoughts(policy, board, player):
-    """-> the probability of each move (9,), and the expected result."""
+    """What the agent thinks of a board (9,): the probability of each move, (9,), and the result that it expects."""
     with torch.no_grad():
         obs = torch.from_numpy(observations(board[None], player))
         return policy.actor(obs)[0].exp().numpy(), policy.critic(obs).item()
 
 
 def frames(state, episodes, seed, human):
-    """Yields pictures of games against random play, before and after each move; the agent starts every other one."""
-    policy, env = policy_of(state), TicTacToe()
+    """Yield pictures of games against random play; the agent starts every other game."""
+    policy = policy_of(state)
+    env = TicTacToe()
     for episode in range(episodes):
-        _, info = env.reset(seed=seed + episode, options={"first": episode % 2 == 0})
+        env.reset(seed=seed + episode, options={"first": episode % 2 == 0})
         terminated = False
         while not terminated:
             probabilities, value = thoughts(policy, env.board, env.player)
             yield picture(env.board, probabilities, value)
-            _, _, terminated, _, info = env.step(int(probabilities.argmax()))
-        for _ in range(3):
-            yield picture(env.board, np.zeros(9), 0.0)
+            _, _, terminated, _, _ = env.step(int(probabilities.argmax()))
+        for _ in range(3):  # the final board stays for a while
+            yield picture(env.board)
 
 
-def play_in_terminal(state):
-    """A person against the agent, until the person has had enough."""
-    policy, person = policy_of(state), X
+def play_in_terminal(state, seed):
+    """Let a person play against the agent until the person leaves. They take turns in starting."""
+    policy = policy_of(state)
+    person = X
     while True:
-        board, turn = np.zeros(9, np.int8), X
         print(f"\nYou are {'X and start' if person == X else 'O'}. Cells are 1 to 9, row by row; q leaves.")
-        while not over(board[None])[0]:
-            if turn == person:
-                print_board(board)
-                move = ask(board)
-                if move is None:
-                    return
-            else:
-                probabilities, value = thoughts(policy, board, turn)
-                print_board(board, probabilities)
-                move = int(probabilities.argmax())
-                print(f"It expects {value:+.2f} (1: it wins, -1: you win), and takes {move + 1}.")
-            board[move] = turn
-            turn = -turn
+        board = play_one_game(policy, person)
+        if board is None:
+            return
         print_board(board)
-        print(
-            "You win." if wins(board[None], person)[0] else "It wins." if wins(board[None], -person)[0] else "A draw."
-        )
+        if wins(board[None], person)[0]:
+            print("You win.")
+        elif wins(board[None], -person)[0]:
+            print("It wins.")
+        else:
+            print("A draw.")
         person = -person
 
 
-def build(c):
-    device = choose_device(c.DEVICE)
-    set_threads(n_layer=1)  # small networks
-    return SelfPlay(c, device, {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
+def play_one_game(policy, person):
+    """Let a person, X or O, play a game against the agent. Returns the final board, or None if the person left."""
+    board = np.zeros(9, np.int8)
+    turn = X
+    while not over(board[None])[0]:
+        if turn == person:
+            print_board(board)
+            move = ask_for_move(board)
+            if move is None:
+                return None
+        else:
+            probabilities, value = thoughts(policy, board, turn)
+            print_board(board, probabilities)
+            move = int(probabilities.argmax())
+            print(f"It expects {value:+.2f} (1: it wins, -1: you win), and takes {move + 1}.")
+        board[move] = turn
+        turn = -turn
+    return board
 
 
 ALGORITHM = Algorithm(
-    "actor_critic_tictactoe",
-    __doc__,
-    CONSTANTS,
-    KEPT,
-    build,
-    evaluate,
-    frames,
+    name="actor_critic_tictactoe",
+    doc=__doc__,
+    constants=CONSTANTS,
+    kept=KEPT,
+    build=build,
+    evaluate=evaluate,
+    frames=frames,
+    play_in_terminal=play_in_terminal,
     frame_ms=1000,
     check=check_lr,
-    human=lambda state, seed: play_in_terminal(state),
     memory=("GAMES",),
 )
 
 
 def main(argv=()):
+    """Train, play or evaluate. Returns the exit status."""
     return run_algorithm(ALGORITHM, argv)
 
 

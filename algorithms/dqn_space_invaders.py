@@ -18,7 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms.parts.atari import SIZE, Replay, Stacks, make_env, make_envs, restore_game, save_game
-from algorithms.parts.common import Algorithm, run_algorithm, summary
+from algorithms.parts.playing import summary
+from algorithms.parts.training import Algorithm, run_algorithm
 from harness.checkpoint import load_optimizer, load_weights, to_numpy
 from harness.device import choose_device
 from harness.options import CommandLineError, Constants, Values

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from algorithms.parts.common import Algorithm, check_models, device_of, run_algorithm
 from algorithms.parts.language_model import (
     SMOLLM2,
     TINY,
@@ -40,6 +39,8 @@ from algorithms.parts.language_model import (
     with_lora,
 )
 from algorithms.parts.language_policy import Writer
+from algorithms.parts.playing import check_models, training_device
+from algorithms.parts.training import Algorithm, run_algorithm
 from callbacks import Callback
 from evaluation import standard_error
 from harness.checkpoint import CheckpointError, load_optimizer, load_weights
@@ -342,8 +343,8 @@ def make_models(c, device):
     c.POLICY_MODEL, c.REWARD_MODEL = place(c.POLICY_MODEL, [SMOLLM2]), place(c.REWARD_MODEL, REWARDS)
     writer, reward = make_writer(c, device), reward_model(c.REWARD_MODEL, device)
     models = {
-        "POLICY_MODEL": (c.POLICY_MODEL, transformer(writer.model).fingerprint),
-        "REWARD_MODEL": (c.REWARD_MODEL, getattr(reward, "fingerprint", "")),
+        "POLICY_MODEL": [c.POLICY_MODEL, transformer(writer.model).fingerprint],
+        "REWARD_MODEL": [c.REWARD_MODEL, getattr(reward, "fingerprint", c.REWARD_MODEL)],
     }
     return writer, reward, models
 
@@ -375,10 +376,10 @@ AT_ONCE = 64  # answers drawn side by side
 def answers_to(state, prompts, seed):
     """A policy state -> answers of the model that it holds, and their rewards (N,). torch's random numbers stay where they were."""
     c, answers = Values(**state["constants"]), []
-    device = device_of(c)
+    device = training_device(c)
     with torch.random.fork_rng():
         writer, reward, models = make_models(c, device)
-        check_models(state, models)
+        check_models(state, models, "the model")
         load_weights(writer, state["model"])
         torch.manual_seed(seed)
         for i in range(0, len(prompts), AT_ONCE):
@@ -414,7 +415,7 @@ ALGORITHM = Algorithm(
     evaluate,
     None,
     episodes=64,
-    human=show,
+    play_in_terminal=show,
     check=check,
     callbacks=callbacks_of,
     memory=("NUM_SAMPLES", "MAX_NEW_TOKENS"),

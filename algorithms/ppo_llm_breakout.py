@@ -30,7 +30,6 @@ from algorithms.parts.breakout_text import (
     numbers_of,
     texts_of,
 )
-from algorithms.parts.common import Algorithm, check_models, check_ppo, device_of, ppo_config, run_algorithm, summary
 from algorithms.parts.language_model import (
     SMOLLM2,
     TINY,
@@ -45,6 +44,8 @@ from algorithms.parts.language_model import (
     with_lora,
 )
 from algorithms.parts.language_policy import LanguagePolicy
+from algorithms.parts.playing import check_models, summary, training_device
+from algorithms.parts.training import Algorithm, check_ppo, ppo_config, run_algorithm
 from callbacks import Callback
 from harness.background import Background
 from harness.checkpoint import load_weights, replacing
@@ -209,7 +210,8 @@ def make_policy(c, device, saved_tokenizer=None):
 
 def models_of(c, policy):
     """-> {constant: (name, fingerprint)}, as `check_models` wants them."""
-    return {"MODEL": (c.MODEL, "" if c.MODEL in (TINY, MLP) else transformer(policy.model).fingerprint)}
+    fingerprint = c.MODEL if c.MODEL in (TINY, MLP) else transformer(policy.model).fingerprint
+    return {"MODEL": [c.MODEL, fingerprint]}
 
 
 def invented_texts():
@@ -231,8 +233,8 @@ def policy_of(state):
     """A policy state -> its policy, on the device of its training if that is here, and the constants of the training."""
     c = Values(**{**state["constants"], "KL_COEF": 0.0})
     c.MODEL = place(c.MODEL, OWN)
-    policy = make_policy(c, device_of(c), state.get("tokenizer"))
-    check_models(state, models_of(c, policy))
+    policy = make_policy(c, training_device(c), state.get("tokenizer"))
+    check_models(state, models_of(c, policy), "the model")
     load_weights(policy, state["model"])
     return policy, c
 
@@ -275,9 +277,9 @@ def scores_of(choose, c, episodes, seed):
 
 
 def frames(state, episodes, seed, human):
-    """Yields every other frame that the agent sees -> the `summary` of the scores."""
+    """Yield every other frame that the agent sees."""
     policy, c = policy_of(state)
-    choose, env, scores = greedy(policy), TextAsBytes(make_env(c.STICKY, c.SKIP, "human" if human else "rgb_array")), []
+    choose, env = greedy(policy), TextAsBytes(make_env(c.STICKY, c.SKIP, "human" if human else "rgb_array"))
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed + episode)
         over, steps = False, 0
@@ -286,9 +288,7 @@ def frames(state, episodes, seed, human):
             over, steps = terminated or truncated, steps + 1
             if steps % 2:
                 yield env.render()
-        scores.append(info["score"])
     env.close()
-    return summary(scores)
 
 
 class Video(Callback):

@@ -1,7 +1,7 @@
 """PPO lands on the moon:  python -m algorithms.ppo_lunarlander
 
-The root's PPO, loop, losses and rollout buffer, as they are, with a policy of its own: two small networks, one that acts and one that
-estimates the return.
+PPO, its losses and its rollout buffer are those of the root. This file adds a policy of two small networks, one that
+acts and one that estimates the return, and environments whose state can be saved.
 """
 
 import harness.start  # before the slow imports
@@ -14,16 +14,9 @@ import torch
 import torch.nn as nn
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from algorithms.parts.common import (
-    Algorithm,
-    check_ppo,
-    greedy_frames,
-    greedy_returns,
-    need,
-    ppo_config,
-    run_algorithm,
-    summary,
-)
+from algorithms.parts.packages import need
+from algorithms.parts.playing import episode_frames, episode_returns, summary
+from algorithms.parts.training import Algorithm, check_ppo, ppo_config, run_algorithm
 from harness.checkpoint import load_weights
 from harness.device import choose_device, set_threads
 from harness.options import Constants
@@ -61,46 +54,46 @@ SAVE_FREQ = 20  # [1, inf) updates between two checkpoints
 CONSTANTS = Constants(globals())
 KEPT = "NUM_ENVS HIDDEN SEED RUN_DIR".split()
 ENV_ID = "LunarLander-v3"
-OBSERVATIONS, NUM_ACTIONS = 8, 4
+OBSERVATION_SIZE = 8
+NUM_ACTIONS = 4
 
 
 class ActorCritic(Policy):
-    """Observations (B, 8) -> action logits (B, 4), values (B,)."""
+    """Computes action logits (B, 4) and values (B,) from observations (B, 8), in two networks that share nothing."""
 
     def __init__(self, hidden):
         super().__init__()
-        self.actor, self.critic = mlp(hidden, NUM_ACTIONS, 0.01), mlp(hidden, 1, 1.0)
+        self.actor = mlp(hidden, NUM_ACTIONS, last_gain=0.01)
+        self.critic = mlp(hidden, 1, last_gain=1.0)
 
     def forward(self, obs):
         return self.actor(obs), self.critic(obs).squeeze(-1)
 
 
-def mlp(hidden, outputs, gain):
-    """Two hidden layers of tanh, orthogonal weights; gain: of the last layer."""
-    layers = [
-        nn.Linear(OBSERVATIONS, hidden),
-        nn.Tanh(),
-        nn.Linear(hidden, hidden),
-        nn.Tanh(),
-        nn.Linear(hidden, outputs),
-    ]
-    for layer, layer_gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), gain)):
-        nn.init.orthogonal_(layer.weight, layer_gain)
+def mlp(hidden, outputs, last_gain):
+    """A network with two hidden layers of tanh, and orthogonal weights; last_gain scales those of the last layer."""
+    layers = [nn.Linear(OBSERVATION_SIZE, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)]
+    gains = [math.sqrt(2), math.sqrt(2), last_gain]
+    for layer, gain in zip(layers, gains):
+        nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
 # --- environments that can be saved -----------------------------------------------------------------------------------
 
 
 class Recorded(gym.Wrapper):
-    """Remembers how its episode came about: the random numbers it started with, and the actions since. Physics has no state that
-    could be saved, but is deterministic."""
+    """Remembers how its episode came about, because the physics engine has no state that could be saved.
+
+    It is deterministic, so the random numbers at the start of the episode and the actions since then reproduce it.
+    """
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.unwrapped.np_random, _ = gym.utils.seeding.np_random(seed)
-        self.start, self.actions = self.unwrapped.np_random.bit_generator.state, []
+        self.start = self.unwrapped.np_random.bit_generator.state
+        self.actions = []
         return self.env.reset(options=options)
 
     def step(self, action):
@@ -108,9 +101,11 @@ class Recorded(gym.Wrapper):
         return self.env.step(action)
 
     def state_dict(self):
+        """What `load_state_dict` needs to reproduce the episode."""
         return {"start": self.start, "actions": np.array(self.actions, np.uint8)}
 
     def load_state_dict(self, state):
+        """Play the episode again. Raises ValueError for actions that are no episode."""
         self.unwrapped.np_random.bit_generator.state = state["start"]
         self.reset()
         over = False
@@ -121,8 +116,8 @@ class Recorded(gym.Wrapper):
             over = terminated or truncated
 
 
-class ReplayableEnvs(SyncVectorEnv):
-    """`Recorded` landers side by side, with the state that PPO saves."""
+class RecordedEnvs(SyncVectorEnv):
+    """`Recorded` environments side by side, with the state that PPO saves."""
 
     def state_dict(self):
         return {"envs": [env.state_dict() for env in self.envs]}
@@ -133,15 +128,17 @@ class ReplayableEnvs(SyncVectorEnv):
 
 
 def make_env(render_mode=None):
+    """One lander. Raises CommandLineError if Box2D is not installed."""
     need("Box2D")
     return gym.make(ENV_ID, render_mode=render_mode)
 
 
 def build(c):
+    """The trainer that these constants describe."""
     device = choose_device(c.DEVICE)
     set_threads(n_layer=1)  # small networks
     torch.manual_seed(c.SEED)
-    envs = ReplayableEnvs([lambda: Recorded(make_env())] * c.NUM_ENVS, autoreset_mode=AutoresetMode.SAME_STEP)
+    envs = RecordedEnvs([lambda: Recorded(make_env())] * c.NUM_ENVS, autoreset_mode=AutoresetMode.SAME_STEP)
     metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c))}
     return PPO(ActorCritic(c.HIDDEN).to(device), envs, ppo_config(c), metadata=metadata)
 
@@ -150,38 +147,45 @@ def build(c):
 
 
 def greedy(state):
-    """A policy state -> the player that takes the most probable action: observations (N, 8) -> actions (N,)."""
+    """A function from observations (N, 8) to the most probable actions (N,) of a policy state."""
     policy = ActorCritic(state["constants"]["HIDDEN"])
     load_weights(policy, state["model"])
-    return lambda obs: policy(torch.from_numpy(obs))[0].argmax(-1).numpy()
+
+    def choose(obs):
+        logits, _ = policy(torch.from_numpy(obs))
+        return logits.argmax(-1).numpy()
+
+    return choose
 
 
 def evaluate(state, episodes=30, seed=0):
-    """Episodes of the most probable actions -> the `summary` of their returns."""
-    return summary(greedy_returns(make_env, greedy(state), episodes, seed))
+    """Play episodes with the most probable actions. Returns the `summary` of their returns."""
+    return summary(episode_returns(make_env, greedy(state), episodes, seed))
 
 
 def frames(state, episodes, seed, human):
-    return greedy_frames(make_env("human" if human else "rgb_array"), greedy(state), episodes, seed)
+    """Yield the frames of episodes with the most probable actions; `human` shows them in a window."""
+    env = make_env("human" if human else "rgb_array")
+    return episode_frames(env, greedy(state), episodes, seed)
 
 
-LEVELS = {"solved": 200}
 ALGORITHM = Algorithm(
-    "ppo_lunarlander",
-    __doc__,
-    CONSTANTS,
-    KEPT,
-    build,
-    evaluate,
-    frames,
-    levels=LEVELS,
+    name="ppo_lunarlander",
+    doc=__doc__,
+    constants=CONSTANTS,
+    kept=KEPT,
+    build=build,
+    evaluate=evaluate,
+    frames=frames,
     frame_ms=20,
+    levels={"solved": 200},
     check=check_ppo,
     memory=("BATCH_SIZE", "ROLLOUT_STEPS"),
 )
 
 
 def main(argv=()):
+    """Train, play or evaluate. Returns the exit status."""
     return run_algorithm(ALGORITHM, argv)
 
 

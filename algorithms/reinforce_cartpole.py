@@ -1,15 +1,17 @@
 """REINFORCE balances a pole:  python -m algorithms.reinforce_cartpole
 
-The simplest policy gradient (Williams 1992): play whole episodes, then make each action more probable in proportion to the discounted
-return that followed it. There is no value function; a return is only compared with the other returns of the update.
+The simplest policy gradient (Williams 1992): play whole episodes, then make each action more probable in proportion to
+the discounted return that followed it. There is no value function; a return is only compared with the other returns of
+the same update, which are normalised to mean 0 and standard deviation 1.
 
-Those are normalised to mean 0 and standard deviation 1. Subtracting a baseline, a number on which an episode's actions have no influence,
-leaves the expected gradient as it is and removes much of its variance. The mean of the update is not quite one: an episode's own returns
-and its length are part of it, so the expected gradient is bent, as it is by dividing by the deviation and by the number of steps. All
-three biases shrink like 1 / EPISODES. Dividing by the deviation makes the step independent of the scale of the returns, so the learning
-rate need not know whether they are 20 or 500.
+Subtracting a baseline, a number that an episode's actions do not influence, leaves the expected gradient unchanged and
+removes much of its variance. The mean of an update's returns is almost such a baseline, but not quite: an episode's own
+returns and its length are part of it, so it biases the gradient. So does dividing by the standard deviation and by the
+number of steps. All three biases shrink like 1 / EPISODES. In exchange, the size of a gradient step does not depend on
+the scale of the returns, and the same learning rate works for returns of 20 and of 500.
 
-Left out: entropy bonus, a baseline that depends on the state. An episode that reaches 500 steps is cut off and counts as finished.
+Left out: an entropy bonus, and a baseline that depends on the state. An episode that is cut off after 500 steps counts
+as finished.
 """
 
 import harness.start  # before the slow imports
@@ -20,13 +22,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.parts.common import Algorithm, check_lr, greedy_frames, greedy_returns, run_algorithm, summary
+from algorithms.parts.playing import episode_frames, episode_returns, summary
+from algorithms.parts.training import Algorithm, check_lr, run_algorithm
 from harness.checkpoint import load_optimizer, load_weights
 from harness.device import choose_device, set_threads
 from harness.options import Constants
 from harness.supervise import run_script
 from ppo import entropy_loss, learning_rate
-from rollout_buffer import compute_gae
 from trainer import Trainer, check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,28 +55,8 @@ KEPT = "HIDDEN SEED RUN_DIR".split()
 ENV_ID = "CartPole-v1"  # +1 for every step, 500 at most; an episode is lost when the pole leans by 12 degrees
 
 
-def returns(rewards, ends, gamma):
-    """Discounted returns (S, N) of rewards (S, N), each episode to its end (S, N) bool.
-
-    The root's GAE says the same with lambda = 1 and a critic that expects nothing.
-    """
-    nothing = torch.zeros_like(rewards)
-    return compute_gae(rewards, nothing, nothing, ends, torch.zeros_like(ends), gamma, 1.0)[0]
-
-
-def normalize(x):
-    """To mean 0 and standard deviation 1."""
-    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
-
-
-def reinforce_loss(logprobs, returns):
-    """Its gradient is minus an estimate of the policy gradient (Williams 1992), per step and not per episode; both (M,). The factor gamma^t
-    is left out, as usual."""
-    return -(logprobs * returns).mean()
-
-
 class PolicyNetwork(nn.Module):
-    """Observations (B, 4) -> action logits (B, 2)."""
+    """Computes action logits (B, 2) from observations (B, 4)."""
 
     def __init__(self, hidden):
         super().__init__()
@@ -84,23 +66,69 @@ class PolicyNetwork(nn.Module):
         return self.layers(obs)
 
 
+def discounted_returns(rewards, ends, gamma):
+    """The discounted sum of the rewards from each step to the end of its episode.
+
+    Args:
+        rewards: (S, N).
+        ends: (S, N) bool, True at the last step of an episode.
+        gamma: the discount per step.
+
+    Returns the returns, (S, N).
+    """
+    returns = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[0])  # the return of the step after this one
+    for t in reversed(range(len(rewards))):
+        following = rewards[t] + gamma * following * ~ends[t]
+        returns[t] = following
+    return returns
+
+
+def normalize(x):
+    """Shift and scale x to mean 0 and standard deviation 1."""
+    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
+
+
+def reinforce_loss(logprobs, returns):
+    """The loss whose gradient is minus an estimate of the policy gradient (Williams 1992); both arguments are (M,).
+
+    The mean is over steps and not over episodes. The factor gamma^t of the exact gradient is left out, as usual.
+    """
+    return -(logprobs * returns).mean()
+
+
 class Reinforce(Trainer):
+    """Plays whole episodes side by side, and takes one gradient step after them."""
+
     def __init__(self, c, device, metadata):
         torch.manual_seed(c.SEED)
         super().__init__(PolicyNetwork(c.HIDDEN).to(device), metadata=metadata)
-        self.c, self.device, self.num_steps = c, device, c.NUM_STEPS
+        self.c = c
+        self.device = device
+        self.num_steps = c.NUM_STEPS
         self.optimizer = torch.optim.Adam(self.policy.parameters(), c.LR)
         self.envs = gym.make_vec(ENV_ID, c.EPISODES, vectorization_mode="sync")
         self.generator = torch.Generator().manual_seed(c.SEED)  # of episodes and actions
         self.episodes = 0
 
     def collect_and_update(self):
-        return self.update(*self.play())
+        """One update: play episodes and learn from them. Returns its statistics."""
+        obs, actions, rewards, ends, played = self.play()
+        return self.update(obs, actions, rewards, ends, played)
 
     def play(self):
-        """EPISODES whole episodes -> obs (S, N, 4), actions, rewards, ends and which steps were played, each (S, N)."""
-        obs, _ = self.envs.reset(seed=int(torch.randint(2**31 - 1000, (), generator=self.generator)))
-        playing, steps = np.ones(self.envs.num_envs, bool), []
+        """Play EPISODES whole episodes; S is the length of the longest.
+
+        Returns:
+            obs: (S, N, 4).
+            actions, rewards: (S, N).
+            ends: (S, N) bool, True at the last step of an episode.
+            played: (S, N) bool, False behind the end of an episode.
+        """
+        seed = int(torch.randint(2**31 - 1000, (), generator=self.generator))
+        obs, _ = self.envs.reset(seed=seed)
+        playing = np.ones(self.envs.num_envs, bool)
+        steps = []
         while playing.any():
             self.check_stop()
             obs = torch.from_numpy(obs)
@@ -110,32 +138,35 @@ class Reinforce(Trainer):
             actions = torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
             next_obs, rewards, terminated, truncated, _ = self.envs.step(actions.numpy())
             ends = playing & (terminated | truncated)
-            steps.append((obs, actions, *map(torch.from_numpy, (rewards * playing, ends, playing.copy()))))
-            playing &= ~ends  # whatever an env plays after its end is not looked at
+            rewards = torch.from_numpy(rewards * playing)
+            steps.append((obs, actions, rewards, torch.from_numpy(ends), torch.from_numpy(playing)))
+            playing = playing & ~ends  # what an environment plays after its first episode is ignored
             obs = next_obs
-        return [torch.stack(x).to(self.device) for x in zip(*steps)]
+        return [torch.stack(quantity).to(self.device) for quantity in zip(*steps)]
 
     def update(self, obs, actions, rewards, ends, played):
-        """One gradient step -> statistics."""
+        """One gradient step on what `play` returned. Returns statistics; raises FloatingPointError if it diverges."""
         lr = learning_rate(self.global_step / self.num_steps, self.c.LR, self.c.MIN_LR)
         self.optimizer.param_groups[0]["lr"] = lr
-        logprobs = F.log_softmax(self.policy(obs[played]), dim=-1)
-        loss = reinforce_loss(
-            logprobs.gather(1, actions[played].unsqueeze(1)).squeeze(1),
-            normalize(returns(rewards.float(), ends, self.c.GAMMA)[played]),
-        )
+
+        returns = discounted_returns(rewards.float(), ends, self.c.GAMMA)
+        all_logprobs = F.log_softmax(self.policy(obs[played]), dim=-1)  # (M, 2)
+        logprobs = all_logprobs.gather(1, actions[played].unsqueeze(1)).squeeze(1)  # (M,)
+        loss = reinforce_loss(logprobs, normalize(returns[played]))
+        _, entropy_stats = entropy_loss(all_logprobs)
+
         self.optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.get_total_norm([p.grad for p in self.policy.parameters()]).item()
         check_finite(f"in update {self.update_count + 1}", rewards=rewards, loss=loss, gradient=grad_norm)
         self.optimizer.step()
+
         self.update_count += 1
         self.global_step += int(played.sum())
         self.episodes += self.envs.num_envs
-        _, stats = entropy_loss(logprobs)
         return {
             "loss": loss.item(),
-            "entropy": stats["entropy"].item(),
+            "entropy": entropy_stats["entropy"].item(),
             "grad_norm": grad_norm,
             "lr": lr,
             "episodes": float(self.episodes),
@@ -143,57 +174,68 @@ class Reinforce(Trainer):
         }
 
     def state_dict(self):
+        """Everything that a resumed run needs."""
         return self.training_state(
             optimizer=self.optimizer.state_dict(), generator=self.generator.get_state(), episodes=self.episodes
         )
 
     def load_state_dict(self, state):
-        """Go on where `state_dict` was taken, bit for bit: between two updates no episode is under way."""
+        """Go on bit for bit where `state_dict` was taken; between two updates no episode is under way."""
         self.load_training_state(state)
         load_optimizer(self.optimizer, state["optimizer"])
         self.generator.set_state(state["generator"])
         self.episodes = state["episodes"]
 
 
-def greedy(state):
-    """A policy state -> the player that takes the most probable action: observations (N, 4) -> actions (N,)."""
-    policy = PolicyNetwork(state["constants"]["HIDDEN"])
-    load_weights(policy, state["model"])
-    return lambda obs: policy(torch.from_numpy(obs)).argmax(-1).numpy()
-
-
-def evaluate(state, episodes=20, seed=0):
-    """Episodes of the most probable actions -> the `summary` of their returns."""
-    return summary(greedy_returns(lambda: gym.make(ENV_ID), greedy(state), episodes, seed))
-
-
-def frames(state, episodes, seed, human):
-    return greedy_frames(gym.make(ENV_ID, render_mode="human" if human else "rgb_array"), greedy(state), episodes, seed)
-
-
 def build(c):
+    """The trainer that these constants describe."""
     device = choose_device(c.DEVICE)
     set_threads(n_layer=1)  # small networks
     return Reinforce(c, device, {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
 
 
-LEVELS = {"maximum": 500, "solved": 475, "random play": 22}
+# --- playing ----------------------------------------------------------------------------------------------------------
+
+
+def greedy(state):
+    """A function from observations (N, 4) to the most probable actions (N,) of a policy state."""
+    policy = PolicyNetwork(state["constants"]["HIDDEN"])
+    load_weights(policy, state["model"])
+
+    def choose(obs):
+        return policy(torch.from_numpy(obs)).argmax(-1).numpy()
+
+    return choose
+
+
+def evaluate(state, episodes=20, seed=0):
+    """Play episodes with the most probable actions. Returns the `summary` of their returns."""
+    return summary(episode_returns(lambda: gym.make(ENV_ID), greedy(state), episodes, seed))
+
+
+def frames(state, episodes, seed, human):
+    """Yield the frames of episodes with the most probable actions; `human` shows them in a window."""
+    env = gym.make(ENV_ID, render_mode="human" if human else "rgb_array")
+    return episode_frames(env, greedy(state), episodes, seed)
+
+
 ALGORITHM = Algorithm(
-    "reinforce_cartpole",
-    __doc__,
-    CONSTANTS,
-    KEPT,
-    build,
-    evaluate,
-    frames,
-    levels=LEVELS,
+    name="reinforce_cartpole",
+    doc=__doc__,
+    constants=CONSTANTS,
+    kept=KEPT,
+    build=build,
+    evaluate=evaluate,
+    frames=frames,
     frame_ms=20,
+    levels={"maximum": 500, "solved": 475, "random play": 22},
     check=check_lr,
     memory=("EPISODES",),
 )
 
 
 def main(argv=()):
+    """Train, play or evaluate. Returns the exit status."""
     return run_algorithm(ALGORITHM, argv)
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from algorithms.parts.breakout_text import ACTIONS, BreakoutTexts, follow_the_ball, texts_of
-from algorithms.parts.common import summary
 from algorithms.parts.language_model import load_model, load_tokenizer
 from algorithms.parts.language_policy import LanguagePolicy
+from algorithms.parts.playing import summary
 from algorithms.ppo_llm_breakout import ANSWERS, CONSTANTS, PREFIX, SUFFIX, invented_texts, scores_of
 from harness.device import choose_device
 from harness.options import CommandLineError, Parser

@@ -31,7 +31,8 @@ import torch
 from algorithms import dqn_space_invaders as dqn
 from algorithms import grpo_text as grpo
 from algorithms import ppo_lunarlander as lander
-from algorithms.parts.common import greedy_returns, need
+from algorithms.parts.packages import need
+from algorithms.parts.playing import episode_returns
 from callbacks import Callback
 from harness.options import CommandLineError, Parser
 from harness.supervise import run_script
@@ -51,7 +52,7 @@ def stable_baselines3():
 
 def score(greedy):
     """greedy: observations (N, 8) -> actions (N,). -> the mean return of 30 fresh episodes."""
-    return float(np.mean(greedy_returns(lander.make_env, greedy, 30, 1_000_000)))
+    return float(np.mean(episode_returns(lander.make_env, greedy, 30, 1_000_000)))
 
 
 def ours_on_the_moon(seed, num_steps):

@@ -6,7 +6,7 @@ import json
 import torch
 from PIL import Image, ImageSequence
 
-from algorithms.parts.common import run_algorithm
+from algorithms.parts.training import run_algorithm
 from harness.checkpoint import load_checkpoint
 
 

@@ -312,7 +312,7 @@ def test_the_shipped_model_is_near_the_optimum(capsys):
         "actor_critic.pt: trained for 100 epochs (the shipped model)\n"
     )
     with pytest.raises(CheckpointError, match="is no model of actor_critic"):
-        main(["--evaluate", str(actor_critic.HERE / "pretrained" / "reinforce_cartpole.pt")])
+        main(["--evaluate", str(actor_critic.ALGORITHMS / "pretrained" / "reinforce_cartpole.pt")])
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from PIL import Image
 
 from algorithms import actor_critic_tictactoe as ttt
 from algorithms.actor_critic_tictactoe import ALGORITHM, greedy, policy_of
-from algorithms.parts.common import load_model
-from algorithms.parts.tictactoe import LINES, O, TicTacToe, X, best_score, every_line, over, wins
+from algorithms.parts.playing import load_policy_state
+from algorithms.parts.tictactoe import LINES, O, TicTacToe, X, every_game, optimal_score, over, wins
 
 SMALL = "--games 8 --hidden 8 --pool 2 --pool_interval 2 --eval_interval 2 --lr 0.003 --min_lr 0.003 --save_freq 1"
 EMPTY = (0,) * 9
@@ -85,11 +85,11 @@ def random_moves(boards, player):
     return (np.random.default_rng(0).random(boards.shape) * (boards == 0)).argmax(1)
 
 
-def test_every_line_is_walked():
+def test_every_game_is_walked():
     """A player who always takes the first empty cell: all replies, their chances sum to 1, and no board twice in the same order."""
     first = lambda boards, player: (boards == 0).argmax(1)
     for player in (X, O):
-        boards, chances = every_line(first, player)
+        boards, chances = every_game(first, player)
         assert over(boards).all() and chances.sum() == pytest.approx(1) and len(boards) > 50
         # the same by recursion, game by game
         assert len(boards) == count_lines(EMPTY, player, X)
@@ -105,9 +105,9 @@ def count_lines(b, player, turn):
 
 def test_the_optimum_against_random_play():
     """A board one move from winning; one where of four replies one loses, one draws and two win; the known results of random play."""
-    assert best_score(tuple(board("XX. OO. ...")[0]), X, X) == 1
-    assert best_score(tuple(board("XX. OO. X..")[0]), X, O) == pytest.approx((-1 + 0 + 1 + 1) / 4)
-    assert 0.99 < best_score(EMPTY, X, X) < 1 and 0.9 < best_score(EMPTY, O, X) < 0.95
+    assert optimal_score(tuple(board("XX. OO. ...")[0]), X, X) == 1
+    assert optimal_score(tuple(board("XX. OO. X..")[0]), X, O) == pytest.approx((-1 + 0 + 1 + 1) / 4)
+    assert 0.99 < optimal_score(EMPTY, X, X) < 1 and 0.9 < optimal_score(EMPTY, O, X) < 0.95
     rng, results = np.random.default_rng(0), []
     for _ in range(2000):
         b, turn = np.zeros((1, 9), np.int8), X
@@ -135,7 +135,7 @@ def test_the_shipped_model_never_loses_and_minimax_draws(tmp_path, monkeypatch, 
     assert result["lost"] == 0 and result["lines"] > 500
     for side in "XO":
         assert result[f"as_{side}"] >= 0.99 * result[f"optimum_as_{side}"]
-    state, _, _ = load_model(ALGORITHM, None)
+    state, _, _ = load_policy_state(ALGORITHM, None)
     moves = greedy(policy_of(state))
     for player in (X, O):
         b, turn = EMPTY, X

@@ -17,7 +17,7 @@ import torch
 from test_checkpoint import example, same
 from test_train_ppo import SMALL, logged
 
-import algorithms.parts.common
+import algorithms.parts.training
 import train_ppo
 from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.options import CommandLineError
@@ -117,7 +117,7 @@ def test_a_stranger_value_anywhere_in_a_checkpoint(training, tmp_path, without_p
     main = (
         train_ppo.main
         if training == "train_ppo"
-        else functools.partial(algorithms.parts.common.run_algorithm, module.ALGORITHM)
+        else functools.partial(algorithms.parts.training.run_algorithm, module.ALGORITHM)
     )
     small, refused, rng = (
         [*SMALL_RUNS[training].split(), "--eval_interval", "0", "--device", "cpu"],

@@ -422,8 +422,7 @@ def test_play_evaluate_and_video(tmp_path, monkeypatch, capsys, without_processe
     result = evaluated(ALGORITHM, "run", capsys, "--episodes", 2)
     assert result["games"] == 2 and result["score"] == np.mean([result["min"], result["max"]])
     assert run(ALGORITHM, "--play", "run", "--episodes", 2, "--out", "game.gif") == 0
-    printed = capsys.readouterr().out
-    assert '"games": 2' in printed and (tmp_path / "game.gif").stat().st_size > 1000
+    assert (tmp_path / "game.gif").stat().st_size > 1000
     state = load_checkpoint("run/last.pt")
     assert not any("reference" in name for name in state["model"]) and state["tokenizer"].startswith("{")
 

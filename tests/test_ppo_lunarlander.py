@@ -6,7 +6,7 @@ from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_
 from gymnasium.vector import AutoresetMode
 from PIL import Image
 
-from algorithms.ppo_lunarlander import ALGORITHM, ENV_ID, ActorCritic, Recorded, ReplayableEnvs, make_env
+from algorithms.ppo_lunarlander import ALGORITHM, ENV_ID, ActorCritic, Recorded, RecordedEnvs, make_env
 from harness.options import CommandLineError
 
 SMALL = "--num_envs 2 --rollout_steps 64 --batch_size 32 --epochs 1 --hidden 8 --eval_interval 0 --lr 0.001 --min_lr 0.001 --save_freq 1"
@@ -33,7 +33,7 @@ def test_a_lander_takes_the_same_course_again():
 
 def test_recording_changes_nothing():
     plain = gym.vector.SyncVectorEnv([lambda: gym.make(ENV_ID)] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
-    ours = ReplayableEnvs([lambda: Recorded(make_env())] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    ours = RecordedEnvs([lambda: Recorded(make_env())] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
     np.testing.assert_array_equal(plain.reset(seed=1)[0], ours.reset(seed=1)[0])
     for actions in np.random.default_rng(0).integers(4, size=(200, 2)):
         for a, b in zip(plain.step(actions)[:4], ours.step(actions)[:4]):

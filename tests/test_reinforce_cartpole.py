@@ -23,8 +23,16 @@ from algorithms_helpers import (
 from PIL import Image
 
 from algorithms import actor_critic_tictactoe, dqn_space_invaders, ppo_lunarlander, reinforce_cartpole
-from algorithms.parts import common
-from algorithms.reinforce_cartpole import ALGORITHM, PolicyNetwork, evaluate, normalize, reinforce_loss, returns
+from algorithms.parts import packages, playing
+from algorithms.parts.packages import ALGORITHMS, need
+from algorithms.reinforce_cartpole import (
+    ALGORITHM,
+    PolicyNetwork,
+    discounted_returns,
+    evaluate,
+    normalize,
+    reinforce_loss,
+)
 from harness.checkpoint import CheckpointError, save_checkpoint
 from harness.options import CommandLineError
 from harness.runs import locked
@@ -36,7 +44,7 @@ SMALL = "--episodes 2 --hidden 4 --eval_interval 2 --lr 0.01 --min_lr 0.01 --sav
 def test_returns_by_hand():
     rewards = torch.tensor([[1.0, 2.0], [1.0, 0.0], [4.0, 0.0]])  # the second episode ends after its first step
     ends = torch.tensor([[False, True], [False, False], [True, False]])
-    assert returns(rewards, ends, 0.5).tolist() == [[2.5, 2], [3, 0], [4, 0]]
+    assert discounted_returns(rewards, ends, 0.5).tolist() == [[2.5, 2], [3, 0], [4, 0]]
 
 
 def test_normalized_returns():
@@ -87,11 +95,7 @@ def test_play(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        file.stem
-        for file in Path(common.__file__).parent.glob("*.py")
-        if "\nALGORITHM = " in file.read_text(encoding="utf-8")
-    ],
+    [file.stem for file in ALGORITHMS.glob("*.py") if "\nALGORITHM = " in file.read_text(encoding="utf-8")],
 )
 def test_a_gif_can_hold_every_frame_time(name, tmp_path):
     """It counts hundredths of a second, and browsers slow down what is faster than 50 frames a second."""
@@ -136,7 +140,7 @@ def test_a_window_shows_the_game(tmp_path, monkeypatch):
 def test_random_play():
     """Episodes of random play last 22 steps on average: five standard errors of 500 are 2.7."""
     rng = np.random.default_rng(0)
-    scores = common.greedy_returns(
+    scores = playing.episode_returns(
         lambda: gym.make("CartPole-v1"), lambda obs: rng.integers(2, size=len(obs)), 500, seed=0
     )
     assert np.mean(scores) == pytest.approx(ALGORITHM.levels["random play"], abs=2.7)
@@ -144,7 +148,7 @@ def test_random_play():
 
 def test_without_a_shipped_model_the_newest_run_plays(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "HERE", tmp_path)
+    monkeypatch.setattr(playing, "ALGORITHMS", tmp_path)
     with pytest.raises(CheckpointError, match="no model of reinforce_cartpole is shipped, and there is no run"):
         run(ALGORITHM, "--evaluate")
     Path("runs/reinforce_cartpole/now").mkdir(parents=True)
@@ -180,17 +184,17 @@ def test_help_without_docstrings(capsys):
 
 def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(CommandLineError, match="^needs no_such_module: pip install -r algorithms/requirements.txt$"):
-        common.need("no_such_module")
-    monkeypatch.setattr(common, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+        need("no_such_module")
+    monkeypatch.setattr(packages, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
     with pytest.raises(CommandLineError, match="^transformers needs its docstrings"):
-        common.need("transformers")
+        need("transformers")
 
 
 def test_the_command_that_installs_can_be_pasted_in_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CommandLineError) as error:
-        common.need("no_such_module")
-    assert os.path.samefile(shlex.split(str(error.value))[-1], common.HERE / "requirements.txt")
+        need("no_such_module")
+    assert os.path.samefile(shlex.split(str(error.value))[-1], ALGORITHMS / "requirements.txt")
 
 
 def test_faults_of_any_training_here(tmp_path, monkeypatch, without_processes):
@@ -314,7 +318,7 @@ def test_an_evaluation_does_not_depend_on_how_many_play_side_by_side():
         ("--resume=", CommandLineError, "--resume: is empty"),
         ("--play --out=", CommandLineError, "--out: is empty"),
         ("--play --out game.mp4", CommandLineError, "--out must end in .gif"),
-        ("--play --out nowhere/game.gif", CommandLineError, "is a directory, or lies in none"),
+        ("--play --out nowhere/game.gif", CommandLineError, "is a directory, or its directory does not exist"),
         ("--evaluate --human", CommandLineError, "--human and --out belong to --play"),
         ("--evaluate --episodes 0", CommandLineError, "--episodes must be from 1"),
         ("--evaluate --play", CommandLineError, "not allowed with"),
@@ -322,7 +326,7 @@ def test_an_evaluation_does_not_depend_on_how_many_play_side_by_side():
     ],
 )
 def test_bad_input(monkeypatch, words, error, message):
-    monkeypatch.chdir(common.HERE)
+    monkeypatch.chdir(ALGORITHMS)
     with pytest.raises(error, match=message) as caught:
         run(ALGORITHM, *words.split())
     assert "\n" not in str(caught.value)
@@ -340,7 +344,7 @@ def test_a_score_is_printed_even_if_the_remark_on_its_model_cannot_be(monkeypatc
         monkeypatch.setattr(sys, "stderr", full)
         assert (
             reinforce_cartpole.main(
-                ["--evaluate", str(common.HERE / "pretrained" / "reinforce_cartpole.pt"), "--episodes", "1"]
+                ["--evaluate", str(ALGORITHMS / "pretrained" / "reinforce_cartpole.pt"), "--episodes", "1"]
             )
             == 0
         )

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import sweep
-from algorithms.parts.common import run_algorithm
+from algorithms.parts.training import run_algorithm
 from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.options import CommandLineError
 from sweep import TRAININGS, combinations, directory_of, heat_map, main, training

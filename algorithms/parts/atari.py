@@ -8,7 +8,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import StickyAction
 from PIL import Image
 
-from algorithms.parts.common import need
+from algorithms.parts.packages import need
 from harness.messages import one_line
 from harness.options import CommandLineError
 

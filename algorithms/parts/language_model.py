@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from algorithms.parts.common import need
+from algorithms.parts.packages import need
 from harness.device import out_of_memory
 from harness.messages import say, shortened
 from harness.options import CommandLineError

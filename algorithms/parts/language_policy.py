@@ -6,7 +6,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms.parts.common import need
 from algorithms.parts.language_model import (
     TrainedOnly,
     chat,
@@ -16,6 +15,7 @@ from algorithms.parts.language_model import (
     longest_text,
     transformer,
 )
+from algorithms.parts.packages import need
 from harness.options import CommandLineError
 from ppo import Policy
 from trainer import check_finite

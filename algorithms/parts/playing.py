@@ -1,0 +1,242 @@
+"""Plays what a training of this folder has learned: --play draws games, --evaluate scores them."""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from gymnasium.error import DependencyNotInstalled
+from gymnasium.vector import SyncVectorEnv
+
+from algorithms.parts.packages import ALGORITHMS, requirements
+from evaluation import standard_error
+from harness.checkpoint import CheckpointError, check_like, load_checkpoint, model_to_play, replacing
+from harness.device import DeviceError, choose_device
+from harness.messages import printable, shortened, shown, tell
+from harness.options import CommandLineError, Parser, given_path
+from harness.runs import constants_of
+from harness.supervise import memory_advice
+from trainer import check_finite
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def play_or_evaluate(algorithm, argv):
+    """Draw games, show them or score them, whichever the command line asks for. Returns the exit status."""
+    args = read_arguments(algorithm, argv)
+    state, path, why = load_policy_state(algorithm, args.checkpoint)
+    for constant in algorithm.models:
+        folder = getattr(args, constant.lower())
+        if folder:
+            state["constants"][constant] = folder
+    tell(f"{shown(path)}: trained for {state['global_step']:,} steps{why}")
+    try:
+        with memory_advice("does not fit into memory; try fewer --episodes"):
+            if not args.playing:
+                print(json.dumps(algorithm.evaluate(state, args.episodes, args.seed)))
+            elif args.in_terminal:
+                algorithm.play_in_terminal(state, args.seed)
+            else:
+                show(algorithm, state, args)
+    except DependencyNotInstalled as error:
+        raise CommandLineError(f"{error}; pip install {requirements()}") from None
+    except CommandLineError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: does not fit this program ({error}); train one anew") from None
+    return 0
+
+
+def read_arguments(algorithm, argv):
+    """Parse and check a command line with --play or --evaluate.
+
+    Returns the options, and beside them `playing`, `in_terminal`, and `checkpoint`, which is None if none was named.
+    """
+    args = make_parser(algorithm).parse_args(argv)
+    args.playing = args.play is not None
+    named = args.play if args.playing else args.evaluate
+    args.checkpoint = None if named is True else named
+    args.in_terminal = bool(args.playing and algorithm.play_in_terminal and (args.human or not algorithm.frames))
+    check_arguments(args)
+    args.out = args.out or f"{algorithm.name}.gif"
+    check_out(args.out)
+    if args.episodes is None:
+        args.episodes = 1 if args.playing else algorithm.episodes
+    check_within("episodes", args.episodes, 1, 10**6)
+    check_within("seed", args.seed, 0, 2**31 - 1)
+    return args
+
+
+def make_parser(algorithm):
+    """The parser of a command line with --play or --evaluate."""
+    parser = Parser(f"-m algorithms.{algorithm.name}", algorithm.doc)
+    modes = parser.add_mutually_exclusive_group()
+    model = dict(type=given_path, nargs="?", const=True, metavar="MODEL")
+    modes.add_argument("--play", **model, help="draw games (default: of the newest run, else of the shipped model)")
+    modes.add_argument("--evaluate", **model, help="score fresh games")
+    parser.add_argument("--episodes", type=int, help=f"default 1 to play, {algorithm.episodes} to evaluate")
+    seed_help = "of the games (default 1000000, far from the seeds of trainings)"
+    parser.add_argument("--seed", type=int, default=1_000_000, help=seed_help)
+    parser.add_argument("--out", type=given_path, help=f"default {algorithm.name}.gif")
+    parser.add_argument("--human", action="store_true", help="play in a window, or against you in the terminal")
+    for constant in algorithm.models:
+        moved = "the folder that this model of the run has moved to"
+        parser.add_argument(f"--{constant.lower()}", type=given_path, metavar="FOLDER", help=moved)
+    return parser
+
+
+def check_arguments(args):
+    """Raises CommandLineError for options that do not go together."""
+    if not args.playing and (args.human or args.out):
+        raise CommandLineError("--human and --out belong to --play; leave them out")
+    if args.out and (args.human or args.in_terminal):
+        raise CommandLineError("--episodes and --out belong to a gif; leave them out")
+    if args.episodes is not None and args.in_terminal:
+        raise CommandLineError("--episodes and --out belong to a gif; leave them out")
+
+
+def check_out(out):
+    """Raises CommandLineError for a path that no gif can be written to."""
+    if not out.lower().endswith(".gif"):
+        raise CommandLineError(f"--out must end in .gif, not {out!r}")
+    if Path(out).is_dir() or not Path(out).parent.is_dir():
+        raise CommandLineError(f"--out: {out} is a directory, or its directory does not exist")
+
+
+def check_within(name, value, low, high):
+    """Raises CommandLineError for an option outside of its range."""
+    if not low <= value <= high:
+        raise CommandLineError(f"--{name} must be from {low} to {high:,}, not {value}")
+
+
+def show(algorithm, state, args):
+    """Show games in a window, or draw them as a gif."""
+    if args.human and sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
+        raise CommandLineError("--human needs a screen, and there is none; leave it out for a gif")
+    frames = algorithm.frames(state, args.episodes, args.seed, args.human)
+    if args.human:
+        for _ in frames:
+            pass  # the window shows them
+        return
+    from viewer.drawing import write_gif  # imported here, because training works without it
+
+    with replacing(args.out) as unfinished:  # an old gif stays whole until the new one is
+        write_gif(unfinished, frames, algorithm.frame_ms)
+    print(f"wrote {printable(args.out)} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
+
+
+# --- loading a model --------------------------------------------------------------------------------------------------
+
+
+def load_policy_state(algorithm, name):
+    """Load the model to play: the run or checkpoint of this name, or for None the newest run or the shipped model.
+
+    Returns its policy state, its path, and why it was taken. Raises CheckpointError.
+    """
+    shipped = ALGORITHMS / "pretrained" / f"{algorithm.name}.pt"
+    path, why = model_to_play(name, shipped, lambda state: state.get("algorithm") == algorithm.name)
+    state = load_checkpoint(path)
+    check_algorithm(algorithm.name, state, path)
+    try:
+        check_like(state, {"constants": {}, "global_step": 0, "model": {}})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; train one anew") from None
+    constants = constants_of(path, state["constants"], algorithm.constants)
+    return state | {"constants": constants}, path, why
+
+
+def check_algorithm(name, state, path):
+    """Raises CheckpointError for a model of another training."""
+    if state.get("algorithm") != name:
+        trained_by = shortened(state.get("algorithm", "another program"))
+        raise CheckpointError(f"{path}: is no model of {name}; it was trained by {trained_by}")
+
+
+def check_models(state, models, path):
+    """Check that the pretrained models which a run is continued or played with are those that it began with.
+
+    Args:
+        state: the checkpoint of the run.
+        models: {constant: [name, fingerprint]} of the pretrained models that are loaded now.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        CommandLineError: another model was named. If the name is the same and the model is not, that is a warning,
+            because a later version of transformers may read the same files differently.
+    """
+    if "models" not in state:  # a checkpoint of an older version
+        return
+    try:
+        check_like(state, {"models": models})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; use another checkpoint") from None
+    for constant, (name, fingerprint) in models.items():
+        saved_name, saved_fingerprint = state["models"][constant]
+        if fingerprint == saved_fingerprint:
+            continue
+        if name != saved_name:
+            reason = f"--{constant.lower()} {name} is not the model that the run began with"
+            raise CommandLineError(f"{reason}; name that one, which was {shortened(saved_name)}")
+        warnings.warn(f"{name} has changed since the run began, or is now read differently", stacklevel=1)
+
+
+def training_device(c):
+    """The device that a training with these constants ran on, or the CPU if this machine lacks it."""
+    try:
+        return choose_device(c.DEVICE)
+    except DeviceError:
+        return torch.device("cpu")
+
+
+# --- playing games ----------------------------------------------------------------------------------------------------
+
+
+def episode_returns(make_env, choose, episodes, seed):
+    """Play whole episodes, up to 100 side by side, and return the return of each.
+
+    Args:
+        make_env: makes one environment.
+        choose: takes observations (N, ...) and returns actions (N,), both NumPy arrays.
+    """
+    returns = []
+    for first in range(0, episodes, 100):
+        envs = SyncVectorEnv([make_env] * min(100, episodes - first))
+        obs, _ = envs.reset(seed=seed + first)
+        playing = np.ones(envs.num_envs, bool)
+        scores = np.zeros(envs.num_envs)
+        while playing.any():
+            obs, rewards, terminated, truncated, _ = envs.step(choose(obs))
+            scores += rewards * playing
+            playing &= ~(terminated | truncated)
+        envs.close()
+        returns += scores.tolist()
+    return returns
+
+
+def episode_frames(env, choose, episodes, seed):
+    """Play whole episodes and yield each of their frames; `choose` is as in `episode_returns`."""
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed + episode)
+        over = False
+        while not over:
+            obs, _, terminated, truncated, _ = env.step(int(choose(obs[None])[0]))
+            over = terminated or truncated
+            yield env.render()
+    env.close()
+
+
+def summary(scores):
+    """The statistics of the scores of some games. Raises FloatingPointError for a score that is not finite."""
+    scores = np.asarray(scores, float)
+    check_finite("in an evaluation", rewards=scores)
+    return {
+        "score": float(scores.mean()),
+        "error": standard_error(scores),
+        "std": float(scores.std()),
+        "min": float(scores.min()),
+        "max": float(scores.max()),
+        "games": len(scores),
+    }
