@@ -455,7 +455,7 @@ def test_a_video_that_cannot_be_drawn_stops_nothing(tmp_path, monkeypatch, capsy
         == 0
     )
     lines = [line for line in capsys.readouterr().out.splitlines() if "no video" in line]
-    assert len(lines) == 2 and "out of memory in a kernel" in lines[0] and "a process has died" in lines[1]
+    assert len(lines) == 2 and "RuntimeError: out of memory" in lines[0] and "a process has died" in lines[1]
 
 
 def test_an_mlp_reads_the_same_texts(tmp_path, monkeypatch, capsys, without_processes):
