@@ -1,4 +1,4 @@
-"""Directories of runs: new ones, locks, and what a resume reads from them."""
+"""The directories of runs: make a new one, lock it, and read from it what a resume needs."""
 
 import contextlib
 import json
@@ -22,15 +22,15 @@ from harness.options import CommandLineError, Values, expand_home, read_command_
 
 ROOT = Path(__file__).parent.parent
 
-LOCK = "run.lock"  # in a run directory; the system takes the lock off when its process ends, however it ends
+LOCK = "run.lock"  # a file in a run's directory; the system releases its lock however the process ends
 
 
 class Run(NamedTuple):
-    """What is to be trained: a new run, or one that goes on."""
+    """A run that the command line asks for, either new or resumed."""
 
     constants: dict
-    directory: Path | None  # None: a new run, which has none yet
-    state: dict | None  # of the trainer; None: a new run
+    directory: Path | None  # None for a new run, which has no directory yet
+    state: dict | None  # the trainer's, from the checkpoint; None for a new run
 
 
 def read_run(argv, prog, doc, known, kept=(), check=lambda c: None):
@@ -61,50 +61,55 @@ def read_run(argv, prog, doc, known, kept=(), check=lambda c: None):
 
 
 def read_resumed(name, given, known, kept):
-    """The `Run` to resume from this run directory or checkpoint, with the constants given on the command line."""
+    """The `Run` to resume from a run directory or checkpoint, with the constants `given` on the command line."""
     path = find_run(name)
-    run_dir = path.parent
-    in_a_run = (run_dir / "config.json").exists()
-    with locked(run_dir) if in_a_run and RANK == 0 else contextlib.nullcontext():  # a training would soon replace it
-        state = load_checkpoint(path)
-    if "optimizer" not in state:
-        raise CheckpointError(f"{path}: holds a model to play, not a run to resume; resume from its run's last.pt")
-    if not in_a_run:
-        raise CheckpointError(
-            f"{path}: lies outside its run (there is no config.json beside it); resume it in its run directory"
-        )
-    run_id = recorded_id(run_dir)
-    if run_id and state.get("run_id", run_id) != run_id:  # metrics.csv would mix the rows of two runs
-        raise CheckpointError(
-            f"{path}: is of another run than the config.json beside it; resume it in its own run directory"
-        )
+    state = load_resumable(path)
     recorded = state.get("constants")
     if not isinstance(recorded, dict):
         raise CheckpointError(f"{path}: does not say with which constants it was trained; resume another run")
     if gone := sorted(map(str, recorded.keys() - known.keys())):
-        names = shortened(", ".join(gone))
-        raise CheckpointError(
-            f"{path}: has other constants than this program ({names}); resume it with the program that wrote it"
-        )
+        problem = f"has other constants than this program ({shortened(', '.join(gone))})"
+        raise CheckpointError(f"{path}: {problem}; resume it with the program that wrote it")
     for constant in kept:
         if constant in given and given[constant] != recorded.get(constant, known[constant]):
             raise CommandLineError(f"--{constant.lower()} cannot change in a resumed run; leave it out")
-    constants = constants_of(path, recorded, known, given) | given | {"RUN_DIR": str(run_dir)}
-    return Run(constants, run_dir, state)
+    constants = constants_of(path, recorded, known, given) | given | {"RUN_DIR": str(path.parent)}
+    return Run(constants, path.parent, state)
+
+
+def load_resumable(path):
+    """The state in a checkpoint. Raises CheckpointError unless it lies in its own run and can be resumed."""
+    in_a_run = (path.parent / "config.json").exists()
+    # Without the lock, a process that still trains this run would soon replace what is read here.
+    with locked(path.parent) if in_a_run and RANK == 0 else contextlib.nullcontext():
+        state = load_checkpoint(path)
+    if "optimizer" not in state:
+        raise CheckpointError(f"{path}: holds a model to play, not a run to resume; resume from its run's last.pt")
+    if not in_a_run:
+        problem = "lies outside its run (there is no config.json beside it)"
+        raise CheckpointError(f"{path}: {problem}; resume it in its run directory")
+    run_id = recorded_id(path.parent)
+    if run_id and state.get("run_id", run_id) != run_id:  # metrics.csv would mix the rows of two runs
+        problem = "is of another run than the config.json beside it"
+        raise CheckpointError(f"{path}: {problem}; resume it in its own run directory")
+    return state
 
 
 def find_run(name):
-    """The checkpoint to resume from. Raises CommandLineError for a run that has none yet, CheckpointError if there is no run."""
+    """The checkpoint to resume from.
+
+    Raises CommandLineError for a run that has no checkpoint yet, CheckpointError if there is nothing at all.
+    """
     if (Path(name) / "config.json").exists() and not any(Path(name).glob("*.pt")):
-        raise CommandLineError(
-            f"{name} was stopped before its first checkpoint; begin it again with --run_dir {quoted(name)}"
-        )
+        advice = f"begin it again with --run_dir {quoted(name)}"
+        raise CommandLineError(f"{name} was stopped before its first checkpoint; {advice}")
     return find_checkpoint(name)
 
 
 def constants_of(path, recorded, known, given=()):
-    """The constants of a checkpoint, without those `given` on the command line. One added to the script since then has its default.
+    """The constants of a checkpoint, except those `given` on the command line.
 
+    A constant that was added to the script since then takes its default, and a line says so.
     Raises CheckpointError for a value that the script would not accept.
     """
     constants = {}
@@ -119,62 +124,66 @@ def constants_of(path, recorded, known, given=()):
     except CommandLineError as error:
         raise CheckpointError(f"{path}: {error}; use another checkpoint") from None
     if ":" in constants.get("ENV_ID", ""):  # Gymnasium would import the module before the colon
-        env_id = shortened(repr(constants["ENV_ID"]))
-        raise CheckpointError(
-            f"{path}: its ENV_ID {env_id} would run a module's code; name it by --env_id if you trust that"
-        )
+        problem = f"its ENV_ID {shortened(repr(constants['ENV_ID']))} would run a module's code"
+        raise CheckpointError(f"{path}: {problem}; name it by --env_id if you trust that")
     return constants
 
 
+# --- directories ------------------------------------------------------------------------------------------------------
+
+
 def new_run_dir(name, parent="runs"):
-    """Makes the directory of a new run, <parent>/<date-time> for ""; two that start in the same second get two."""
+    """Make the directory of a new run: `name`, or else <parent>/<date-time>, numbered if there is one of this second.
+
+    Raises CommandLineError if the directory cannot be made, or is in use.
+    """
     stem = name or time.strftime(f"{parent}/%Y-%m-%d_%H-%M-%S")
-    for attempt in range(1, 100):
-        run_dir = Path(stem if attempt == 1 else f"{stem}-{attempt}")
-        try:
-            run_dir.mkdir(parents=True, exist_ok=bool(name))
-            if not in_use(run_dir):
-                return run_dir
-        except FileExistsError:
-            if not run_dir.exists():
-                raise CommandLineError(
-                    f"{run_dir} cannot be made: a link in this path leads nowhere; name another --run_dir"
-                ) from None
-        except (OSError, ValueError) as error:  # a null byte in a name is a ValueError
-            raise CommandLineError(
-                f"{run_dir} cannot be made ({getattr(error, 'strerror', error)}); name another --run_dir"
-            ) from None
-        if name:
-            break
+    candidates = [stem] if name else [stem, *(f"{stem}-{number}" for number in range(2, 100))]
+    for run_dir in map(Path, candidates):
+        if make_directory(run_dir, exist_ok=bool(name)) and not in_use(run_dir):
+            return run_dir
     go_on = f", or --resume {quoted(run_dir)}" if (run_dir / "last.pt").exists() else ""
     raise CommandLineError(f"{run_dir} is in use already; name another --run_dir{go_on}")
 
 
+def make_directory(path, exist_ok):
+    """Make a directory. Returns False if the name is taken. Raises CommandLineError if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
+        return True
+    except FileExistsError:  # a file, a directory that must be new, or a link to nothing
+        if path.exists():
+            return False
+        reason = ": a link in this path leads nowhere"
+    except (OSError, ValueError) as error:  # a null byte in a name is a ValueError
+        reason = f" ({getattr(error, 'strerror', error)})"
+    raise CommandLineError(f"{path} cannot be made{reason}; name another --run_dir")
+
+
 def in_use(run_dir):
-    """Whether a directory has more in it than what a run leaves that was killed before its first checkpoint."""
+    """Whether a directory holds more than a run leaves that was killed before its first checkpoint."""
     return any(map(worth_keeping, run_dir.iterdir()))
 
 
-def check_begun(run_dir, constants):
-    """Raises CommandLineError for a directory in which a search can neither begin a run with these constants nor go on with one."""
-    free = {"RUN_DIR": "", "RUN_ID": "", "DEVICE": ""}  # a GPU may have failed since, and the CPU gone on
-    begun = recorded_constants(run_dir)
-    if begun is not None and begun | free != constants | free:
-        raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
-    if run_dir.exists() and not (run_dir / "last.pt").exists() and in_use(run_dir):
-        raise CommandLineError(
-            f"{run_dir} is in use already, and has no last.pt to go on from; move it away, or name another --out"
-        )
-
-
 def worth_keeping(file):
+    """Whether a file is not one of those that a run writes before its first checkpoint."""
     if file.name == "config.json":  # other programs have one too
         return '"RUN_DIR"' not in file.read_text(encoding="utf-8", errors="replace")
     return not (file.name in ("config.json.tmp", "last.pt.tmp", LOCK) or file.name.startswith("events.out.tfevents."))
 
 
+# --- what a directory says about its run ------------------------------------------------------------------------------
+
+
+def write_config(run_dir, trainer):
+    """Write a run's config.json, without which nothing can be resumed there. Makes the directory if need be."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = trainer.metadata["constants"] | {"RUN_ID": trainer.metadata["run_id"]}
+    atomic_write(run_dir / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
 def recorded_constants(run_dir):
-    """What the config.json in a directory holds, or None if there is none. Raises CommandLineError if it is damaged."""
+    """The content of a directory's config.json, or None if it has none. Raises CommandLineError if it is damaged."""
     config = run_dir / "config.json"
     if not config.is_file():
         return None
@@ -188,11 +197,32 @@ def recorded_constants(run_dir):
 
 
 def recorded_id(run_dir):
-    """The number in a run's config.json that every checkpoint of the run has too. None: the run is older than that."""
+    """The RUN_ID in a run's config.json, which its checkpoints have too. None if the run is older than this number."""
     with contextlib.suppress(OSError, CommandLineError, AttributeError):
         run_id = recorded_constants(run_dir).get("RUN_ID")
         return run_id if isinstance(run_id, str) else None
     return None
+
+
+def is_replaced(run_dir, trainer):
+    """Whether something else has taken the place of a run's directory: a file, a dangling link, or another run."""
+    no_directory = os.path.lexists(run_dir) and not run_dir.is_dir()
+    return no_directory or recorded_id(run_dir) not in (None, trainer.metadata.get("run_id"))
+
+
+def check_begun(run_dir, constants):
+    """Raises CommandLineError if a run with these constants can neither begin in a directory nor go on there."""
+    free = {
+        "RUN_DIR": "",
+        "RUN_ID": "",
+        "DEVICE": "",
+    }  # the device may differ: after a fault of the GPU the CPU goes on
+    begun = recorded_constants(run_dir)
+    if begun is not None and constants | begun | free != constants | free:
+        raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
+    if run_dir.exists() and not (run_dir / "last.pt").exists() and in_use(run_dir):
+        problem = "is in use already, and has no last.pt to go on from"
+        raise CommandLineError(f"{run_dir} {problem}; move it away, or name another --out")
 
 
 def finished(run_dir):
@@ -203,45 +233,30 @@ def finished(run_dir):
     return state["global_step"] >= state["constants"]["NUM_STEPS"] and not state["evaluations"]
 
 
-def write_config(run_dir, trainer):
-    """Make the directory of a run, if it is not there, and write its config.json: without that, nothing in it can be resumed."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    config = trainer.metadata["constants"] | {"RUN_ID": trainer.metadata["run_id"]}
-    atomic_write(run_dir / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-
-
-def is_replaced(run_dir, trainer):
-    """Whether something else is now where the directory of a run was: a file, a link to nothing, the directory of another run."""
-    no_directory = os.path.lexists(run_dir) and not run_dir.is_dir()
-    return no_directory or recorded_id(run_dir) not in (None, trainer.metadata.get("run_id"))
+# --- one process at a time --------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def locked(run_dir):
-    """Within, no other process trains in this directory. Raises CommandLineError."""
-    lock, stack = filelock.FileLock(run_dir / LOCK), contextlib.ExitStack()
-    try:
-        lock.acquire(blocking=False)
-        stack.callback(lock.release)
-        stack.enter_context(directory_locked(run_dir))
-    except (filelock.Timeout, BlockingIOError):
-        stack.close()
-        raise CommandLineError(
-            f"{run_dir}: another process is training this run; stop that one first, or name another run"
-        ) from None
-    except OSError as error:
-        raise CommandLineError(
-            f"{run_dir} cannot be written ({error.strerror}); check its permissions, or name another run"
-        ) from None
-    with stack:
+    """Keep other processes from training in a directory. Raises CommandLineError if one does, or if it cannot write."""
+    with contextlib.ExitStack() as locks:
+        try:
+            locks.enter_context(filelock.FileLock(run_dir / LOCK, timeout=0))
+            locks.enter_context(directory_locked(run_dir))
+        except (filelock.Timeout, BlockingIOError):
+            advice = "stop that one first, or name another run"
+            raise CommandLineError(f"{run_dir}: another process is training this run; {advice}") from None
+        except OSError as error:
+            advice = "check its permissions, or name another run"
+            raise CommandLineError(f"{run_dir} cannot be written ({error.strerror}); {advice}") from None
         yield
 
 
 @contextlib.contextmanager
 def directory_locked(run_dir):
-    """Within, the directory itself is locked too, because somebody may delete the lock file. Raises BlockingIOError.
+    """Lock the directory itself, because somebody may delete the lock file in it. Raises BlockingIOError.
 
-    Windows locks no directories, but does not delete a file that is open either; nor do some network drives.
+    Windows and some network drives cannot lock a directory. Windows does not delete an open file either.
     """
     if fcntl is None:
         yield
@@ -250,10 +265,9 @@ def directory_locked(run_dir):
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:  # the file's lock has to do
-            pass
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                raise
         yield
     finally:
         os.close(descriptor)
@@ -266,32 +280,40 @@ def delete_unfinished(run_dir):
             file.unlink()
 
 
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
 def load_state(trainer, run):
-    """Puts the state of a resumed run into its trainer. Raises CheckpointError if it does not fit."""
+    """Put the state of a resumed run into its trainer.
+
+    Raises CheckpointError if it does not fit, CommandLineError if the run has done all its steps.
+    """
     try:
         trainer.check_state(run.state)
         trainer.load_state_dict(run.state)
-        run_id = run.state.get("run_id")
-        trainer.metadata["run_id"] = run_id if isinstance(run_id, str) else None  # None: the run is older than that
-    except Exception as error:  # a value can be of the right type and yet be none: of a game, of a random generator, of another library
+    except (
+        Exception
+    ) as error:  # a value of the right type may still be none of a game, or of another library's generator
         if out_of_memory(error):
             raise
-        raise CheckpointError(
-            f"{run.directory}: does not fit this program ({one_line(error)}); resume another run"
-        ) from None
+        line = f"{run.directory}: does not fit this program ({one_line(error)}); resume another run"
+        raise CheckpointError(line) from None
+    run_id = run.state.get("run_id")
+    trainer.metadata["run_id"] = (
+        run_id if isinstance(run_id, str) else None
+    )  # None in runs that are older than this number
     if trainer.global_step >= trainer.num_steps and not trainer.pending:
-        raise CommandLineError(
-            f"{run.directory} has done {trainer.global_step:,} steps already; to go on, give a larger --num_steps"
-        )
+        done = f"{run.directory} has done {trainer.global_step:,} steps already"
+        raise CommandLineError(f"{done}; to go on, give a larger --num_steps")
     try:
         best = load_checkpoint(run.directory / "best_model.pt", {"evaluation": {"score": 0.0}})
         trainer.best_score = best["evaluation"]["score"]
-    except CheckpointError:  # none, or spoiled: the next evaluation leaves another
+    except CheckpointError:  # there is none, or it is damaged: the next evaluation writes one
         trainer.best_score = -math.inf
 
 
 def resume_command(prog, run_dir, ranks):
-    """The command that goes on with a run, to be pasted into a shell in this directory."""
+    """The command that goes on with a run, to paste into a shell in the working directory."""
     launcher = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
     script = prog if prog.startswith("-m ") else quoted(shown(ROOT / prog))
     return f"{launcher} {script} --resume {quoted(run_dir)}"
