@@ -170,7 +170,7 @@ class Evaluation(Callback):
         """Return the result of a finished evaluation. If it lacked a process, memory or the GPU, evaluate the state
         here."""
         try:
-            return self.background.result(future)
+            return future.result()
         except Exception as error:
             if not (unavailable(error) or isinstance(error, CannotStart)):
                 raise

@@ -315,7 +315,7 @@ class Video(Callback):
     def finish(self):
         if self.under_way is not None:
             future, self.under_way = self.under_way, None
-            self.background.result(future)
+            future.result()
 
     def close(self):
         if self.background:

@@ -1,4 +1,4 @@
-"""Calls a function in background processes, such as the evaluation of a policy that trains on meanwhile."""
+"""Calls a function in other processes, while this one goes on."""
 
 import contextlib
 import multiprocessing
@@ -17,57 +17,41 @@ import torch
 from harness.messages import one_line
 from harness.supervise import signals_handled
 
-# Held while a process starts, because `main_hidden` changes a module that all threads see.
-STARTING = threading.Lock()
+STARTING = threading.Lock()  # `main_hidden` changes what all threads see
 
 
 class CannotStart(RuntimeError):
-    """No process can be started here, or none that can import the function; the message is one line."""
+    """No other process can be started, or it cannot find the function; the message is one line."""
 
 
 class Background:
-    """Computes function(x) in other processes: `submit(x)` returns a future, and `result(future)` waits for its value.
+    """Calls a function in other processes: `submit(x)` returns the future of function(x).
 
-    One thread per process sends it the submitted values and waits for the answers. The processes ignore Ctrl-C, which
-    reaches every process of a terminal. They end together with this process, however it ends, and `close()` ends them
-    at once.
+    The future's result raises what the function raises, CannotStart, or ChildProcessError if a process has died.
+
+    The processes ignore Ctrl-C, which reaches every process of a terminal, and end with this one, however it ends.
+    `close()` ends them at once.
 
     Args:
-        function: is pickled by its name, so it must be importable.
-        processes: the largest number of processes; all but the first start only when they are needed.
+        function: must be importable, because it is pickled by its name.
+        processes: how many calls may run at once. A process is started when all others are busy.
     """
 
     def __init__(self, function, processes=1):
         self.function, self.processes = function, processes
-        self.threads = ThreadPoolExecutor(processes)
-        self.started, self.futures = [], []
-        # Pairs of a connection to a process that waits for work, and whether this process has reported that it can
-        # work.
-        self.idle = queue.SimpleQueue()
-        # One process starts now, because its imports take seconds. If that fails, `submit` tries again and reports the
-        # reason.
-        with contextlib.suppress(Exception):
-            self.start_process()
-
-    def start_process(self):
-        function = pickle.dumps(self.function)
-        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork.
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(function, theirs), daemon=True)
-        hidden = contextlib.nullcontext() if b"__main__" in function else main_hidden()
-        with STARTING, sigint_ignored(), hidden:
-            process.start()
-        theirs.close()  # Now only the process has this end, so receiving fails as soon as the process has ended.
-        self.started.append(process)
-        self.idle.put((ours, False))
+        self.threads = ThreadPoolExecutor(processes)  # each waits for the answer of one worker
+        self.workers, self.futures = [], []
+        self.idle = queue.SimpleQueue()  # the workers that wait for a call
+        with contextlib.suppress(Exception):  # `submit` tries again
+            self.start_worker()  # now, because its imports take seconds
 
     def submit(self, x):
-        """Return a future for `result`. Where no process or thread can be started, `result` raises the reason."""
         data = pickle.dumps(x)
         self.futures = [future for future in self.futures if not future.done()]
+        all_busy = len(self.futures) >= len(self.workers)
         try:
-            if len(self.futures) >= len(self.started) < self.processes:
-                self.start_process()
+            if all_busy and len(self.workers) < self.processes:
+                self.start_worker()
             future = self.threads.submit(self.call, data)
         except Exception as error:
             future = Future()
@@ -75,53 +59,65 @@ class Background:
         self.futures.append(future)
         return future
 
+    def start_worker(self):
+        worker = Worker(self.function)
+        self.workers.append(worker)
+        self.idle.put(worker)
+
     def call(self, data):
-        """Send a pickled value to an idle process and return its answer; runs in one of the threads."""
-        connection, works = self.idle.get()
+        worker = self.idle.get()
         try:
-            if not works:
-                if reason := connection.recv():
-                    raise CannotStart(f"no other process can run it: {reason}")
-                works = True
-            connection.send_bytes(data)
-            result, error = pickle.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            if not works:
-                reason = "what it wrote stands above, or memory ran out"
-                raise CannotStart(f"no other process can run it: {reason}") from None
-            raise ChildProcessError(
-                "a background process has died: what it wrote stands above, or memory ran out"
-            ) from None
+            return worker.call(data)
         finally:
-            self.idle.put((connection, works))
+            self.idle.put(worker)
+
+    def close(self):
+        for worker in self.workers:
+            worker.process.kill()
+        self.threads.shutdown(wait=False)
+
+
+class Worker:
+    """One process that calls the function, seen from the process that waits for the results."""
+
+    def __init__(self, function):
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        pickled = pickle.dumps(function)
+        self.connection, its_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(pickled, its_end), daemon=True)
+        of_main_script = b"__main__" in pickled
+        with STARTING, sigint_ignored(), contextlib.nullcontext() if of_main_script else main_hidden():
+            self.process.start()
+        its_end.close()  # only the process holds it now, so we notice when the process ends
+        self.started = False  # whether the process has said that it found the function
+
+    def call(self, data):
+        """Return the result of the function for this pickled argument, or raise its error."""
+        try:
+            if not self.started:
+                if reason := self.connection.recv():
+                    raise CannotStart(f"no other process can run it: {reason}")
+                self.started = True
+            self.connection.send_bytes(data)
+            result, error = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            why = "what it wrote stands above, or memory ran out"
+            if not self.started:
+                raise CannotStart(f"no other process can run it: {why}") from None
+            raise ChildProcessError(f"a background process has died: {why}") from None
         if error:
             raise error
         return result
 
-    def result(self, future):
-        """Wait for the value of a future and return it.
-
-        Raises:
-            CannotStart: no process can run the function.
-            ChildProcessError: a process has died since it started.
-            Exception: whatever the function itself has raised.
-        """
-        return future.result()
-
-    def close(self):
-        for process in self.started:
-            process.kill()
-        self.threads.shutdown(wait=False)
-
 
 def serve(function, connection):
-    """Run a background process: report whether it can import the function, then answer until the connection closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Not every system lets a process inherit this.
-    # Where no more threads can be started, the process ends when it next tries to answer.
-    with contextlib.suppress(RuntimeError):
+    """Run a worker's process: say whether the pickled function is found, then answer calls until the other end is
+    closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems that do not inherit it
+    with contextlib.suppress(RuntimeError):  # without another thread, the process ends when it next answers
         threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")  # No TF32, for the reason given in harness/device.py.
+    torch.set_float32_matmul_precision("highest")  # no TF32, for the reason in device.py
     with contextlib.suppress(EOFError, OSError):
         try:
             function = pickle.loads(function)
@@ -135,7 +131,7 @@ def serve(function, connection):
 
 
 def answer_to(function, data):
-    """Return a pickled pair: the function's value and None, or None and the exception that it raised."""
+    """Return, pickled, the function's result and None, or None and its error."""
     try:
         return pickle.dumps((function(pickle.loads(data)), None))
     except Exception as error:
@@ -144,19 +140,21 @@ def answer_to(function, data):
 
 
 def end_with_parent():
-    """End this process as soon as the one that started it has ended, even if that was killed."""
+    """End this process as soon as its parent has ended, even if the parent was killed."""
     multiprocessing.parent_process().join()
     os._exit(0)
 
 
 def sigint_ignored():
-    """Let a process that is started within ignore Ctrl-C from its first moment, when Ctrl-C would print a traceback."""
+    """Ignore Ctrl-C while a process starts, which inherits this: until `serve` runs, Ctrl-C would print tracebacks
+    there."""
     return signals_handled(signal.SIG_IGN, [signal.SIGINT])
 
 
 @contextlib.contextmanager
 def main_hidden():
-    """Keep a process that is started within from running the main script again, which may have no main guard."""
+    """Hide the main script while a process starts. Otherwise the process would run it again, and a script without a
+    main guard would train there too."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

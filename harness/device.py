@@ -44,7 +44,11 @@ def choose_device(name, kinds=("cuda", "cpu")):
     # which probabilities would be wrong by 4 %.
     torch.set_float32_matmul_precision("highest")
     try:
-        return working_device(name, kinds)
+        device = named_device(name, kinds)
+        try_out(device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams and collectives use the current device
+        return device
     except Exception as error:  # PyTorch, a driver and a missing build raise errors of many types.
         reason = one_line(error)
     if name != "auto":
@@ -57,19 +61,21 @@ def choose_device(name, kinds=("cuda", "cpu")):
     return torch.device("cpu")
 
 
-def working_device(name, kinds):
-    """Return the device after a small product has run on it; raises whatever PyTorch raises where it does not work."""
-    if name == "auto" and "mps" in kinds and not torch.cuda.is_available() and torch.backends.mps.is_available():
-        name = "mps"
-    own = f"cuda:{os.environ['LOCAL_RANK']}" if RANKS > 1 else "cuda"
-    if name == "auto" and RANKS > 1 and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-        own = "cpu"  # All ranks of a machine then use the CPU.
-    device = torch.device(own if name in ("auto", "cuda") else name)
+def named_device(name, kinds):
+    """Return the torch.device that a name means. With several ranks on a machine, each has a GPU of its own, or all
+    use the CPU."""
+    cuda = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if RANKS > 1 else "cuda")
+    if name == "auto":
+        if "mps" in kinds and torch.backends.mps.is_available() and not torch.cuda.is_available():
+            device = torch.device("mps")
+        elif RANKS > 1 and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+            device = torch.device("cpu")
+        else:
+            device = cuda
+    else:
+        device = cuda if name == "cuda" else torch.device(name)
     if device.type not in kinds:
         raise ValueError(f"this program runs on {' and '.join(kinds)}, for which it has been made fast")
-    try_out(device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # Streams and collectives use the current device.
     return device
 
 
@@ -152,13 +158,11 @@ def joined_ranks(device):
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, timeout=timedelta(days=1)
-    )  # The other ranks may wait long for an evaluation of rank 0.
+    # The other ranks may wait long for an evaluation of rank 0.
+    dist.init_process_group(backend, timeout=timedelta(days=1))
     try:
         yield
     finally:
         dist.destroy_process_group()
-        time.sleep(
-            0.2
-        )  # Python must not end before gloo's thread has released the last collective, or that thread aborts.
+        # If Python ends before gloo's thread has released the last collective, that thread aborts.
+        time.sleep(0.2)

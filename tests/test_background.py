@@ -34,17 +34,17 @@ def test_values_and_errors_come_back_from_other_processes():
     """Two processes share the work; an error of the function and the death of a process reach whoever waits."""
     with contextlib.closing(Background(work, processes=2)) as background:
         futures = [background.submit(i) for i in range(3)]
-        results = [background.result(future) for future in futures]
+        results = [future.result() for future in futures]
         assert [x for x, _ in results] == [0, 1, 2] and os.getpid() not in [pid for _, pid in results]
         assert len({pid for _, pid in results}) == 2
         with pytest.raises(ValueError, match="of the function") as error:
-            background.result(background.submit("fail"))
+            background.submit("fail").result()
         assert "in work" in error.value.__notes__[0]  # The traceback says where it happened.
         for _ in range(3):  # Both processes die and stay dead.
             with pytest.raises(ChildProcessError, match="a background process has died"):
-                background.result(background.submit("die"))
-    for process in background.started:
-        process.join(30)
+                background.submit("die").result()
+    for worker in background.workers:
+        worker.process.join(30)
     assert not multiprocessing.active_children()
 
 
@@ -69,14 +69,14 @@ def test_where_no_process_or_thread_can_be_started(monkeypatch, owner, name, err
     with contextlib.closing(Background(work)) as background:
         for _ in range(2):
             with pytest.raises(CannotStart, match="^no other process can run it: no more processes or threads"):
-                background.result(background.submit(0))
+                background.submit(0).result()
 
 
 def test_products_keep_their_precision(monkeypatch):
     """A background process computes without TF32, whatever the environment asks for."""
     monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
     with contextlib.closing(Background(work)) as background:
-        assert background.result(background.submit("precision")) == "highest"
+        assert background.submit("precision").result() == "highest"
 
 
 def test_a_function_that_no_process_can_import_is_named():
@@ -84,7 +84,7 @@ def test_a_function_that_no_process_can_import_is_named():
     with contextlib.closing(Background(lambda x: x)) as background:
         for _ in range(2):
             with pytest.raises(CannotStart, match="^no other process can run it: .*lambda") as error:
-                background.result(background.submit(0))
+                background.submit(0).result()
             assert "\n" not in str(error.value)
 
 

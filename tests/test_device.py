@@ -24,7 +24,7 @@ def broken_pipe(text):
 def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch, capsys):
     """Without a GPU there is nothing to warn of."""
     assert choose_device("cpu") == torch.device("cpu")
-    monkeypatch.setattr(device, "working_device", broken)
+    monkeypatch.setattr(device, "try_out", broken)
     monkeypatch.setattr(device, "gpu_is_there", lambda: False)
     assert choose_device("auto") == torch.device("cpu") and capsys.readouterr().err == ""
 

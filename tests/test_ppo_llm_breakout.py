@@ -441,7 +441,7 @@ def test_a_video_that_cannot_be_drawn_stops_nothing(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(
         ppo_llm_breakout,
         "Background",
-        lambda function: SimpleNamespace(submit=submit, result=lambda x: x.result(), close=lambda: None),
+        lambda function: SimpleNamespace(submit=submit, close=lambda: None),
     )
     assert (
         run(

@@ -51,9 +51,6 @@ class AtOnce:
     def submit(self, state):
         return done(cheap_evaluation(state))
 
-    def result(self, future):
-        return future.result()
-
     def close(self):
         pass
 
@@ -498,8 +495,10 @@ def test_an_evaluator_that_dies_at_once_loses_nothing(tmp_path, monkeypatch, cap
     """Neither at first nor in a resume, which starts with an evaluation."""
 
     class Dead(AtOnce):
-        def result(self, future):
-            raise ChildProcessError("a background process has died")
+        def submit(self, state):
+            future = Future()
+            future.set_exception(ChildProcessError("a background process has died"))
+            return future
 
     run(tmp_path, "run")
     for name in ("last.pt", "checkpoint_4.pt"):
