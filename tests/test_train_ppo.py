@@ -667,7 +667,8 @@ def test_a_directory_that_is_removed_or_renamed_while_training_can_be_resumed(
     assert main(["--resume", str(run_dir)]) == 0
     states = [load_checkpoint(path) for path in (straight, run_dir)]
     assert same(states[0]["model"], states[1]["model"])
-    assert [row["update"] for row in logged(run_dir)] == list("123456")[2:]
+    rows = [row["update"] for row in logged(run_dir)]
+    assert rows == list("3456" if last else "123456")  # the training that goes on writes all its rows again
 
 
 @pytest.mark.parametrize("another, stopped", [(True, False), (True, True), (False, False)])
