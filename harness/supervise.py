@@ -10,7 +10,6 @@ import time
 import traceback
 import uuid
 import warnings
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from harness.checkpoint import CheckpointError, save_checkpoint
 from harness.device import RANK, RANKS, UNDER_TORCHRUN, DeviceError, GPUError, free_memory, out_of_memory
@@ -265,37 +264,6 @@ def stop_with_parent():
     if parent and sys.platform != "win32":
         with contextlib.suppress(RuntimeError):  # no more threads can be started
             threading.Thread(target=watch, daemon=True).start()
-
-
-def run_side_by_side(tasks, at_once):
-    """Calls task(run) for every task, `at_once` at a time; run(command, **options) runs one of our programs to its end.
-
-    An error of a task, or a signal to stop, stops all programs: they save, and then the error is raised, or
-    CommandLineError.
-    """
-    running, stopping = set(), threading.Event()
-
-    def run(command, **options):
-        with start_program(command, **options) as process:
-            running.add(process)
-            if stopping.is_set():
-                process.terminate()
-            process.wait()
-            running.remove(process)
-
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            futures = [pool.submit(task, run) for task in tasks]
-            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                future.result()
-        except BaseException as error:
-            stopping.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                process.terminate()
-            if isinstance(error, KeyboardInterrupt):
-                raise CommandLineError("stopped; start again to go on") from None
-            raise
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------

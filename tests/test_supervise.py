@@ -15,7 +15,6 @@ import torch
 
 from harness import checkpoint, supervise
 from harness.checkpoint import replacing
-from harness.options import CommandLineError
 from harness.runs import ROOT
 from harness.supervise import (
     PARENT,
@@ -24,7 +23,6 @@ from harness.supervise import (
     ignore_signals,
     less_memory,
     run_script,
-    run_side_by_side,
     signals_handled,
     stop_with_parent,
     train,
@@ -209,27 +207,6 @@ def test_a_program_stops_when_the_one_that_started_it_has_ended(monkeypatch, par
         while not received and time.monotonic() < deadline:
             time.sleep(0.01)
     assert received == [signal.SIGTERM] * stops and PARENT not in os.environ  # nor is it handed on
-
-
-WAITS = [sys.executable, "-c", "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(1000)"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_programs_side_by_side_are_stopped_together(tmp_path, error):
-    started, ended = tmp_path / "started", []
-
-    def waits(run):
-        run([*WAITS, started])
-        ended.append(0)
-
-    def fails(run):
-        while not started.exists():
-            time.sleep(0.01)
-        raise error
-
-    with pytest.raises(CommandLineError if error is KeyboardInterrupt else error):
-        run_side_by_side([waits, fails], 2)
-    assert ended == [0]
 
 
 def first_import(file):
