@@ -1,7 +1,8 @@
 """Train with many settings, side by side:  python sweep.py reinforce_cartpole --lr 1e-3 1e-2 --seed 0 1 2
 
-TRAINING is train_ppo or a file of algorithms/. Every combination of the values is trained once. With --search N, Optuna
-tries N settings instead, more and more of them near those that did well; two numbers are then the ends of a range.
+TRAINING is train_ppo or a file of algorithms/. Every combination of the values is trained once. With --search N,
+Optuna tries N settings instead, more and more of them near those that did well; two numbers are then the ends of a
+range.
 
 As many runs go on at once as there are cores. Each has a directory below --out, named after its values, and a log
 beside it. The same command joins in on another machine that sees the folder, and goes on where it was after a stop.

@@ -1,10 +1,11 @@
-"""What an ordinary agent learns here:  python -m benchmarks.baseline [--seed 0] [--num_steps 4000000] [--out runs/baseline]
+"""Train an ordinary agent on the same games:  python -m benchmarks.baseline [--seed 0] [--out runs/baseline]
 
-Stable-Baselines3's PPO with its MlpPolicy (pip install stable-baselines3) on the games that train_ppo.py trains on. From
-there too: rollout, minibatch, discount, GAE's lambda at the start, clipping of ratio and gradient, the weights of entropy bonus and value
-loss, reward scale, and that a lost life ends a return. All else is Stable-Baselines3's default: Adam's eps and normalised advantages
-are as in train_ppo.py, but it takes 10 passes over a rollout at a learning rate of 3e-4. Left out, as the GPT's own: predicting the next frame, the cost of moving, a
-falling learning rate, a rising lambda, paired games.
+The agent is Stable-Baselines3's PPO with its MlpPolicy (pip install stable-baselines3). From train_ppo.py it takes
+the number of steps, the size of rollouts and minibatches, the discount, GAE's lambda at the start, the clipping of
+ratio and gradient, the weights of the entropy bonus and of the value loss, the reward scale, and that a lost life
+ends a return. All else is Stable-Baselines3's default: Adam's eps and the normalised advantages are as in
+train_ppo.py, but it takes 10 passes over a rollout at a learning rate of 3e-4. What belongs to the GPT's training is
+left out: predicting the next frame, the cost of moving, a falling learning rate, a rising lambda, and paired games.
 """
 
 import harness.start  # before the slow imports
@@ -50,7 +51,7 @@ from train_ppo import (
 
 
 class Games(VecEnv):
-    """BreakoutAsciiVec as Stable-Baselines3 wants an environment: (N, 1944) float32 of order one, scaled rewards."""
+    """BreakoutAsciiVec as an environment of Stable-Baselines3: (N, 1944) float32 of order one, scaled rewards."""
 
     def __init__(self, env):
         self.env, self.actions = env, None
@@ -78,7 +79,7 @@ class Games(VecEnv):
 
 
 class Player(Policy):
-    """A policy of Stable-Baselines3 as `exact` wants it: (B, 1944) tokens -> logits (B, 3), values (B,)."""
+    """A policy of Stable-Baselines3 that `exact` can play: tokens (B, 1944) to logits (B, 3) and values (B,)."""
 
     def __init__(self, policy):
         super().__init__()
@@ -90,12 +91,12 @@ class Player(Policy):
 
 
 def scaled(tokens):
-    """Array or tensor of characters -> the same in float32, of order one."""
+    """Return an array or a tensor of characters as float32 of order one."""
     return tokens / np.float32(127)
 
 
 def train(seed, num_steps):
-    """Yields update, steps, seconds, score, cleared after each evaluation, as often as train_ppo.py evaluates."""
+    """Train, and yield (update, steps, seconds, score, cleared) as often as train_ppo.py evaluates."""
     model = PPO(
         "MlpPolicy",
         Games(BreakoutAsciiVec(NUM_ENVS, varied_starts=VARIED_STARTS)),

@@ -1,8 +1,9 @@
-"""Is what this GPU computes right?  python -m benchmarks.gpu_checks
+"""Check what this GPU computes:  python -m benchmarks.gpu_checks
 
-The checks of fast/self_test.py, which the first update of every training on a GPU makes, as a table: with every combination of the
-shortcuts that suit, each in a training of its own. Takes the constants of train_ppo.py, such as --n_layer 6, and --resume RUN for the
-weights of a run. With --device cpu the CPU does what a GPU would do, slowly: add --num_envs 16 --rollout_steps 16 --batch_size 64.
+The first update of every training on a GPU makes the checks of fast/gpu_checks.py. This program prints them as a
+table, with every combination of the shortcuts that can be taken, each in a training of its own. It takes the
+constants of train_ppo.py, such as --n_layer 6, and with --resume RUN the weights of a run. With --device cpu the CPU
+does what a GPU would do, slowly: add --num_envs 16 --rollout_steps 16 --batch_size 64.
 """
 
 import harness.start  # before the slow imports
@@ -37,7 +38,7 @@ def gpu_training(c, device, shortcuts):
     return PPO(policy, env, config, runner=GPURunner(shortcuts))
 
 
-def self_test(c, device, state, shortcuts):
+def passes(c, device, state, shortcuts):
     """Print the table of one update that takes these shortcuts, and return whether it passed."""
     ppo = gpu_training(c, device, shortcuts)
     if state:
@@ -69,7 +70,7 @@ def main(argv=()):
     with memory_advice(f"the model does not fit into the memory of {device}; try a smaller --n_embd or --n_layer"):
         suitable = shortcuts_for(gpu_training(c, device, [])) if device.type == "cuda" else []
         passed = [
-            self_test(c, device, run.state, combination)
+            passes(c, device, run.state, combination)
             for n in range(len(suitable) + 1)
             for combination in itertools.combinations(suitable, n)
         ]

@@ -1,7 +1,8 @@
-"""What reading a prompt's fixed beginning once saves:  python -m benchmarks.language_models [--model smollm2]
+"""Measure what reading a prompt's fixed beginning once saves:  python -m benchmarks.language_models [--model smollm2]
 
-Seconds of a forward pass over the texts of 16 games, as a rollout does them, with the beginning read once and with it read before every text;
-alternating, medians. --levels plays instead: 30 games of following the ball by a rule, and as many at random.
+Times the forward pass over the texts of 16 games, as in a rollout, with the beginning read once and with the
+beginning read before every text. The two alternate; medians are printed. --levels plays instead: 30 games of a rule
+that follows the ball, and as many at random.
 """
 
 import harness.start  # before the slow imports
@@ -25,7 +26,7 @@ from harness.supervise import run_script
 
 
 def prefix(name, device, turns):
-    """-> seconds with the beginning read once, and with it read before every text, all but its first token."""
+    """Return the seconds of a pass with the beginning read once, and with all but its first token read every time."""
     tokenizer = load_tokenizer(name, invented_texts())
     model = load_model(name, tokenizer, device)
     obs, _ = BreakoutTexts(16).reset(seed=0)
@@ -40,14 +41,13 @@ def prefix(name, device, turns):
             act(encoded)[0].cpu()  # waits for a GPU
             times.append(time.perf_counter() - clock)
     longest = [int((encoded[:, : -len(ANSWERS)] >= 0).sum(1).max()) for _, encoded in passes]
-    print(
-        f"{name}: the beginning has {once.prefix.shape[1]} tokens; a pass reads {longest[0]} without it, and {longest[1]} with all but its first"
-    )
+    reads = f"a pass reads {longest[0]} without it, and {longest[1]} with all but its first"
+    print(f"{name}: the beginning has {once.prefix.shape[1]} tokens; {reads}")
     return [statistics.median(times) for times in seconds]
 
 
 def levels(games):
-    """-> the scores of the rule and of random play, in games of the same seeds."""
+    """Return the scores of the rule and of random play, in games with the same seeds."""
     rng, c = np.random.default_rng(0), SimpleNamespace(**CONSTANTS)
     players = {
         "following the ball": lambda obs: [follow_the_ball(text) for text in texts_of(obs)],

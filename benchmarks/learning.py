@@ -1,9 +1,9 @@
 """Tabulate and draw how runs of train_ppo.py learned:  python -m benchmarks.learning [SWEEP or RUN ...]
 
 The default is runs/sweep/train_ppo, which `python sweep.py train_ppo --seed 0 1 2 3 4` leaves. Runs whose directories
-differ only in the seed are one variant, such as prediction_coef=0.0. Prints three tables: every seed, the medians of each
-variant, and the lowest and highest values. The first table is written to learning.csv too, and the first variant is drawn
-as learning.png.
+differ only in the seed are one variant, such as prediction_coef=0.0. Prints three tables: every seed, the medians of
+each variant, and the lowest and highest values. The first table is written to learning.csv too, and the first variant
+is drawn as learning.png.
 """
 
 import harness.start  # before the slow imports

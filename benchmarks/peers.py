@@ -1,19 +1,21 @@
-"""The trainings of algorithms/ beside Stable-Baselines3's and TRL's:  python -m benchmarks.peers lunarlander|space_invaders|grpo [--seed 0]
+"""Train beside Stable-Baselines3 and TRL:  python -m benchmarks.peers lunarlander|space_invaders|grpo [--seed 0]
 
-lunarlander     minutes and steps until the mean of 30 greedy episodes reaches 200, ours and SB3's PPO with the settings of RL Baselines3
-                Zoo; evaluations are not counted in either's time
-space_invaders  environment steps per second while learning, ours and SB3's DQN, with the same network, batch, game and learning steps per
-                step; alternating, medians; --float32 for ours without bfloat16
-grpo            reward of answers to prompts held out, before and after --steps steps, and seconds per step, ours and TRL's GRPOTrainer, with
-                the same model, prompts, reward and settings, in float32 on the CPU; two trainings, one after the other. A step is 8 answers
-                and what is learned from them; medians, without evaluations, logs and checkpoints. Both draw each step's answers from the
-                same random numbers: until their weights differ by more than rounding they draw the same ones
+lunarlander     minutes and steps until the mean of 30 greedy episodes reaches 200, ours and SB3's PPO with the settings
+                of RL Baselines3 Zoo; evaluations do not count in either's time
+space_invaders  environment steps per second while learning, ours and SB3's DQN, with the same network, batch, game and
+                learning steps per step; the two alternate, medians; --float32 is ours without bfloat16
+grpo            reward of answers to held-out prompts before and after --steps steps, and seconds per step, ours and
+                TRL's GRPOTrainer, with the same model, prompts, reward and settings, in float32 on the CPU; one
+                training after the other
 
-What `grpo` leaves different: TRL divides by a standard deviation with Bessel's correction, so its advantages are 6 % smaller, which Adam undoes
-but for the clipping of gradients; ours reads the answers once more, to measure the divergence from the model at the start; and TRL measures
-entropies.
+A step of `grpo` is 8 answers and what is learned from them. Its time is a median, without evaluations, logs and
+checkpoints. Both trainings draw the answers of a step from the same random numbers, so they draw the same ones until
+their weights differ by more than rounding. Three differences remain. TRL divides by a standard deviation with
+Bessel's correction, so its advantages are 6 % smaller, which Adam undoes except for the clipping of gradients. Ours
+reads the answers once more, to measure the divergence from the model at the start. TRL measures entropies.
 
-Needs algorithms/requirements.txt, and pip install stable-baselines3 for the first two or pip install trl for the last.
+Needs algorithms/requirements.txt, and `pip install stable-baselines3` for the first two or `pip install trl` for
+grpo.
 """
 
 import harness.start  # before the slow imports
@@ -42,7 +44,7 @@ STEPS = 1_500  # of a turn
 
 
 def stable_baselines3():
-    """-> the package, and a logger of it that says nothing."""
+    """Return Stable-Baselines3, and a logger of it that says nothing."""
     sb3 = need("stable_baselines3", "stable-baselines3")
     return sb3, sb3.common.logger.Logger(folder=None, output_formats=[])
 
@@ -51,12 +53,12 @@ def stable_baselines3():
 
 
 def score(greedy):
-    """greedy: observations (N, 8) -> actions (N,). -> the mean return of 30 fresh episodes."""
+    """Return the mean return of 30 fresh episodes. greedy: maps observations (N, 8) to actions (N,)."""
     return float(np.mean(episode_returns(lander.make_env, greedy, 30, 1_000_000)))
 
 
 def ours_on_the_moon(seed, num_steps):
-    """Yields steps, seconds, score."""
+    """Train ours. Returns (steps, seconds, score) of each evaluation."""
     found = []
 
     class Scores(Callback):
@@ -76,24 +78,22 @@ def ours_on_the_moon(seed, num_steps):
 
 
 def theirs_on_the_moon(seed, num_steps):
+    """Train Stable-Baselines3's PPO. Returns (steps, seconds, score) of each evaluation."""
     sb3, quiet = stable_baselines3()
-    found, model = (
-        [],
-        sb3.PPO(
-            "MlpPolicy",
-            sb3.common.vec_env.DummyVecEnv([lander.make_env] * 16),
-            n_steps=1024,
-            batch_size=64,
-            gae_lambda=0.98,
-            gamma=0.999,
-            n_epochs=4,
-            ent_coef=0.01,
-            seed=seed,
-            device="cpu",
-        ),
+    model = sb3.PPO(
+        "MlpPolicy",
+        sb3.common.vec_env.DummyVecEnv([lander.make_env] * 16),
+        n_steps=1024,
+        batch_size=64,
+        gae_lambda=0.98,
+        gamma=0.999,
+        n_epochs=4,
+        ent_coef=0.01,
+        seed=seed,
+        device="cpu",
     )
     model.set_logger(quiet)
-    seconds = 0.0
+    found, seconds = [], 0.0
     while model.num_timesteps < num_steps:
         clock = time.perf_counter()
         model.learn(EVERY, reset_num_timesteps=False)
@@ -121,7 +121,7 @@ def lunarlander(seed, num_steps):
 
 
 def space_invaders(seed, turns, bf16):
-    """One turn of each, again and again: the games go on where they were."""
+    """Let both learn for STEPS steps by turns, in games that go on where they were, and print their speeds."""
     sb3, quiet = stable_baselines3()
     constants = {
         **dqn.CONSTANTS,
@@ -173,7 +173,7 @@ def space_invaders(seed, turns, bf16):
 
 
 def ours_in_words(c):
-    """-> the weights at the end, the seconds of each step, and the prompt of each step."""
+    """Train ours. Returns the weights at the end, and the seconds and the prompt of each step."""
     trainer, seconds, prompts = grpo.build(c), [], []
     for step in range(c.NUM_STEPS):
         torch.manual_seed(1000 * c.SEED + step)
@@ -186,13 +186,11 @@ def ours_in_words(c):
 
 
 def theirs_in_words(c, prompts):
-    """-> the weights at the end, the seconds of each step."""
+    """Train TRL's on these prompts. Returns the weights at the end, and the seconds of each step."""
     trl, transformers, datasets = need("trl", "trl"), need("transformers"), need("datasets", "trl")
-    writer, score, seconds = (
-        grpo.make_writer(c, torch.device("cpu")),
-        grpo.reward_model(c.REWARD_MODEL, torch.device("cpu")),
-        [],
-    )
+    writer = grpo.make_writer(c, torch.device("cpu"))
+    score = grpo.reward_model(c.REWARD_MODEL, torch.device("cpu"))
+    seconds = []
     chat = bool(writer.tokenizer.chat_template)
     rows = [
         {"question": prompt, "prompt": [{"role": "user", "content": prompt}] if chat else prompt} for prompt in prompts
@@ -284,11 +282,10 @@ def in_words(seed, num_steps, model):
     results = {"ours": (score_of(weights), seconds)}
     weights, seconds = theirs_in_words(c, prompts)
     results["TRL"] = (score_of(weights), seconds)
+    start = f"{before['score']:.3f} (standard error {before['error']:.3f}) before"
     for name, (after, seconds) in results.items():
-        print(
-            f"{name}: reward {before['score']:.3f} (standard error {before['error']:.3f}) before, {after['score']:.3f} ({after['error']:.3f}) "
-            f"after {num_steps} steps, {statistics.median(seconds):.2f} s per step"
-        )
+        end = f"{after['score']:.3f} ({after['error']:.3f}) after {num_steps} steps"
+        print(f"{name}: reward {start}, {end}, {statistics.median(seconds):.2f} s per step")
 
 
 def main(argv=()):

@@ -1,16 +1,19 @@
-"""How well it plays games that it is not scored on:  python -m benchmarks.robustness [CHECKPOINT|RUN ...] [--games 200]
+"""Score models in games that their evaluation does not have:  python -m benchmarks.robustness [MODEL ...] [--games 200]
 
-standard        the game as it is: all 32 games if nothing is drawn, else games drawn at random
-random serves   every serve anywhere on its row, the paddle under the ball; the whole wall
-random layouts  any share of the bricks; the serves standard
-sticky actions  one action in ten is not heard, the one before it is played again
+standard        the game as it is: all 32 games for a greedy player, otherwise games drawn at random
+random serves   every serve starts anywhere on its row, with the paddle under the ball; the whole wall
+random layouts  a random share of the bricks; standard serves
+sticky actions  one action in ten is replaced by the action before it
 
-Prints a markdown table. Where games are drawn, "score" has its standard error. "of possible" is each game's score as a share of all its
-points. A game that is neither cleared nor lost is "caught in a cycle" until it is truncated. All players get the same serves and
-layouts. To choose among models, give them all with one --seed, and score the one you choose with another.
+MODEL is a checkpoint or a run. Prints a markdown table. Where games are drawn, "score" has its standard error. "of
+possible" is the score as a share of all points of a game. A game that is neither cleared nor lost was "caught in a
+cycle" until it was truncated. All players get the same serves and layouts. To choose among models, give them all with
+one --seed, and score the chosen one with another.
 """
 
 import harness.start  # before the slow imports
+
+import functools
 
 import numpy as np
 
@@ -27,13 +30,17 @@ COLUMNS = ("player", "condition", "games", "score", "of possible", "cleared", "l
 
 
 def random_player(seed):
-    """The player that draws its actions evenly."""
+    """Return a player that draws every action with the same probability."""
     rng = np.random.default_rng(seed)
     return lambda tokens: rng.integers(3, size=len(tokens))
 
 
 def conditions(num_games, seed, deterministic):
-    """-> {name: (serves (n, 5, 3), bricks (n, 7, 13) bool, probability that an action is repeated)}"""
+    """Draw the games of each condition.
+
+    Returns:
+        {name: (serves (n, 5, 3), bricks (n, 7, 13), probability that an action is repeated)}
+    """
     numbers = draw_numbers(np.random.default_rng(seed), num_games)
     (serves, whole), (varied_serves, layouts) = new_games(numbers), new_games(numbers, 1.0)
     standard = (
@@ -48,7 +55,7 @@ def conditions(num_games, seed, deterministic):
 
 
 def play(player, serves, bricks, sticky, seed, deterministic):
-    """Every game once, no more than GAMES_AT_ONCE at a time -> `Results`."""
+    """Play every game once, at most GAMES_AT_ONCE of them at a time. Returns `Results`."""
     parts = []
     for first in range(0, len(serves), GAMES_AT_ONCE):
         some = slice(first, first + GAMES_AT_ONCE)
@@ -66,7 +73,13 @@ def play(player, serves, bricks, sticky, seed, deterministic):
 
 
 def cells(bricks, results, drawn):
-    """The bricks (n, 7, 13) that games began with, their `Results`, whether they are drawn at random -> the cells of a row, text."""
+    """Return the cells of a row as text.
+
+    Args:
+        bricks: those that the games began with, (n, 7, 13).
+        results: the `Results` of the games.
+        drawn: whether the games were drawn at random.
+    """
     possible = BRICK_POINTS * bricks.sum((1, 2)) + CLEAR_POINTS
     cleared, lost = results.bricks == 0, results.lives == 0
     shares = [(results.scores / possible).mean(), cleared.mean(), lost.mean(), (~cleared & ~lost).mean()]
@@ -76,7 +89,7 @@ def cells(bricks, results, drawn):
 
 
 def show_rows(name, make_player, deterministic, num_games, seed):
-    """A row for each condition. Each gets a new player: with the seed anew, and because a policy has one inference cache."""
+    """Print a row for each condition. Each gets a new player, because a policy has only one inference cache."""
     for condition, (serves, bricks, sticky) in conditions(num_games, seed, deterministic).items():
         results = play(make_player(), serves, bricks, sticky, seed, deterministic)
         drawn = not (deterministic and condition == "standard")
@@ -105,8 +118,9 @@ def main(argv=()):
         print(f"{name}: trained for {meta.get('global_step', 0):,} steps")
     print("\n| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     for name, (policy, _) in models.items():
-        show_rows(f"{name}, greedy", lambda: greedy(policy), True, args.games, args.seed)
-        show_rows(f"{name}, sampled", lambda: sampling(policy, args.seed), False, args.games, args.seed)
+        show_rows(f"{name}, greedy", functools.partial(greedy, policy), True, args.games, args.seed)
+        sampled = functools.partial(sampling, policy, args.seed)
+        show_rows(f"{name}, sampled", sampled, False, args.games, args.seed)
     show_rows("tracker", lambda: tracker, True, args.games, args.seed)
     show_rows("random", lambda: random_player(args.seed), False, args.games, args.seed)
 

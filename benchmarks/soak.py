@@ -1,8 +1,9 @@
-"""Does a long training keep its pace and leak nothing?  python -m benchmarks.soak [--minutes 30]
+"""Test whether a long training keeps its pace and leaks nothing:  python -m benchmarks.soak [--minutes 30]
 
-Trains with the constants of train_ppo.py in a process of its own and looks at it once a second, with the evaluations beside it: memory,
-open files, and steps per second of metrics.csv. Prints what they were after the first tenth of the time and in the last tenth. Exit status
-1 if memory grew by more than 2 %, if files stayed open, or if the pace fell by more than 10 %. Linux only: it reads /proc.
+Trains with the constants of train_ppo.py in a process of its own, with the evaluations beside it. Once a second it
+reads how much memory and how many open files the training has. Prints these, and the steps per second, for the second
+tenth of the time and for the last. The exit status is 1 if memory grew by more than 2 %, if files stayed open, or if
+the pace fell by more than 10 %. Linux only, because it reads /proc.
 """
 
 import harness.start  # before the slow imports
@@ -22,24 +23,18 @@ from harness.supervise import run_script, start_program
 
 
 def look(pid):
-    """-> megabytes that the process has in memory, and how many files it has open."""
+    """Return how many megabytes a process has in memory, and how many files it has open."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def soak(minutes, arguments):
-    """-> looks, a list of (megabytes, open files), and the steps per second of each update."""
+    """Train for so many minutes. Returns a list of (megabytes, open files), and the steps per second of each update."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            ROOT / "train_ppo.py",
-            *arguments,
-            "--num_steps",
-            str(10**12),
-            "--run_dir",
-            f"{folder}/run",
-        ]
-        process, looks, end = start_program(command, stdout=subprocess.DEVNULL), [], time.monotonic() + 60 * minutes
+        command = [sys.executable, ROOT / "train_ppo.py", *arguments]
+        command += ["--num_steps", 10**12, "--run_dir", f"{folder}/run"]
+        process = start_program(command, stdout=subprocess.DEVNULL)
+        looks, end = [], time.monotonic() + 60 * minutes
         try:
             while time.monotonic() < end:
                 time.sleep(1)
@@ -55,7 +50,7 @@ def soak(minutes, arguments):
 
 
 def ends(values):
-    """-> the median of the second tenth, and of the last."""
+    """Return the medians of the second tenth of the values and of the last."""
     tenth = max(len(values) // 10, 1)
     return statistics.median(values[tenth : 2 * tenth] or values), statistics.median(values[-tenth:])
 

@@ -1,12 +1,13 @@
-"""How fast it is, and beside what:  python -m benchmarks.throughput [--tables 1 2 3 4 5]
+"""Measure speed beside a plain baseline:  python -m benchmarks.throughput [--tables 1 2 3 4 5]
 
 1 speed beside a plain baseline   2 training: end to end, and where its time goes
 3 cost as games grow   4 cost as layers grow   5 cost as the share of changed characters grows
 
-The game's plain baseline is one Python object per game, its page drawn character by character. The GPT's is `model.GPT` with the
-same weights: every token through every block, in float32. Both run by turns; a speed is the median of the repetitions, a ratio
-the median of their ratios. On CUDA ours is compiled, deeper models also run in bf16, and these have a second baseline that is
-compiled and runs in bf16 too. All read pages of the same minibatch, made of a rollout as training makes it.
+The plain baseline of the game is one Python object for each game, with a page that is drawn character by character.
+That of the GPT is `model.GPT` with the same weights: every token through every block, in float32. Ours and the
+baseline run by turns; a speed is the median of the repetitions, a ratio the median of their ratios. On CUDA ours is
+compiled, deeper models run in bf16 too, and a second baseline is compiled and runs in bf16 as well. All read the
+pages of one minibatch, made from a rollout as training makes it.
 """
 
 import harness.start  # before the slow imports
@@ -50,19 +51,20 @@ SPLIT_STEPS = 400_000  # environment steps in which table 2 finds where the time
 GAMES = (2, 8, 32, 128, 512, 2048)  # in table 3
 DEEP = {"n_layer": 6, "n_embd": 96, "n_head": 6, "mlp_expansion": 1}  # the size of the public attempt
 SPEED = "what", "ours", "plain baseline", "ratio", "relative error"  # the columns of most tables
+# In a process of its own, because the peak of a child counts what its parent held when it started.
 PEAK_OF = """import resource, signal, subprocess, sys
 process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, lambda *_: process.terminate())
 if status := process.wait():
     sys.exit(status)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""  # its own process: a child's peak counts what its parent held
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
 
-# Timing
+# --- timing -----------------------------------------------------------------------------------------------------------
 
 
 def timed(f, *args, **kwargs):
-    """-> f(*args, **kwargs), and the seconds it took."""
+    """Call f(*args, **kwargs). Returns its result, and the seconds it took."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -72,7 +74,7 @@ def timed(f, *args, **kwargs):
 
 
 def race(repetitions, *contenders):
-    """Contenders (function, its samples), run by turns -> samples per second (len(contenders), repetitions)."""
+    """Run contenders, (function, its samples), by turns. Returns samples per second, (contenders, repetitions)."""
     for f, _ in contenders:
         f()  # warm up
     return np.array([[samples / timed(f)[1] for f, samples in contenders] for _ in range(repetitions)]).T
@@ -83,51 +85,58 @@ def speed(speeds, unit):
 
 
 def compared(ours, plain, unit):
-    """Speeds (repetitions,) of both -> the cells ours, plain baseline, ratio."""
+    """Return the cells "ours", "plain baseline" and "ratio" for the speeds (repetitions,) of both."""
     return speed(ours, unit), speed(plain, unit), number(np.median(ours / plain))
 
 
 def number(x):
-    return f"{x:,.{0 if x >= 100 else 1 if x >= 10 else 2}f}"
+    """Return a number as text, with three significant digits or all before the point."""
+    if x >= 100:
+        return f"{x:,.0f}"
+    return f"{x:,.1f}" if x >= 10 else f"{x:,.2f}"
 
 
 def relative_error(ours, plain):
-    """The largest norm of a difference of two tensors, by the norm of the plain one."""
+    """Return the largest relative error of our tensors: the norm of the difference by the norm of the plain tensor."""
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, plain) if b is not None)
 
 
-# Pages and models
+# --- pages and models -------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def training_pages(policy, level, group_size=1):
-    """A minibatch as training makes it of a rollout of varied games, played by policy: (BATCH_SIZE, 1944) uint8."""
-    env, rng, index = BreakoutAsciiVec(C.NUM_ENVS, varied_starts=C.VARIED_STARTS), np.random.default_rng(0), LineIndex()
-    player, (obs, _), pages, lines = sampling(policy, seed=0), env.reset(seed=0), [], []
+    """Return a minibatch (BATCH_SIZE, 1944) as training draws it from a rollout in which the policy plays."""
+    env = BreakoutAsciiVec(C.NUM_ENVS, varied_starts=C.VARIED_STARTS)
+    rng, index, player = np.random.default_rng(0), LineIndex(), sampling(policy, seed=0)
+    obs, _ = env.reset(seed=0)
+    pages, lines = [], []
     for step in range(SPREAD_STEPS + C.ROLLOUT_STEPS):
         if step == SPREAD_STEPS and C.PAIRED_ENVS:
             obs = env.pair()
         if step >= SPREAD_STEPS:
             pages.append(obs)
             lines.append(index.encode(obs))
-        actions, at_random = rng.integers(3, size=C.NUM_ENVS), rng.random(C.NUM_ENVS) < RANDOM_ACTIONS[level]
+        actions = rng.integers(3, size=C.NUM_ENVS)
+        at_random = rng.random(C.NUM_ENVS) < RANDOM_ACTIONS[level]
         obs, *_ = env.step(actions if at_random.all() else np.where(at_random, actions, player(obs)))
     order = random_order(torch.from_numpy(np.concatenate(lines)), group_size, torch.Generator().manual_seed(0))
     return np.concatenate(pages)[order[: C.BATCH_SIZE]]
 
 
 def as_trained(policy):
-    """A copy, on CUDA with what training adds to it."""
+    """Return a copy of a policy, which on CUDA is compiled as in training."""
     policy = copy.deepcopy(policy)
     if policy.device.type == "cuda" and policy.config.n_layer == 1:
         policy.features = torch.compile(policy.features, fullgraph=True)
     elif policy.device.type == "cuda":
-        policy.compile_blocks, policy.bf16 = True, torch.cuda.is_bf16_supported(including_emulation=False)
+        policy.compile_blocks = True
+        policy.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return policy
 
 
 def plain_gpt(policy, strengthened=False):
-    """Every token through every block; strengthened: compiled and in bf16."""
+    """Return a GPT that puts every token through every block. strengthened: compiled and in bf16."""
     gpt = GPT(policy.config).to(policy.device)
     gpt.load_state_dict(policy.state_dict())
     if strengthened:
@@ -136,17 +145,22 @@ def plain_gpt(policy, strengthened=False):
 
 
 def batch_sizes(policy):
-    """Pages that ours and the plain baseline read at a time."""
+    """Return how many pages ours and the plain baseline read at a time."""
     cuda = policy.device.type == "cuda"
-    return C.BATCH_SIZE if cuda or policy.config.n_layer == 1 else 32, 32 if cuda else 2  # more are slower on a CPU
+    ours = C.BATCH_SIZE if cuda or policy.config.n_layer == 1 else 32
+    return ours, 32 if cuda else 2  # more are slower on a CPU
 
 
 def work(gpt, pages):
-    """-> the functions forward, from tokens to (logits,), and forward + backward, from what a rollout keeps of the pages to
-    the gradients of a loss of all logits and values."""
-    tokens, kept = torch.from_numpy(pages).to(gpt.device), gpt.encode(pages)
-    if hasattr(gpt, "share"):
-        kept = select(gpt.prepare_minibatches(kept.unsqueeze(0)), torch.tensor([0], device=gpt.device))
+    """Return the two functions that are timed.
+
+    Returns:
+        forward: reads the pages, and returns (logits,).
+        forward_backward: starts from what a rollout keeps of the pages, and returns the gradients of a loss.
+    """
+    tokens = torch.from_numpy(pages).to(gpt.device)
+    minibatches = gpt.prepare_minibatches(gpt.encode(pages).unsqueeze(0))
+    kept = select(minibatches, torch.tensor([0], device=gpt.device))
 
     @torch.no_grad()
     def forward():
@@ -154,14 +168,13 @@ def work(gpt, pages):
 
     def forward_backward():
         logits, values = gpt.heads(gpt.features(kept))
-        return torch.autograd.grad(
-            logits.square().sum() + values.square().sum(), list(gpt.parameters()), allow_unused=True
-        )
+        loss = logits.square().sum() + values.square().sum()
+        return torch.autograd.grad(loss, list(gpt.parameters()), allow_unused=True)
 
     return forward, forward_backward
 
 
-# The tables
+# --- the tables -------------------------------------------------------------------------------------------------------
 
 
 def speed_table(policy, args):
@@ -175,8 +188,10 @@ def speed_table(policy, args):
 
 
 def game_row(repetitions, num_envs=256, num_plain=4, steps=500):
-    """Random actions; the plain games are copies of the first few, and all their pages are compared."""
-    env, rng, speeds, differing = BreakoutAsciiVec(num_envs), np.random.default_rng(0), [], 0
+    """Return the row of the game, with random actions. The first few games are played by the plain baseline too, and
+    compared page by page."""
+    env, rng = BreakoutAsciiVec(num_envs), np.random.default_rng(0)
+    speeds, differing = [], 0
     env.reset(seed=0)
     wall = env.games.bricks[0].copy()
     games = [SlowGame(serves, wall) for serves in env.games.serves[:num_plain]]
@@ -203,17 +218,17 @@ def game_row(repetitions, num_envs=256, num_plain=4, steps=500):
 
 
 def model_rows(label, policy, pages, repetitions):
-    """Forward, and forward + backward, beside each baseline."""
+    """Yield the rows of the GPT: forward, and forward + backward, beside each baseline."""
     if policy.device.type == "cuda":
         torch.compiler.reset()  # else the ninth GPT would not be compiled
-    ours, (size, few), baselines = as_trained(policy), batch_sizes(policy), {"": plain_gpt(policy)}
+    size, few = batch_sizes(policy)
+    ours, baselines = as_trained(policy), {"": plain_gpt(policy)}
     if policy.device.type == "cuda" and policy.config.n_layer > 1:
         baselines[", baseline in bf16, compiled"] = plain_gpt(policy, strengthened=True)
     tasks = ("forward", "pages/s"), ("forward + backward", "samples/s")
     contenders = [work(gpt, pages[:few]) for gpt in baselines.values()]
-    for (task, unit), own, own_few, *plain in zip(
-        tasks, work(ours, pages[:size]), work(ours, pages[:few]), *contenders
-    ):
+    own_work = zip(work(ours, pages[:size]), work(ours, pages[:few]))
+    for (task, unit), (own, own_few), *plain in zip(tasks, own_work, *contenders):
         error = f"{relative_error(own_few(), plain[0]()):.0e}"
         own_speeds, *speeds = race(repetitions, (own, size), *[(f, few) for f in plain])
         for baseline, plain_speeds in zip(baselines, speeds):
@@ -233,8 +248,12 @@ def training_table(policy, args):
 
 
 def training(num_steps, device):
-    """`python train_ppo.py --num_steps ...` -> end-to-end steps per second by its own clock, the last evaluation included, and
-    the peak memory of the larger of its processes in GB."""
+    """Run train_ppo.py.
+
+    Returns:
+        its steps per second by its own clock, the last evaluation included
+        the peak memory of the larger of its processes, in GB
+    """
     with tempfile.TemporaryDirectory() as folder:
         options = "--num_steps", str(num_steps), "--device", str(device), "--run_dir", f"{folder}/run"
         command = sys.executable, "-c", PEAK_OF, sys.executable, ROOT / "train_ppo.py", *options
@@ -252,7 +271,8 @@ def training(num_steps, device):
 
 
 def endless(policy, **constants):
-    """The trainer of train_ppo.py with the weights of policy, and a learning rate that leaves them as they are."""
+    """Return the trainer of train_ppo.py with these weights, and a learning rate that leaves them as they are; and its
+    constants."""
     size = {name: getattr(policy.config, name.lower()) for name in ("N_LAYER", "N_HEAD", "N_EMBD", "MLP_EXPANSION")}
     c = SimpleNamespace(**vars(C) | size | {"NUM_STEPS": 10**12, "LR": 1e-9, "MIN_LR": 1e-9} | constants)
     trainer = build(c, policy.device)
@@ -261,9 +281,13 @@ def endless(policy, **constants):
 
 
 def split(policy, num_steps):
-    """The long middle of a training by a trained policy: whole intervals between evaluations, about num_steps
-    -> steps, seconds, and the seconds of each part. There is no last evaluation to wait for."""
-    interval, silence, (trainer, c) = C.EVAL_INTERVAL * C.ROLLOUT_STEPS * C.NUM_ENVS, io.StringIO(), endless(policy)
+    """Train a trained policy for about num_steps, whole intervals between evaluations, and without the last evaluation.
+
+    Returns:
+        the steps, the seconds, and the seconds of each part as a dict
+    """
+    interval, silence = C.EVAL_INTERVAL * C.ROLLOUT_STEPS * C.NUM_ENVS, io.StringIO()
+    trainer, c = endless(policy)
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(silence),
@@ -291,7 +315,7 @@ def learn_until(trainer, step):
 
 @contextlib.contextmanager
 def clocks(trainer, evaluation):
-    """Gives a dict of the seconds that each part of a training takes, without those of the parts that it calls."""
+    """Give a dict that counts the seconds of each part of a training, without those of the parts that it calls."""
     policy, env, buffer, inner = trainer.policy, trainer.env, trainer.buffer, []
     rollout = [("rollout", trainer, "collect")]  # on a GPU its steps are one CUDA graph, elsewhere
     if not trainer.env_can.on_device:
