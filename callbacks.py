@@ -34,9 +34,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harness.background import Background, CannotStart
-from harness.checkpoint import CheckpointError, atomic_write, save_checkpoint
+from harness.checkpoint import BEST, LAST, SUFFIX, CheckpointError, save_checkpoint
 from harness.device import unavailable
 from harness.figures import learning_curve
+from harness.files import atomic_write
 from harness.messages import one_line, say
 from harness.metrics_file import MetricsFile, read_metrics
 from harness.options import CommandLineError
@@ -404,25 +405,25 @@ class LearningCurve(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves last.pt and the newest few checkpoint_<update>.pt to resume from, and best_model.pt to play.
+    """Saves `last` and the newest few `checkpoint_<update>` to resume from, and `best_model` to play.
 
     Args:
         save_freq: updates between two checkpoints.
-        keep: how many checkpoint_<update>.pt stay.
+        keep: how many of `checkpoint_<update>` stay.
         keep_stages: those before the first update and after a tenth of the training stay too, to show what was learned.
     """
 
     def __init__(self, run_dir, save_freq, keep=3, keep_stages=False):
         self.run_dir, self.save_freq = Path(run_dir), save_freq
         self.keep, self.keep_stages = keep, keep_stages
-        self.unsaved_best = None  # the best policy state, until it is in best_model.pt
+        self.unsaved_best = None  # the best policy state, until it is saved
 
     def on_training_start(self, trainer):
         if trainer.update_count == 0:
             state = trainer.state_dict()
-            self.save("last.pt", state)  # something to resume after a kill before the first checkpoint
+            self.save(LAST, state)  # something to resume after a kill before the first checkpoint
             if self.keep_stages:
-                self.save("checkpoint_0.pt", state)
+                self.save(f"checkpoint_0{SUFFIX}", state)
 
     def on_evaluation_end(self, trainer):
         if trainer.is_best:
@@ -433,19 +434,17 @@ class Checkpoints(Callback):
         self.save_best()
         if trainer.update_count % self.save_freq == 0:
             state = trainer.state_dict()
-            self.save("last.pt", state)
-            self.save(f"checkpoint_{trainer.update_count}.pt", state)
+            self.save(LAST, state)
+            self.save(f"checkpoint_{trainer.update_count}{SUFFIX}", state)
             self.prune(trainer)
 
     def on_training_end(self, trainer):
         """Raises CheckpointError if the result of the training cannot be saved."""
         self.save_best()
-        save_checkpoint(self.run_dir / "last.pt", trainer.state_dict())
+        save_checkpoint(self.run_dir / LAST, trainer.state_dict())
 
     def save_best(self):
-        if self.unsaved_best and self.save(
-            "best_model.pt", self.unsaved_best
-        ):  # if it fails, the next update tries again
+        if self.unsaved_best and self.save(BEST, self.unsaved_best):  # if it fails, the next update tries again
             self.unsaved_best = None
 
     def save(self, name, state):
@@ -458,13 +457,13 @@ class Checkpoints(Callback):
             return False
 
     def prune(self, trainer):
-        """Delete all checkpoint_<update>.pt except the newest and the stages.
+        """Delete all of `checkpoint_<update>` except the newest and the stages.
 
         The newest are those written last: higher numbers may be left from before a resume. The one of this update stays
         even if the clock has been set back.
         """
         numbered = {}
-        for file in self.run_dir.glob("checkpoint_*.pt"):
+        for file in self.run_dir.glob(f"checkpoint_*{SUFFIX}"):
             number = file.stem.removeprefix("checkpoint_")
             if number.isdecimal() and file.is_file():  # neither a directory nor a link to nothing
                 numbered[int(number)] = file

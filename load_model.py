@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from breakout_ascii import BreakoutAscii, to_image
 from evaluation import exact, greedy, sampled, sampling
-from harness.checkpoint import CheckpointError, replacing
+from harness.checkpoint import SUFFIX, CheckpointError
 from harness.device import set_threads
+from harness.files import replacing
 from harness.messages import printable, shown
 from harness.options import CommandLineError, Parser, given_path
 from harness.supervise import run_script
@@ -89,7 +90,7 @@ def write_mp4(path, pictures):
 def stages(path, policy, meta):
     """The stages of training that lie beside a run's model, its start and a tenth of the way, and the model itself -> a list of `Stage`."""
     steps, earlier = meta.get("global_step", 0), {}
-    for file in path.parent.glob("checkpoint_*.pt"):
+    for file in path.parent.glob(f"checkpoint_*{SUFFIX}"):
         with contextlib.suppress(CheckpointError):
             stage, its_meta = load_policy(file)
             if its_meta.get("global_step", 0) < steps and stage.config == policy.config:

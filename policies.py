@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from evaluation import evaluate
-from harness.checkpoint import CheckpointError, check_like, load_checkpoint, load_weights, model_to_play
+from harness.checkpoint import SUFFIX, CheckpointError, check_like, load_checkpoint, load_weights, model_to_play
 from model import GPT, GPTConfig
 
 HERE = Path(__file__).parent
-SHIPPED = HERE / "pretrained" / "breakout.pt"
+SHIPPED = HERE / "pretrained" / f"breakout{SUFFIX}"
 fast = importlib.import_module("fast") if (HERE / "fast" / "__init__.py").exists() else None
 
 

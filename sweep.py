@@ -28,7 +28,7 @@ import numpy as np
 
 from algorithms.parts.packages import need
 from algorithms.parts.playing import load_policy_state
-from harness.checkpoint import CheckpointError
+from harness.checkpoint import BEST, LAST, CheckpointError
 from harness.device import available_cores
 from harness.figures import new_figure
 from harness.messages import one_line, shown
@@ -80,7 +80,7 @@ def directory_of(out, values):
 
 def command_of(what, run_dir, values):
     """Return the command that starts a run, or goes on with it."""
-    if (run_dir / "last.pt").exists():
+    if (run_dir / LAST).exists():
         return [sys.executable, *what.program, "--resume", run_dir]
     options = [word for name, value in values.items() for word in (f"--{name.lower()}", value)]
     return [sys.executable, *what.program, "--run_dir", run_dir, *options]
@@ -101,7 +101,7 @@ def scores_of(rows):
 
 def fresh_scores(what, run_dir, episodes):
     """Score the best model of a run in games that no evaluation has played. Raises CheckpointError."""
-    state, path, _ = load_policy_state(what.algorithm, run_dir / "best_model.pt")
+    state, path, _ = load_policy_state(what.algorithm, run_dir / BEST)
     try:
         result = what.algorithm.evaluate(state, episodes, FRESH_SEED)
     except ValueError as error:

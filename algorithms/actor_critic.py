@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from algorithms.parts.packages import ALGORITHMS
 from algorithms.parts.playing import check_algorithm
 from harness.checkpoint import (
+    SUFFIX,
     CheckpointError,
-    atomic_write,
     check_like,
     find_checkpoint,
     load_checkpoint,
@@ -45,6 +45,7 @@ from harness.checkpoint import (
     save_checkpoint,
     to_plain,
 )
+from harness.files import atomic_write
 from harness.messages import one_line, shortened, shown, tell
 from harness.options import CommandLineError, Constants, Parser, given_path
 from harness.runs import delete_unfinished, locked, resume_command
@@ -65,9 +66,9 @@ SEED = 42  # [0, 2_147_483_647] for the weights, the reward model and the states
 
 CONSTANTS = Constants(globals())
 Config = namedtuple("Config", map(str.lower, CONSTANTS), defaults=CONSTANTS.values())
-SHIPPED = ALGORITHMS / "pretrained" / "actor_critic.pt"
+SHIPPED = ALGORITHMS / "pretrained" / f"actor_critic{SUFFIX}"
 LOG = "training.log"
-FINAL = "final.pt"
+FINAL = f"final{SUFFIX}"
 STEPS_PER_EPOCH = 200
 SAVE_FREQ = 10  # epochs
 TEST_STATES = 100_000  # of an evaluation
@@ -165,10 +166,11 @@ class RewardModel:
     """
 
     def __init__(self, config, generator):
-        self.directions, _ = torch.linalg.qr(torch.randn(config.input_dim, config.output_dim, generator=generator))
+        columns, _ = torch.linalg.qr(torch.randn(config.input_dim, config.output_dim, generator=generator))
+        self.directions = columns.T.contiguous()  # (output_dim, input_dim)
 
     def __call__(self, states):
-        return states @ self.directions
+        return states @ self.directions.T
 
 
 def expected_maximum(k):
@@ -375,7 +377,7 @@ def train_epochs(agent, directory):
             last_epoch = agent.state_dict()
             if agent.epoch % SAVE_FREQ == 0:
                 try:
-                    save_checkpoint(directory / f"epoch_{agent.epoch}.pt", last_epoch)
+                    save_checkpoint(directory / f"epoch_{agent.epoch}{SUFFIX}", last_epoch)
                 except CheckpointError as error:
                     log.say(f"warning: {error}; training goes on")
     except FloatingPointError:

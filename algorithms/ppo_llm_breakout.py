@@ -48,8 +48,9 @@ from algorithms.parts.playing import check_models, summary, training_device
 from algorithms.parts.training import Algorithm, check_ppo, ppo_config, run_algorithm
 from callbacks import Callback
 from harness.background import Background
-from harness.checkpoint import load_weights, replacing
+from harness.checkpoint import load_weights
 from harness.device import choose_device
+from harness.files import replacing
 from harness.options import Constants, Values
 from harness.runs import read_run
 from harness.supervise import run_script

@@ -1,43 +1,35 @@
-"""Checkpoints that survive a kill, and that never run code when they are loaded.
+"""Checkpoints that survive a kill, and that cannot run code when they are loaded.
 
-A checkpoint is a dict of plain values and tensors, written by `torch.save` with a format version and a checksum added. It
-is saved whole or not at all, checked for damage before it is unpickled, read with `weights_only=True`, and compared with
-its checksum. Whatever is wrong with a file becomes a `CheckpointError`: one line that names the file, says what is wrong
-and what to do.
+A checkpoint is a safetensors file. Its tensors have flat names such as "model.wte.weight"; everything else is JSON in
+the header's metadata, beside a format version and a SHA-256 over all of it. It is saved whole or not at all. Whatever
+is wrong with a file becomes a `CheckpointError`: one line that names the file, says what is wrong and what to do.
 
-A checksum says that nothing was damaged, and not who wrote the file. So no file is believed about its own size, and what
-is in it goes into a model or a training only after `check_like` has compared it with what is there.
-
-What belongs into a checkpoint is not decided here; `to_plain` helps to put NumPy arrays in.
+A checksum proves that nothing was damaged, but not who wrote the file. So what is in a file goes into a model or a
+training only after `check_like` has compared it with what the program itself has.
 """
 
 import contextlib
 import hashlib
-import io
+import json
 import math
 import os
-import pickle
-import tempfile
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 
 from harness.device import memory_of
-from harness.messages import shortened
+from harness.files import atomic_write
+from harness.messages import one_line, shortened
 
-FORMAT_VERSION = 1  # raise it when a change makes older code misread the file
-PLAYED = ("best_model.pt", "last.pt")  # what is played of a run: the first of them that it has
-PLAIN_TYPES = (type(None), bool, int, float, str)
-COUNTERS = {
-    "update_count": 0,
-    "global_step": 0,
-    "seconds": 0.0,
-}  # of a training; programs read them before they know of what kind it is
-MOST_VALUES = 2**18  # in a checkpoint; a tensor is one
-LONGEST_INDEX = 2**25  # bytes of everything in a file but the tensors' numbers
+FORMAT_VERSION = "2"  # raise it when a change makes older code misread a file; version 1 were the .pt files
+SUFFIX = ".safetensors"
+LAST = f"last{SUFFIX}"  # what a run is resumed from
+BEST = f"best_model{SUFFIX}"
+PLAYED = (BEST, LAST)  # what is played of a run: the first of these that it has
+COUNTERS = {"update_count": 0, "global_step": 0, "seconds": 0.0}  # compared in every file, because programs print them
 
 
 class CheckpointError(Exception):
@@ -48,19 +40,20 @@ class CheckpointError(Exception):
 
 
 def save_checkpoint(path, state):
-    """Write `state` to `path`, so that a kill at any moment leaves either the previous file or the new one.
+    """Writes `state` to `path`; a kill at any moment leaves either the previous file or the new one.
 
-    state: dict of None, bool, int, float, str, list, tuple, dict and tensors, to any depth. The keys "format_version" and
-        "checksum" are reserved.
+    Args:
+        state: a dict of None, bool, int, float, str, list, tuple, dict (its keys str or int) and tensors, to any depth.
 
-    Raises TypeError for any other type (it names the key), CheckpointError if the disk refuses; the previous file is
-    then still whole.
+    Raises:
+        TypeError: the state holds something else; the message names the place.
+        CheckpointError: the disk refuses; the previous file is then still whole.
     """
-    _check_plain(state, "state")
-    buffer = io.BytesIO()
-    torch.save({**state, "format_version": FORMAT_VERSION, "checksum": checksum(state)}, buffer)
+    tensors = {}
+    text = json.dumps(_to_json(state, "", tensors))
+    metadata = {"format_version": FORMAT_VERSION, "sha256": _checksum(text, tensors), "state": text}
     try:
-        atomic_write(path, buffer.getvalue())
+        atomic_write(path, safetensors.torch.save(tensors, metadata))
     except OSError as error:
         intact = ", the earlier file of this name is intact" if os.path.exists(path) else ""
         raise CheckpointError(
@@ -68,244 +61,153 @@ def save_checkpoint(path, state):
         ) from error
 
 
-def atomic_write(path, data):
-    """Replace the file `path` by the bytes `data`, all or nothing. Raises OSError and then leaves no trace."""
-    path = Path(path)
-    # A fixed name in the same directory: os.replace is atomic only within one file system, and what a killed
-    # process leaves behind is overwritten by the next save instead of piling up.
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)  # a full disk names no file
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # makes the new name itself survive a power cut; not every OS can
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+def _to_json(value, name, tensors):
+    """Returns `value` as JSON can hold it, and puts every tensor in it into `tensors` under its flat name."""
+
+    def inner(key, item):
+        return _to_json(item, f"{name}.{key}" if name else str(key), tensors)
+
+    if type(value) in (type(None), bool, int, float, str):  # exactly: NumPy's float64 is a float to isinstance
+        return value
+    if isinstance(value, torch.Tensor):
+        while name in tensors:  # {"a.b": x, "a": {"b": y}} would give two tensors one name
+            name += "'"
+        tensors[name] = value.detach().cpu()
+        return {"$tensor": name}
+    if type(value) in (list, tuple):
+        items = [inner(i, item) for i, item in enumerate(value)]
+        return items if type(value) is list else {"$tuple": items}
+    if type(value) in (dict, OrderedDict) and all(type(key) in (str, int) for key in value):
+        pairs = [(key, inner(key, item)) for key, item in value.items()]
+        is_json = all(type(key) is str and not key.startswith("$") for key in value)
+        return dict(pairs) if is_json else {"$dict": pairs}
+    raise TypeError(f"{name}: a checkpoint cannot hold this {type(value).__name__} (see to_plain): {value!r}")
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """Within, write to the path that this gives; at the end that file takes the place of `path`, or of the file that a
-    link points to. What is interrupted leaves the old file. Raises OSError with one line: file, what is wrong, what to do.
-    """
-    target = Path(os.path.realpath(path))  # a link stays a link
-    if target.exists() and not target.is_file():
-        raise OSError(f"{path}: is no ordinary file; name another")
-    try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as folder:
-            yield Path(folder, target.name)
-            os.replace(Path(folder, target.name), target)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(
-            f"{path}: not written ({error.strerror}); free some disk space or check the permissions"
-        ) from error
-
-
-def walk(value, where="state"):
-    """Yields (place, value) for `value` and for everything in it. Raises ValueError for what is nested very deeply, and for more values
-    than any training has: sixty lists that hold each other twice would take for ever."""
-    places, left = [(where, value)], MOST_VALUES
-    while places:
-        where, value = places.pop()
-        yield where, value
-        left -= len(value) if isinstance(value, (dict, list, tuple)) else 0
-        if len(where) > 10_000 or left < 0:
-            raise ValueError("holds too many values, or they are nested too deeply")
-        if isinstance(value, dict):
-            places += [(f"{where}[{key!r}]", item) for key, item in value.items()]
-        elif isinstance(value, (list, tuple)):
-            places += [(f"{where}[{i}]", item) for i, item in enumerate(value)]
-
-
-def checksum(state):
-    """SHA-256 over every name, value and tensor in `state` -> hexadecimal digits."""
-    digest = hashlib.sha256()
-    for where, value in walk(state):
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{where} {value.dtype} {tuple(value.shape)}".encode())
-            if value.numel():  # a view of nothing is refused
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        else:
-            digest.update(f"{where} {len(value) if isinstance(value, (dict, list, tuple)) else repr(value)}".encode())
+def _checksum(text, tensors):
+    """Returns the SHA-256 of the JSON and of the tensors' names, types, shapes and numbers, in hexadecimal digits."""
+    digest = hashlib.sha256(text.encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        if x.numel():  # NumPy's empty arrays have strides that `view` refuses
+            digest.update(x.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _check_plain(state, where):
-    """Raise TypeError, naming the place, unless `state` will load again with weights_only=True."""
-    # Exact types: np.float64 is a float to isinstance, yet its pickle needs numpy.
-    for place, value in walk(state, where):
-        if type(value) in (dict, OrderedDict):  # model.state_dict() is an OrderedDict
-            for key in value:
-                if type(key) not in (str, int):
-                    raise TypeError(f"{place} has the key {key!r} of type {type(key).__name__}; keys are str or int")
-        elif type(value) not in (*PLAIN_TYPES, list, tuple, torch.Tensor):
-            raise TypeError(
-                f"{place} is a {type(value).__module__}.{type(value).__name__}; a checkpoint holds plain "
-                "values and tensors (see to_plain)"
-            )
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(path, like=None):
-    """The dict given to `save_checkpoint`, its tensors on the CPU. `path`: a file, or a run directory (its last.pt).
+    """Returns the state that was given to `save_checkpoint`, its tensors on the CPU.
 
-    Raises CheckpointError if there is no such file, or if it is unreadable, damaged, foreign or too new, if it holds numbers
-    that are not finite, or if it is not built as `like` (see `check_like`).
+    Args:
+        path: a file, or a run directory, which stands for its last checkpoint.
+        like: what the state must be built like (see `check_like`).
+
+    Raises:
+        CheckpointError: there is no such file; or it is unreadable, damaged, foreign or too new; or it holds numbers
+            that are not finite; or it is not built like `like`.
     """
     path = find_checkpoint(path)
     try:
-        return _read(path, like)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{_newest_good(path.parent)}") from error
-
-
-def _read(path, like=None):
-    try:
-        with path.open("rb") as file:  # opened once: a training run may put another file in its place at any moment
-            return _contents(path, file, like or {})
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-
-
-def _contents(path, file, like):
-    size, memory = os.fstat(file.fileno()).st_size, memory_of(torch.device("cpu"))
-    if size > memory:
-        raise CheckpointError(
-            f"{path}: has {size / 1e9:,.0f} GB, and this machine {memory / 1e9:,.0f} GB of memory; use another checkpoint"
-        )
-    _check_zip(path, file, size)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        _check_plain(state, "state")
-        tensors = [(where, x) for where, x in walk(state) if isinstance(x, torch.Tensor)]
-        if sum(x.numel() * x.element_size() for _, x in tensors) > size:  # one number can be a view of any shape
-            raise ValueError("its tensors are larger than the file")
-        version, expected = (
-            state.pop(key, None) if isinstance(state, dict) else None for key in ("format_version", "checksum")
-        )
-        found = checksum(state) if expected else None  # files of older versions have none
-        spoiled = next((where for where, x in tensors if not x.isfinite().all()), None)
-    except (pickle.UnpicklingError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: holds more than tensors and plain values, loading it could run foreign code; "
-            "use a checkpoint written by train_ppo.py"
-        ) from error
-    except Exception as error:  # torch raises whatever its reader met
-        raise CheckpointError(
-            f"{path}: is a zip archive but not a PyTorch file; use a checkpoint written by train_ppo.py"
-        ) from error
-
-    if type(version) is not int or not 0 < version < 2**31:
-        raise CheckpointError(
-            f"{path}: is a PyTorch file of another kind (it has no format version); "
-            "use a checkpoint written by train_ppo.py"
-        )
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: has format version {version}, this code reads up to {FORMAT_VERSION}; update the code"
-        )
-    if expected != found:
-        raise CheckpointError(
-            f"{path}: is not what was saved (its checksum differs); use another checkpoint of the run"
-        )
-    if spoiled:
-        raise CheckpointError(f"{path}: {shortened(spoiled)} is not finite; use an earlier checkpoint of the run")
-    try:
-        check_like(state, {name: x for name, x in COUNTERS.items() if name in state} | like)
+        state = _read(path)
+        check_like(state, {name: value for name, value in COUNTERS.items() if name in state} | (like or {}))
+        return state
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; use another checkpoint of the run") from None
+        raise CheckpointError(f"{path}: {error}; use another checkpoint{_newest_good(path.parent)}") from error
+
+
+def _read(path):
+    """Returns the state in a file. Raises ValueError, which says what is wrong with it."""
+    if path.suffix == ".pt":
+        raise ValueError("is a .pt file, which older versions read (see `git log -1 -- pretrained/breakout.pt`)")
+    try:
+        size, memory = path.stat().st_size, memory_of(torch.device("cpu"))
+        if size > memory:
+            raise ValueError(f"has {size / 1e9:,.0f} GB, and this machine {memory / 1e9:,.0f} GB of memory")
+        # With pread the file is opened once: a training may put another in its place at any moment.
+        with safetensors.safe_open(path, "pt", backend="pread") as file:
+            metadata = file.metadata() or {}
+            version = metadata.get("format_version", "")
+            if not version.isdecimal():
+                raise ValueError("is a safetensors file of another program")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"has format version {shortened(version)}, not {FORMAT_VERSION} (update the code)")
+            tensors = file.get_tensors()
+        if metadata["sha256"] != _checksum(metadata["state"], tensors):
+            raise ValueError("is not what was saved (its checksum differs)")
+        for name, x in tensors.items():
+            if not x.isfinite().all():
+                raise ValueError(f"{shortened(name)} is not finite")
+        state = json.loads(metadata["state"], object_hook=lambda item: _from_json(item, tensors))
+    except ValueError:
+        raise
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # safetensors, torch and json have many for what is damaged or hostile
+        raise ValueError(f"is no checkpoint, or is cut off or damaged ({one_line(error)})") from error
+    if not isinstance(state, dict):
+        raise ValueError("holds no state")
     return state
 
 
-def _check_zip(path, file, size):
-    """Compare every checksum in the archive before anything in it is interpreted; torch.load does not."""
-    if not size:
-        raise CheckpointError(f"{path}: is empty; use another checkpoint of the run")
-    if file.read(4) != b"PK\x03\x04":
-        raise CheckpointError(f"{path}: is not a checkpoint (no zip archive); use a checkpoint written by train_ppo.py")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            # No checksum covers the attributes, which torch writes as 0. It does not read what they call a directory,
-            # and returns whatever was in the memory.
-            odd = next((member.filename for member in members if member.external_attr or member.compress_type), None)
-            if sum(member.file_size for member in members) > size:
-                raise ValueError("members that share their bytes")
-            if any(member.file_size > LONGEST_INDEX for member in members if member.filename.endswith(".pkl")):
-                raise ValueError("more values than any training has")
-            damaged = odd or archive.testzip()
-    except Exception as error:  # a damaged header makes zipfile raise almost anything
-        odd, damaged = None, f"archive: {type(error).__name__}"
-    file.seek(0)
-    if odd:
-        raise CheckpointError(
-            f"{path}: is not a PyTorch file, or is damaged (in the attributes of {shortened(repr(odd))}); "
-            "use a checkpoint written by train_ppo.py"
-        )
-    if damaged:
-        raise CheckpointError(
-            f"{path}: is cut off or damaged (at {shortened(repr(damaged))}); use another checkpoint of the run"
-        )
+def _from_json(item, tensors):
+    """Returns what `_to_json` has turned into this JSON object, whose own items have been restored before."""
+    match item:
+        case {"$tensor": name}:
+            return tensors[name]
+        case {"$tuple": items}:
+            return tuple(items)
+        case {"$dict": pairs}:
+            return dict(pairs)
+    return item
 
 
-def _newest_good(directory):
-    """-> the end of a message, which names the newest checkpoint in `directory` that loads, or "". One that can be resumed goes
-    before one that can only be played."""
-
-    def written(file):
-        return file.stat().st_mtime_ns
-
-    found = None
-    with contextlib.suppress(OSError):
-        for file in sorted(filter(Path.is_file, Path(directory).glob("*.pt")), key=written, reverse=True):
-            with contextlib.suppress(CheckpointError):
-                if "optimizer" in _read(file):
-                    return f" (the newest good one here is {file})"
-                found = found or file
-    return f" (a good one here is {found})" if found else ""
+# --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(path, names=("last.pt",)):
-    """The checkpoint meant by `path`: a file is itself, a run directory the first of `names` in it.
+def find_checkpoint(path, names=(LAST,)):
+    """Returns the checkpoint that `path` means: a file is itself, a run directory stands for the first of `names` in it.
 
     Raises CheckpointError if there is none.
     """
     path = Path(path)
-    try:
-        if path.is_file():
-            return path
-        if path.is_dir():
-            for name in names:
-                if (path / name).is_file():
-                    return path / name
-            raise CheckpointError(
-                f"{path}: has no {' or '.join(names)} in it; name a run directory or a file{_newest_good(path)}"
-            )
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from error
-    raise CheckpointError(f"{path}: there is no such file; check the path{_newest_good(path.parent)}")
+    if os.path.isfile(path):
+        return path
+    # A run of an older version has .pt files: reading one says so.
+    for name in (*names, *(Path(name).with_suffix(".pt") for name in names)):
+        if os.path.isfile(path / name):
+            return path / name
+    if os.path.isdir(path):
+        reason, directory = f"has no {' or '.join(names)} in it; name a run directory or a file", path
+    else:
+        reason, directory = "there is no such file; check the path and its permissions", path.parent
+    raise CheckpointError(f"{path}: {reason}{_newest_good(directory)}")
+
+
+def _newest_good(directory):
+    """Returns the end of a message that names the newest checkpoint in `directory` that loads, or "" if none does.
+
+    The best model comes last, because no run can be resumed from it.
+    """
+    files = Path(directory).glob(f"*{SUFFIX}")
+    for file in sorted(files, key=lambda file: (file.name != BEST, _time_written(file)), reverse=True):
+        with contextlib.suppress(ValueError):
+            _read(file)
+            return f" (the newest good one here is {file})"
+    return ""
+
+
+def _time_written(file):
+    with contextlib.suppress(OSError):  # it may just have been deleted
+        return file.stat().st_mtime_ns
+    return 0
 
 
 def model_to_play(name, shipped, is_mine):
-    """Find the checkpoint to play: the file or run that was named, else the newest run, else the shipped model.
+    """Finds the checkpoint to play: the file or run that was named, else the newest run, else the shipped model.
 
-    Returns its path, and a remark that says why it was taken where none was named (None). is_mine: as for `newest_run`.
+    Returns its path, and a remark that says why it was taken, empty if it was named. is_mine: as for `newest_run`.
     Raises CheckpointError if there is no such model.
     """
     if name is not None:
@@ -313,83 +215,80 @@ def model_to_play(name, shipped, is_mine):
     run_dir = newest_run("runs", is_mine)
     if run_dir is not None:
         path = find_checkpoint(run_dir, PLAYED)
-        return path, " (the newest run)" if path.name == PLAYED[0] else " (the newest run; it has no best model yet)"
+        return path, " (the newest run)" if path.name == BEST else " (the newest run; it has no best model yet)"
     if shipped.exists():
         return shipped, " (the shipped model, because there is no run)"
     raise CheckpointError(f"no model of {shipped.stem} is shipped, and there is no run; train one, or name one")
 
 
 def newest_run(runs_dir, is_mine):
-    """The directory, up to four levels below `runs_dir`, of the run of one program that was written last, or None.
+    """Returns the directory, up to four levels below `runs_dir`, of a program's run that was written last, or None.
 
-    is_mine: takes the state in a checkpoint, its tensors not yet read, and says whether that program wrote it. A run of which
-    nothing can be read counts too, because it may be the one that is meant: who loads it hears what is wrong.
+    Args:
+        is_mine: takes what a checkpoint holds, without its tensors, and returns whether that program wrote it. A run
+            without a readable checkpoint counts, too: it may be the one that is meant, and loading it names the fault.
     """
-    written = {}
-    for pattern in (depth * "*/" + name for depth in range(1, 5) for name in PLAYED):
-        for file in filter(Path.is_file, Path(runs_dir).glob(pattern)):
-            with contextlib.suppress(OSError):  # it has just been deleted
-                written[file.parent] = max(file.stat().st_mtime_ns, written.get(file.parent, 0))
-    for run_dir in sorted(
-        written, key=lambda run_dir: (written[run_dir], run_dir.name), reverse=True
-    ):  # a date settles a tie
-        states = [state for name in PLAYED if (state := _peek(run_dir / name)) is not None]
+    patterns = [depth * "*/" + name for depth in range(1, 5) for name in PLAYED]
+    files = [file for pattern in patterns for file in Path(runs_dir).glob(pattern) if os.path.isfile(file)]
+    files.sort(key=lambda file: (_time_written(file), file.parent.name), reverse=True)  # a date settles a tie
+    for run_dir in dict.fromkeys(file.parent for file in files):
+        states = [state for name in PLAYED if (state := _state_without_tensors(run_dir / name)) is not None]
         if is_mine(states[0]) if states else (run_dir / "config.json").exists():
             return run_dir
     return None
 
 
-def _peek(path):
-    """The state in a checkpoint, its tensors left on the disk; None if it cannot be read."""
+def _state_without_tensors(path):
+    """Returns what the header of a checkpoint says, with names in place of tensors, or None if it cannot be read."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # torch raises whatever its reader met
+        with safetensors.safe_open(path, "pt", backend="pread") as file:
+            return dict(json.loads(file.metadata()["state"]))
+    except Exception:  # as in `_read`
         return None
-    return state if isinstance(state, dict) else {}
 
 
-# --- comparing ---------------------------------------------------------------------------------------------------------
+# --- comparing --------------------------------------------------------------------------------------------------------
 
 
 def check_like(found, own, where="state"):
-    """Raises ValueError, naming the place, unless `found`, from a file, is built as `own`, of this program, is, to any depth.
+    """Raises ValueError, naming the place, unless `found`, from a file, is built like `own`, of this program.
 
-    The same keys, or more; the same types, shapes and dtypes; lists as long. What may differ: a list of numbers, and a row of bytes (a
-    uint8 tensor with one axis), has any length. A tuple stands for any number of items like its first. For None the file may have
-    numbers. Integers are counters and random states, so they are not negative, and floats are finite, or both are not.
+    That is, to any depth: the same keys, or more; the same types, shapes and dtypes; lists of the same length. Lists of
+    numbers, and uint8 tensors with one axis, may have any length. A tuple stands for any number of items like its
+    first, and None for numbers too. Integers are counters and random states, so they must not be negative; floats must
+    be finite where this program's are.
     """
     if isinstance(own, dict) and isinstance(found, dict):
-        if lacking := [name for name in own if name not in found]:
-            raise ValueError(f"{where} lacks {lacking[0]!r}")
         for name, value in own.items():
+            if name not in found:
+                raise ValueError(f"{where} lacks {name!r}")
             check_like(found[name], value, f"{where}[{name!r}]")
-    elif isinstance(own, (list, tuple)) and isinstance(found, (list, tuple)) and not _numbers(own):
+    elif isinstance(own, (list, tuple)) and isinstance(found, (list, tuple)) and not _are_numbers(own):
         if isinstance(own, list) and len(own) != len(found):
             raise ValueError(f"{where} has {len(found)} items, and this program has {len(own)}")
         for i, item in enumerate(found):
             check_like(item, own[i] if isinstance(own, list) else own[0], f"{where}[{i}]")
-    elif not _alike(found, own):
+    elif not _fits(found, own):
         raise ValueError(f"{where} is {_described(found)}, and this program has {_described(own)}")
 
 
-def _alike(found, own):
+def _fits(found, own):
     if isinstance(own, torch.Tensor):
         if not isinstance(found, torch.Tensor) or found.dtype != own.dtype:
             return False
         return found.shape == own.shape or own.dtype == torch.uint8 and own.dim() == found.dim() == 1
     if own is None:
-        return found is None or _numbers(found) or _numbers([found])
+        return found is None or _are_numbers(found) or _are_numbers([found])
     if isinstance(own, (list, tuple)):
-        return _numbers(found)
+        return _are_numbers(found)
     if type(own) is int:
         return type(found) is int and 0 <= found < 2**128
     if type(own) is float:
-        return _numbers([found]) and (math.isfinite(found) or not math.isfinite(own))
+        return _are_numbers([found]) and (math.isfinite(found) or not math.isfinite(own))
     return type(found) is type(own)
 
 
-def _numbers(items):
-    """Whether this is a list of nothing but numbers."""
+def _are_numbers(items):
     return isinstance(items, (list, tuple)) and all(
         type(x) is int and abs(x) < 2**128 or type(x) is float and not math.isnan(x) for x in items
     )
@@ -400,11 +299,14 @@ def _described(value):
         return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, (list, tuple)):
         return "a list"
-    return f"{type(value).__name__} {shortened(value, 40)}" if _numbers([value]) else type(value).__name__
+    return f"{type(value).__name__} {shortened(value, 40)}" if _are_numbers([value]) else type(value).__name__
 
 
 def load_weights(module, weights):
-    """Loads the parameters of a file into a module. Raises ValueError, before anything has changed, if they are not as its own."""
+    """Loads weights from a file into a module.
+
+    Raises ValueError, before anything has changed, unless they are those of such a module.
+    """
     check_like(weights, own := module.state_dict(), "state['model']")
     if odd := [name for name in weights if name not in own]:
         raise ValueError(f"state['model'] has {shortened(repr(odd[0]))}, and this program has not")
@@ -412,48 +314,42 @@ def load_weights(module, weights):
 
 
 def load_optimizer(optimizer, saved):
-    """Loads the moments of an Adam optimizer from a file. What it is set to stays: learning rates and devices may be others.
+    """Loads the moments of an Adam optimizer from a file. Its settings stay: learning rates and devices may be others.
 
-    Raises ValueError, before anything has changed, unless they are as this optimizer's would be.
+    Raises ValueError, before anything has changed, unless they are those of such an optimizer.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    own = {
-        i: {"step": torch.tensor(0.0), "exp_avg": p.detach(), "exp_avg_sq": p.detach()}
-        for i, p in enumerate(parameters)
-    }
+    parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    own = {i: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(parameters)}
     check_like(saved, {"state": {}}, "state['optimizer']")
-    if saved["state"]:  # else no step was taken yet
+    if saved["state"]:  # it is empty before the first step
         check_like(saved["state"], own, "state['optimizer']['state']")
-    moments = to_plain(
-        saved["state"]
-    )  # copies: torch would write beyond the end of one that repeats a number as a view
+    moments = to_plain(saved["state"])  # a copy, because a step changes the moments in place
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-# --- numpy ------------------------------------------------------------------------------------------------------------
+# --- plain values -----------------------------------------------------------------------------------------------------
 
 
-def to_plain(value, where="state"):
-    """A copy of `value`, to any depth: tensors on the CPU, numpy arrays as tensors, numpy scalars as numbers.
+def to_plain(value):
+    """Returns a copy of `value`, to any depth, as a checkpoint can hold it.
 
-    Raises TypeError, naming the place, for what still is not plain.
+    Tensors and NumPy arrays become contiguous tensors on the CPU, NumPy's numbers Python's.
     """
     if isinstance(value, dict):
-        return {key: to_plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(to_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+        return type(value)(to_plain(item) for item in value)
     if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)  # keeps the order in memory, on which rounding depends
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return value.item()
+    if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy(order="C"))
-    _check_plain(value, where)
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return value
 
 
 def to_numpy(value):
-    """The way back from `to_plain`: `value` with every tensor copied into a numpy array."""
+    """Returns a copy of `value`, to any depth, with NumPy arrays in place of tensors: the way back from `to_plain`."""
     if isinstance(value, dict):
         return {key: to_numpy(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

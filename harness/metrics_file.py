@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from harness.checkpoint import atomic_write
+from harness.files import atomic_write
 from harness.messages import say
 
 

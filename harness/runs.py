@@ -15,8 +15,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from harness.checkpoint import CheckpointError, atomic_write, find_checkpoint, load_checkpoint
+from harness.checkpoint import BEST, LAST, SUFFIX, CheckpointError, find_checkpoint, load_checkpoint
 from harness.device import RANK, out_of_memory
+from harness.files import atomic_write
 from harness.messages import one_line, quoted, shortened, shown, tell
 from harness.options import CommandLineError, Values, expand_home, read_command_line
 
@@ -84,7 +85,7 @@ def load_resumable(path):
     with locked(path.parent) if in_a_run and RANK == 0 else contextlib.nullcontext():
         state = load_checkpoint(path)
     if "optimizer" not in state:
-        raise CheckpointError(f"{path}: holds a model to play, not a run to resume; resume from its run's last.pt")
+        raise CheckpointError(f"{path}: holds a model to play, not a run to resume; resume from its run's {LAST}")
     if not in_a_run:
         problem = "lies outside its run (there is no config.json beside it)"
         raise CheckpointError(f"{path}: {problem}; resume it in its run directory")
@@ -100,7 +101,7 @@ def find_run(name):
 
     Raises CommandLineError for a run that has no checkpoint yet, CheckpointError if there is nothing at all.
     """
-    if (Path(name) / "config.json").exists() and not any(Path(name).glob("*.pt")):
+    if (Path(name) / "config.json").exists() and not in_use(Path(name)):
         advice = f"begin it again with --run_dir {quoted(name)}"
         raise CommandLineError(f"{name} was stopped before its first checkpoint; {advice}")
     return find_checkpoint(name)
@@ -142,7 +143,7 @@ def new_run_dir(name, parent="runs"):
     for run_dir in map(Path, candidates):
         if make_directory(run_dir, exist_ok=bool(name)) and not in_use(run_dir):
             return run_dir
-    go_on = f", or --resume {quoted(run_dir)}" if (run_dir / "last.pt").exists() else ""
+    go_on = f", or --resume {quoted(run_dir)}" if (run_dir / LAST).exists() else ""
     raise CommandLineError(f"{run_dir} is in use already; name another --run_dir{go_on}")
 
 
@@ -169,7 +170,7 @@ def worth_keeping(file):
     """Whether a file is not one of those that a run writes before its first checkpoint."""
     if file.name == "config.json":  # other programs have one too
         return '"RUN_DIR"' not in file.read_text(encoding="utf-8", errors="replace")
-    return not (file.name in ("config.json.tmp", "last.pt.tmp", LOCK) or file.name.startswith("events.out.tfevents."))
+    return not (file.name in ("config.json.tmp", f"{LAST}.tmp", LOCK) or file.name.startswith("events.out.tfevents."))
 
 
 # --- what a directory says about its run ------------------------------------------------------------------------------
@@ -220,14 +221,14 @@ def check_begun(run_dir, constants):
     begun = recorded_constants(run_dir)
     if begun is not None and constants | begun | free != constants | free:
         raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
-    if run_dir.exists() and not (run_dir / "last.pt").exists() and in_use(run_dir):
+    if run_dir.exists() and not (run_dir / LAST).exists() and in_use(run_dir):
         problem = "is in use already, and has no last.pt to go on from"
         raise CommandLineError(f"{run_dir} {problem}; move it away, or name another --out")
 
 
 def finished(run_dir):
     """Whether a run has done all its steps, and its last evaluation has ended. Raises CheckpointError."""
-    if not (run_dir / "last.pt").exists():
+    if not (run_dir / LAST).exists():
         return False
     state = load_checkpoint(run_dir, {"global_step": 0, "constants": {"NUM_STEPS": 0}, "evaluations": ({},)})
     return state["global_step"] >= state["constants"]["NUM_STEPS"] and not state["evaluations"]
@@ -275,7 +276,7 @@ def directory_locked(run_dir):
 
 def delete_unfinished(run_dir):
     """Delete the checkpoints of a run that a kill has left half written."""
-    for file in run_dir.glob("*.pt.tmp"):
+    for file in run_dir.glob(f"*{SUFFIX}.tmp"):
         with contextlib.suppress(OSError):
             file.unlink()
 
@@ -306,7 +307,7 @@ def load_state(trainer, run):
         done = f"{run.directory} has done {trainer.global_step:,} steps already"
         raise CommandLineError(f"{done}; to go on, give a larger --num_steps")
     try:
-        best = load_checkpoint(run.directory / "best_model.pt", {"evaluation": {"score": 0.0}})
+        best = load_checkpoint(run.directory / BEST, {"evaluation": {"score": 0.0}})
         trainer.best_score = best["evaluation"]["score"]
     except CheckpointError:  # there is none, or it is damaged: the next evaluation writes one
         trainer.best_score = -math.inf

@@ -11,7 +11,7 @@ import traceback
 import uuid
 import warnings
 
-from harness.checkpoint import CheckpointError, save_checkpoint
+from harness.checkpoint import LAST, CheckpointError, save_checkpoint
 from harness.device import RANK, RANKS, UNDER_TORCHRUN, DeviceError, GPUError, free_memory, out_of_memory
 from harness.messages import no_more_processes, one_line, printable, shortened, tell
 from harness.options import CommandLineError, Values
@@ -195,7 +195,7 @@ def save_snapshot(trainer, run_dir, prog, go_on, options):
         if not (place / "config.json").exists():
             write_config(place, trainer)
             remark = f"{run_dir} was renamed or removed; "
-        save_checkpoint(place / "last.pt", trainer.snapshot)
+        save_checkpoint(place / LAST, trainer.snapshot)
         saved = True
     except Exception as failure:  # it must not hide the reason for the end
         remark = f"{one_line(failure)}; then "

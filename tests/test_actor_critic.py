@@ -30,7 +30,7 @@ def test_the_optimum_is_known():
 
 def test_rewards_of_actions_are_independent_and_standard_normal():
     model = actor_critic.RewardModel(Config(input_dim=6, output_dim=3), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model.directions.T @ model.directions, torch.eye(3))
+    torch.testing.assert_close(model.directions @ model.directions.T, torch.eye(3))
 
 
 def test_the_best_policy_has_no_regret_and_a_random_one_loses_everything():
@@ -85,10 +85,10 @@ def test_what_a_run_leaves(small):
     assert {file.name for file in directory.iterdir()} == {
         "run.lock",
         "training.log",
-        "epoch_1.pt",
-        "epoch_2.pt",
-        "epoch_3.pt",
-        "final.pt",
+        "epoch_1.safetensors",
+        "epoch_2.safetensors",
+        "epoch_3.safetensors",
+        "final.safetensors",
     }
     log = (directory / "training.log").read_text()
     assert log.count("epoch ") == 3 and '"seed": 42' in log and "expected reward" in log
@@ -97,12 +97,12 @@ def test_what_a_run_leaves(small):
 def test_a_resumed_run_is_the_same_bit_for_bit_and_so_is_a_second(small):
     main(["small.json"])
     (directory,) = small.glob("checkpoints_*")
-    straight = load_checkpoint(directory / "final.pt")
-    main(["--resume", str(directory / "epoch_1.pt")])
-    assert same(load_checkpoint(directory / "final.pt"), straight)
+    straight = load_checkpoint(directory / "final.safetensors")
+    main(["--resume", str(directory / "epoch_1.safetensors")])
+    assert same(load_checkpoint(directory / "final.safetensors"), straight)
     main(["small.json"])
     (second,) = set(small.glob("checkpoints_*")) - {directory}
-    assert same(load_checkpoint(second / "final.pt"), straight)
+    assert same(load_checkpoint(second / "final.safetensors"), straight)
 
 
 def test_a_checkpoint_outside_its_run_is_not_resumed(small):
@@ -111,14 +111,14 @@ def test_a_checkpoint_outside_its_run_is_not_resumed(small):
     (directory,) = small.glob("checkpoints_*")
     models = small / "models"
     models.mkdir()
-    (models / "final.pt").write_text("a foreign model")
-    (models / "notes.pt.tmp").write_text("foreign too")
-    (models / "epoch_1.pt").write_bytes((directory / "epoch_1.pt").read_bytes())
+    (models / "final.safetensors").write_text("a foreign model")
+    (models / "notes.safetensors.tmp").write_text("foreign too")
+    (models / "epoch_1.safetensors").write_bytes((directory / "epoch_1.safetensors").read_bytes())
     (small / "other.json").write_text('{"hidden_dim": 8, "num_epochs": 3, "seed": 7}')
     main(["other.json"])
     (other,) = set(small.glob("checkpoints_*")) - {directory}
-    (other / "epoch_9.pt").write_bytes((directory / "epoch_1.pt").read_bytes())
-    for file in (models / "epoch_1.pt", other / "epoch_9.pt"):
+    (other / "epoch_9.safetensors").write_bytes((directory / "epoch_1.safetensors").read_bytes())
+    for file in (models / "epoch_1.safetensors", other / "epoch_9.safetensors"):
         left = {path: path.read_bytes() for path in file.parent.iterdir()}
         with pytest.raises(
             CheckpointError, match=f"{file.name}: lies outside its run .no training.log beside it tells of it."
@@ -164,7 +164,7 @@ def test_a_directory_that_is_removed_while_training_can_be_resumed(small, monkey
     assert "was renamed or removed; it is made anew" in capsys.readouterr().err
     (directory,) = small.glob("checkpoints_*")
     main(["--resume", str(directory)])
-    assert load_checkpoint(directory / "final.pt")["epoch"] == 4
+    assert load_checkpoint(directory / "final.safetensors")["epoch"] == 4
 
 
 @pytest.mark.parametrize(
@@ -184,16 +184,17 @@ def test_a_signal_saves_whole_epochs(small, monkeypatch, signum, status):
         assert main(["small.json"]) == status
     (directory,) = small.glob("checkpoints_*")
     assert (
-        load_checkpoint(directory / "final.pt")["epoch"] == 1 and "--resume" in (directory / "training.log").read_text()
+        load_checkpoint(directory / "final.safetensors")["epoch"] == 1
+        and "--resume" in (directory / "training.log").read_text()
     )
     with locked(directory), pytest.raises(CommandLineError, match="another process is training this run"):
         main(["--resume", str(directory)])
     main(["--resume", str(directory)])
     main(["small.json"])
     (straight,) = set(small.glob("checkpoints_*")) - {directory}
-    assert same(load_checkpoint(directory / "final.pt"), load_checkpoint(straight / "final.pt"))
+    assert same(load_checkpoint(directory / "final.safetensors"), load_checkpoint(straight / "final.safetensors"))
     with pytest.raises(CommandLineError, match="has done all of its 3 epochs already"):
-        main(["--resume", str(directory / "final.pt")])
+        main(["--resume", str(directory / "final.safetensors")])
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_what_is_not_finite_is_named_and_ends_the_training(spoiled, message, sma
         main(["small.json"])
     (directory,) = small.glob("checkpoints_*")
     assert (
-        load_checkpoint(directory / "final.pt")["epoch"] == 1
+        load_checkpoint(directory / "final.safetensors")["epoch"] == 1
         and "--resume" not in (directory / "training.log").read_text()
     )
 
@@ -231,10 +232,10 @@ def test_a_log_that_cannot_be_opened_ends_no_training(small, capsys):
     (directory / "training.log").unlink()
     (directory / "training.log").mkdir()
     config = json.loads((small / "small.json").read_text())
-    agent = actor_critic.load_agent(directory / "final.pt")
+    agent = actor_critic.load_agent(directory / "final.safetensors")
     agent.config = agent.config._replace(num_epochs=config["num_epochs"] + 1)
     actor_critic.train(agent, directory)
-    assert load_checkpoint(directory / "final.pt")["epoch"] == config["num_epochs"] + 1
+    assert load_checkpoint(directory / "final.safetensors")["epoch"] == config["num_epochs"] + 1
     assert "training.log: not written; training goes on" in capsys.readouterr().err
 
 
@@ -254,14 +255,18 @@ def test_a_disk_that_is_full_for_a_while_costs_files_only(small, monkeypatch, ca
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (directory,) = small.glob("checkpoints_*")
-    assert {file.name for file in directory.glob("*.pt")} == {"epoch_1.pt", "epoch_3.pt", "final.pt"}
+    assert {file.name for file in directory.glob("*.safetensors")} == {
+        "epoch_1.safetensors",
+        "epoch_3.safetensors",
+        "final.safetensors",
+    }
     err = capsys.readouterr().err
     assert (
         "training.log: not written; training goes on" in err
-        and "epoch_2.pt: not saved (File too large)" in err
+        and "epoch_2.safetensors: not saved (File too large)" in err
         and "Traceback" not in err
     )
-    assert load_checkpoint(directory / "final.pt")["epoch"] == 3
+    assert load_checkpoint(directory / "final.safetensors")["epoch"] == 3
 
 
 def test_the_config_is_written_if_there_is_none(tmp_path, capsys):
@@ -309,10 +314,10 @@ def test_the_shipped_model_is_near_the_optimum(capsys):
     main(["--evaluate"])
     out, err = capsys.readouterr()
     assert json.loads(out)["share"] >= 0.99 and err.endswith(
-        "actor_critic.pt: trained for 100 epochs (the shipped model)\n"
+        "actor_critic.safetensors: trained for 100 epochs (the shipped model)\n"
     )
     with pytest.raises(CheckpointError, match="is no model of actor_critic"):
-        main(["--evaluate", str(actor_critic.ALGORITHMS / "pretrained" / "reinforce_cartpole.pt")])
+        main(["--evaluate", str(actor_critic.ALGORITHMS / "pretrained" / "reinforce_cartpole.safetensors")])
 
 
 @pytest.mark.parametrize(
@@ -325,17 +330,17 @@ def test_the_shipped_model_is_near_the_optimum(capsys):
         ({"epoch": "x"}, r"state\['epoch'\] is str"),
         ({"epoch": -1}, r"state\['epoch'\] is int -1"),
         ({"policy": {}}, "lacks 'layers.0.weight'"),
-        ({"optimizer": {"state": {0: {}}}}, "lacks 1"),
+        ({"optimizer": {"state": {0: {}}}}, "lacks 'step'"),
         ({"directions": torch.ones(3)}, "is a tensor .3,. of float32"),
         ({"generator": torch.ones(4)}, "float32"),
         ({"generator": torch.zeros(5056, dtype=torch.uint8)}, "does not fit this program"),
     ],
 )
 def test_a_checkpoint_of_a_stranger(small, change, message):
-    save_checkpoint("final.pt", ActorCriticAgent(Config(hidden_dim=8)).state_dict() | change)
+    save_checkpoint("final.safetensors", ActorCriticAgent(Config(hidden_dim=8)).state_dict() | change)
     for option in "--evaluate", "--resume":
-        with pytest.raises((CheckpointError, CommandLineError), match=f"final.pt: .*{message}") as caught:
-            main([option, "final.pt"])
+        with pytest.raises((CheckpointError, CommandLineError), match=f"final.safetensors: .*{message}") as caught:
+            main([option, "final.safetensors"])
         assert "\n" not in str(caught.value)
 
 

@@ -154,16 +154,23 @@ def test_the_table_of_robustness(tmp_path, monkeypatch, capsys):
         return play_games(player, *arguments, **options, max_steps=2000 if player is robustness.tracker else 100)
 
     monkeypatch.setattr(robustness, "play_games", play)
-    for seed, name in enumerate(("b.pt", "a.pt")):
+    for seed, name in enumerate(("b.safetensors", "a.safetensors")):
         gpt = make_gpt(seed, n_head=2, n_embd=8)
         state = {"model": gpt.state_dict(), "gpt_config": asdict(gpt.config), "global_step": 1000}
         save_checkpoint(tmp_path / name, state)
-    robustness.main([str(tmp_path / "b.pt"), str(tmp_path / "a.pt"), "--games", "2"])
+    robustness.main([str(tmp_path / "b.safetensors"), str(tmp_path / "a.safetensors"), "--games", "2"])
     output = capsys.readouterr().out
     header, rows = table(output)
     assert header == list(robustness.COLUMNS) and output.count("trained for 1,000 steps") == 2
     players = [re.sub(r"^.*/", "", row[0]) for row in rows[::4]]
-    assert players == ["b.pt, greedy", "b.pt, sampled", "a.pt, greedy", "a.pt, sampled", "tracker", "random"]
+    assert players == [
+        "b.safetensors, greedy",
+        "b.safetensors, sampled",
+        "a.safetensors, greedy",
+        "a.safetensors, sampled",
+        "tracker",
+        "random",
+    ]
     assert [row[1] for row in rows] == 6 * ["standard", "random serves", "random layouts", "sticky actions"]
     assert all(re.fullmatch(r"[\d.]+%?", cell) for row in rows for cell in row[2:3] + row[4:])
     drawn = [False] + 7 * [True]  # all but the standard games of greedy players
@@ -471,7 +478,7 @@ def test_speed_and_memory_of_a_whole_training(monkeypatch):
         def __init__(self, command, **kwargs):
             run_dir = Path(command[command.index("--run_dir") + 1])
             run_dir.mkdir()
-            save_checkpoint(run_dir / "last.pt", {"global_step": 3000, "seconds": 1.5})
+            save_checkpoint(run_dir / "last.safetensors", {"global_step": 3000, "seconds": 1.5})
 
         def communicate(self):
             return b"2000000\n", None
@@ -524,7 +531,7 @@ def test_the_gpu_checks_say_what_is_wrong(capsys, monkeypatch):
 def test_the_gpu_checks_take_no_run_of_several_ranks(tmp_path):
     constants = CONSTANTS | {"NUM_ENVS": 8, "ROLLOUT_STEPS": 4, "BATCH_SIZE": 8, "RUN_DIR": str(tmp_path)}
     save_checkpoint(
-        tmp_path / "last.pt",
+        tmp_path / "last.safetensors",
         {"constants": constants, "obs": torch.zeros(4, 1944, dtype=torch.uint8), "optimizer": {}, "global_step": 32},
     )
     (tmp_path / "config.json").touch()

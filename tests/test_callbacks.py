@@ -232,10 +232,10 @@ def test_files_of_a_run(tmp_path):
     assert names == {
         "metrics.csv",
         "learning_curve.png",
-        "best_model.pt",
-        "last.pt",
-        "checkpoint_3.pt",
-        "checkpoint_6.pt",
+        "best_model.safetensors",
+        "last.safetensors",
+        "checkpoint_3.safetensors",
+        "checkpoint_6.safetensors",
     }
 
 
@@ -244,10 +244,14 @@ def test_a_full_disk_during_training_costs_files_only(tmp_path, monkeypatch, cap
     monkeypatch.setattr(os, "replace", disk_full)
     ppo.learn(until=8)
     out = capsys.readouterr().out
-    for name in ("metrics.csv", "learning_curve.png", "last.pt", "best_model.pt"):
+    for name in ("metrics.csv", "learning_curve.png", "last.safetensors", "best_model.safetensors"):
         lines = [line for line in out.splitlines() if name in line]
         assert lines and all("No space left" in line and "training goes on" in line for line in lines)
-    for name, cost in (("metrics.csv", "not written"), ("learning_curve.png", "not drawn"), ("last.pt", "not saved")):
+    for name, cost in (
+        ("metrics.csv", "not written"),
+        ("learning_curve.png", "not drawn"),
+        ("last.safetensors", "not saved"),
+    ):
         assert f"{name}: {cost} (No space left" in out
     with pytest.raises(CheckpointError, match="No space left"):
         ppo.emit("on_training_end")
@@ -270,7 +274,7 @@ def test_what_only_draws_or_logs_ends_no_training(tmp_path, monkeypatch, capsys,
     for callback in watching:
         monkeypatch.setattr(callback, event, broken)
     FakeTrainer([*watching, Checkpoints(tmp_path, save_freq=3)]).learn()
-    assert updates(tmp_path)["best_model.pt"] == updates(tmp_path)["last.pt"] == 8
+    assert updates(tmp_path)["best_model.safetensors"] == updates(tmp_path)["last.safetensors"] == 8
     out = capsys.readouterr().out
     for callback in watching:
         reason = "Panic: initialization of _pywrap failed"
@@ -310,13 +314,13 @@ def test_another_reason_is_another_warning(capsys):
 
 @pytest.mark.parametrize("delay", [1, 2])
 def test_an_evaluation_belongs_to_the_row_of_its_update(tmp_path, delay, capsys):
-    """And to its step on the line, in TensorBoard and in best_model.pt, though its result comes later."""
+    """And to its step on the line, in TensorBoard and in best_model.safetensors, though its result comes later."""
     FakeTrainer([MetricsCSV(tmp_path / "at_once.csv", EVALUATED)]).learn()
     FakeTrainer(all_callbacks(tmp_path), delay=delay).learn()
     assert table(tmp_path / "metrics.csv") == table(tmp_path / "at_once.csv")
     lines = [line for line in capsys.readouterr().out.splitlines() if "cleared" in line]
     assert [int(line.split("steps")[0]) for line in lines] == [200, 400, 600, 800]
-    assert updates(tmp_path)["best_model.pt"] == 8
+    assert updates(tmp_path)["best_model.safetensors"] == 8
     assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
 
 
@@ -535,37 +539,51 @@ def test_learning_curve_of_nothing(tmp_path):
 
 def updates(run_dir):
     """name: the update at which it was saved."""
-    return {path.name: load_checkpoint(path)["update_count"] for path in run_dir.glob("*.pt")}
+    return {path.name: load_checkpoint(path)["update_count"] for path in run_dir.glob("*.safetensors")}
 
 
 def test_checkpoints(tmp_path):
     ppo = FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)])
     ppo.learn(until=6)
-    assert updates(tmp_path) == {"last.pt": 6, "checkpoint_5.pt": 5, "checkpoint_6.pt": 6, "best_model.pt": 4}
-    assert "best_score" not in load_checkpoint(tmp_path / "best_model.pt")  # the smaller state
+    assert updates(tmp_path) == {
+        "last.safetensors": 6,
+        "checkpoint_5.safetensors": 5,
+        "checkpoint_6.safetensors": 6,
+        "best_model.safetensors": 4,
+    }
+    assert "best_score" not in load_checkpoint(tmp_path / "best_model.safetensors")  # the smaller state
     assert load_checkpoint(tmp_path)["best_score"] == 300
 
 
 def test_stages_of_a_training_stay(tmp_path):
     """The start, and what is saved after a tenth of 40 updates."""
     FakeTrainer([Checkpoints(tmp_path, save_freq=3, keep=1, keep_stages=True)], updates=40).learn()
-    assert {"checkpoint_0.pt": 0, "checkpoint_6.pt": 6, "checkpoint_39.pt": 39}.items() <= updates(tmp_path).items()
-    assert len(list(tmp_path.glob("checkpoint_*.pt"))) == 3
+    assert {
+        "checkpoint_0.safetensors": 0,
+        "checkpoint_6.safetensors": 6,
+        "checkpoint_39.safetensors": 39,
+    }.items() <= updates(tmp_path).items()
+    assert len(list(tmp_path.glob("checkpoint_*.safetensors"))) == 3
 
 
 def test_the_newest_three_checkpoints_stay_and_without_evaluations_there_is_no_best_model(tmp_path):
     FakeTrainer([Checkpoints(tmp_path, save_freq=1)], updates=5, scores={}).learn()
-    assert updates(tmp_path) == {"last.pt": 5, "checkpoint_3.pt": 3, "checkpoint_4.pt": 4, "checkpoint_5.pt": 5}
+    assert updates(tmp_path) == {
+        "last.safetensors": 5,
+        "checkpoint_3.safetensors": 3,
+        "checkpoint_4.safetensors": 4,
+        "checkpoint_5.safetensors": 5,
+    }
 
 
 def test_last_is_saved_at_the_end(tmp_path):
     FakeTrainer([Checkpoints(tmp_path, save_freq=5)], updates=7).learn()
-    assert updates(tmp_path) == {"last.pt": 7, "checkpoint_5.pt": 5, "best_model.pt": 4}
+    assert updates(tmp_path) == {"last.safetensors": 7, "checkpoint_5.safetensors": 5, "best_model.safetensors": 4}
 
 
 def test_there_is_something_to_resume_from_the_start(tmp_path):
     FakeTrainer([Checkpoints(tmp_path, save_freq=100)]).learn(until=1)
-    assert updates(tmp_path) == {"last.pt": 0}
+    assert updates(tmp_path) == {"last.safetensors": 0}
 
 
 def test_a_best_model_that_could_not_be_saved_is_saved_later(tmp_path, monkeypatch, capsys):
@@ -574,30 +592,32 @@ def test_a_best_model_that_could_not_be_saved_is_saved_later(tmp_path, monkeypat
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: fsync(fd) if ppo.update_count not in (4, 5) else disk_full())
     ppo.learn(until=5)
-    assert "best_model.pt" not in updates(tmp_path)
+    assert "best_model.safetensors" not in updates(tmp_path)
     ppo.update_count = 5
     ppo.learn(until=6)
-    assert updates(tmp_path)["best_model.pt"] == 4
+    assert updates(tmp_path)["best_model.safetensors"] == 4
 
 
 def test_checkpoints_left_from_before_a_resume_do_not_push_out_new_ones(tmp_path):
     FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)]).learn(until=8)
-    for name in ("checkpoint_7.pt", "checkpoint_8.pt"):
+    for name in ("checkpoint_7.safetensors", "checkpoint_8.safetensors"):
         os.utime(tmp_path / name, (1, 1))  # long ago
-    (tmp_path / "checkpoint_mine.pt").write_bytes(b"")  # not ours to delete
+    (tmp_path / "checkpoint_mine.safetensors").write_bytes(b"")  # not ours to delete
     FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)], start=3).learn(until=5)
     assert sorted(path.name for path in tmp_path.glob("checkpoint_*")) == [
-        "checkpoint_4.pt",
-        "checkpoint_5.pt",
-        "checkpoint_mine.pt",
+        "checkpoint_4.safetensors",
+        "checkpoint_5.safetensors",
+        "checkpoint_mine.safetensors",
     ]
 
 
 def test_links_to_nothing_and_directories_among_the_checkpoints_stop_nothing(tmp_path):
-    (tmp_path / "checkpoint_9.pt").symlink_to("gone")
-    (tmp_path / "checkpoint_8.pt").mkdir()
+    (tmp_path / "checkpoint_9.safetensors").symlink_to("gone")
+    (tmp_path / "checkpoint_8.safetensors").mkdir()
     FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)]).learn(until=5)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint_*")) == [f"checkpoint_{i}.pt" for i in (4, 5, 8, 9)]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint_*")) == [
+        f"checkpoint_{i}.safetensors" for i in (4, 5, 8, 9)
+    ]
 
 
 def test_the_newest_checkpoint_stays_when_the_clock_has_been_set_back(tmp_path):
@@ -606,7 +626,7 @@ def test_the_newest_checkpoint_stays_when_the_clock_has_been_set_back(tmp_path):
     for file in tmp_path.glob("checkpoint_*"):
         os.utime(file, (4e9, 4e9))  # as if written in the year 2096
     ppo.learn(until=3)
-    assert "checkpoint_3.pt" in updates(tmp_path) and len(updates(tmp_path)) == 4
+    assert "checkpoint_3.safetensors" in updates(tmp_path) and len(updates(tmp_path)) == 4
 
 
 def test_a_full_disk_keeps_the_old_files(tmp_path, monkeypatch, capsys):
@@ -615,7 +635,7 @@ def test_a_full_disk_keeps_the_old_files(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", disk_full)
         ppo.learn(until=5)
-    assert updates(tmp_path) == {"last.pt": 2, "checkpoint_2.pt": 2, "best_model.pt": 2}
+    assert updates(tmp_path) == {"last.safetensors": 2, "checkpoint_2.safetensors": 2, "best_model.safetensors": 2}
     assert all(line.startswith("warning: ") for line in capsys.readouterr().out.splitlines())
     ppo.learn()
-    assert updates(tmp_path) == {"last.pt": 8, "checkpoint_8.pt": 8, "best_model.pt": 8}
+    assert updates(tmp_path) == {"last.safetensors": 8, "checkpoint_8.safetensors": 8, "best_model.safetensors": 8}

@@ -1,33 +1,34 @@
-import contextlib
 import errno
 import io
+import json
 import math
 import os
 import random
+import struct
 import subprocess
 import sys
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from harness.checkpoint import (
     CheckpointError,
+    _checksum,
     _read,
-    atomic_write,
     check_like,
     find_checkpoint,
     load_checkpoint,
     load_optimizer,
     newest_run,
-    replacing,
     save_checkpoint,
     to_numpy,
     to_plain,
 )
+from harness.files import atomic_write, replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,23 +68,51 @@ def example():
 
 def test_round_trip(tmp_path):
     state = example()
-    save_checkpoint(tmp_path / "last.pt", state)
-    assert same(load_checkpoint(tmp_path / "last.pt"), state)
+    save_checkpoint(tmp_path / "last.safetensors", state)
+    assert same(load_checkpoint(tmp_path / "last.safetensors"), state)
     assert same(load_checkpoint(tmp_path), state)  # a run directory
-    assert "format_version" not in state  # the caller's dict is not touched
-    assert os.listdir(tmp_path) == ["last.pt"]
+    assert os.listdir(tmp_path) == ["last.safetensors"]
+
+
+def test_other_tools_read_the_file(tmp_path):
+    """They find every tensor under a flat name, and can load the weights without this program."""
+    state = example()
+    save_checkpoint(tmp_path / "last.safetensors", state)
+    names = {"model.weight", "model.bias", "nested.1.1.x.0", "tokens"} | {
+        f"optimizer.state.{i}.{moment}" for i in (0, 1) for moment in ("step", "exp_avg", "exp_avg_sq")
+    }
+    tensors = safetensors.torch.load_file(tmp_path / "last.safetensors")
+    assert tensors.keys() == names and torch.equal(tensors["model.weight"], state["model"]["weight"])
+    with safetensors.safe_open(tmp_path / "last.safetensors", "np") as file:
+        assert file.get_tensor("tokens").tolist() == [0, 1, 2, 3, 4]
+        assert json.loads(file.metadata()["state"])["update"] == 7
+
+
+def test_odd_names_come_back(tmp_path):
+    """Keys that JSON has not, that mean something to this format, or that give two tensors the same flat name."""
+    one, two, three = torch.ones(1), torch.ones(2), torch.ones(3)
+    for state in (
+        {0: one, "0": two, -1: {"": three}},
+        {"a.b": one, "a": {"b": two, "b'": three}},
+        {"a.b'": one, "a.b": two, "a": {"b": three}},
+        {"$tensor": "x", "a": {"$tuple": [1], "$dict": {}}, "b": {"$tensor": one}},
+        {"sha256": "x", "state": {}, "format_version": -3, '"': "\ud800\n\0"},
+        {"": (), "a": [[], {}, ((),)], "b": [OrderedDict(x=1)]},
+    ):
+        save_checkpoint(tmp_path / "last.safetensors", state)
+        assert same(load_checkpoint(tmp_path), state)
 
 
 @pytest.mark.parametrize("bad", [np.float64(1), np.zeros(2), {1, 2}, object(), torch.Size([1]), 1j, b"x"])
 def test_refuses_what_would_not_load(tmp_path, bad):
-    with pytest.raises(TypeError, match=r"state\['a'\]\[1\]\['b'\]"):
-        save_checkpoint(tmp_path / "last.pt", {"a": [0, {"b": bad}]})
+    with pytest.raises(TypeError, match="^a.1.b: a checkpoint cannot hold this"):
+        save_checkpoint(tmp_path / "last.safetensors", {"a": [0, {"b": bad}]})
     assert not os.listdir(tmp_path)
 
 
 def test_refuses_odd_keys(tmp_path):
-    with pytest.raises(TypeError, match=r"state\['a'\].*\(1, 2\)"):
-        save_checkpoint(tmp_path / "last.pt", {"a": {(1, 2): 3}})
+    with pytest.raises(TypeError, match=r"^a: .*\(1, 2\)"):
+        save_checkpoint(tmp_path / "last.safetensors", {"a": {(1, 2): 3}})
 
 
 # --- a save that fails or is killed -----------------------------------------------------------------------------------
@@ -92,7 +121,7 @@ def test_refuses_odd_keys(tmp_path):
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step, failure):
-    path = tmp_path / "last.pt"
+    path = tmp_path / "last.safetensors"
     save_checkpoint(path, {"update": 1})
 
     def fail(*args):
@@ -107,11 +136,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step, failure)
         assert_one_line(caught.value, path)
         assert "No space left on device), the earlier file of this name is intact;" in str(caught.value)
     assert load_checkpoint(path) == {"update": 1}
-    assert os.listdir(tmp_path) == ["last.pt"]
+    assert os.listdir(tmp_path) == ["last.safetensors"]
 
 
 def test_save_into_a_missing_directory(tmp_path):
-    path = tmp_path / "gone" / "last.pt"
+    path = tmp_path / "gone" / "last.safetensors"
     with pytest.raises(CheckpointError) as caught:
         save_checkpoint(path, {})
     assert_one_line(caught.value, path)
@@ -158,7 +187,7 @@ from pathlib import Path
 import torch
 from harness.checkpoint import load_checkpoint, save_checkpoint
 torch.set_num_threads(1)  # a thread pool does not survive a fork
-path = Path(sys.argv[1]) / "last.pt"
+path = Path(sys.argv[1]) / "last.safetensors"
 state = lambda i: {"i": i, "x": torch.full((200_000,), i)}
 
 def fork(child):
@@ -199,7 +228,7 @@ while leftover < 3 and trial < 100:  # until three kills fell into a write: on a
     _, status = os.waitpid(pid, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL, "the child ended by itself"
     whole()
-    leftover += path.with_name("last.pt.tmp").exists()
+    leftover += path.with_name("last.safetensors.tmp").exists()
 save_checkpoint(path, state(1))
 print(whole(), leftover, os.listdir(path.parent))
 """
@@ -213,7 +242,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     assert done.returncode == 0, done.stderr
     final, leftover, names = done.stdout.split(maxsplit=2)
     assert int(leftover) > 0  # otherwise no kill fell into a write, and nothing was tested
-    assert final == "1" and names.strip() == "['last.pt']"  # a later save clears what a kill left
+    assert final == "1" and names.strip() == "['last.safetensors']"  # a later save clears what a kill left
 
 
 # --- files that are no checkpoint -------------------------------------------------------------------------------------
@@ -230,122 +259,147 @@ def torch_bytes(obj):
     return buffer.getvalue()
 
 
-def zip_bytes():
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("hello/readme.txt", "hello")
-    return buffer.getvalue()
+def file_bytes(header, data=b""):
+    """Returns a safetensors file with this header, a dict or what stands in the place of its JSON."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("pwned",)
+def signed(text, tensors=None, version="2"):
+    """Returns a checkpoint with this text in place of its JSON, and a right checksum."""
+    metadata = {"format_version": version, "sha256": _checksum(text, tensors or {}), "state": text}
+    return safetensors.torch.save(tensors or {}, metadata)
+
+
+def tensor_bytes(shape, dtype="F32", size=4):
+    """Returns a file whose one tensor claims this shape, with as many bytes of numbers."""
+    metadata = {"format_version": "2", "sha256": "0", "state": "{}"}
+    tensor = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+    return file_bytes({"__metadata__": metadata, "x": tensor}, bytes(size))
 
 
 BAD_FILES = {
-    "empty": (b"", "is empty"),
-    "text": (b"hello, I am no checkpoint\n", "not a checkpoint"),
-    "zeros": (bytes(1000), "not a checkpoint"),
-    "zip": (zip_bytes(), "not a PyTorch file"),
-    "truncated": (torch_bytes({"format_version": 1, "x": torch.ones(1000)})[:3000], "is cut off or damaged"),
-    "state_dict": (torch_bytes(torch.nn.Linear(2, 2).state_dict()), "another kind"),
-    "list": (torch_bytes([1, 2]), "another kind"),
-    "odd version": (torch_bytes({"format_version": "1"}), "another kind"),
-    "newer": (torch_bytes({"format_version": 2}), "update the code"),
-    "malicious": (torch_bytes({"format_version": 1, "x": Malicious()}), "foreign code"),
-    "numpy": (torch_bytes({"format_version": 1, "x": np.zeros(2)}), "foreign code"),
+    "empty": (b"", "header too small"),
+    "text": (b"hello, I am no checkpoint\n", "is no checkpoint, or is cut off or damaged"),
+    "zeros": (bytes(1000), "is no checkpoint, or is cut off or damaged"),
+    "zip": (torch_bytes([1, 2]), "is no checkpoint, or is cut off or damaged"),
+    "truncated": (signed("{}", {"x": torch.ones(1000)})[:3000], "is cut off or damaged"),
+    "weights": (safetensors.torch.save({"x": torch.ones(2)}), "of another program"),
+    "metadata": (safetensors.torch.save({}, {"format": "pt"}), "of another program"),
+    "odd version": (signed("{}", version="two"), "of another program"),
+    "newer": (signed("{}", version="3"), "has format version 3, not 2 .update the code."),
+    "newer and long": (signed("{}", version="3" * 10**6), "has format version 3{196} ..., not 2 ."),
+    "no state": (safetensors.torch.save({}, {"format_version": "2"}), "damaged .'sha256'"),
+    "other checksum": (signed("{}").replace(b'"{}"', b'"[]"'), "is not what was saved"),
+    "list": (signed("[]"), "holds no state"),
+    "number": (signed("1"), "holds no state"),
+    "no JSON": (signed("{"), "Expecting"),
+    "lost tensor": (signed('{"x": {"$tensor": "x"}}'), "damaged .'x'"),
+    "odd tensor": (signed('{"x": {"$tensor": []}}'), "unhashable"),
+    "odd dict": (signed('{"x": {"$dict": [1]}}'), "is cut off or damaged"),
+    "odd tuple": (signed('{"x": {"$tuple": 1}}'), "is cut off or damaged"),
+    "deep": (signed('{"x": ' + "[" * 10**5 + "]" * 10**5 + "}"), "recursion"),
+    "long number": (signed('{"x": 1' + "0" * 5000 + "}"), "4300 digits"),
+    "shape": (tensor_bytes([2]), "is cut off or damaged"),
+    "huge shape": (tensor_bytes([2**40, 2**40]), "is cut off or damaged"),
+    "huge empty shape": (tensor_bytes([0, 2**63], size=0), "is cut off or damaged"),
+    "odd dtype": (tensor_bytes([8], "F4"), "is cut off or damaged"),
+    "unknown dtype": (tensor_bytes([4], "X8"), "is cut off or damaged"),
+    "more axes than numbers": (tensor_bytes([1] * 10**5), "is not what was saved"),
+    "deep header": (file_bytes(b'{"__metadata__":' + b"[" * 10**5), "is cut off or damaged"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_bad_file(tmp_path, monkeypatch, kind):
-    monkeypatch.chdir(tmp_path)
+def test_bad_file(tmp_path, kind):
     data, reason = BAD_FILES[kind]
-    path = tmp_path / "bad.pt"
+    path = tmp_path / "bad.safetensors"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=reason) as caught:
         load_checkpoint(path)
     assert_one_line(caught.value, path)
-    assert os.listdir(tmp_path) == ["bad.pt"]  # nothing ran
+    assert len(str(caught.value)) < 600
+
+
+def test_a_run_of_an_earlier_version(tmp_path):
+    """Its .pt files are named for what they are, and nothing in them is unpickled."""
+    for name, data in (("last.pt", torch_bytes({"format_version": 1})), ("best_model.pt", b"x")):
+        (tmp_path / name).write_bytes(data)
+        for path in (tmp_path, tmp_path / name):
+            file = find_checkpoint(path, ("best_model.safetensors", "last.safetensors"))
+            with pytest.raises(CheckpointError, match="is a .pt file, which older versions read") as caught:
+                load_checkpoint(file)
+            assert_one_line(caught.value, file)
 
 
 def test_missing_file_and_empty_directory(tmp_path):
-    for path in (tmp_path / "no.pt", tmp_path):
+    for path in (tmp_path / "no.safetensors", tmp_path):
         with pytest.raises(CheckpointError) as caught:
             load_checkpoint(path)
         assert_one_line(caught.value, path)
 
 
 def test_unreadable(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
+    path = tmp_path / "last.safetensors"
     save_checkpoint(path, {})
 
-    def denied(self, *_):  # chmod does not stop root
+    def denied(*_, **__):  # chmod does not stop root
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    for method, reason in (("open", "cannot be read"), ("is_file", "cannot be read")):
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, method, denied)
-            with pytest.raises(CheckpointError, match=reason) as caught:
-                load_checkpoint(path)
-        assert_one_line(caught.value, path)
+    monkeypatch.setattr(safetensors, "safe_open", denied)
+    with pytest.raises(CheckpointError, match="cannot be read .Permission denied") as caught:
+        load_checkpoint(path)
+    assert_one_line(caught.value, path)
 
 
-def older(state):
-    """A file of a version that had no checksum of its own."""
-    return torch_bytes({**state, "format_version": 1})
-
-
-def newer(state, folder):
-    save_checkpoint(folder / "new.pt", state)
-    return (folder / "new.pt").read_bytes()
-
-
-@pytest.mark.parametrize("share", [0.03, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.faults)])
 def test_a_wrong_byte_or_bit_is_noticed_or_harmless(tmp_path, share):
-    """A share of the bits of the directory at the end, which the archive has under no checksum, and of the bytes before it: an
-    error or, in padding and dates, the same contents. Any cut is an error. With our checksum and without."""
-    state = {"x": torch.arange(300), "update": 5}
-    for good in (older(state), newer(state, tmp_path)):
-        path, directory, refused = tmp_path / "last.pt", good.index(b"PK\1\2"), 0
-        changes = [(i, 0xFF) for i in range(0, directory, 9)] + [
-            (i, 1 << bit) for i in range(directory, len(good)) for bit in range(8)
-        ]
-        changes = random.Random(0).sample(changes, int(share * len(changes)))
-        for i, mask in changes:
-            path.write_bytes(good[:i] + bytes([good[i] ^ mask]) + good[i + 1 :])
-            try:
-                assert same(_read(path), state), (i, mask)
-            except CheckpointError:
-                refused += 1
-        assert refused > len(changes) / 3
-        for length in random.Random(0).sample(range(len(good)), 30):
-            path.write_bytes(good[:length])
-            with pytest.raises(CheckpointError):
-                _read(path)
-
-
-def test_an_entry_that_torch_takes_for_a_directory_is_refused(tmp_path):
-    """One bit of the shipped model, which is under no checksum: torch would return whatever was in the memory."""
-    for source in (ROOT / "pretrained" / "breakout.pt", ROOT / "algorithms" / "pretrained" / "reinforce_cartpole.pt"):
-        data = bytearray(source.read_bytes())
-        entry = data.rindex(b"PK\1\2", 0, data.index(b"/data/0", data.index(b"PK\1\2")))
-        data[entry + 38] ^= 0x10
-        (tmp_path / "bit.pt").write_bytes(data)
-        with pytest.raises(CheckpointError, match="damaged .in the attributes of '.*/data/0'") as caught:
-            load_checkpoint(tmp_path / "bit.pt")
-        assert_one_line(caught.value, tmp_path / "bit.pt")
-        assert load_checkpoint(source)["model"]  # and the file itself has no checksum of ours, and loads
+    """A share of the bits of the header, and of the bytes behind it: an error or, in the padding, the same contents. Any cut is
+    an error."""
+    state, path = {"x": torch.arange(300), "update": 5, "on": torch.ones(3) > 0}, tmp_path / "last.safetensors"
+    save_checkpoint(path, state)
+    good, refused = path.read_bytes(), 0
+    header = 8 + struct.unpack("<Q", good[:8])[0]
+    changes = [(i, 1 << bit) for i in range(header) for bit in range(8)] + [(i, 0xFF) for i in range(header, len(good))]
+    changes = random.Random(0).sample(changes, int(share * len(changes)))
+    for i, mask in changes:
+        path.write_bytes(good[:i] + bytes([good[i] ^ mask]) + good[i + 1 :])
+        try:
+            assert same(_read(path), state), (i, mask)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 0.98 * len(changes)
+    for length in random.Random(0).sample(range(len(good)), 30):
+        path.write_bytes(good[:length])
+        with pytest.raises(ValueError):
+            _read(path)
 
 
 @pytest.mark.parametrize(
-    "change", [{"gpt_config": {"n_head": 8}}, {"update": 8}, {"x": torch.arange(4)}, {"x": torch.zeros(4)}, {"y": 1}]
+    "change",
+    [
+        {"gpt_config": {"n_head": 8}},
+        {"update": 8},
+        {"x": torch.arange(4)},
+        {"x": torch.zeros(4)},
+        {"x": torch.ones(2, 2)},
+        {"y": 1},
+        {"y": torch.ones(4)},
+    ],
 )
 def test_what_is_edited_is_not_what_was_saved(tmp_path, change):
     """What defines the model is under the checksum too."""
-    path = tmp_path / "last.pt"
+    path = tmp_path / "last.safetensors"
     save_checkpoint(path, {"gpt_config": {"n_head": 16}, "update": 7, "x": torch.ones(4)})
-    torch.save({**torch.load(path), **change}, path)
+    with safetensors.safe_open(path, "pt") as file:
+        tensors, metadata = file.get_tensors(), file.metadata()
+    for name, value in change.items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        else:
+            metadata["state"] = json.dumps(json.loads(metadata["state"]) | {name: value})
+    safetensors.torch.save_file(tensors, path, metadata)
     with pytest.raises(CheckpointError, match="is not what was saved .its checksum differs") as caught:
         load_checkpoint(path)
     assert_one_line(caught.value, path)
@@ -353,71 +407,48 @@ def test_what_is_edited_is_not_what_was_saved(tmp_path, change):
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_are_refused(tmp_path, number):
-    save_checkpoint(tmp_path / "last.pt", {"best": -math.inf, "model": {"w": torch.tensor([0.0, number])}})
-    with pytest.raises(CheckpointError, match=r"state\['model'\]\['w'\] is not finite") as caught:
+    save_checkpoint(tmp_path / "last.safetensors", {"best": -math.inf, "model": {"w": torch.tensor([0.0, number])}})
+    with pytest.raises(CheckpointError, match="model.w is not finite") as caught:
         load_checkpoint(tmp_path)
-    assert_one_line(caught.value, tmp_path / "last.pt")
+    assert_one_line(caught.value, tmp_path / "last.safetensors")
 
 
 def test_the_newest_good_checkpoint_is_named(tmp_path):
     for age, name, state in (
-        (3, "checkpoint_1.pt", {"optimizer": 1}),
-        (2, "checkpoint_2.pt", {"optimizer": 1}),
-        (1, "best_model.pt", {}),
+        (3, "checkpoint_1.safetensors", {"optimizer": 1}),
+        (2, "checkpoint_2.safetensors", {"optimizer": 1}),
+        (1, "best_model.safetensors", {}),
     ):
         save_checkpoint(tmp_path / name, state)
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    (tmp_path / "last.pt").write_bytes(b"")
-    (tmp_path / "directory.pt").mkdir()
-    for name in ("last.pt", "lost.pt"):
-        with pytest.raises(CheckpointError, match=r"newest good one here is .*checkpoint_2.pt\)$") as caught:
+    (tmp_path / "last.safetensors").write_bytes(b"")
+    (tmp_path / "directory.safetensors").mkdir()
+    for name in ("last.safetensors", "lost.safetensors"):
+        with pytest.raises(CheckpointError, match=r"newest good one here is .*checkpoint_2.safetensors\)$") as caught:
             load_checkpoint(tmp_path / name)
         assert_one_line(caught.value, tmp_path / name)
-    for name in ("checkpoint_1.pt", "checkpoint_2.pt"):
+    for name in ("checkpoint_1.safetensors", "checkpoint_2.safetensors"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"a good one here is .*best_model.pt\)$"):
+    with pytest.raises(CheckpointError, match=r"newest good one here is .*best_model.safetensors\)$"):
         load_checkpoint(tmp_path)
-
-
-def test_a_hostile_nesting_is_refused(tmp_path):
-    nested = []
-    for _ in range(5000):
-        nested = [nested]
-    loop = []
-    loop.append(loop)
-    doubled = (1.0,)
-    for _ in range(60):
-        doubled = (doubled, doubled)  # 2^60 numbers for who reads them one by one
-    for x in (
-        nested,
-        loop,
-        doubled,
-        torch.zeros(1).expand(2**50),
-        [torch.zeros(10_000)[:]] * 10_000,
-        torch.nn.Parameter(torch.ones(1)),
-        10**5000,
-    ):
-        with contextlib.suppress(RecursionError):
-            (tmp_path / "last.pt").write_bytes(torch_bytes({"format_version": 1, "x": x}))
-        with pytest.raises(CheckpointError):
-            load_checkpoint(tmp_path)
 
 
 def test_a_file_larger_than_the_memory_is_not_read(tmp_path):
     """Nor as the neighbour of a name that was mistyped."""
-    save_checkpoint(tmp_path / "good.pt", {"optimizer": {}})
-    os.utime(tmp_path / "good.pt", (1e9, 1e9))
-    for start in b"", b"PK\3\4":
-        with open(tmp_path / "large.pt", "wb") as file:
-            file.write(start)
-            file.truncate(10**13)  # a sparse file: it needs no space
-        for name, reason in (
-            ("large.pt", r"has 10,000 GB, and this machine .*newest good one here is .*good.pt"),
-            ("larg.pt", "good.pt"),
-        ):
-            with pytest.raises(CheckpointError, match=reason) as caught:
-                load_checkpoint(tmp_path / name)
-            assert_one_line(caught.value, tmp_path / name)
+    save_checkpoint(tmp_path / "good.safetensors", {"optimizer": {}})
+    os.utime(tmp_path / "good.safetensors", (1e9, 1e9))
+    tensor = {"dtype": "U8", "shape": [10**13], "data_offsets": [0, 10**13]}
+    start = file_bytes({"__metadata__": {"format_version": "2", "sha256": "", "state": "{}"}, "x": tensor})
+    with open(tmp_path / "large.safetensors", "wb") as file:
+        file.write(start)
+        file.truncate(len(start) + 10**13)  # a sparse file: it needs no space
+    for name, reason in (
+        ("large.safetensors", r"has 10,000 GB, and this machine .*newest good one here is .*good.safetensors"),
+        ("larg.safetensors", "good.safetensors"),
+    ):
+        with pytest.raises(CheckpointError, match=reason) as caught:
+            load_checkpoint(tmp_path / name)
+        assert_one_line(caught.value, tmp_path / name)
 
 
 # --- comparing with what a program has --------------------------------------------------------------------------------
@@ -530,14 +561,8 @@ def test_moments_that_are_those_of_other_parameters_are_refused(wrong):
     assert optimizer.param_groups[0]["lr"] == 0.1 and torch.equal(
         optimizer.state[parameters[0]]["exp_avg"], saved["state"][0]["exp_avg"]
     )
-    for moment in ("exp_avg", "exp_avg_sq"):  # all of it one number, beyond which Adam would write
-        saved["state"][0][moment] = torch.ones(1).expand(parameters[0].shape)
-    load_optimizer(optimizer, saved)
-    optimizer.step()
-    assert (
-        optimizer.state[parameters[0]]["exp_avg"].is_contiguous()
-        and len(saved["state"][0]["exp_avg"].untyped_storage()) == 4
-    )
+    optimizer.step()  # which leaves what was loaded as it is
+    assert saved["state"][0]["step"] == 1 and optimizer.state[parameters[0]]["step"] == 2
     load_optimizer(optimizer, {"state": {}})  # that of a run before its first update
     if wrong in ("shape", "dtype", "step"):
         name = "step" if wrong == "step" else "exp_avg"
@@ -555,14 +580,16 @@ def test_moments_that_are_those_of_other_parameters_are_refused(wrong):
 
 
 def test_find_checkpoint(tmp_path):
-    save_checkpoint(tmp_path / "best_model.pt", {})
-    save_checkpoint(tmp_path / "last.pt", {})
-    assert find_checkpoint(str(tmp_path / "best_model.pt")) == tmp_path / "best_model.pt"
-    assert find_checkpoint(tmp_path) == tmp_path / "last.pt"
-    assert find_checkpoint(tmp_path, ("best_model.pt", "last.pt")) == tmp_path / "best_model.pt"
-    assert find_checkpoint(tmp_path, ("none.pt", "last.pt")) == tmp_path / "last.pt"
-    with pytest.raises(CheckpointError, match="no a.pt or b.pt"):
-        find_checkpoint(tmp_path, ("a.pt", "b.pt"))
+    save_checkpoint(tmp_path / "best_model.safetensors", {})
+    save_checkpoint(tmp_path / "last.safetensors", {})
+    assert find_checkpoint(str(tmp_path / "best_model.safetensors")) == tmp_path / "best_model.safetensors"
+    assert find_checkpoint(tmp_path) == tmp_path / "last.safetensors"
+    assert (
+        find_checkpoint(tmp_path, ("best_model.safetensors", "last.safetensors")) == tmp_path / "best_model.safetensors"
+    )
+    assert find_checkpoint(tmp_path, ("none.safetensors", "last.safetensors")) == tmp_path / "last.safetensors"
+    with pytest.raises(CheckpointError, match="no a.safetensors or b.safetensors"):
+        find_checkpoint(tmp_path, ("a.safetensors", "b.safetensors"))
 
 
 def test_newest_run(tmp_path):
@@ -572,14 +599,14 @@ def test_newest_run(tmp_path):
     )
     for name, when in (("a", 100), ("b", 300), ("c", 200), ("d", 300)):
         (tmp_path / name).mkdir()
-        save_checkpoint(tmp_path / name / "best_model.pt", {"name": name})
-        os.utime(tmp_path / name / "best_model.pt", (when, when))
+        save_checkpoint(tmp_path / name / "best_model.safetensors", {"name": name})
+        os.utime(tmp_path / name / "best_model.safetensors", (when, when))
     (tmp_path / "e").mkdir()  # newest of all, but nothing in it
-    (tmp_path / "e" / "last.pt").symlink_to("nowhere")
+    (tmp_path / "e" / "last.safetensors").symlink_to("nowhere")
     assert newest_run(tmp_path, lambda state: True) == tmp_path / "d"
     assert newest_run(tmp_path, lambda state: state["name"] in "ac") == tmp_path / "c"
     assert newest_run(tmp_path, lambda state: False) is None
-    save_checkpoint(tmp_path / "a" / "last.pt", {"name": "a"})  # a run is as new as what it wrote last
+    save_checkpoint(tmp_path / "a" / "last.safetensors", {"name": "a"})  # a run is as new as what it wrote last
     assert newest_run(tmp_path, lambda state: True) == tmp_path / "a"
 
 
@@ -597,9 +624,9 @@ def test_numpy_round_trip(tmp_path):
         "text": "a",
         "none": None,
     }
-    save_checkpoint(tmp_path / "last.pt", to_plain(state))
+    save_checkpoint(tmp_path / "last.safetensors", to_plain(state))
     expected = {**state, "n": [7, (2.0,)]}
-    assert same(to_numpy(load_checkpoint(tmp_path / "last.pt")), expected)
+    assert same(to_numpy(load_checkpoint(tmp_path / "last.safetensors")), expected)
 
 
 def test_to_plain_takes_a_snapshot():
@@ -609,7 +636,15 @@ def test_to_plain_takes_a_snapshot():
     assert plain["a"].tolist() == [0, 0]
 
 
+def test_a_layout_in_memory_comes_back_contiguous(tmp_path):
+    """safetensors knows no other."""
+    x = torch.arange(6.0).reshape(2, 3).T
+    save_checkpoint(tmp_path / "last.safetensors", to_plain({"x": x, "y": x.numpy(), "z": torch.ones(1).expand(3)}))
+    state = load_checkpoint(tmp_path)
+    assert same(state, {"x": x, "y": x, "z": torch.ones(3)}) and state["x"].is_contiguous()
+
+
 @pytest.mark.parametrize("bad", [{1}, np.array(["a"]), np.array([None])])
-def test_to_plain_names_what_it_cannot_convert(bad):
-    with pytest.raises(TypeError, match=r"state\['a'\]\[0\]"):
-        to_plain(OrderedDict(a=[bad]))
+def test_what_to_plain_cannot_convert_is_refused(tmp_path, bad):
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path / "last.safetensors", to_plain({"a": [bad]}))

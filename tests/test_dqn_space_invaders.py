@@ -110,10 +110,10 @@ def test_a_file_cannot_name_a_module(tmp_path, monkeypatch):
     dqn = ALGORITHM.build(constants(NUM_ENVS=1, REPLAY_SIZE=100, DEVICE="cpu"))
     evil = dqn.state_dict()
     evil["constants"]["ENV_ID"] = "evil:Foo-v0"
-    save_checkpoint(tmp_path / "last.pt", evil)
+    save_checkpoint(tmp_path / "last.safetensors", evil)
     for words in ("--resume",), ("--evaluate",), ("--play",):
         with pytest.raises(CheckpointError, match="its ENV_ID 'evil:Foo-v0' would run a module's code"):
-            run(ALGORITHM, *words, tmp_path / "last.pt")
+            run(ALGORITHM, *words, tmp_path / "last.safetensors")
     state = dqn.state_dict() | {"evaluations": [evil]}  # those that a stop interrupted are begun again
     dqn.check_state(state)
     dqn.load_state_dict(state)

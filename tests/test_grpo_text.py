@@ -557,9 +557,9 @@ def test_a_resumed_run_takes_its_new_learning_rate(tmp_path, folder, without_pro
         )
         == 0
     )
-    before = load_checkpoint(tmp_path / "run" / "last.pt")
+    before = load_checkpoint(tmp_path / "run" / "last.safetensors")
     assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2, "--lr", 1e-9) == 0
-    after = load_checkpoint(tmp_path / "run" / "last.pt")
+    after = load_checkpoint(tmp_path / "run" / "last.safetensors")
     moved = max((after["model"][name] - x).abs().max() for name, x in before["model"].items())
     assert 0 < moved < 1e-7  # a step of Adam is at most some times the learning rate, which was 0.01
     random = torch.get_rng_state()
@@ -823,9 +823,9 @@ def test_runs_of_older_versions_go_on(tmp_path, folder, without_processes, monke
     state = load_checkpoint(tmp_path / "run")
     del state["models"]
     state["constants"]["POLICY_MODEL"] = folder.name
-    save_checkpoint(tmp_path / "run" / "last.pt", state)
+    save_checkpoint(tmp_path / "run" / "last.safetensors", state)
     assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2) == 0
-    save_checkpoint(tmp_path / "run" / "last.pt", state)
+    save_checkpoint(tmp_path / "run" / "last.safetensors", state)
     monkeypatch.chdir(tmp_path)
     assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2, "--policy_model", folder) == 0
 
@@ -833,7 +833,7 @@ def test_runs_of_older_versions_go_on(tmp_path, folder, without_processes, monke
 def test_a_disk_that_is_full_when_the_model_is_written_is_one_line(
     tmp_path, folder, without_processes, monkeypatch, capsys
 ):
-    """A limit on files' sizes stands for the disk. The weights stay in last.pt, nothing else is left, and a further step writes the model."""
+    """A limit on files' sizes stands for the disk. The weights stay in last.safetensors, nothing else is left, and a further step writes the model."""
     resource, save = pytest.importorskip("resource"), Qwen3ForCausalLM.save_pretrained
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     monkeypatch.chdir(tmp_path)  # or the path would fill the line

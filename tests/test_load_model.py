@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 def checkpoint(tmp_path):
     torch.manual_seed(0)
     config = GPTConfig(n_head=4, n_embd=16)
-    path = tmp_path / "small.pt"
+    path = tmp_path / "small.safetensors"
     save_checkpoint(path, {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict()), "global_step": 5})
     return path
 
@@ -45,20 +45,15 @@ def test_load_policy(checkpoint):
     assert logits.shape == (2, 3) and values.shape == (2,) and logits.dtype == values.dtype == torch.float32
 
 
-def test_models_of_wrapped_policies_and_of_a_gpu_load(checkpoint, tmp_path, monkeypatch):
+def test_models_of_wrapped_policies_load(checkpoint, tmp_path):
     state, page = load_checkpoint(checkpoint), BreakoutAscii().reset(seed=0)[0][None]
     expected = load_policy(checkpoint)[0](page)[0]
     for prefix in ("_orig_mod.", "module."):
         save_checkpoint(
-            tmp_path / "wrapped.pt", state | {"model": {prefix + name: x for name, x in state["model"].items()}}
+            tmp_path / "wrapped.safetensors",
+            state | {"model": {prefix + name: x for name, x in state["model"].items()}},
         )
-        assert torch.equal(load_policy(tmp_path / "wrapped.pt")[0](page)[0], expected)
-    monkeypatch.setattr(
-        torch.serialization, "location_tag", lambda storage: "cuda:0"
-    )  # as torch.save writes it of a GPU's tensors
-    save_checkpoint(tmp_path / "gpu.pt", state)
-    assert b"cuda:0" in (tmp_path / "gpu.pt").read_bytes()
-    assert torch.equal(load_policy(tmp_path / "gpu.pt")[0](page)[0], expected)
+        assert torch.equal(load_policy(tmp_path / "wrapped.safetensors")[0](page)[0], expected)
 
 
 def test_gif_shows_every_step(checkpoint, tmp_path, capsys):
@@ -97,7 +92,7 @@ def test_a_gif_that_the_disk_has_no_room_for(checkpoint, tmp_path):
             main([str(checkpoint), "--steps", "20", "--out", str(out)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert out.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["old.gif", "small.pt"]
+    assert out.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["old.gif", "small.safetensors"]
 
 
 def test_an_unfinished_gif_leaves_the_old_one(checkpoint, tmp_path, monkeypatch):
@@ -105,7 +100,10 @@ def test_an_unfinished_gif_leaves_the_old_one(checkpoint, tmp_path, monkeypatch)
     monkeypatch.setattr(load_model, "to_image", lambda page: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         main([str(checkpoint), "--out", str(tmp_path / "old.gif")])
-    assert (tmp_path / "old.gif").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["old.gif", "small.pt"]
+    assert (tmp_path / "old.gif").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == [
+        "old.gif",
+        "small.safetensors",
+    ]
 
 
 def test_the_shipped_model(tmp_path, capsys):
@@ -160,10 +158,10 @@ def test_the_newest_run_of_a_gpt_else_the_shipped_model(tmp_path, monkeypatch, c
     assert find_model(None) == (SHIPPED, " (the shipped model, because there is no run)")
     gpt, pole = load_checkpoint(checkpoint), {"algorithm": "reinforce_cartpole", "global_step": 1}
     runs = {
-        "b/best_model.pt": gpt,
-        "a/best_model.pt": gpt,
-        "grid/train_ppo/seed=0/last.pt": gpt,
-        "x/best_model.pt": pole,
+        "b/best_model.safetensors": gpt,
+        "a/best_model.safetensors": gpt,
+        "grid/train_ppo/seed=0/last.safetensors": gpt,
+        "x/best_model.safetensors": pole,
     }
     for i, (name, state) in enumerate(runs.items()):
         file = tmp_path / "runs" / name
@@ -171,17 +169,17 @@ def test_the_newest_run_of_a_gpt_else_the_shipped_model(tmp_path, monkeypatch, c
         save_checkpoint(file, state)
         os.utime(file, (1e9 + i, 1e9 + i))
     (tmp_path / "runs" / "notes").mkdir()
-    (tmp_path / "runs" / "notes" / "best_model.pt").write_text("of another project")
-    newest = Path("runs/grid/train_ppo/seed=0/last.pt")
+    (tmp_path / "runs" / "notes" / "best_model.safetensors").write_text("of another project")
+    newest = Path("runs/grid/train_ppo/seed=0/last.safetensors")
     assert find_model(None) == (newest, " (the newest run; it has no best model yet)")
     main(["--steps", "1"])
     assert capsys.readouterr().out.startswith(
         f"{newest}: trained for 5 steps (the newest run; it has no best model yet)\n"
     )
     main(["runs/b", "--steps", "1"])
-    assert capsys.readouterr().out.startswith("runs/b/best_model.pt: trained for 5 steps\n")
+    assert capsys.readouterr().out.startswith("runs/b/best_model.safetensors: trained for 5 steps\n")
     newest.unlink()
-    assert find_model(None) == (Path("runs/a/best_model.pt"), " (the newest run)")
+    assert find_model(None) == (Path("runs/a/best_model.safetensors"), " (the newest run)")
 
 
 def test_a_newest_run_that_is_damaged_is_named(tmp_path, monkeypatch, checkpoint):
@@ -191,10 +189,10 @@ def test_a_newest_run_that_is_damaged_is_named(tmp_path, monkeypatch, checkpoint
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
         (run / "config.json").touch()
-        (run / "best_model.pt").write_bytes(checkpoint.read_bytes())
-        os.utime(run / "best_model.pt", (1e9, 1e9))
-    (tmp_path / "runs" / "newer" / "best_model.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="runs/newer/best_model.pt: is empty"):
+        (run / "best_model.safetensors").write_bytes(checkpoint.read_bytes())
+        os.utime(run / "best_model.safetensors", (1e9, 1e9))
+    (tmp_path / "runs" / "newer" / "best_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="runs/newer/best_model.safetensors: is no checkpoint"):
         main([])
 
 
@@ -219,25 +217,29 @@ def test_a_path_that_is_empty_or_begins_with_the_home_directory(tmp_path, monkey
 
 
 def test_files_that_are_no_model(tmp_path, checkpoint):
-    for name, content in (("empty.pt", b""), ("text.pt", b"hello"), ("cut.pt", checkpoint.read_bytes()[:-100])):
+    for name, content in (
+        ("empty.safetensors", b""),
+        ("text.safetensors", b"hello"),
+        ("cut.safetensors", checkpoint.read_bytes()[:-100]),
+    ):
         (tmp_path / name).write_bytes(content)
-    save_checkpoint(tmp_path / "other.pt", {"model": {}, "gpt_config": {"n_layers": 3}})
-    save_checkpoint(tmp_path / "nothing.pt", {"global_step": 1})
-    save_checkpoint(tmp_path / "misfit.pt", {"model": {"wte.weight": torch.ones(2)}, "gpt_config": {}})
+    save_checkpoint(tmp_path / "other.safetensors", {"model": {}, "gpt_config": {"n_layers": 3}})
+    save_checkpoint(tmp_path / "nothing.safetensors", {"global_step": 1})
+    save_checkpoint(tmp_path / "misfit.safetensors", {"model": {"wte.weight": torch.ones(2)}, "gpt_config": {}})
     config = {"n_head": 4, "n_embd": 16}
     for name, edit in (
-        ("float.pt", {"n_head": 4.0}),
-        ("layers.pt", {"n_layer": 100_000}),
-        ("wide.pt", {"n_embd": 8192}),
-        ("actions.pt", {"n_action": 5}),
+        ("float.safetensors", {"n_head": 4.0}),
+        ("layers.safetensors", {"n_layer": 100_000}),
+        ("wide.safetensors", {"n_embd": 8192}),
+        ("actions.safetensors", {"n_action": 5}),
     ):
         save_checkpoint(tmp_path / name, load_checkpoint(checkpoint) | {"gpt_config": config | edit})
-    save_checkpoint(tmp_path / "list.pt", {"model": [1], "gpt_config": config})
+    save_checkpoint(tmp_path / "list.safetensors", {"model": [1], "gpt_config": config})
     state = load_checkpoint(checkpoint)
     state["model"]["wte.weight"][0, 0] = math.nan
-    save_checkpoint(tmp_path / "nan.pt", state)
+    save_checkpoint(tmp_path / "nan.safetensors", state)
     names = "empty text cut other nothing misfit missing float layers wide actions list nan".split()
-    for name in (f"{name}.pt" for name in names):
+    for name in (f"{name}.safetensors" for name in names):
         with pytest.raises(CheckpointError, match=name) as error:
             load_policy(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -292,7 +294,7 @@ def test_mp4(checkpoint, tmp_path):
     assert (
         out.read_bytes() == whole
         and "\n" not in str(error.value)
-        and sorted(os.listdir(tmp_path)) == ["small.pt", "x.mp4"]
+        and sorted(os.listdir(tmp_path)) == ["small.safetensors", "x.mp4"]
     )
 
 
@@ -306,13 +308,13 @@ def test_on_the_command_line(tmp_path):
     for name in ("fast", "harness", "viewer", "pretrained"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "imageio.py").write_text("raise ImportError('there is no imageio')")
-    (tmp_path / "bad.pt").write_bytes(b"PK\3\4 not a checkpoint")
+    (tmp_path / "bad.safetensors").write_bytes(b"PK\3\4 not a checkpoint")
 
     def script(*arguments):
         command = [
             "bash",
             "-c",
-            'exec "$@" >&-' if "bad.pt" in arguments else 'exec "$@"',
+            'exec "$@" >&-' if "bad.safetensors" in arguments else 'exec "$@"',
             "",
             sys.executable,
             "load_model.py",
@@ -323,12 +325,12 @@ def test_on_the_command_line(tmp_path):
             command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    with script("--steps", "60", "--out", "\u00fc.gif") as good, script("bad.pt") as bad:  # side by side
+    with script("--steps", "60", "--out", "\u00fc.gif") as good, script("bad.safetensors") as bad:  # side by side
         out, progress = good.communicate()
         _, err = bad.communicate()
     assert good.returncode == 0 and (tmp_path / "\u00fc.gif").stat().st_size > 1000 and "Traceback" not in progress
     assert "pretrained" in out and "wrote \\xfc.gif" in out
-    assert bad.returncode == 1 and err.startswith("load_model.py: bad.pt: ") and err.count("\n") == 1
+    assert bad.returncode == 1 and err.startswith("load_model.py: bad.safetensors: ") and err.count("\n") == 1
 
 
 def test_weights_that_are_finite_but_far_too_large(checkpoint):
@@ -342,6 +344,6 @@ def test_weights_that_are_finite_but_far_too_large(checkpoint):
 def test_older_checkpoints_load(checkpoint, tmp_path):
     """Their configuration names the length of a page, which is always the same."""
     state = load_checkpoint(checkpoint)
-    save_checkpoint(tmp_path / "older.pt", state | {"gpt_config": state["gpt_config"] | {"block_size": 1944}})
+    save_checkpoint(tmp_path / "older.safetensors", state | {"gpt_config": state["gpt_config"] | {"block_size": 1944}})
     page = BreakoutAscii().reset(seed=0)[0][None]
-    assert torch.equal(load_policy(tmp_path / "older.pt")[0](page)[0], load_policy(checkpoint)[0](page)[0])
+    assert torch.equal(load_policy(tmp_path / "older.safetensors")[0](page)[0], load_policy(checkpoint)[0](page)[0])

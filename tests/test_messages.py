@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 
-from harness.checkpoint import CheckpointError, atomic_write
+from harness.checkpoint import CheckpointError
+from harness.files import atomic_write
 from harness.messages import one_line, say, shortened, shown
 from harness.supervise import (
     run_script,
@@ -43,12 +44,12 @@ def test_a_terminal_obeys_nothing_that_a_file_says(monkeypatch, capsys):
     def main(words):
         say(f"plan\n{evil}")
         print(shown(f"/{evil}"))
-        raise CheckpointError(f"{evil}.pt: has other constants ({evil})")
+        raise CheckpointError(f"{evil}.safetensors: has other constants ({evil})")
 
     with pytest.raises(SystemExit):
         run_script(main, "a.py")
     out, err = capsys.readouterr()
-    assert err == r"a.py: \x1b]0;pwned\x07\n\u202e.pt: has other constants (\x1b]0;pwned\x07\n\u202e)" + "\n"
+    assert err == r"a.py: \x1b]0;pwned\x07\n\u202e.safetensors: has other constants (\x1b]0;pwned\x07\n\u202e)" + "\n"
     assert (
         out.startswith("plan\n\\x1b]0;pwned")
         and out.count("\n") == 4

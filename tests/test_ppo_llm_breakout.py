@@ -423,7 +423,7 @@ def test_play_evaluate_and_video(tmp_path, monkeypatch, capsys, without_processe
     assert result["games"] == 2 and result["score"] == np.mean([result["min"], result["max"]])
     assert run(ALGORITHM, "--play", "run", "--episodes", 2, "--out", "game.gif") == 0
     assert (tmp_path / "game.gif").stat().st_size > 1000
-    state = load_checkpoint("run/last.pt")
+    state = load_checkpoint("run/last.safetensors")
     assert not any("reference" in name for name in state["model"]) and state["tokenizer"].startswith("{")
 
 

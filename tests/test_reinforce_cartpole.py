@@ -86,8 +86,8 @@ def test_the_shipped_model_balances_the_pole(tmp_path, monkeypatch, capsys):
 
 def test_play(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_checkpoint("model.pt", {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0})
-    assert run(ALGORITHM, "--play", "model.pt") == 0
+    save_checkpoint("model.safetensors", {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0})
+    assert run(ALGORITHM, "--play", "model.safetensors") == 0
     with Image.open("reinforce_cartpole.gif") as gif:
         assert gif.n_frames > 5 and gif.size == (600, 400)
     assert {ms % 20 for ms in durations("reinforce_cartpole.gif")} == {0}  # 50 frames a second, as Gymnasium shows it
@@ -132,9 +132,9 @@ def test_a_window_shows_the_game(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    save_checkpoint("model.pt", {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0})
-    assert run(ALGORITHM, "--play", "model.pt", "--human") == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    save_checkpoint("model.safetensors", {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0})
+    assert run(ALGORITHM, "--play", "model.safetensors", "--human") == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_random_play():
@@ -153,7 +153,7 @@ def test_without_a_shipped_model_the_newest_run_plays(tmp_path, monkeypatch, cap
         run(ALGORITHM, "--evaluate")
     Path("runs/reinforce_cartpole/now").mkdir(parents=True)
     save_checkpoint(
-        "runs/reinforce_cartpole/now/best_model.pt",
+        "runs/reinforce_cartpole/now/best_model.safetensors",
         {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0},
     )
     assert evaluated(ALGORITHM, None, capsys, "--episodes", 2)["games"] == 2
@@ -166,12 +166,12 @@ def test_the_newest_run_goes_before_the_shipped_model(tmp_path, monkeypatch, cap
     mine = {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 7}
     for i, (name, state) in enumerate((("mine", mine), ("another", {"gpt_config": {}, "global_step": 9}))):
         (tmp_path / "runs" / name).mkdir(parents=True)
-        save_checkpoint(tmp_path / "runs" / name / "last.pt", state)
-        os.utime(tmp_path / "runs" / name / "last.pt", (1e9 + i, 1e9 + i))
+        save_checkpoint(tmp_path / "runs" / name / "last.safetensors", state)
+        os.utime(tmp_path / "runs" / name / "last.safetensors", (1e9 + i, 1e9 + i))
     run(ALGORITHM, "--evaluate", "--episodes", 1)
     assert (
         capsys.readouterr().err.splitlines()[-1]
-        == "runs/mine/last.pt: trained for 7 steps (the newest run; it has no best model yet)"
+        == "runs/mine/last.safetensors: trained for 7 steps (the newest run; it has no best model yet)"
     )
 
 
@@ -209,11 +209,11 @@ def test_faults_of_any_training_here(tmp_path, monkeypatch, without_processes):
         ({"constants": {"HIDDEN": "x"}}, "HIDDEN .* must be an integer"),
         ({"model": [1]}, "is a list, and"),
     ):
-        save_checkpoint("model.pt", good | edit)
-        with pytest.raises(CheckpointError, match=f"model.pt: .*{reason}") as caught:
-            run(ALGORITHM, "--evaluate", "model.pt")
+        save_checkpoint("model.safetensors", good | edit)
+        with pytest.raises(CheckpointError, match=f"model.safetensors: .*{reason}") as caught:
+            run(ALGORITHM, "--evaluate", "model.safetensors")
         assert "\n" not in str(caught.value)
-    save_checkpoint("model.pt", good)
+    save_checkpoint("model.safetensors", good)
     assert run(ALGORITHM, *SMALL.split(), "--num_steps", 50, "--run_dir", "run") == 0
     with locked(Path("run")), pytest.raises(CommandLineError, match="run: another process is training this run"):
         run(ALGORITHM, "--resume", "run", "--num_steps", 500)
@@ -322,7 +322,7 @@ def test_an_evaluation_does_not_depend_on_how_many_play_side_by_side():
         ("--evaluate --human", CommandLineError, "--human and --out belong to --play"),
         ("--evaluate --episodes 0", CommandLineError, "--episodes must be from 1"),
         ("--evaluate --play", CommandLineError, "not allowed with"),
-        ("--evaluate ../pretrained/breakout.pt", CheckpointError, "is no model of reinforce_cartpole"),
+        ("--evaluate ../pretrained/breakout.safetensors", CheckpointError, "is no model of reinforce_cartpole"),
     ],
 )
 def test_bad_input(monkeypatch, words, error, message):
@@ -344,7 +344,7 @@ def test_a_score_is_printed_even_if_the_remark_on_its_model_cannot_be(monkeypatc
         monkeypatch.setattr(sys, "stderr", full)
         assert (
             reinforce_cartpole.main(
-                ["--evaluate", str(ALGORITHMS / "pretrained" / "reinforce_cartpole.pt"), "--episodes", "1"]
+                ["--evaluate", str(ALGORITHMS / "pretrained" / "reinforce_cartpole.safetensors"), "--episodes", "1"]
             )
             == 0
         )

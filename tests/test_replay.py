@@ -133,19 +133,19 @@ def test_stages_of_a_run(tmp_path, capsys):
     ):
         torch.manual_seed(step)
         save_checkpoint(
-            tmp_path / f"{name}.pt",
+            tmp_path / f"{name}.safetensors",
             {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict()), "global_step": step},
         )
-    (tmp_path / "checkpoint_9.pt").write_bytes(b"damaged")
+    (tmp_path / "checkpoint_9.safetensors").write_bytes(b"damaged")
     main([str(tmp_path), "--steps", "20", "--out", str(tmp_path / "replay.html")])
     data = data_of((tmp_path / "replay.html").read_text())
     assert [stage["label"] for stage in data["stages"]] == ["start", "90 steps", "1,000 steps"]
     assert len({stage["weights"] for stage in data["stages"]}) == 3 and "wrote" in capsys.readouterr().out
     assert data["frames"][-1][3] == -2  # the recording ends there, the game does not
     save_checkpoint(
-        tmp_path / "foreign.pt", {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict())}
+        tmp_path / "foreign.safetensors", {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict())}
     )  # says no steps
-    main([str(tmp_path / "foreign.pt"), "--steps", "2", "--out", str(tmp_path / "replay.html")])
+    main([str(tmp_path / "foreign.safetensors"), "--steps", "2", "--out", str(tmp_path / "replay.html")])
     assert [stage["label"] for stage in data_of((tmp_path / "replay.html").read_text())["stages"]] == ["start"]
 
 

@@ -23,7 +23,7 @@ def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
 
 
 def test_a_directory_is_free_if_it_has_only_what_a_run_without_a_checkpoint_leaves(tmp_path):
-    for name in ("config.json", "run.lock", "last.pt.tmp", "events.out.tfevents.7"):
+    for name in ("config.json", "run.lock", "last.safetensors.tmp", "events.out.tfevents.7"):
         (tmp_path / name).write_text('{"RUN_DIR": "runs/a"}')
     assert new_run_dir(str(tmp_path)) == tmp_path
     check_begun(tmp_path, {"RUN_DIR": "runs/b"})
@@ -74,7 +74,7 @@ def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, name, 
         CommandLineError, match="is in use already; name another --run_dir$"
     ):  # there is nothing to resume
         new_run_dir(name)
-    (Path(name) / "last.pt").touch()
+    (Path(name) / "last.safetensors").touch()
     with pytest.raises(CommandLineError, match="is in use already") as error:
         new_run_dir(name)
     assert Path(shlex.split(str(error.value).partition("; ")[2])[-1]) == Path(name)
@@ -111,7 +111,7 @@ def a_run(run_dir, constants):
     """A directory that can be resumed, as far as `read_run` looks at it."""
     run_dir.mkdir()
     (run_dir / "config.json").write_text(json.dumps(constants))
-    save_checkpoint(run_dir / "last.pt", {"optimizer": {}, "constants": constants})
+    save_checkpoint(run_dir / "last.safetensors", {"optimizer": {}, "constants": constants})
     return run_dir
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from harness import checkpoint, supervise
-from harness.checkpoint import replacing
+from harness.files import replacing
 from harness.runs import ROOT
 from harness.supervise import (
     PARENT,
@@ -111,14 +111,14 @@ class Failing(Trainer):
     [(RuntimeError("environment cannot be saved"), ""), (MemoryError(), "\nout of memory; try --small 1\n")],
 )
 def test_where_the_first_state_cannot_be_taken_the_error_is_that_one(tmp_path, capsys, error, advice):
-    """And the last.pt of a resumed run stays as it is."""
-    (tmp_path / "last.pt").write_bytes(b"an earlier one")
+    """And the last.safetensors of a resumed run stays as it is."""
+    (tmp_path / "last.safetensors").write_bytes(b"an earlier one")
     if advice:
         assert train(Failing(error), tmp_path, "script.py", {MemoryError: " --small 1"}) == 1
     else:
         with pytest.raises(RuntimeError, match="environment cannot be saved"):
             train(Failing(error), tmp_path, "script.py", {})
-    assert (tmp_path / "last.pt").read_bytes() == b"an earlier one"
+    assert (tmp_path / "last.safetensors").read_bytes() == b"an earlier one"
     assert capsys.readouterr().err == (advice or "\nenvironment cannot be saved\n")
 
 

@@ -160,10 +160,10 @@ def test_a_sweep_deletes_nothing(tmp_path, in_this_process):
     killed.mkdir()
     (killed / "run.lock").touch()
     assert main(words) == 0
-    (killed / "last.pt").unlink()
+    (killed / "last.safetensors").unlink()
     (killed / "notes.txt").write_text("mine")
     left = {file: file.read_bytes() for file in killed.iterdir()}
-    message = "seed=0 is in use already, and has no last.pt to go on from; move it away, or name another --out"
+    message = "seed=0 is in use already, and has no last.safetensors to go on from; move it away, or name another --out"
     with pytest.raises(CommandLineError, match=message):
         main(words)
     assert left == {file: file.read_bytes() for file in killed.iterdir()} and len(in_this_process) == 1
@@ -175,7 +175,7 @@ def test_a_run_that_was_stopped_is_resumed(tmp_path, in_this_process, capsys):
     run_dir = directory_of(tmp_path, {"NUM_STEPS": 30, "EPISODES": 2, "HIDDEN": 4, "SEED": 0})
     assert main(words) == 0
     state = load_checkpoint(run_dir)
-    save_checkpoint(run_dir / "last.pt", state | {"global_step": 10})
+    save_checkpoint(run_dir / "last.safetensors", state | {"global_step": 10})
     text = (tmp_path / "sweep.journal").read_text().splitlines(keepends=True)
     ended = [line for line in text if '"state":1' in line]
     (tmp_path / "sweep.journal").write_text("".join(line for line in text if line not in ended))
@@ -210,14 +210,14 @@ def test_runs_with_contents_of_another_kind_are_named(tmp_path, in_this_process)
     words = [*ONE, "--eval_interval", "1", "--fresh", "1", "--out", str(tmp_path)]
     assert main(words) == 0
     (run_dir,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    last, best = load_checkpoint(run_dir), load_checkpoint(run_dir / "best_model.pt")
+    last, best = load_checkpoint(run_dir), load_checkpoint(run_dir / "best_model.safetensors")
     for spoiled in ({"constants": None}, {"constants": {"NUM_STEPS": "x"}}, {"evaluations": 5}, {"global_step": 0.5}):
-        save_checkpoint(run_dir / "last.pt", last | spoiled)
+        save_checkpoint(run_dir / "last.safetensors", last | spoiled)
         assert not sweep.is_finished(run_dir)
-    save_checkpoint(run_dir / "last.pt", last)
+    save_checkpoint(run_dir / "last.safetensors", last)
     for spoiled in ({"constants": 5}, {"model": {}}, {"algorithm": "another"}, {"constants": {"HIDDEN": "x"}}):
-        save_checkpoint(run_dir / "best_model.pt", best | spoiled)
-        with pytest.raises(CheckpointError, match="best_model.pt"):
+        save_checkpoint(run_dir / "best_model.safetensors", best | spoiled)
+        with pytest.raises(CheckpointError, match="best_model.safetensors"):
             main(words)
     for text in ("[]", "5", "null", "{"):
         (run_dir / "config.json").write_text(text)

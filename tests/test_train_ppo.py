@@ -169,14 +169,14 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(straight, tmp_path, monke
         resource.setrlimit(resource.RLIMIT_FSIZE, limits[0])
     assert_the_same_run(straight, tmp_path / "run")
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    for name in ("metrics.csv", "last.pt", "checkpoint_4.pt", "learning_curve.png"):
+    for name in ("metrics.csv", "last.safetensors", "checkpoint_4.safetensors", "learning_curve.png"):
         assert any(name in line and "File too large" in line and "training goes on" in line for line in warnings)
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_another_process_in_the_same_run_is_refused_until_it_dies(straight, tmp_path):
     run_dir = shutil.copytree(straight, tmp_path / "run")
-    (run_dir / "checkpoint_9.pt.tmp").write_bytes(b"half")  # what a kill left
+    (run_dir / "checkpoint_9.safetensors.tmp").write_bytes(b"half")  # what a kill left
     owner = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", owner, str(run_dir / "run.lock")]
 
@@ -198,7 +198,7 @@ def test_another_process_in_the_same_run_is_refused_until_it_dies(straight, tmp_
 def test_a_run_killed_before_its_first_checkpoint_can_be_begun_again(straight, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    for name in ("config.json", "run.lock", "events.out.tfevents.1", "last.pt.tmp"):
+    for name in ("config.json", "run.lock", "events.out.tfevents.1", "last.safetensors.tmp"):
         (run_dir / name).write_bytes(b'{"RUN_DIR": "run"}')
     with pytest.raises(
         CommandLineError, match=f"was stopped before its first checkpoint; begin it again with --run_dir {run_dir}"
@@ -301,12 +301,12 @@ def test_what_a_run_leaves(tmp_path):
         "run.lock",
         "metrics.csv",
         "learning_curve.png",
-        "best_model.pt",
-        "last.pt",
-        "checkpoint_0.pt",
-        "checkpoint_2.pt",
-        "checkpoint_4.pt",
-        "checkpoint_6.pt",
+        "best_model.safetensors",
+        "last.safetensors",
+        "checkpoint_0.safetensors",
+        "checkpoint_2.safetensors",
+        "checkpoint_4.safetensors",
+        "checkpoint_6.safetensors",
     }
     constants = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (
@@ -314,7 +314,7 @@ def test_what_a_run_leaves(tmp_path):
         and constants["NUM_ENVS"] == 4
         and constants["GAMMA"] == CONSTANTS["GAMMA"]
     )
-    best = load_checkpoint(tmp_path / "run" / "best_model.pt")
+    best = load_checkpoint(tmp_path / "run" / "best_model.safetensors")
     assert best["evaluation"]["score"] == max(float(row["eval_score"] or 0) for row in logged(tmp_path / "run"))
     assert "optimizer" not in best and best["constants"] | {"RUN_ID": best["run_id"]} == constants
     page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8").split("## Columns")[1].split("## Stopping")[0]
@@ -437,7 +437,10 @@ def test_the_loop_for_a_gpu_leaves_the_same_files_and_either_loop_goes_on(tmp_pa
     assert all(
         math.isfinite(float(rows[-2][name])) for name in rows[0] if not name.startswith(("eval_", "episode_return"))
     )
-    assert load_checkpoint(tmp_path / "run")["update_count"] == 8 and (tmp_path / "run" / "best_model.pt").exists()
+    assert (
+        load_checkpoint(tmp_path / "run")["update_count"] == 8
+        and (tmp_path / "run" / "best_model.safetensors").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -483,9 +486,12 @@ def test_a_stop_while_the_last_evaluation_is_waited_for_does_not_lose_it(tmp_pat
         clock = SimpleNamespace(sleep=lambda seconds: os.kill(os.getpid(), signal.SIGINT), monotonic=time.monotonic)
         m.setattr(callbacks, "time", clock)  # not time.sleep itself, which other threads call too
         assert run(tmp_path, "run", "--eval_interval", "100", "--save_freq", "1") == 130
-    assert load_checkpoint(tmp_path / "run")["update_count"] == 6 and not (tmp_path / "run" / "best_model.pt").exists()
+    assert (
+        load_checkpoint(tmp_path / "run")["update_count"] == 6
+        and not (tmp_path / "run" / "best_model.safetensors").exists()
+    )
     assert main(["--resume", str(tmp_path / "run")]) == 0
-    best = load_checkpoint(tmp_path / "run" / "best_model.pt")
+    best = load_checkpoint(tmp_path / "run" / "best_model.safetensors")
     assert best["update_count"] == 6 and logged(tmp_path / "run")[5]["eval_score"] == str(best["evaluation"]["score"])
     with pytest.raises(CommandLineError, match="has done 192 steps already"):
         main(["--resume", str(tmp_path / "run")])
@@ -501,11 +507,14 @@ def test_an_evaluator_that_dies_at_once_loses_nothing(tmp_path, monkeypatch, cap
             return future
 
     run(tmp_path, "run")
-    for name in ("last.pt", "checkpoint_4.pt"):
+    for name in ("last.safetensors", "checkpoint_4.safetensors"):
         with monkeypatch.context() as m:
             m.setattr(callbacks, "Background", Dead)
             assert main(["--resume", str(tmp_path / "run" / name), "--num_steps", "400"]) == 1
-        assert load_checkpoint(tmp_path / "run")["update_count"] == {"last.pt": 8, "checkpoint_4.pt": 4}[name]
+        assert (
+            load_checkpoint(tmp_path / "run")["update_count"]
+            == {"last.safetensors": 8, "checkpoint_4.safetensors": 4}[name]
+        )
         assert "has died; go on with" in capsys.readouterr().err
 
 
@@ -513,16 +522,16 @@ def test_resuming_an_older_checkpoint_keeps_a_better_model(tmp_path, monkeypatch
     scores, evaluation = iter([100.0, 900.0, 200.0]), cheap_evaluation({"model": {}})
     monkeypatch.setattr(AtOnce, "submit", lambda self, state: done(evaluation | {"score": next(scores, 300.0)}))
     run(tmp_path, "run")
-    assert main(["--resume", str(tmp_path / "run" / "checkpoint_2.pt")]) == 0
-    assert load_checkpoint(tmp_path / "run" / "best_model.pt")["evaluation"]["score"] == 900
+    assert main(["--resume", str(tmp_path / "run" / "checkpoint_2.safetensors")]) == 0
+    assert load_checkpoint(tmp_path / "run" / "best_model.safetensors")["evaluation"]["score"] == 900
 
 
 def test_a_best_model_that_is_a_copy_of_a_checkpoint_stops_no_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(AtOnce, "submit", lambda self, state: done(cheap_evaluation({"model": {}}) | {"score": 7.0}))
     run(tmp_path, "run")
-    shutil.copy(tmp_path / "run" / "last.pt", tmp_path / "run" / "best_model.pt")
-    assert main(["--resume", str(tmp_path / "run" / "checkpoint_2.pt")]) == 0
-    assert load_checkpoint(tmp_path / "run" / "best_model.pt")["evaluation"]["score"] == 7
+    shutil.copy(tmp_path / "run" / "last.safetensors", tmp_path / "run" / "best_model.safetensors")
+    assert main(["--resume", str(tmp_path / "run" / "checkpoint_2.safetensors")]) == 0
+    assert load_checkpoint(tmp_path / "run" / "best_model.safetensors")["evaluation"]["score"] == 7
 
 
 def test_a_gradient_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, capsys):
@@ -624,10 +633,12 @@ def test_a_run_directory_in_use_is_not_touched(tmp_path):
 def test_a_checkpoint_of_another_run_is_not_resumed(straight, tmp_path):
     """Its rows would be joined to those of the run that it lies in. Checkpoints and runs of before they had a number are resumed."""
     shutil.copytree(straight, tmp_path / "run")
-    last = tmp_path / "run" / "last.pt"
+    last = tmp_path / "run" / "last.safetensors"
     own = load_checkpoint(last)
     save_checkpoint(last, own | {"run_id": "another"})
-    with pytest.raises(CheckpointError, match="last.pt: is of another run than the config.json beside it") as error:
+    with pytest.raises(
+        CheckpointError, match="last.safetensors: is of another run than the config.json beside it"
+    ) as error:
         main(["--resume", str(tmp_path / "run"), "--num_steps", "320"])
     assert "\n" not in str(error.value)
     save_checkpoint(last, {name: value for name, value in own.items() if name != "run_id"})
@@ -638,7 +649,7 @@ def test_a_checkpoint_of_another_run_is_not_resumed(straight, tmp_path):
     config.write_text(
         json.dumps({name: value for name, value in json.loads(config.read_text()).items() if name != "RUN_ID"})
     )
-    assert main(["--resume", str(tmp_path / "renamed" / "checkpoint_6.pt"), "--num_steps", "256"]) == 0
+    assert main(["--resume", str(tmp_path / "renamed" / "checkpoint_6.safetensors"), "--num_steps", "256"]) == 0
     assert json.loads(config.read_text())["RUN_ID"] == own["run_id"]
 
 
@@ -709,28 +720,30 @@ def test_what_has_taken_the_place_of_a_run_that_trains_stays_as_it_is(
 
 def test_what_cannot_be_resumed(tmp_path):
     run(tmp_path, "run")
-    last = tmp_path / "run" / "last.pt"
-    with pytest.raises(CheckpointError, match="best_model.pt: holds a model to play, not a run to resume; .*last.pt"):
-        main(["--resume", str(tmp_path / "run" / "best_model.pt")])
+    last = tmp_path / "run" / "last.safetensors"
+    with pytest.raises(
+        CheckpointError, match="best_model.safetensors: holds a model to play, not a run to resume; .*last.safetensors"
+    ):
+        main(["--resume", str(tmp_path / "run" / "best_model.safetensors")])
     with pytest.raises(CommandLineError, match="--n_embd cannot change in a resumed run"):
         main(["--resume", str(last), "--n_embd", "32"])
     state = load_checkpoint(last)
     del state["model"]["wte.weight"]
-    save_checkpoint(tmp_path / "run" / "spoiled.pt", state)
+    save_checkpoint(tmp_path / "run" / "spoiled.safetensors", state)
     with pytest.raises(CheckpointError, match="does not fit this program.*wte.weight"):
-        main(["--resume", str(tmp_path / "run" / "spoiled.pt"), "--num_steps", "1000"])
-    save_checkpoint(tmp_path / "elsewhere.pt", state)
-    with pytest.raises(CheckpointError, match="elsewhere.pt: lies outside its run"):
-        main(["--resume", str(tmp_path / "elsewhere.pt")])
-    save_checkpoint(tmp_path / "run" / "older.pt", state | {"constants": state["constants"] | {"WARMUP": 0.0}})
-    with pytest.raises(CheckpointError, match="older.pt: has other constants than this program .WARMUP."):
-        main(["--resume", str(tmp_path / "run" / "older.pt")])
+        main(["--resume", str(tmp_path / "run" / "spoiled.safetensors"), "--num_steps", "1000"])
+    save_checkpoint(tmp_path / "elsewhere.safetensors", state)
+    with pytest.raises(CheckpointError, match="elsewhere.safetensors: lies outside its run"):
+        main(["--resume", str(tmp_path / "elsewhere.safetensors")])
+    save_checkpoint(tmp_path / "run" / "older.safetensors", state | {"constants": state["constants"] | {"WARMUP": 0.0}})
+    with pytest.raises(CheckpointError, match="older.safetensors: has other constants than this program .WARMUP."):
+        main(["--resume", str(tmp_path / "run" / "older.safetensors")])
     with pytest.raises(CommandLineError, match="has done 192 steps already; to go on, give a larger --num_steps"):
         main(["--resume", str(last)])
     with pytest.raises(CommandLineError, match="--resume: is empty; name a file or a directory"):
         main(["--resume", ""])
     last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="last.pt"):
+    with pytest.raises(CheckpointError, match="last.safetensors"):
         main(["--resume", str(tmp_path / "run")])
 
 
@@ -759,8 +772,8 @@ def test_on_the_command_line(tmp_path):
     twice = subprocess.Popen([*unheard, *long, "--eval_interval", "0", "--run_dir", "twice"], cwd=tmp_path)
     mistake = script("--sede", "1", cwd=tmp_path)
     try:
-        wait_for("runs/*/checkpoint_[1-9]*.pt", tmp_path)
-        wait_for("twice/checkpoint_[1-9]*.pt", tmp_path)
+        wait_for("runs/*/checkpoint_[1-9]*.safetensors", tmp_path)
+        wait_for("twice/checkpoint_[1-9]*.safetensors", tmp_path)
         once.send_signal(signal.SIGINT)
         _, err = once.communicate(timeout=30)
         (run_dir,) = (tmp_path / "runs").iterdir()
@@ -832,7 +845,7 @@ def test_in_a_terminal(tmp_path):
             if (
                 b"\x1c" not in printed
                 and b"^\\" not in printed
-                and list((tmp_path / "f\u00fcr alle").glob("checkpoint_[1-9]*.pt"))
+                and list((tmp_path / "f\u00fcr alle").glob("checkpoint_[1-9]*.safetensors"))
             ):
                 os.write(terminal, b"\x1c")
             time.sleep(0.02)
@@ -906,7 +919,7 @@ def test_ctrl_c_stops_all_ranks(tmp_path):
         command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        wait_for("run/checkpoint_[1-9]*.pt", tmp_path)
+        wait_for("run/checkpoint_[1-9]*.safetensors", tmp_path)
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:

@@ -13,8 +13,9 @@ from gymnasium.vector import SyncVectorEnv
 
 from algorithms.parts.packages import ALGORITHMS, requirements
 from evaluation import standard_error
-from harness.checkpoint import CheckpointError, check_like, load_checkpoint, model_to_play, replacing
+from harness.checkpoint import SUFFIX, CheckpointError, check_like, load_checkpoint, model_to_play
 from harness.device import DeviceError, choose_device
+from harness.files import replacing
 from harness.messages import printable, shortened, shown, tell
 from harness.options import CommandLineError, Parser, given_path
 from harness.runs import constants_of
@@ -136,7 +137,7 @@ def load_policy_state(algorithm, name):
 
     Returns its policy state, its path, and why it was taken. Raises CheckpointError.
     """
-    shipped = ALGORITHMS / "pretrained" / f"{algorithm.name}.pt"
+    shipped = ALGORITHMS / "pretrained" / f"{algorithm.name}{SUFFIX}"
     path, why = model_to_play(name, shipped, lambda state: state.get("algorithm") == algorithm.name)
     state = load_checkpoint(path)
     check_algorithm(algorithm.name, state, path)

@@ -1,0 +1,52 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+
+def atomic_write(path, data):
+    """Replaces the file `path` by the bytes `data`, all or nothing. Raises OSError and then leaves no trace."""
+    path = Path(path)
+    # A fixed name in the same directory: os.replace is atomic only within one file system, and what a killed
+    # process leaves behind is overwritten by the next save instead of piling up.
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # makes the new name itself survive a power cut; not every OS can
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a path to write to; at the end of the block that file replaces `path`, or the file that a link points to.
+
+    A block that is interrupted leaves the old file. Raises OSError with one line: file, what is wrong, what to do.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link
+    if target.exists() and not target.is_file():
+        raise OSError(f"{path}: is no ordinary file; name another")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as folder:
+            yield Path(folder, target.name)
+            os.replace(Path(folder, target.name), target)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(
+            f"{path}: not written ({error.strerror}); free some disk space or check the permissions"
+        ) from error
