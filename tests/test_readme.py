@@ -58,6 +58,18 @@ def test_links_lead_somewhere():
             assert not anchor or anchor in anchors_of(target), f"{page.relative_to(ROOT)}: {name}#{anchor}"
 
 
+def test_programs_on_the_pages_exist():
+    """Every `python FILE` lies at the top, and every `python -m MODULE` is a module of ours that can be run."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"\bpython ([a-z_/]+\.py)", text):
+            assert (ROOT / name).exists() and "/" not in name, f"{page.relative_to(ROOT)}: python {name}"
+        for name in re.findall(r"\bpython -m ([a-z_.]*[a-z_])", text):
+            file = ROOT / f"{name.replace('.', '/')}.py"
+            runs = name == "pytest" or file.exists() and "__main__" in file.read_text(encoding="utf-8")
+            assert runs, f"{page.relative_to(ROOT)}: python -m {name}"
+
+
 def test_files_and_options_on_the_pages_exist():
     """Every file of Python that a page names is somewhere, and every option is one of our programs'."""
     scripts = [
