@@ -1,14 +1,16 @@
 """Turn the constants at the top of a script into options of its command line.
 
     GAMMA = 0.995  # [0.0, 1.0] discount per step
+    CONSTANTS = Constants(globals())
 
-gives the script `CONSTANTS = Constants(globals())` an option `--gamma`, whose help is the comment. The interval at the start of the
-comment says which numbers are allowed, and by its decimal points whether they need to be integers. [ and ] include the bound, ( and )
-exclude it. A constant without an interval may have any value of its type.
+gives the script an option `--gamma`, whose help is the comment. The interval at the start of the comment says which
+numbers are allowed: "[" and "]" include the bound, "(" and ")" exclude it, and a decimal point allows fractions. The
+type of a constant without an interval is that of its annotation, or else that of its default.
 """
 
 import argparse
 import ast
+import contextlib
 import difflib
 import io
 import os
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 TRUTH = {"true": True, "false": False, "1": True, "0": False}
 INTERVAL = re.compile(r"([\[(])([^,]*),([^,\])]*)([\])])")
+NOT_FROM_ITS_FILE = "the constants are read from the script's own file; import or run it instead of executing its text"
 LOOKS_LIKE_INTERVAL = re.compile(r"\[|\(\s*[-+]?(\d|\.\d|inf)")
 
 
@@ -44,10 +47,10 @@ class Values(SimpleNamespace):
 
 
 class Interval:
-    """A range of numbers in mathematical notation: "[0, 1)" includes 0 and excludes 1. "[0.0, inf)" is a range of floats."""
+    """A range in mathematical notation, of integers such as "[0, 10)" or of any numbers such as "[0.0, inf)"."""
 
     def __init__(self, text):
-        """Reads the interval that a text begins with. Raises ValueError if it begins with none, or with an empty one."""
+        """Read the interval that a text begins with. Raises ValueError if there is none, or if it is empty."""
         match = INTERVAL.match(text)
         if match is None:
             raise ValueError(text)
@@ -66,57 +69,50 @@ class Interval:
 
 
 class Constants(Mapping):
-    """The constants that a script assigns at its top level, by name; a later `script.NUM_STEPS = 1024` counts too.
+    """The constants that a script assigns at its top level, above the line `CONSTANTS = Constants(globals())`.
 
-    The script calls `CONSTANTS = Constants(globals())` below them. What it assigns after that line is no option.
+    This maps names to their values of now, so that `train_ppo.NUM_STEPS = 1024` in another program counts.
 
     Attributes:
-        comments: {name: the comment after its assignment}
-        ranges: {name: the `Interval` at the start of its comment}, for names that have one
+        comments: {name: the comment of its assignment}
+        ranges: {name: the `Interval` at the start of the comment}, for names that have one
+        annotated: {name: its annotated type}, for names that have one
     """
 
     def __init__(self, script):
+        """Read the constants of a script. Its globals() hold their values, its source their comments."""
         self.script = script
-        self.comments, self.ranges, self.annotated, self.used = {}, {}, {}, set()
-        file = script.get(
-            "__file__"
-        )  # missing, or another script's, in text that was pasted into a notebook or run by `exec`
-        if file:
-            with tokenize.open(file) as source:
-                text = source.read()
-            comments = comments_of(text)
-            for statement in ast.parse(text).body:
-                names = assigned_names(statement)
-                if "CONSTANTS" in names:
-                    self.used |= words_of("\n".join(text.splitlines()[statement.end_lineno :]))
-                    return
-                self.used |= {node.id for node in ast.walk(statement) if is_name(node, ast.Load)}
-                lines = range(statement.lineno, statement.end_lineno + 1)
-                comment = " ".join(comments[line] for line in lines if line in comments)
-                for name in names:
-                    if name.isupper() and name in script:
-                        self.add(name, statement, comment)
-        sys.exit(
-            "the constants are read from the script's own file; import or run it instead of pasting or executing its text"
-        )
+        self.comments, self.ranges, self.annotated = {}, {}, {}
+        self.words = set()  # what the script mentions, to find constants that nothing reads
+        text = source_of(script)
+        comments = comments_of(text)
+        for statement in ast.parse(text).body:
+            names = assigned_names(statement)
+            if "CONSTANTS" in names:
+                self.words |= words_of("\n".join(text.splitlines()[statement.end_lineno :]))
+                return
+            self.words |= {node.id for node in ast.walk(statement) if is_name(node, ast.Load)}
+            lines = range(statement.lineno, statement.end_lineno + 1)
+            comment = " ".join(comments[line] for line in lines if line in comments)
+            for name in names:
+                if name.isupper() and name in script and name not in self.comments:
+                    self.add(name, statement, comment)
+        sys.exit(NOT_FROM_ITS_FILE)  # this text is another script's
 
     def add(self, name, statement, comment):
-        """Note what an assignment says about a constant: its comment, the interval in it, and the annotated type."""
-        if name in self.comments:  # the first assignment describes the constant
-            return
+        """Note what the first assignment to a constant says: a comment, an interval in it, an annotated type."""
         self.comments[name] = comment
         if LOOKS_LIKE_INTERVAL.match(comment):
             try:
                 self.ranges[name] = Interval(comment)
             except ValueError:
-                sys.exit(
-                    f"{Path(self.script['__file__']).name}, line {statement.lineno}: the comment of {name} should begin with an "
-                    f"interval such as [0, 10] or (0.0, inf), not {shortened(comment, 40)!r}"
-                )
+                place = f"{Path(self.script['__file__']).name}, line {statement.lineno}"
+                wanted = "should begin with an interval such as [0, 10] or (0.0, inf)"
+                sys.exit(f"{place}: the comment of {name} {wanted}, not {shortened(comment, 40)!r}")
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.annotation, ast.Name):
-            kind = {kind.__name__: kind for kind in KINDS}.get(statement.annotation.id)
-            if kind is not None:
-                self.annotated[name] = kind
+            kinds = {kind.__name__: kind for kind in KINDS}
+            if statement.annotation.id in kinds:
+                self.annotated[name] = kinds[statement.annotation.id]
 
     def __getitem__(self, name):
         if name not in self.comments:
@@ -165,14 +161,22 @@ class Constants(Mapping):
         return f"must be {wanted}, not {shortened(repr(value))}"
 
     def unread(self):
-        """The names that neither the script nor any other loaded file of this project mentions, so that they have no effect.
+        """The names that neither the script nor any other loaded file of this project mentions, so they have no effect.
 
         Only words are compared. A name in lower case counts as a mention, because it may be a field of `PPOConfig`.
         """
-        words = set(self.used)
+        words = set(self.words)
         for file in project_files() - {Path(self.script["__file__"]).resolve()}:
             words |= words_of(file.read_text(encoding="utf-8", errors="replace"))
         return [name for name in self if not {name, name.lower()} & words]
+
+
+def source_of(script):
+    """The text of a script, whose globals() these are, in the encoding that it declares."""
+    if "__file__" not in script:  # its text was pasted into a notebook, or run by `exec`
+        sys.exit(NOT_FROM_ITS_FILE)
+    with tokenize.open(script["__file__"]) as source:
+        return source.read()
 
 
 def words_of(text):
@@ -197,13 +201,13 @@ def is_name(node, context):
 
 
 def project_files():
-    """The source files of this project that are loaded now; packages installed below its directory are not among them."""
+    """The source files of this project that are loaded now, without packages that are installed below its directory."""
     files = {Path(file).resolve() for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))}
     return {file for file in files if ROOT in file.parents and "site-packages" not in file.parts and file.is_file()}
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises CommandLineError for what is wrong, and also takes numbers and paths, from a program that calls it."""
+    """An argument parser that raises CommandLineError, and accepts numbers and paths from a program that calls it."""
 
     def __init__(self, prog, doc, usage=None):
         formatter = argparse.RawDescriptionHelpFormatter
@@ -227,9 +231,8 @@ def read_command_line(argv, prog, doc, constants):
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="go on with this run directory or checkpoint")
     for name, default in constants.items():
         if name in ("HELP", "RESUME"):
-            raise CommandLineError(
-                f"{name} among the constants at the top of the script would hide --{name.lower()}; give it another name"
-            )
+            problem = f"{name} among the constants at the top of the script would hide --{name.lower()}"
+            raise CommandLineError(f"{problem}; give it another name")
         text = f"{constants.comments[name]} (default {default!r})".strip().replace("%", "%%")
         parser.add_argument(f"--{name.lower()}", metavar=constants.kind(name).__name__, help=text)
     args, unknown = parser.parse_known_args(argv)
@@ -243,11 +246,23 @@ def read_command_line(argv, prog, doc, constants):
 
 def given_path(text):
     """The `type` of an option that names a file or a directory. A leading ~ becomes the home directory."""
-    if (
-        not text
-    ):  # an unset variable of the shell leaves this; the default would be another file than the one that is meant
+    if not text:  # from an unset variable of the shell; the default would be another file than the one that is meant
         raise argparse.ArgumentTypeError("is empty; name a file or a directory")
     return os.path.expanduser(text)
+
+
+def within(text):
+    """The `type` of an option that takes a number in an interval, such as within("[1, inf)")."""
+    interval = Interval(text)
+
+    def number(word):
+        with contextlib.suppress(ValueError):
+            value = interval.kind(word)
+            if value in interval:
+                return value
+        raise argparse.ArgumentTypeError(f"must be {KINDS[interval.kind]} in {text}, not {shortened(repr(word))}")
+
+    return number
 
 
 def expand_home(constants):

@@ -248,16 +248,16 @@ def test_files_that_are_no_model(tmp_path, checkpoint):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--steps 0 --out x.html", "--steps must be from 1 to 10000, not 0"),
-        ("--steps 20000 --out x.html", "to 10000 for an .html, not 20000"),
-        ("--steps 0", "--steps must be from 1 to 1000000000, not 0"),
-        ("--episodes 3 --out x.html", "to 2 for an .html, not 3"),
-        ("--seed 99999999999", "--seed must be from 0 to 4294967295"),
+        ("--steps 0 --out x.html", "--steps: must be an integer in [1, 1_000_000_000], not '0'"),
+        ("--steps 20000 --out x.html", "--steps must be at most 10000 for an .html, not 20000"),
+        ("--episodes 0", "--episodes: must be an integer in [1, 1_000_000], not '0'"),
+        ("--episodes 3 --out x.html", "--episodes must be at most 2 for an .html, not 3"),
+        ("--seed 99999999999", "--seed: must be an integer in [0, 4_294_967_295], not"),
         ("--out x.png", "must end in .gif, .html or .mp4"),
         ("--out nowhere/x.gif", "no directory nowhere"),
         ("--evaluate --episodes 5", "--episodes goes with --sample"),
         ("--step 3", "unrecognized arguments: --step"),
-        ("--seed x", "invalid int"),
+        ("--seed x", "--seed: must be an integer in [0, 4_294_967_295], not 'x'"),
     ],
 )
 def test_wrong_arguments(arguments, message):

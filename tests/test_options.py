@@ -19,6 +19,7 @@ from harness.options import (
     Values,
     given_path,
     read_command_line,
+    within,
 )
 from sweep import TRAININGS
 
@@ -120,12 +121,13 @@ def test_an_interval_holds_what_its_notation_says(text, kind, inside, outside):
     assert all(x in interval for x in inside) and not any(x in interval for x in outside)
 
 
-@pytest.mark.parametrize(
-    "comment",
-    ["[1, inf environment steps", "[1; 2] steps", "[a, b]", "[2, 1] steps", "(0.5) of it", "[, 1]", "[1, 2, 3]", "[see above]"],
-)
+MALFORMED = "[1, inf steps", "[1; 2] steps", "[a, b]", "[2, 1] steps", "(0.5) of it", "[, 1]", "[1, 2, 3]", "[see above]"
+
+
+@pytest.mark.parametrize("comment", MALFORMED)
 def test_a_malformed_interval_is_named_at_the_start(tmp_path, comment):
-    with pytest.raises(SystemExit, match=r"script.py, line 3: the comment of STEPS should begin with an interval") as error:
+    message = "script.py, line 3: the comment of STEPS should begin with an interval such as"
+    with pytest.raises(SystemExit, match=message) as error:
         script_constants(tmp_path, f"ENVS = 1\n\nSTEPS = 3  # {comment}\n")
     assert "\n" not in str(error.value)
 
@@ -287,3 +289,17 @@ def test_a_program_may_give_numbers_and_paths(tmp_path):
     assert vars(parser.parse_args([tmp_path, "--seeds", 3, np.int64(4)])) == {"folder": str(tmp_path), "seeds": [3, 4]}
     with pytest.raises(CommandLineError, match="unrecognized arguments: --fold"):
         parser.parse_args([tmp_path, "--fold"])
+
+
+def test_an_option_within_an_interval(tmp_path):
+    parser = Parser("script.py", "what it does")
+    parser.add_argument("--games", type=within("[1, 10]"), default=5)
+    parser.add_argument("--minutes", type=within("(0.0, inf)"))
+    assert vars(parser.parse_args(["--games", 10, "--minutes", "0.5"])) == {"games": 10, "minutes": 0.5}
+    for words, message in (
+        ("--games 0", r"--games: must be an integer in \[1, 10\], not '0'"),
+        ("--games 1.5", r"--games: must be an integer in \[1, 10\], not '1.5'"),
+        ("--minutes nan", r"--minutes: must be a number in \(0.0, inf\), not 'nan'"),
+    ):
+        with pytest.raises(CommandLineError, match=message):
+            parser.parse_args(words.split())

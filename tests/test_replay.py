@@ -175,7 +175,7 @@ def test_pictures_show_attention(tmp_path):
         ("--head -1", "from 0 to 15"),
         ("--attention --evaluate", "are for a .gif"),
         ("--attention --out x.html", "every head in any case"),
-        ("--steps 20000 --out x.html", "from 1 to 10000"),
+        ("--steps 20000 --out x.html", "at most 10000 for an .html"),
     ],
 )
 def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch):
