@@ -68,19 +68,17 @@ KEPT = "NUM_ENVS N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a 
 
 
 def check(c):
-    """Raises CommandLineError for constants that do not fit together."""
-    if c.NUM_ENVS * c.ROLLOUT_STEPS % c.BATCH_SIZE:
-        raise CommandLineError(
-            f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {c.NUM_ENVS * c.ROLLOUT_STEPS:,} samples of a rollout"
-        )
+    """Raise CommandLineError for constants that do not fit together."""
+    samples = c.NUM_ENVS * c.ROLLOUT_STEPS
+    if samples % c.BATCH_SIZE:
+        raise CommandLineError(f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {samples:,} samples of a rollout")
     if c.NUM_ENVS % RANKS or c.BATCH_SIZE % RANKS:
         raise CommandLineError(
             f"NUM_ENVS and BATCH_SIZE are shared by {RANKS} ranks; each must be a multiple of {RANKS}"
         )
     if c.PAIRED_ENVS and c.NUM_ENVS // RANKS % 2:
-        raise CommandLineError(
-            "PAIRED_ENVS needs an even number of games" + (" on each rank" if RANKS > 1 else "") + "; change NUM_ENVS"
-        )
+        where = " on each rank" if RANKS > 1 else ""
+        raise CommandLineError(f"PAIRED_ENVS needs an even number of games{where}; change NUM_ENVS")
     if c.MIN_LR > c.LR:
         raise CommandLineError(f"MIN_LR {c.MIN_LR} must not exceed LR {c.LR}")
     gpt_config(c)
@@ -93,24 +91,47 @@ def gpt_config(c):
         raise CommandLineError(error) from None
 
 
-def check_memory(config, device):
-    """Raises CommandLineError for a GPT that the device cannot train; says so of one that takes long to build."""
-    needed, there = 16 * config.num_parameters, memory_of(device)  # weights, gradients, two moments, of 4 bytes each
-    if needed > there:
+def check_memory(c, device):
+    """Raise CommandLineError if the GPT or a rollout does not fit into memory. Announce a GPT that is slow to build."""
+    parameters = gpt_config(c).num_parameters
+    needed = 16 * parameters  # weights, gradients and Adam's two moments, of 4 bytes each
+    available = memory_of(device)
+    if needed > available:
         raise CommandLineError(
-            f"a GPT of {config.num_parameters:,} parameters needs {needed / 1e9:,.0f} GB or more to train, and {device} "
-            f"has {there / 1e9:,.0f} GB; try a smaller --n_embd or --n_layer"
+            f"a GPT of {parameters:,} parameters needs {needed / 1e9:,.0f} GB or more to train, and {device} "
+            f"has {available / 1e9:,.0f} GB; try a smaller --n_embd or --n_layer"
         )
     if needed > 1e9 and RANK == 0:
-        say(f"Building a GPT of {config.num_parameters:,} parameters; training needs {needed / 1e9:,.0f} GB or more.")
+        say(f"Building a GPT of {parameters:,} parameters; training needs {needed / 1e9:,.0f} GB or more.")
+    samples = c.NUM_ENVS * c.ROLLOUT_STEPS // RANKS
+    check_free_memory(500 * samples, device, f"a rollout of {samples:,} samples", "lower --num_envs or --rollout_steps")
+
+
+def check_ranks(run, c):
+    """Raise CommandLineError if another number of ranks began the run: rank 0 saved the pages of its own games only."""
+    pages = run.state.get("obs") if run.state else None
+    if not isinstance(pages, torch.Tensor) or pages.dim() == 0 or len(pages) == 0:
+        return  # a new run; or `load_state` says what is wrong
+    ranks = c.NUM_ENVS // len(pages)
+    if ranks != RANKS:
+        raise CommandLineError(
+            f"{run.directory} was trained by {ranks} ranks, not {RANKS}; go on with "
+            f"{resume_command('train_ppo.py', run.directory, ranks)}"
+        )
+
+
+def trains_on_gpu(device):
+    """Whether a training on this device uses the shortcuts of `fast/` for GPUs, and checks itself."""
+    return fast is not None and device.type == "cuda"
 
 
 def build(c, device):
-    """Constants -> the PPO that trains, without callbacks."""
+    """The PPO that trains, without callbacks."""
     torch.manual_seed(c.SEED)
-    config, num_envs = gpt_config(c), c.NUM_ENVS // RANKS
+    config = gpt_config(c)
     policy = make_gpt(config, device)
-    if trains_on_gpu(device) and c.N_LAYER == 1:  # the games are played there too
+    num_envs = c.NUM_ENVS // RANKS
+    if trains_on_gpu(device) and c.N_LAYER == 1:
         env = fast.DeviceBreakout(num_envs, device, varied_starts=c.VARIED_STARTS)
     else:
         env = BreakoutAsciiVec(num_envs, varied_starts=c.VARIED_STARTS)
@@ -121,72 +142,70 @@ def build(c, device):
 
 
 def plan(c, ppo, run_dir):
-    """What is about to happen, in a few lines."""
+    """What is about to happen, in two or three lines."""
     parameters = sum(p.numel() for p in ppo.policy.parameters())
     layers = "one layer" if c.N_LAYER == 1 else f"{c.N_LAYER} layers"
-    return (
-        f"A GPT of {layers} and {parameters:,} parameters learns Breakout on {ppo.device}: {c.NUM_STEPS:,} steps in all, "
-        f"in {c.NUM_ENVS} games at once.\nCurve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops."
-    ) + (
-        f"\nThe first update {'compiles, and ' * (RANKS == 1)}checks itself against the CPU."
-        if trains_on_gpu(ppo.device)
-        else ""
-    )
+    lines = [
+        f"A GPT of {layers} and {parameters:,} parameters learns Breakout on {ppo.device}: "
+        f"{c.NUM_STEPS:,} steps in all, in {c.NUM_ENVS} games at once.",
+        f"Curve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops.",
+    ]
+    if trains_on_gpu(ppo.device):
+        compiles = "compiles, and " if RANKS == 1 else ""
+        lines.append(f"The first update {compiles}checks itself against the CPU.")
+    return "\n".join(lines)
 
 
-def trains_on_gpu(device):
-    """Whether a training on this device takes the shortcuts of `fast/` for GPUs, and checks itself."""
-    return fast is not None and device.type == "cuda"
+def evaluation_of(c, device):
+    """The callback that evaluates the policy in processes of its own while training goes on, or None."""
+    if c.EVAL_INTERVAL == 0:
+        return None
+    one_layer = c.N_LAYER == 1
+    evaluate = functools.partial(evaluate_state, device="cpu" if one_layer else str(device))
+    processes = 1
+    if one_layer and device.type == "cuda":  # a training that is faster than one process can evaluate
+        processes = min(max(available_cores() - 1, 1), 8)
+    return Evaluation(evaluate, c.EVAL_INTERVAL, processes)
 
 
 def watch(ppo, c, run_dir, evaluation):
     """The callbacks of rank 0, in the order in which they are called."""
     csv = run_dir / "metrics.csv"
     levels = {"the whole wall, as a simple tracker plays it": CLEARED_SCORE, "random play": RANDOM_SCORE}
-    return [
+    callbacks = [
         RunDirectory(run_dir),
-        *([evaluation] if evaluation else []),
+        evaluation,
         ProgressBar(plan(c, ppo, run_dir), first_is_slow=trains_on_gpu(ppo.device)),
         MetricsCSV(csv, METRICS),
         TensorBoard(run_dir),
         LearningCurve(run_dir / "learning_curve.png", csv, levels),
         Checkpoints(run_dir, c.SAVE_FREQ, keep_stages=True),
     ]
+    return [callback for callback in callbacks if callback is not None]
 
 
-def evaluation_of(c, device):
-    """Evaluation beside the training, in one process; in several beside a one-layer training on a GPU, which outruns one."""
-    one_layer = c.N_LAYER == 1
-    evaluate = functools.partial(
-        evaluate_state, device="cpu" if one_layer else str(device)
-    )  # small kernels suit the CPU
-    processes = min(max(available_cores() - 1, 1), 8) if one_layer and device.type == "cuda" else 1
-    return Evaluation(evaluate, c.EVAL_INTERVAL, processes)
-
-
-def check_ranks(run, c):
-    """Raises CommandLineError for a run of another number of ranks: rank 0 saved the pages of its own games."""
-    pages = run.state.get("obs") if run.state else None
-    of_some_games = (
-        isinstance(pages, torch.Tensor) and pages.dim() and len(pages)
-    )  # otherwise `load_state` says what is wrong
-    if of_some_games and (ranks := c.NUM_ENVS // len(pages)) != RANKS:
-        raise CommandLineError(
-            f"{run.directory} was trained by {ranks} ranks, not {RANKS}; go on with "
-            f"{resume_command('train_ppo.py', run.directory, ranks)}"
-        )
+def advice(c, constants):
+    """{exception: options that may help a run that ended with it}."""
+    largest_first = ["ROLLOUT_STEPS", "BATCH_SIZE"]
+    if c.BATCH_SIZE > c.NUM_ENVS:
+        largest_first.reverse()
+    return {
+        MemoryError: less_memory(constants, largest_first, CONSTANTS, check),
+        FloatingPointError: f" --lr {c.LR / 2:g} --min_lr {min(c.MIN_LR, c.LR / 2):g}",
+    }
 
 
 def main(argv=()):
-    """Train, with these words of a command line -> exit status. Raises CommandLineError, DeviceError or CheckpointError for a wrong one."""
+    """Train as the words of a command line say, and return the exit status.
+
+    Raises CommandLineError, DeviceError or CheckpointError if they are wrong.
+    """
     run = read_run(argv, "train_ppo.py", __doc__, CONSTANTS, KEPT, check)
     c = Values(**run.constants)
     check_ranks(run, c)
     device = choose_device(c.DEVICE)
     set_threads(c.N_LAYER)
-    check_memory(gpt_config(c), device)
-    samples = c.NUM_ENVS * c.ROLLOUT_STEPS // RANKS
-    check_free_memory(500 * samples, device, f"a rollout of {samples:,} samples", "lower --num_envs or --rollout_steps")
+    check_memory(c, device)
     with joined_ranks(device):
         with memory_advice(f"the model does not fit into the memory of {device}; try a smaller --n_embd or --n_layer"):
             ppo = build(c, device)
@@ -195,19 +214,8 @@ def main(argv=()):
         run_dir = None
         if RANK == 0:
             run_dir = run.directory or new_run_dir(c.RUN_DIR)
-            ppo.callbacks = watch(ppo, c, run_dir, evaluation_of(c, device) if c.EVAL_INTERVAL else None)
-        largest_first = (
-            ("BATCH_SIZE", "ROLLOUT_STEPS") if c.BATCH_SIZE > c.NUM_ENVS else ("ROLLOUT_STEPS", "BATCH_SIZE")
-        )
-        return train(
-            ppo,
-            run_dir,
-            "train_ppo.py",
-            {
-                MemoryError: less_memory(run.constants, largest_first, CONSTANTS, check),
-                FloatingPointError: f" --lr {c.LR / 2:g} --min_lr {min(c.MIN_LR, c.LR / 2):g}",
-            },
-        )
+            ppo.callbacks = watch(ppo, c, run_dir, evaluation_of(c, device))
+        return train(ppo, run_dir, "train_ppo.py", advice(c, run.constants))
 
 
 if __name__ == "__main__":

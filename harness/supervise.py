@@ -207,9 +207,7 @@ def save_snapshot(trainer, run_dir, prog, go_on, options):
 
 
 def check_free_memory(needed, device, what, advice):
-    """Raises CommandLineError if `what` would take more than nine tenths of the memory that is free now. advice: what
-    to lower.
-    """
+    """Raise CommandLineError if `what` needs more than nine tenths of the free memory. advice: what to lower."""
     free = free_memory(device)
     if needed > 0.9 * free:
         room = f"{device} has {free / 1e9:,.1f} GB free, of which a tenth is for the rest"
@@ -217,10 +215,15 @@ def check_free_memory(needed, device, what, advice):
 
 
 def less_memory(constants, names, known, check):
-    """The option that lowers the first of these constants that can be lowered: to half, or to the next less that fits.
-    "" if none can.
+    """The option that lowers the first of these constants that can be lowered, or "" if none can.
 
-    known: the `Constants` of the script. check: raises CommandLineError for `Values` that do not fit together.
+    The new value is half the old one, or the next smaller value that fits the other constants.
+
+    Args:
+        constants: {name: value} of the run.
+        names: of the constants that take memory, the one that takes most first.
+        known: the `Constants` of the script.
+        check: raises CommandLineError for `Values` that do not fit together.
     """
     for name in names:
         for smaller in range(constants[name] // 2, 0, -1):
@@ -233,7 +236,7 @@ def less_memory(constants, names, known, check):
 
 @contextlib.contextmanager
 def memory_advice(advice):
-    """Raises CommandLineError with the advice for lack of memory within."""
+    """A context in which lack of memory raises CommandLineError with this advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -242,17 +245,19 @@ def memory_advice(advice):
         raise CommandLineError(advice) from None
 
 
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
 def start_program(command, env=None, **options):
-    """subprocess.Popen of one of our programs. It stops, as after SIGTERM, when this one has ended, however that came
-    about.
-    """
+    """Start one of our programs, as subprocess.Popen does. It stops and saves when this process ends or is killed."""
     environment = {**(os.environ if env is None else env), PARENT: str(os.getpid())}
     return subprocess.Popen(list(map(str, command)), env=environment, **options)
 
 
 def stop_with_parent():
-    """Watch whoever started this program by `start_program` or torchrun. On Windows a process does not learn that its
-    parent has ended.
+    """Stop this program, as SIGTERM does, when the process that has started it ends.
+
+    That is whoever called `start_program`, or torchrun. On Windows a process does not learn that its parent has ended.
     """
     parent = int(os.environ.pop(PARENT, 0)) or (os.getppid() if UNDER_TORCHRUN else 0)
 
@@ -264,9 +269,6 @@ def stop_with_parent():
     if parent and sys.platform != "win32":
         with contextlib.suppress(RuntimeError):  # no more threads can be started
             threading.Thread(target=watch, daemon=True).start()
-
-
-# --- programs ---------------------------------------------------------------------------------------------------------
 
 
 def run_script(main, prog):

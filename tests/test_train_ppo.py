@@ -27,7 +27,6 @@ from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.device import DeviceError
 from harness.options import CommandLineError, Values
 from harness.supervise import StopTraining, interrupt, less_memory, signals_handled
-from model import GPTConfig
 from ppo import PPO
 from train_ppo import CONSTANTS, check, main
 
@@ -272,7 +271,8 @@ def test_models_too_large_are_named_before_they_are_built(monkeypatch, capsys, t
     ):
         run(tmp_path, "run", "--n_embd", "8192", "--n_layer", "1024")
     assert not (tmp_path / "run").exists()
-    train_ppo.check_memory(GPTConfig(n_embd=2048, n_layer=2), torch.device("cpu"))
+    c = SimpleNamespace(**CONSTANTS | {"N_EMBD": 2048, "N_LAYER": 2})
+    train_ppo.check_memory(c, torch.device("cpu"))
     assert "Building a GPT of 101,126,253 parameters; training needs 2 GB" in capsys.readouterr().out
 
 
