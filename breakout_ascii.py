@@ -1,11 +1,11 @@
 """Breakout on a page of text, 24 rows of 80 characters, for one game or for many at once.
 
-The rules stand here once, in `Games`, for N games at a time. Around them: `BreakoutAscii` (a Gymnasium Env),
-`BreakoutAsciiVec` (a Gymnasium VectorEnv, for training) and `to_text`. `to_image` makes pictures of the pages, and
+`Games` has the rules, for N games at a time. Two environments are built on it: `BreakoutAscii`, a Gymnasium Env, and
+`BreakoutAsciiVec`, a Gymnasium VectorEnv for training. `to_text` and `to_image` show a page to people, and
 `python breakout_ascii.py` lets you play.
 
-Only the direction of the serves is random, and with `varied_starts` also where a ball is served and which bricks there are.
-All of it is drawn before a game starts, so the rules themselves draw nothing.
+Only the direction of the serves is random, and with `varied_starts` also where a ball is served and which bricks there
+are. All of this is drawn before a game starts; the rules themselves draw no random numbers.
 """
 
 import functools
@@ -20,41 +20,41 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-CHARACTERS = " #|_=O\n"  # all that a page is made of
+CHARACTERS = " #|_=O\n"  # a page contains no others
 ROWS, COLUMNS = 24, 81  # the last column is the newline
 TOKENS = ROWS * COLUMNS  # 1944, the length of an observation
 RIGHT_WALL, FLOOR = 79, 23  # the other two walls are column 0 and row 0
 BRICK, BRICK_TOP, BRICK_ROWS, BRICK_COLUMNS = "|____|", 5, 7, 13
 BRICK_WIDTH = len(BRICK)
-PADDLE, PADDLE_ROW, PADDLE_START, PADDLE_MAX = "=======", 22, 36, 72  # a paddle's position is its left end, 1..72
+PADDLE, PADDLE_ROW = "=======", 22
+PADDLE_START, PADDLE_MAX = 36, 72  # positions of its left end, which moves in 1..72
 SERVE_X, SERVE_ROW = 40, 21
 LIVES = 5  # also the number of serves in a game
 BRICK_POINTS, CLEAR_POINTS = 10, 50  # 91 * 10 + 50 = 960 at most
 PADDLE_MOVES = np.array([0, -2, 2])  # actions: 0 stay, 1 left, 2 right
 MAX_EPISODE_STEPS = 5000
 
-# Colours are for people: a page, which is all that an agent sees, has none
+# Colours are for people: agents see the page, which has none.
 COLOURS = {"#": (140, 140, 140), "=": (230, 110, 200), "O": (255, 255, 255)}  # RGB
-BRICK_COLOURS = [  # top row first
-    (232, 80, 80),
-    (226, 120, 64),
-    (214, 154, 58),
-    (206, 196, 70),
-    (92, 190, 96),
-    (74, 170, 200),
-    (104, 120, 240),
-]
+BRICK_COLOURS = [
+    (232, 80, 80), (226, 120, 64), (214, 154, 58), (206, 196, 70), (92, 190, 96), (74, 170, 200), (104, 120, 240),
+]  # top row first  # fmt: skip
 
-EMPTY_PAGE = np.array(
-    [list(f"{line}\n".encode()) for line in ["#" * 80] + ["#" + " " * 78 + "#"] * (ROWS - 2) + ["#" * 80]], np.uint8
-)  # (24, 81)
-PADDLE_LINES = np.array(
-    [list(("#" + " " * (x - 1) + PADDLE).ljust(79).encode() + b"#\n") for x in range(PADDLE_MAX + 1)], np.uint8
-)  # (73, 81), the line for each paddle_x
+
+def codes(lines):
+    """Return lines of text as an array of ASCII codes, (lines, characters) uint8."""
+    return np.array([list(line.encode()) for line in lines], np.uint8)
+
+
+SOLID, HOLLOW = "#" * 80 + "\n", "#" + " " * 78 + "#\n"
+EMPTY_PAGE = codes([SOLID] + [HOLLOW] * (ROWS - 2) + [SOLID])  # (24, 81)
+PADDLE_LINES = codes(  # (73, 81), the line for each paddle_x
+    [("#" + " " * (x - 1) + PADDLE).ljust(79) + "#\n" for x in range(PADDLE_MAX + 1)]
+)
 
 
 class Games:
-    """N games of Breakout side by side; game i is row i of every array.
+    """Plays N games of Breakout side by side; game i is row i of every array.
 
     ball_x, ball_y, dx, dy, paddle_x  (N,) int      cells, and cells per step
     lives, score, elapsed             (N,) int      lives left, points, steps since the game started
@@ -63,7 +63,7 @@ class Games:
     pages                             (N, 24, 81) uint8 ASCII codes, up to date from the first reset on
     """
 
-    LIMITS = {  # of what a state holds: lowest and highest
+    LIMITS = {  # the lowest and the highest value of each array that makes up a state
         "ball_x": (0, RIGHT_WALL),
         "ball_y": (0, FLOOR - 1),
         "dx": (-1, 1),
@@ -76,9 +76,11 @@ class Games:
         "bricks_left": (0, BRICK_ROWS * BRICK_COLUMNS),
         "serves": (-1, RIGHT_WALL),
     }
-    STATE = list(LIMITS)  # pages follow from it
+    STATE = list(LIMITS)  # the pages can be drawn from these arrays
 
-    xp = np  # the array library; a subclass for another (fast/gpu_games.py) has its own `array`, `draw` and `redraw`
+    xp = (
+        np  # the array library; a subclass for another one (fast/gpu_games.py) has its own `array`, `draw` and `redraw`
+    )
 
     def __init__(self, num_games):
         for name in ("ball_x", "ball_y", "dx", "dy", "paddle_x", "lives", "score", "elapsed", "bricks_left"):
@@ -90,13 +92,13 @@ class Games:
         self.paddle_moves = self.array(PADDLE_MOVES)
 
     def array(self, x):
-        """NumPy array -> an array of this library."""
+        """Return a NumPy array as an array of this library."""
         return x
 
     def reset(self, mask, serves, bricks):
-        """Start new games where mask (N,) is true: serves (N, 5, 3), bricks (N, 7, 13) bool.
+        """Start new games with these serves (N, 5, 3) and bricks (N, 7, 13) where mask (N,) is true.
 
-        Raises ValueError for another kind of mask: game indices would be misread as one.
+        Raises ValueError for a mask that is not boolean, such as the numbers of games.
         """
         if mask.dtype != self.xp.bool or mask.shape != self.index.shape:
             raise ValueError(
@@ -113,7 +115,8 @@ class Games:
         self.draw(mask)
 
     def step(self, actions):
-        """Play one step of every game: actions (N,) of 0, 1, 2 -> rewards, terminated, life_lost, each (N,)."""
+        """Play one step of every game with actions (N,) of 0, 1, 2. Returns rewards, terminated, life_lost, each
+        (N,)."""
         old_x, old_y = self.ball_x, self.ball_y
         self.elapsed = self.elapsed + 1
         self.move_paddles(actions)
@@ -123,25 +126,30 @@ class Games:
         self.bounce_off_paddles()
         rewards, brick = self.break_bricks()
         self.redraw(old_x, old_y, brick)
-        return rewards, (self.lives == 0) | (self.bricks_left == 0), life_lost
+        terminated = (self.lives == 0) | (self.bricks_left == 0)
+        return rewards, terminated, life_lost
 
-    # The rules, in the order in which a step applies them. They branch by `where` alone, so that they run on NumPy arrays and on
-    # tensors alike. `1 *` turns bools into integers, because torch subtracts no bools.
+    # The rules, in the order in which a step applies them. They branch only by `where`, so that they run on NumPy
+    # arrays and on tensors alike. `1 *` turns bools into integers, because torch does not subtract bools.
 
     def move_paddles(self, actions):
         self.paddle_x = self.xp.clip(self.paddle_x + self.paddle_moves[actions], 1, PADDLE_MAX)
 
     def bounce_off_walls(self):
-        """Left, right and top: the ball stands on the wall for one step and turns round."""
+        """A ball stays on the left, right or top wall for one step and turns round."""
         where = self.xp.where
-        left, right, top = self.ball_x <= 0, self.ball_x >= RIGHT_WALL, self.ball_y <= 0
+        left, right = self.ball_x <= 0, self.ball_x >= RIGHT_WALL
+        top = self.ball_y <= 0
         self.ball_x = where(left, 0, where(right, RIGHT_WALL, self.ball_x))
         self.dx = where(left | right, -self.dx, self.dx)
         self.ball_y = where(top, 0, self.ball_y)
         self.dy = where(top, -self.dy, self.dy)
 
     def lose_balls(self, old_x, old_y):
-        """A ball at the floor costs a life: the next is served, or the last stays in the cell it came from -> life_lost (N,)."""
+        """A ball at the floor costs a life: the next is served, or the last one stays in the cell from which it came.
+
+        Returns life_lost (N,).
+        """
         life_lost = self.ball_y >= FLOOR
         self.lives = self.lives - 1 * life_lost
         self.ball_x = self.xp.where(life_lost, old_x, self.ball_x)
@@ -151,7 +159,8 @@ class Games:
 
     def serve(self, mask):
         """Serve the next ball where mask (N,) is true."""
-        where, serve = self.xp.where, self.serves[self.index, (LIVES - self.lives) % LIVES]  # (N, 3)
+        where = self.xp.where
+        serve = self.serves[self.index, (LIVES - self.lives) % LIVES]  # (N, 3)
         self.ball_x = where(mask, serve[:, 0], self.ball_x)
         self.ball_y = where(mask, SERVE_ROW, self.ball_y)
         self.dx = where(mask, serve[:, 1], self.dx)
@@ -160,18 +169,22 @@ class Games:
 
     def bounce_off_paddles(self):
         """The left four cells of a paddle send the ball up and left, the right three up and right."""
-        where, offset = self.xp.where, self.ball_x - self.paddle_x
-        # A game that has just ended may show its ball in the paddle's row: it was lost, not returned.
+        where = self.xp.where
+        offset = self.ball_x - self.paddle_x
+        # A game that has just ended may show its ball in the paddle's row, although the ball was lost.
         hit = (self.ball_y == PADDLE_ROW) & (offset >= 0) & (offset < len(PADDLE)) & (self.lives > 0)
         self.ball_y = where(hit, SERVE_ROW, self.ball_y)
         self.dy = where(hit, -1, self.dy)
         self.dx = where(hit, where(offset <= 3, -1, 1), self.dx)
 
     def break_bricks(self):
-        """A brick under the ball goes and the ball turns -> rewards, and hit, row, column of the bricks, each (N,)."""
+        """A brick under the ball disappears and the ball turns round.
+
+        Returns rewards (N,), and (hit, row, column): which games lost a brick, and where it was, each (N,).
+        """
         row, column = self.ball_y - BRICK_TOP, (self.ball_x - 1) // BRICK_WIDTH
         inside = (row >= 0) & (row < BRICK_ROWS) & (column >= 0) & (column < BRICK_COLUMNS)
-        row, column = row % BRICK_ROWS, column % BRICK_COLUMNS  # a valid index everywhere; `inside` decides
+        row, column = row % BRICK_ROWS, column % BRICK_COLUMNS  # valid indices everywhere, also where `inside` is false
         whole = self.bricks[self.index, row, column]
         hit = inside & whole
         self.bricks[self.index, row, column] = whole & ~inside
@@ -182,51 +195,50 @@ class Games:
         return rewards, (hit, row, column)
 
     def state_dict(self):
-        """-> {name: NumPy array}"""
+        """Return the state as {name: NumPy array}."""
         return {name: np.array(getattr(self, name)) for name in self.STATE}
 
     def load_state_dict(self, state):
-        """Go on from a state_dict. Raises ValueError, before anything has changed, if it is not one of as many games."""
+        """Continue from a state_dict of the same number of games. Raises ValueError, before anything has changed."""
         values = {name: np.asarray(state.get(name)) for name in self.STATE}
         for name, x in values.items():
-            expected, (low, high) = tuple(getattr(self, name).shape), self.LIMITS[name]
-            if x.shape != expected:
-                raise ValueError(f"state[{name!r}] must have shape {expected} with this num_envs; got {x.shape}")
-            if x.dtype.kind not in ("b" if name == "bricks" else "iu") or not low <= x.min() <= x.max() <= high:
-                raise ValueError(
-                    f"state[{name!r}] must be {'bool' if name == 'bricks' else f'integers from {low} to {high}'}; got {x.dtype}, "
-                    f"{x.flat[0]!r} first"
-                )
+            shape = tuple(getattr(self, name).shape)
+            low, high = self.LIMITS[name]
+            kinds, expected = ("b", "bool") if name == "bricks" else ("iu", f"integers from {low} to {high}")
+            if x.shape != shape:
+                raise ValueError(f"state[{name!r}] must have shape {shape} with this num_envs; got {x.shape}")
+            if x.dtype.kind not in kinds or not low <= x.min() <= x.max() <= high:
+                raise ValueError(f"state[{name!r}] must be {expected}; got {x.dtype}, {x.flat[0]!r} first")
         for name, x in values.items():
             getattr(self, name)[...] = self.array(x)
-        self.draw(self.index >= 0)  # all of them
+        self.draw(self.index >= 0)  # all games
 
     def pair(self):
-        """Turn the games of the second half into copies of the first half's: game N / 2 + i is then paired with game i."""
+        """Copy the games of the first half over those of the second: game N / 2 + i is then paired with game i."""
         half = len(self.index) // 2
         for name in self.STATE + ["pages"]:
             x = getattr(self, name)
             x[half:] = x[:half]
 
     def in_sync(self):
-        """-> (N / 2,) bool: do the pages of paired games agree above the paddle's row?"""
-        above, half = self.pages[:, :PADDLE_ROW], len(self.index) // 2
+        """Return, for each pair of games, whether their pages agree above the paddle's row, (N / 2,) bool."""
+        above = self.pages[:, :PADDLE_ROW]
+        half = len(self.index) // 2
         return (above[:half] == above[half : 2 * half]).all((1, 2))
 
-    # The pages. A step changes few cells, so only these are written; the ball comes last, over whatever is there.
+    # The pages. A step changes few cells, so only these are written; the ball comes last, on top of all others.
 
     def draw(self, mask):
-        """Draw the pages from nothing where mask (N,) is true."""
+        """Draw whole pages where mask (N,) is true."""
         wall = np.where(self.bricks[mask, :, :, None], list(BRICK.encode()), ord(" "))  # (n, 7, 13, 6)
+        wall = wall.reshape(-1, BRICK_ROWS, BRICK_COLUMNS * BRICK_WIDTH)
         self.pages[mask] = EMPTY_PAGE
-        self.pages[mask, BRICK_TOP : BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall.reshape(
-            -1, BRICK_ROWS, BRICK_COLUMNS * BRICK_WIDTH
-        )
+        self.pages[mask, BRICK_TOP : BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall
         self.pages[mask, PADDLE_ROW] = PADDLE_LINES[self.paddle_x[mask]]
         self.pages[mask, self.ball_y[mask], self.ball_x[mask]] = ord("O")
 
     def redraw(self, old_x, old_y, brick):
-        """Bring the pages up to date after a step that found the balls at old_x, old_y and broke `brick`."""
+        """Update the pages after a step, before which the balls were at old_x, old_y. brick: from `break_bricks`."""
         hit, row, column = brick
         game = np.flatnonzero(hit)
         self.pages[self.index, old_y, old_x] = EMPTY_PAGE[old_y, old_x]  # no ball ever stands on a whole brick
@@ -237,24 +249,24 @@ class Games:
 
 
 def standard_serves(dx):
-    """dx (n, 5) of -1 and +1 -> serves (n, 5, 3)."""
+    """Return the serves (n, 5, 3) of the standard game for dx (n, 5) of -1 and +1."""
     return np.stack(np.broadcast_arrays(SERVE_X, dx, PADDLE_START), axis=-1)
 
 
 class RandomNumbers(NamedTuple):
-    """What new games are made of, arrays of one library with one row per game."""
+    """The random numbers from which `new_games` makes n games; arrays of one library with one row per game."""
 
     right: np.ndarray  # (n, 5) 0 or 1: 1 serves to the right
     varied: np.ndarray  # (n, 5) in [0, 1): a serve is varied where this is below varied_starts
     x: np.ndarray  # (n, 5) 1..78: where a varied serve starts
     wall: np.ndarray  # (n,) in [0, 1): a wall is varied where this is below varied_starts
-    share: np.ndarray  # (n,) in [0, 1): the share of the bricks that a varied wall keeps
-    brick: np.ndarray  # (n, 91) in [0, 1): it keeps the bricks where this is below its share
+    share: np.ndarray  # (n,) in [0, 1): the share of its bricks that a varied wall keeps
+    brick: np.ndarray  # (n, 91) in [0, 1): a varied wall keeps the bricks where this is below its share
 
 
 def draw_numbers(rng, n):
-    """A NumPy generator -> the `RandomNumbers` of n games."""
-    serves = n, LIVES
+    """Draw the `RandomNumbers` of n games from a NumPy generator."""
+    serves = (n, LIVES)
     return RandomNumbers(
         rng.integers(2, size=serves),
         rng.random(serves),
@@ -266,24 +278,29 @@ def draw_numbers(rng, n):
 
 
 def new_games(numbers, varied_starts=0.0, xp=np):
-    """`RandomNumbers` of n games -> serves (n, 5, 3), bricks (n, 7, 13) bool. xp: the library of the arrays, numpy or torch.
+    """Make n games from their `RandomNumbers`. Returns serves (n, 5, 3) and bricks (n, 7, 13) bool.
 
-    With probability varied_starts a serve starts anywhere on its row, with the paddle under the ball; and with the same
-    probability a wall keeps only a share of its bricks, uniform in [0, 1).
+    With probability varied_starts a serve starts anywhere on its row, with the paddle under the ball. With the same
+    probability a wall keeps only a share of its bricks, which is uniform in [0, 1).
+
+    Args:
+        xp: the library of the arrays, numpy or torch.
     """
-    where, varied = xp.where, numbers.varied < varied_starts
+    where = xp.where
+    varied = numbers.varied < varied_starts
     ball_x = where(varied, numbers.x, SERVE_X)
     paddle_x = where(varied, xp.clip(numbers.x - len(PADDLE) // 2, 1, PADDLE_MAX), PADDLE_START)
     serves = xp.stack([ball_x, 2 * numbers.right - 1, paddle_x], -1)
-    bricks = numbers.brick < where(numbers.wall < varied_starts, numbers.share, 1.0)[:, None]
-    first = (
-        bricks[:, :1] | ~bricks.any(1)[:, None]
-    )  # a wall is empty with probability 1/92: it then keeps its first brick
-    return serves, xp.concatenate([first, bricks[:, 1:]], 1).reshape(-1, BRICK_ROWS, BRICK_COLUMNS)
+    share = where(numbers.wall < varied_starts, numbers.share, 1.0)
+    bricks = numbers.brick < share[:, None]
+    # A varied wall would be empty with probability 1/92; it then keeps its first brick.
+    first = bricks[:, :1] | ~bricks.any(1)[:, None]
+    bricks = xp.concatenate([first, bricks[:, 1:]], 1)
+    return serves, bricks.reshape(-1, BRICK_ROWS, BRICK_COLUMNS)
 
 
 def check_options(options, known):
-    """-> the options of reset, {} for None. Raises ValueError for anything but a dict of known ones."""
+    """Return the options of reset, {} for None. Raises ValueError unless they are a dict with known names."""
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise ValueError(f'options must be None or {{"{known[0]}": ...}}; got {options!r}')
@@ -293,7 +310,10 @@ def check_options(options, known):
 
 
 def reset_mask(options, num_games):
-    """-> (num_games,) bool for reset's options={"reset_mask": ...}: which games start anew, all without it. Raises ValueError."""
+    """Return which games reset starts anew, (num_games,) bool: those of options["reset_mask"], or without it all.
+
+    Raises ValueError for anything else than such a mask.
+    """
     if options.get("reset_mask") is None:
         return np.ones(num_games, bool)
     mask = options["reset_mask"]
@@ -306,7 +326,10 @@ def reset_mask(options, num_games):
 
 
 def generators(seeds, num_games):
-    """Seeds, one per game -> {game: NumPy generator}, as `BreakoutAscii` would have it; None seeds nothing. Raises ValueError."""
+    """Return {game: NumPy generator} for a list of seeds, one for each game, as `BreakoutAscii` seeds itself.
+
+    A game whose seed is None is left out. Raises ValueError for anything else than such a list.
+    """
     listed = list(seeds) if np.iterable(seeds) else []
     if len(listed) != num_games or not all(map(is_seed, listed)):
         raise ValueError(
@@ -324,9 +347,9 @@ def is_whole(x):
 
 
 def fixed_serves(options, num_games):
-    """-> serves (num_games, 5, 3) for reset's options={"serves": (5,) or (num_games, 5) of -1 and +1}, or None.
+    """Return the serves (num_games, 5, 3) that options["serves"] fixes, or None.
 
-    Raises ValueError for serves of another shape or value.
+    Raises ValueError unless the option is the dx of the serves, -1 or +1, in shape (5,) or (num_games, 5).
     """
     if options.get("serves") is None:
         return None
@@ -334,7 +357,8 @@ def fixed_serves(options, num_games):
         dx = np.asarray(options["serves"])
     except ValueError:
         dx = np.asarray(None)  # rows of unequal length: refused below
-    if dx.shape not in ((LIVES,), (num_games, LIVES)) or dx.dtype.kind not in "iuf" or not np.isin(dx, (-1, 1)).all():
+    fits = dx.shape in ((LIVES,), (num_games, LIVES)) and dx.dtype.kind in "iuf"
+    if not fits or not np.isin(dx, (-1, 1)).all():
         raise ValueError(
             f'options["serves"] must be the dx of the five serves, -1 or +1 each, in shape ({LIVES},) or '
             f"({num_games}, {LIVES}); got shape {dx.shape}, values {np.unique(dx.astype(str))[:4]}"
@@ -343,21 +367,19 @@ def fixed_serves(options, num_games):
 
 
 def check_actions(actions, shape):
-    """-> actions as an integer array. Raises ValueError unless they have this shape and are all 0, 1 or 2."""
+    """Return actions as an integer array. Raises ValueError unless they have this shape and are all 0, 1 or 2."""
     actions = np.asarray(actions)
     if actions.shape != shape or actions.dtype.kind not in "iu":
         raise ValueError(f"actions must be integers of shape {shape}; got {actions.dtype} of shape {actions.shape}")
     if actions.min() < 0 or actions.max() > 2:
         bad = np.flatnonzero((actions < 0) | (actions > 2))[0]
-        raise ValueError(
-            f"actions must be 0 (stay), 1 (left) or 2 (right); got {actions.flat[bad]}"
-            + (f" for game {bad}" if shape else "")
-        )
+        where = f" for game {bad}" if shape else ""
+        raise ValueError(f"actions must be 0 (stay), 1 (left) or 2 (right); got {actions.flat[bad]}{where}")
     return actions
 
 
 def check_arguments(max_episode_steps, render_mode, modes, num_envs=1, varied_starts=0.0):
-    """Raise ValueError, in one line, for the first argument of an environment that is out of range."""
+    """Raise ValueError for the first argument of an environment that is out of range."""
     if not is_whole(num_envs) or num_envs < 1:
         raise ValueError(f"num_envs must be an integer above 0; got {num_envs!r}")
     if max_episode_steps is not None and (not is_whole(max_episode_steps) or max_episode_steps < 1):
@@ -369,15 +391,18 @@ def check_arguments(max_episode_steps, render_mode, modes, num_envs=1, varied_st
 
 
 class BreakoutAsciiVec(VectorEnv):
-    """Many games at once, as a Gymnasium VectorEnv that starts a new game in the step that ends one (SAME_STEP).
+    """Plays many games at once, as a Gymnasium VectorEnv that starts a new game in the step that ends one (SAME_STEP).
 
-    step returns observations (N, 1944) uint8, rewards (N,) raw points, terminated and truncated (N,) bool, and infos
-    `score lives bricks life_lost`, with `final_obs` and `final_info` where a game ended, as Gymnasium's own
-    SyncVectorEnv lays them out.
+    step returns observations (N, 1944) uint8, rewards (N,) in raw points, terminated and truncated (N,) bool, and infos
+    `score lives bricks life_lost`. Where a game ended there are also `final_obs` and `final_info`, in the form of
+    Gymnasium's SyncVectorEnv.
 
-    max_episode_steps  a longer game is truncated, None for no limit
-    varied_starts      probability that a serve, and that a game's set of bricks, is drawn at random (for training)
-    Raises ValueError for arguments out of range.
+    Args:
+        max_episode_steps: a longer game is truncated; None for no limit.
+        varied_starts: the probability that a serve is varied, and that a wall is (for training).
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 15, "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -391,22 +416,26 @@ class BreakoutAsciiVec(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.games = Games(num_envs)
-        self.seeded = {}  # game: its own NumPy generator; the others share np_random
+        self.seeded = {}  # {game: its own NumPy generator}; the other games share np_random
         self._started = False
 
     def reset(self, *, seed=None, options=None):
-        """Start N new games -> observations, infos.
+        """Start N new games. Returns observations and infos.
 
-        seed: an integer for all games together, or a list with one for each game. A game with a seed of its own, and those that follow
-            it, are what `BreakoutAscii` plays with that seed, whatever stands beside it. None in the list leaves a game's random
-            numbers as they are.
-        options={"serves": (5,) or (N, 5) of -1 and +1} fixes the dx of the serves of these games, first serve first,
-            and makes them standard serves; games that an autoreset starts are drawn again.
-        options={"reset_mask": (N,) bool} starts only these games anew, and only they have infos.
-        Raises ValueError for a seed or an option that is neither.
+        Args:
+            seed: an integer for all games together, or a list with a seed for each game. A game with a seed of its own,
+                and the games that follow it, are those of a `BreakoutAscii` with that seed, whatever the other games
+                are. None in the list does not seed a game.
+            options: {"serves": (5,) or (N, 5) of -1 and +1} fixes the dx of the serves, the first serve first, and
+                makes them standard serves; a game that follows by itself is drawn at random again. {"reset_mask": (N,)
+                bool} starts only these games anew, and only these have infos.
+
+        Raises:
+            ValueError: the seed or an option is of another kind.
         """
         options = check_options(options, ("serves", "reset_mask"))
-        mask, serves = reset_mask(options, self.num_envs), fixed_serves(options, self.num_envs)
+        mask = reset_mask(options, self.num_envs)
+        serves = fixed_serves(options, self.num_envs)
         if not mask.all():
             self._check_started()
         self._seed(seed, mask)
@@ -415,7 +444,7 @@ class BreakoutAsciiVec(VectorEnv):
         return self.observation(), self._infos(life_lost=np.zeros(self.num_envs, bool), mask=mask)
 
     def _seed(self, seed, mask):
-        """Seed the generators of the games where mask (N,) is true: one that they share, or each its own."""
+        """Seed the generator that all games share, or a generator for each game, where mask (N,) is true."""
         if not is_seed(seed):
             own = generators(seed, self.num_envs)
             self.seeded |= {game: own[game] for game in own if mask[game]}
@@ -439,18 +468,18 @@ class BreakoutAsciiVec(VectorEnv):
         return self.observation(), rewards.astype(float), terminated, truncated, infos
 
     def observation(self):
-        """-> (N, 1944) uint8, a copy of the current pages."""
+        """Return a copy of the current pages, (N, 1944) uint8."""
         self._check_started()
         return self.games.pages.reshape(self.num_envs, TOKENS).copy()
 
     def render(self):
-        """-> a tuple with one str ("ansi") or (264, 480, 3) uint8 picture ("rgb_array") per game, None without mode."""
+        """Return for each game a str ("ansi") or a (264, 480, 3) uint8 picture ("rgb_array"); None without a mode."""
         if self.render_mode is None:
             return None
         return tuple(rendered(tokens, self.render_mode) for tokens in self.observation())
 
     def pair(self):
-        """Turn the games of the second half into copies of the first half's -> observations (N, 1944).
+        """Copy the games of the first half over those of the second. Returns observations (N, 1944).
 
         Game N / 2 + i is then paired with game i. Raises ValueError for an odd number of games.
         """
@@ -461,12 +490,12 @@ class BreakoutAsciiVec(VectorEnv):
         return self.observation()
 
     def in_sync(self):
-        """-> (N / 2,) bool: do the pages of paired games agree above the paddle's row?"""
+        """Return, for each pair of games, whether their pages agree above the paddle's row, (N / 2,) bool."""
         self._check_started()
         return self.games.in_sync()
 
     def state_dict(self):
-        """-> all that a run needs to go on bit for bit, in NumPy arrays and plain types."""
+        """Return the state from which the games continue bit for bit, in NumPy arrays and plain types."""
         self._check_started()
         state = self.games.state_dict() | {"np_random": self.np_random.bit_generator.state}
         if self.seeded:
@@ -474,7 +503,7 @@ class BreakoutAsciiVec(VectorEnv):
         return state
 
     def load_state_dict(self, state):
-        """Go on from a state_dict. Raises ValueError, before anything has changed, if it is not one of an environment with as many games."""
+        """Continue from a state_dict of the same number of games. Raises ValueError, before anything has changed."""
         if not isinstance(state, dict) or "np_random" not in state:
             raise ValueError("state['np_random'], the state of the random generator, is missing")
         shared = np.random.default_rng()
@@ -493,13 +522,13 @@ class BreakoutAsciiVec(VectorEnv):
             raise ResetNeeded("call reset() first: no game has started")
 
     def _new_games(self, mask, serves=None):
-        """Start a new game where mask (N,) is true; serves (N, 5, 3), or None to take those that are drawn."""
+        """Start new games where mask (N,) is true, with these serves (N, 5, 3) or, for None, with random ones."""
         drawn_serves, bricks = new_games(self.random_numbers(mask), self.varied_starts)
-        row = np.cumsum(mask) - 1  # of each new game among those drawn; what the other games get here is ignored
+        row = np.cumsum(mask) - 1  # of each new game among those that were drawn; meaningless for the other games
         self.games.reset(mask, drawn_serves[row] if serves is None else serves, bricks[row])
 
     def random_numbers(self, mask):
-        """-> the `RandomNumbers` of as many new games as mask (N,) has."""
+        """Draw the `RandomNumbers` of the new games where mask (N,) is true."""
         numbers = draw_numbers(self.np_random, mask.sum())
         for row, game in enumerate(np.flatnonzero(mask)):
             if game in self.seeded:
@@ -508,14 +537,18 @@ class BreakoutAsciiVec(VectorEnv):
         return numbers
 
     def _infos(self, life_lost, mask):
-        """The four infos (N,), zero where mask (N,) is false, each with a `_mask` of its own, as Gymnasium lays infos out."""
-        score, lives, bricks = self.games.score, self.games.lives, self.games.bricks_left
+        """Return Gymnasium's form of infos: four arrays (N,) that are zero where mask (N,) is false, and a mask for
+        each."""
+        games = self.games
+        values = {"score": games.score, "lives": games.lives, "bricks": games.bricks_left, "life_lost": life_lost}
         infos = {}
-        for name, value in dict(score=score, lives=lives, bricks=bricks, life_lost=life_lost).items():
-            infos[name], infos[f"_{name}"] = value * mask, mask.copy()
+        for name, value in values.items():
+            infos[name] = value * mask
+            infos[f"_{name}"] = mask.copy()
         return infos
 
     def _final(self, life_lost, done):
+        """Return the infos about the last step of the games that are done."""
         final_obs = np.full(self.num_envs, None, object)
         for i in np.flatnonzero(done):
             final_obs[i] = self.games.pages[i].flatten()
@@ -528,10 +561,11 @@ class BreakoutAsciiVec(VectorEnv):
 
 
 class BreakoutAscii(gym.Env):
-    """One game, as a Gymnasium Env: observations (1944,) uint8, rewards in raw points, infos plain ints and bools.
+    """Plays one game, as a Gymnasium Env: observations (1944,) uint8, rewards in raw points, infos of ints and bools.
 
-    render_mode        "ansi": the page as str; "rgb_array": (264, 480, 3) uint8; "human": drawn over the terminal
-    max_episode_steps  a longer game is truncated, None for no limit
+    Args:
+        render_mode: "ansi": the page as str; "rgb_array": (264, 480, 3) uint8; "human": drawn over the terminal.
+        max_episode_steps: a longer game is truncated; None for no limit.
     """
 
     metadata = {"render_modes": ["ansi", "rgb_array", "human"], "render_fps": 15}
@@ -546,19 +580,21 @@ class BreakoutAscii(gym.Env):
         self._playing = False
 
     def reset(self, *, seed=None, options=None):
-        """Start a game -> observation, info; options={"serves": (5,) of -1 and +1} fixes the dx of its serves."""
+        """Start a game. Returns observation and info. options={"serves": (5,) of -1 and +1} fixes the dx of its
+        serves."""
         serves = fixed_serves(check_options(options, ("serves",)), 1)
         super().reset(seed=seed)
         drawn_serves, bricks = new_games(draw_numbers(self.np_random, 1))
         self.games.reset(np.ones(1, bool), drawn_serves if serves is None else serves, bricks)
         self._playing = True
         if self.render_mode == "human":
-            sys.stdout.write("\x1b[2J")  # clear the terminal once; a frame then overwrites the last
+            sys.stdout.write("\x1b[2J")  # clear the terminal once; from now on each frame overwrites the one before
             self.render()
         return self._observation(), self._info(life_lost=False)
 
     def step(self, action):
-        """Raises ResetNeeded before the first reset and after the end of a game, ValueError for a bad action."""
+        """Play one step. Raises ResetNeeded before the first reset and after the end of a game, ValueError for a bad
+        action."""
         if not self._playing:
             raise ResetNeeded("call reset() first: no game has started, or the last one is over")
         rewards, terminated, life_lost = self.games.step(check_actions(action, ())[None])
@@ -571,7 +607,7 @@ class BreakoutAscii(gym.Env):
         return self._observation(), float(rewards[0]), terminated, truncated, self._info(bool(life_lost[0]))
 
     def render(self):
-        """-> a str ("ansi"), a (264, 480, 3) uint8 picture ("rgb_array"), or None ("human" draws over the terminal)."""
+        """Return a str ("ansi") or a (264, 480, 3) uint8 picture ("rgb_array"), or draw over the terminal ("human")."""
         if self.render_mode in ("ansi", "rgb_array"):
             return rendered(self._observation(), self.render_mode)
         if self.render_mode == "human":
@@ -583,12 +619,13 @@ class BreakoutAscii(gym.Env):
         return self.games.pages[0].flatten()
 
     def _info(self, life_lost):
-        score, lives, bricks = self.games.score[0], self.games.lives[0], self.games.bricks_left[0]
-        return {"score": int(score), "lives": int(lives), "bricks": int(bricks), "life_lost": life_lost}
+        games = self.games
+        counts = {"score": games.score, "lives": games.lives, "bricks": games.bricks_left}
+        return {name: int(count[0]) for name, count in counts.items()} | {"life_lost": life_lost}
 
 
 def check_tokens(tokens, dimensions):
-    """-> tokens as an array. Raises ValueError unless its last axis is a page and every value a character of one."""
+    """Return tokens as an array. Raises ValueError unless its last axis is a page, with a page's characters."""
     tokens = np.asarray(tokens)
     if tokens.ndim not in dimensions or tokens.shape[-1] != TOKENS:
         expected = " or ".join({1: f"({TOKENS},)", 2: f"(B, {TOKENS})"}[n] for n in dimensions)
@@ -603,12 +640,15 @@ def check_tokens(tokens, dimensions):
 
 
 def to_text(tokens):
-    """tokens (1944,) -> str of 24 lines, each ended by a newline. Raises ValueError for anything but a page."""
+    """Return a page (1944,) as a str of 24 lines that end in newlines. Raises ValueError for anything but a page."""
     return check_tokens(tokens, (1,)).astype(np.uint8).tobytes().decode("ascii")
 
 
 def to_image(tokens):
-    """tokens (1944,) -> (264, 480, 3) uint8 RGB, or (B, 1944) -> (B, 264, 480, 3). Raises ValueError for anything but pages."""
+    """Return a picture (264, 480, 3) uint8 RGB of a page (1944,), or pictures (B, 264, 480, 3) of pages (B, 1944).
+
+    Raises ValueError for anything but pages.
+    """
     tokens = check_tokens(tokens, (1, 2))
     from viewer.drawing import draw_pages  # here, because only pictures need Pillow
 
@@ -618,7 +658,7 @@ def to_image(tokens):
 
 @functools.cache
 def glyphs():
-    """-> the `glyph_atlas` of the game: what is solid has a darker shade of its own colour behind it."""
+    """Return the `glyph_atlas` of the game, in which solid things stand on a darker shade of their own colour."""
     from viewer.drawing import glyph_atlas
 
     ink, paper = np.zeros((2, ROWS, 128, 3), np.uint8)
@@ -632,14 +672,14 @@ def glyphs():
 
 
 def rendered(tokens, mode):
-    """tokens (1944,) -> str for "ansi", a (264, 480, 3) uint8 picture for "rgb_array"."""
+    """Return a page (1944,) as a str for "ansi", as a (264, 480, 3) uint8 picture for "rgb_array"."""
     if mode == "ansi":
         return to_text(tokens)
     return to_image(tokens)
 
 
 def untimed(**kwargs):
-    """What gym.make calls: a game without its own limit, because gym.make wraps it in a TimeLimit."""
+    """Return a game for gym.make, without a limit of its own, because gym.make adds one (TimeLimit)."""
     return BreakoutAscii(max_episode_steps=None, **kwargs)
 
 
