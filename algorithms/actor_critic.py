@@ -15,7 +15,7 @@ CONFIG (config.json by default) is a JSON file. If there is none, it is written 
     num_epochs     100   of 200 gradient steps
     seed           42    of states, weights, rewards and actions
 
-A run leaves a directory checkpoints_YYYYMMDD_HHMMSS with training.log, epoch_<n>.pt every tenth epoch, and final.pt.
+A run leaves a directory checkpoints_YYYYMMDD_HHMMSS with training.log and, as safetensors, epoch_<n> every tenth epoch and final.
 --evaluate [RUN] prints how good a run is, by default the shipped one. --resume RUN continues a run bit for bit. RUN is
 such a directory, or a checkpoint in it.
 """
@@ -292,7 +292,7 @@ def load_run(path):
     """The agent in a checkpoint that is to be resumed. Raises CheckpointError for a checkpoint outside its run.
 
     A resumed run replaces files in the directory of its checkpoint, so they must be its own: training.log has the
-    configuration of the run. If there is no log, because the disk was full, final.pt has to be enough.
+    configuration of the run. If there is no log, because the disk was full, the name final has to be enough.
     """
     agent = load_agent(path)
     log = path.with_name(LOG)

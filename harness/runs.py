@@ -222,7 +222,7 @@ def check_begun(run_dir, constants):
     if begun is not None and constants | begun | free != constants | free:
         raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
     if run_dir.exists() and not (run_dir / LAST).exists() and in_use(run_dir):
-        problem = "is in use already, and has no last.pt to go on from"
+        problem = f"is in use already, and has no {LAST} to go on from"
         raise CommandLineError(f"{run_dir} {problem}; move it away, or name another --out")
 
 
