@@ -211,7 +211,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog, doc, usage=None):
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, usage, doc, allow_abbrev=False, formatter_class=formatter)
+        super().__init__(f"python {prog}", usage, doc, allow_abbrev=False, formatter_class=formatter)
 
     def parse_known_args(self, args, namespace=None):
         return super().parse_known_args(list(map(str, args)), namespace)
