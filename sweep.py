@@ -11,6 +11,7 @@ At the end it prints a table of the runs, the best first, and writes it to sweep
 
 import harness.start  # before the slow imports
 
+import contextlib
 import csv
 import importlib
 import itertools
@@ -141,7 +142,8 @@ class Sweep:
         """Run until all trials have ended, here and elsewhere. What stops this process stops its runs, which save."""
         said = time.monotonic()
         try:
-            while self.begin_runs() or self.running or self.others():
+            self.begin_runs()
+            while self.running or self.others():
                 time.sleep(POLL_INTERVAL)
                 for run in [run for run in self.running if run.process.poll() is not None]:
                     self.running.remove(run)
@@ -151,6 +153,7 @@ class Sweep:
                     self.say_state()
                     if prune:
                         self.prune()
+                self.begin_runs()
         except BaseException as error:
             for run in self.running:
                 run.process.terminate()
@@ -161,10 +164,8 @@ class Sweep:
             raise
 
     def begin_runs(self):
-        """Begin as many runs as there are free cores and free trials. Returns whether there were any."""
-        begun = False
+        """Begin as many runs as there are free cores and free trials."""
         while len(self.running) < available_cores() and (run := self.take()):
-            begun = True
             if is_finished(run.directory):  # in a sweep with other values
                 self.end(run)
                 continue
@@ -177,7 +178,6 @@ class Sweep:
                 run.process = start_program(command, environment, cwd=ROOT, stdout=log, stderr=log)
             self.running.append(run)
             say(f"{run.directory.name} {'goes on' if '--resume' in command else 'begins'}")
-        return begun
 
     def take(self):
         """Take a trial that was interrupted, or else one that nobody has begun. Returns None if there is none."""
@@ -332,7 +332,10 @@ def check_runs(what, out, grid):
         what.check(Values(**constants))
         if constants["EVAL_INTERVAL"] == 0:
             raise CommandLineError("without evaluations there is nothing to compare; leave --eval_interval 0 out")
-        check_begun(directory_of(out, values), constants)
+        directory = directory_of(out, values)
+        if directory.exists():
+            with contextlib.suppress(filelock.Timeout), filelock.FileLock(f"{directory}.lock", timeout=0):
+                check_begun(directory, constants)  # if it is not training just now
 
 
 def read_command_line(argv):
@@ -409,6 +412,7 @@ def main(argv=()):
     if rows := sweep.rows():
         for row in rows if args.fresh else ():
             row |= fresh_scores(what, directory_of(out, {name: row[name] for name in grid}), args.fresh)
+        print()
         show_table(rows)
         write_csv(out / "sweep.csv", rows)
     if sweep.failed:
