@@ -1,4 +1,4 @@
-"""What is printed: one line for each error, paths and texts without what a terminal would obey."""
+"""What programs print: errors of one line, and texts without characters that a terminal would obey."""
 
 import contextlib
 import os
@@ -9,28 +9,31 @@ from tqdm import tqdm
 
 
 def tell(line):
-    """Print a line, without what a terminal would obey, to the standard error. If nobody can read it there, nothing
-    else ends for that."""
+    """Print lines to the standard error. It is no error if nobody can read them."""
     with contextlib.suppress(OSError):
-        print("\n".join(map(printable, str(line).split("\n"))), file=sys.stderr, flush=True)
+        print(printable_lines(line), file=sys.stderr, flush=True)
 
 
 def say(line):
-    """Print a line to the standard output without tearing a progress bar. If nobody can read it there, nothing else
-    ends for that."""
+    """Print lines to the standard output without tearing a progress bar. It is no error if nobody can read them."""
     with contextlib.suppress(Exception):
-        tqdm.write("\n".join(map(printable, line.splitlines())))
+        tqdm.write(printable_lines(line))
         sys.stdout.flush()
 
 
+def printable_lines(text):
+    """The text with its line breaks, and with all other control characters escaped."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
 def printable(text):
-    """-> the text without what a terminal would obey instead of showing it: control characters are escaped."""
+    """The text with its control characters escaped, because a terminal would obey them instead of showing them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def shortened(text, longest=200):
-    """-> one printable line of so many characters at most."""
-    line = printable(" ".join(str(text).split())[: longest + 1])  # of megabytes only the beginning
+    """The text as one printable line of at most so many characters."""
+    line = printable(" ".join(str(text).split())[: longest + 1])  # escaping megabytes would take long
     return line if len(line) <= longest else line[: longest - 4] + " ..."
 
 
@@ -50,16 +53,17 @@ def one_line(error):
 
 
 def no_more_processes(error):
-    return (
-        isinstance(error, BlockingIOError) or isinstance(error, RuntimeError) and "can't start new thread" in str(error)
-    )
+    """Whether an error says that the system starts no further processes or threads."""
+    if isinstance(error, BlockingIOError):
+        return True
+    return isinstance(error, RuntimeError) and "can't start new thread" in str(error)
 
 
 def shown(path):
-    """A path as it is printed: from the working directory, or as it stands where no way leads there from it."""
+    """A path as it is printed: relative to the working directory, or as it is if that is impossible."""
     try:
         return printable(os.path.relpath(path))
-    except (ValueError, OSError):  # it is on another drive of Windows; the working directory has been removed
+    except (ValueError, OSError):  # it is on another drive of Windows, or the working directory has been removed
         return printable(path)
 
 

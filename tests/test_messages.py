@@ -10,12 +10,11 @@ import pytest
 from harness.checkpoint import CheckpointError
 from harness.files import atomic_write
 from harness.messages import one_line, say, shortened, shown
-from harness.supervise import (
-    run_script,
-)
+from harness.supervise import run_script
 
 
 def test_a_full_disk_names_the_file(tmp_path):
+    """The file that could not be written is named, and its unfinished copy is gone."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
@@ -28,16 +27,15 @@ def test_a_full_disk_names_the_file(tmp_path):
 
 
 def test_errors_of_the_system_name_their_file(tmp_path):
+    """The line ends with what to check."""
     with pytest.raises(OSError) as error:
         open(tmp_path / "gone" / "x")
-    assert (
-        one_line(error.value)
-        == f"{tmp_path}/gone/x: No such file or directory; check the path, its permissions and the space on the disk"
-    )
+    advice = "check the path, its permissions and the space on the disk"
+    assert one_line(error.value) == f"{tmp_path}/gone/x: No such file or directory; {advice}"
 
 
 def test_a_terminal_obeys_nothing_that_a_file_says(monkeypatch, capsys):
-    """An error, a warning, a line of a training, a path."""
+    """Control characters are escaped in errors, in a training's lines and in paths."""
     evil = "\x1b]0;pwned\x07\n\u202e"
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
 
@@ -50,34 +48,34 @@ def test_a_terminal_obeys_nothing_that_a_file_says(monkeypatch, capsys):
         run_script(main, "a.py")
     out, err = capsys.readouterr()
     assert err == r"a.py: \x1b]0;pwned\x07\n\u202e.safetensors: has other constants (\x1b]0;pwned\x07\n\u202e)" + "\n"
-    assert (
-        out.startswith("plan\n\\x1b]0;pwned")
-        and out.count("\n") == 4
-        and not any(ord(c) < 32 and c != "\n" for c in out)
-    )
+    assert out.startswith("plan\n\\x1b]0;pwned") and out.count("\n") == 4
+    assert not any(ord(c) < 32 and c != "\n" for c in out)
     assert shortened(f"a {evil} b") == r"a \x1b]0;pwned\x07 \u202e b"
 
 
+def write_warning(message, category, filename, lineno, *_):
+    """Write a warning to the standard error, where pytest would collect it."""
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+
 def test_a_warning_is_one_line(monkeypatch, capsys):
-    """Without the file and the code that gave it, and however long a compiler's message is."""
+    """It leaves out the file and the code that gave it, and most of a compiler's long message."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     with pytest.raises(SystemExit), warnings.catch_warnings():
         warnings.simplefilter("always")
-        monkeypatch.setattr(
-            warnings, "showwarning", lambda *args: sys.stderr.write(warnings.formatwarning(*args[:4]))
-        )  # pytest's keeps them
+        monkeypatch.setattr(warnings, "showwarning", write_warning)
         run_script(lambda argv: warnings.warn("no compiler:\n" + "x" * 1000), "a.py")
     line = capsys.readouterr().err
     assert re.fullmatch(r"warning: no compiler: x+ \.\.\.\n", line) and len(line) < 320
 
 
 def test_no_more_threads_is_one_line(capsys):
+    """The line says which limit to raise."""
+
     def main(argv):
         raise RuntimeError("can't start new thread")
 
     with pytest.raises(SystemExit):
         run_script(main, "a.py")
-    assert (
-        capsys.readouterr().err
-        == "a.py: no more processes or threads can be started; end some, or raise the limit (ulimit -u)\n"
-    )
+    advice = "end some, or raise the limit (ulimit -u)"
+    assert capsys.readouterr().err == f"a.py: no more processes or threads can be started; {advice}\n"

@@ -33,20 +33,23 @@ DROPOUT = 0.1
 
 
 def module_of(name):
+    """Return the module of a training."""
     return importlib.import_module(name if name == "train_ppo" else f"algorithms.{name}")
 
 
 @pytest.fixture
 def known(tmp_path):
+    """The constants of a small script."""
     return script_constants(tmp_path, SCRIPT)
 
 
 def read(text, constants):
+    """Read a command line of the small script."""
     return read_command_line(text.split(), "script.py", "what it does", constants)
 
 
 def test_constants_are_what_a_script_assigns(tmp_path):
-    """At its top level and before CONSTANTS, in every form of assignment; a later assignment from outside counts."""
+    """Every form of assignment at the top level above CONSTANTS counts, and a later one from outside."""
     constants = script_constants(
         tmp_path,
         """
@@ -88,7 +91,7 @@ def f():
 
 
 def test_a_script_in_another_encoding_is_read(tmp_path):
-    """Editors on Windows may put a byte order mark before the first character."""
+    """A script may begin with the byte order mark that editors on Windows write."""
     script = script_constants(tmp_path, "STEPS = 3\n").script
     file = tmp_path / "script.py"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
@@ -97,6 +100,7 @@ def test_a_script_in_another_encoding_is_read(tmp_path):
 
 @pytest.mark.parametrize("file", [None, __file__])  # pasted into a notebook; `exec` in another script
 def test_a_script_without_its_file_says_so_in_one_line(file):
+    """Text that is pasted into a notebook, or run by `exec`, ends with one line."""
     with pytest.raises(SystemExit, match="^the constants are read from the script's own file; import or run it"):
         exec(
             "from harness.options import Constants; STEPS = 3; CONSTANTS = Constants(globals())",
@@ -116,16 +120,18 @@ def test_a_script_without_its_file_says_so_in_one_line(file):
 ])
 # fmt: on
 def test_an_interval_holds_what_its_notation_says(text, kind, inside, outside):
+    """Brackets say which bounds belong to an interval, and decimal points whether it has fractions."""
     interval = Interval(text)
     assert interval.kind is kind
     assert all(x in interval for x in inside) and not any(x in interval for x in outside)
 
 
-MALFORMED = "[1, inf steps", "[1; 2] steps", "[a, b]", "[2, 1] steps", "(0.5) of it", "[, 1]", "[1, 2, 3]", "[see above]"
+MALFORMED = "[1, inf steps", "[1; 2] steps", "[a, b]", "[2, 1]", "(0.5) of it", "[, 1]", "[1, 2, 3]", "[see above]"
 
 
 @pytest.mark.parametrize("comment", MALFORMED)
 def test_a_malformed_interval_is_named_at_the_start(tmp_path, comment):
+    """A comment that begins like an interval and is none ends the program with one line."""
     message = "script.py, line 3: the comment of STEPS should begin with an interval such as"
     with pytest.raises(SystemExit, match=message) as error:
         script_constants(tmp_path, f"ENVS = 1\n\nSTEPS = 3  # {comment}\n")
@@ -134,6 +140,7 @@ def test_a_malformed_interval_is_named_at_the_start(tmp_path, comment):
 
 @pytest.mark.parametrize("comment", ["", "# (see above)", "# steps [1, 2]", "# steps (1 to 3)", '# "a" or "b"'])
 def test_a_comment_without_an_interval_leaves_the_type_alone_to_be_checked(tmp_path, comment):
+    """Without an interval any value of the right type passes."""
     constants = script_constants(tmp_path, f"STEPS = 3  {comment}\n")
     constants.check({"STEPS": -(10**20)})
     with pytest.raises(CommandLineError, match=r"STEPS \(--steps\) must be an integer, not 1.5"):
@@ -153,12 +160,14 @@ def test_a_comment_without_an_interval_leaves_the_type_alone_to_be_checked(tmp_p
 ])
 # fmt: on
 def test_a_default_that_is_edited_wrongly_is_named(monkeypatch, constant, value, message):
+    """A default of another type, or outside its range, costs one line that names it."""
     monkeypatch.setattr(train_ppo, constant, value)
     with pytest.raises(CommandLineError, match=re.escape(message)):
         train_ppo.main([])
 
 
 def test_a_constant_that_is_deleted_or_renamed_is_named(monkeypatch):
+    """Reading a constant that is not there costs one line that names it."""
     left = {name: comment for name, comment in train_ppo.CONSTANTS.comments.items() if name != "MIN_LR"}
     monkeypatch.setattr(train_ppo.CONSTANTS, "comments", left)
     with pytest.raises(CommandLineError, match="^MIN_LR is missing among the constants at the top of the script"):
@@ -171,11 +180,13 @@ def test_a_constant_that_is_deleted_or_renamed_is_named(monkeypatch):
 
 @pytest.mark.parametrize("name", ["RESUME", "HELP"])
 def test_a_constant_that_would_hide_an_option_is_named(tmp_path, name):
+    """A constant must not take the name of an option that every training has."""
     with pytest.raises(CommandLineError, match=f"{name} among the constants .* would hide --{name.lower()}"):
         read("", script_constants(tmp_path, f"{name} = True\n"))
 
 
 def test_a_constant_of_no_type_that_an_option_can_have(tmp_path):
+    """A list or None as a default costs one line."""
     constants = script_constants(tmp_path, "MINE = [3]\nNOTHING = None\n")
     for name in constants:
         with pytest.raises(CommandLineError, match=f"{name} .* must be true or false, a number, or text, not "):
@@ -185,13 +196,14 @@ def test_a_constant_of_no_type_that_an_option_can_have(tmp_path):
 
 
 def test_overrides(known):
+    """Options are read in both spellings and converted to the types of their constants."""
     assert read("--num_steps 7 --gamma=0.1 --resume x", known) == ("x", {"NUM_STEPS": 7, "GAMMA": 0.1})
     assert read("--paired false --name b --dropout 1", known) == (None, {"PAIRED": False, "NAME": "b", "DROPOUT": 1.0})
     assert read("", known) == (None, {})
 
 
 def test_the_type_follows_the_interval_or_the_annotation_and_then_the_default(known):
-    """So a default may be edited to any value that makes sense, such as 1 for a number."""
+    """A default may be edited to any value that makes sense, such as 1 for a number."""
     known.script["GAMMA"] = 1
     assert read("--gamma 0.5", known) == (None, {"GAMMA": 0.5})
     known.check(known | {"DROPOUT": 12.5})
@@ -209,6 +221,7 @@ def test_the_type_follows_the_interval_or_the_annotation_and_then_the_default(kn
 ])
 # fmt: on
 def test_wrong_arguments(known, text, message):
+    """What is wrong on a command line is named, with the nearest option."""
     with pytest.raises(CommandLineError, match=re.escape(message)):
         read(text, known)
 
@@ -226,12 +239,14 @@ def test_wrong_arguments(known, text, message):
 ])
 # fmt: on
 def test_values_are_checked(known, edit, message):
+    """Values of the wrong type or outside their range are refused."""
     known.check(known | {"GAMMA": 1})  # an integer is a number
     with pytest.raises(CommandLineError, match=re.escape(message)):
         known.check(known | edit)
 
 
 def test_help_shows_the_comment_with_the_range_and_the_default(known, capsys, monkeypatch):
+    """The help fits 80 columns and copes with a percent sign."""
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         read("--help", known)
@@ -241,7 +256,7 @@ def test_help_shows_the_comment_with_the_range_and_the_default(known, capsys, mo
 
 
 def test_a_constant_that_nothing_reads(tmp_path):
-    """A use is a mention below the constants, in another constant, or in any loaded module, also in lower case."""
+    """A constant is in use if its name occurs below the block, in another constant or in a loaded module."""
     unread = "MY_" + "BONUS"  # in one word, this file would mention it
     constants = script_constants(
         tmp_path,
@@ -253,7 +268,7 @@ def test_a_constant_that_nothing_reads(tmp_path):
 
 @pytest.mark.parametrize("name", [*TRAININGS, "actor_critic"])
 def test_every_constant_is_read_and_has_a_type_and_a_default_in_its_range(name):
-    """One step below each range, one above it, nan, and the wrong type are refused in one line."""
+    """Each training's defaults pass; one step below or above a range, nan and wrong types do not."""
     constants = module_of(name).CONSTANTS
     constants.check(constants)
     assert constants.unread() == [] and all(constants.comments.values())
@@ -273,6 +288,7 @@ def test_every_constant_is_read_and_has_a_type_and_a_default_in_its_range(name):
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_call_takes_the_constants_of_now_and_no_command_line(name, monkeypatch):
+    """`main` reads its arguments, not the caller's command line, and constants as they are now."""
     script = module_of(name)
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     with pytest.raises(CommandLineError, match="unknown argument --sed; did you mean --seed"):
@@ -283,6 +299,7 @@ def test_a_call_takes_the_constants_of_now_and_no_command_line(name, monkeypatch
 
 
 def test_a_program_may_give_numbers_and_paths(tmp_path):
+    """Arguments need not be texts."""
     parser = Parser("script.py", "what it does")
     parser.add_argument("folder", type=given_path)
     parser.add_argument("--seeds", type=int, nargs="+")
@@ -292,6 +309,7 @@ def test_a_program_may_give_numbers_and_paths(tmp_path):
 
 
 def test_an_option_within_an_interval(tmp_path):
+    """Numbers outside the interval, and words that are no numbers, are refused."""
     parser = Parser("script.py", "what it does")
     parser.add_argument("--games", type=within("[1, 10]"), default=5)
     parser.add_argument("--minutes", type=within("(0.0, inf)"))

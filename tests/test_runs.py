@@ -17,20 +17,19 @@ from harness.runs import check_begun, locked, new_run_dir, read_run, resume_comm
 
 
 def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
+    """They get directories with different names."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "time", SimpleNamespace(strftime=lambda form: "runs/now"))
     assert [str(new_run_dir("")) for _ in range(3)] == ["runs/now", "runs/now-2", "runs/now-3"]
 
 
 def test_a_directory_is_free_if_it_has_only_what_a_run_without_a_checkpoint_leaves(tmp_path):
+    """Any other file, or another program's config.json, makes it a directory in use."""
     for name in ("config.json", "run.lock", "last.safetensors.tmp", "events.out.tfevents.7"):
         (tmp_path / name).write_text('{"RUN_DIR": "runs/a"}')
     assert new_run_dir(str(tmp_path)) == tmp_path
     check_begun(tmp_path, {"RUN_DIR": "runs/b"})
-    for name, text in (
-        ("metrics.csv", ""),
-        ("config.json", '{"seed": 42}'),
-    ):  # the latter is of actor_critic.py, or of another program
+    for name, text in (("metrics.csv", ""), ("config.json", '{"seed": 42}')):
         before = (tmp_path / "config.json").read_text()
         (tmp_path / name).write_text(text)
         for check in (
@@ -44,17 +43,18 @@ def test_a_directory_is_free_if_it_has_only_what_a_run_without_a_checkpoint_leav
 
 
 def test_a_directory_that_no_system_can_make(tmp_path):
+    """A name with a null byte costs one line."""
     with pytest.raises(CommandLineError, match=r"cannot be made \(.*null.*\); name another --run_dir"):
         new_run_dir(f"{tmp_path}/a\0b")  # "runs\0" is meant as a Windows path
 
 
 def test_a_path_through_a_link_that_leads_nowhere(tmp_path, monkeypatch):
+    """A dangling link on the way costs one line, and nothing is made at its end."""
     monkeypatch.chdir(tmp_path)
     os.symlink("gone", "runs")
     for name in ("", "runs", "runs/a"):
-        with pytest.raises(
-            CommandLineError, match="^runs.* cannot be made: a link in this path leads nowhere; name another --run_dir"
-        ):
+        message = "^runs.* cannot be made: a link in this path leads nowhere; name another --run_dir"
+        with pytest.raises(CommandLineError, match=message):
             new_run_dir(name)
     assert not os.path.exists("gone")
 
@@ -62,7 +62,7 @@ def test_a_path_through_a_link_that_leads_nowhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["run", "-run", "a b", 'it\'s; $(rm) `x` \\ "q"', "über", "a\nb"])
 @pytest.mark.parametrize("prog", ["train_ppo.py", "-m algorithms.grpo_text"])
 def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, name, prog):
-    """From whatever directory: the script is found, and the run is read as it was named."""
+    """From any directory, it finds the script and the run, whatever characters the run's name has."""
     monkeypatch.chdir(tmp_path)
     python, *script, resume, run_dir = shlex.split(resume_command(prog, Path(name), ranks=1))
     assert (python, resume, Path(run_dir)) == ("python", "--resume", Path(name))
@@ -70,9 +70,8 @@ def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, name, 
     assert Path(read_command_line(["--resume", run_dir], "script.py", "", {})[0]) == Path(name)
     Path(name).mkdir()
     (Path(name) / "notes.txt").touch()
-    with pytest.raises(
-        CommandLineError, match="is in use already; name another --run_dir$"
-    ):  # there is nothing to resume
+    nothing_to_resume = "is in use already; name another --run_dir$"
+    with pytest.raises(CommandLineError, match=nothing_to_resume):
         new_run_dir(name)
     (Path(name) / "last.safetensors").touch()
     with pytest.raises(CommandLineError, match="is in use already") as error:
@@ -82,6 +81,7 @@ def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, name, 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there a file that is open cannot be deleted")
 def test_a_run_stays_locked_without_its_lock_file(tmp_path):
+    """Deleting the lock file lets no second process in."""
     with locked(tmp_path):
         (tmp_path / "run.lock").unlink()
         for _ in range(2):
@@ -100,15 +100,17 @@ RUN_DIR: str = "~/a"
 
 @pytest.fixture
 def known(tmp_path):
+    """The constants of a small script, all of which it reads."""
     return script_constants(tmp_path, BLOCK, "def use(c):\n    return c.NUM_STEPS, c.WIDTH, c.ENV_ID, c.RUN_DIR\n")
 
 
 def read(known, *words):
+    """Read a command line of the small script."""
     return read_run(words, "script.py", "", known, kept=["WIDTH"])
 
 
 def a_run(run_dir, constants):
-    """A directory that can be resumed, as far as `read_run` looks at it."""
+    """Make a directory that can be resumed, as far as `read_run` looks at it."""
     run_dir.mkdir()
     (run_dir / "config.json").write_text(json.dumps(constants))
     save_checkpoint(run_dir / "last.safetensors", {"optimizer": {}, "constants": constants})
@@ -116,6 +118,7 @@ def a_run(run_dir, constants):
 
 
 def test_a_tilde_is_the_home_directory_and_nothing_is_no_path(known, tmp_path, monkeypatch):
+    """This holds for a default and for an option."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read(known).constants["RUN_DIR"] == f"{tmp_path}/a"
     assert read(known, "--run_dir=~/b").constants["RUN_DIR"] == f"{tmp_path}/b"
@@ -137,6 +140,7 @@ def test_a_constant_that_was_added_since_a_run_began_takes_its_default(known, tm
 
 
 def test_a_constant_that_the_script_no_longer_has_is_refused(known, tmp_path):
+    """The line names all of them."""
     run_dir = a_run(tmp_path / "run", dict(known) | {"WARMUP": 3, "TAU": 0.1})
     with pytest.raises(CheckpointError, match=r"last.* has other constants than this program \(TAU, WARMUP\); resume"):
         read(known, "--resume", run_dir)
@@ -144,12 +148,13 @@ def test_a_constant_that_the_script_no_longer_has_is_refused(known, tmp_path):
 
 @pytest.mark.parametrize("constants", [None, [1], "text"])
 def test_a_run_that_does_not_say_its_constants(known, tmp_path, constants):
+    """A checkpoint with other contents in their place costs one line."""
     with pytest.raises(CheckpointError, match="does not say with which constants it was trained"):
         read(known, "--resume", a_run(tmp_path / "run", constants))
 
 
 def test_values_in_a_checkpoint_that_no_command_line_could_have_set(known, tmp_path):
-    """Unless the command line replaces them."""
+    """They are refused unless the command line replaces them."""
     run_dir = a_run(tmp_path / "run", dict(known) | {"NUM_STEPS": 0})
     with pytest.raises(CheckpointError, match=r"NUM_STEPS .* must be an integer in \[1, inf\), not 0; use another"):
         read(known, "--resume", run_dir)
@@ -161,6 +166,7 @@ def test_values_in_a_checkpoint_that_no_command_line_could_have_set(known, tmp_p
 
 
 def test_a_constant_that_nothing_reads_costs_one_line(known, tmp_path, capsys):
+    """A training starts all the same."""
     name = "MY_" + "BONUS"  # in one word, this file would mention it
     read(script_constants(tmp_path, f"{BLOCK}{name} = 1.0\n"))
     assert f"warning: {name} is read nowhere; it has no effect\n" in capsys.readouterr().err

@@ -32,6 +32,7 @@ from trainer import Trainer
 
 
 def test_in_a_thread_signals_stay_as_they_are():
+    """Python lets only the main thread handle signals, so a training in a thread leaves them alone."""
     before, within = signal.getsignal(signal.SIGINT), []
 
     def handled():
@@ -47,18 +48,19 @@ def test_in_a_thread_signals_stay_as_they_are():
 
 @pytest.mark.parametrize("name", [name for name in TRAININGS if name != "train_ppo"])
 def test_every_algorithm_names_what_takes_less_memory(name):
+    """The option that is advised halves a constant, fits the others, and may change on a resume."""
     algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
     constants = algorithm.constants | ({"POLICY_MODEL": "folder"} if name == "grpo_text" else {})
     option, smaller = less_memory(constants, algorithm.memory, algorithm.constants, algorithm.check).split()
     lowered = constants | {option[2:].upper(): int(smaller)}
     algorithm.constants.check(lowered)
-    assert (
-        lowered[algorithm.memory[0]] == constants[algorithm.memory[0]] // 2
-        and algorithm.memory[0] not in algorithm.kept
-    )
+    first = algorithm.memory[0]
+    assert lowered[first] == constants[first] // 2 and first not in algorithm.kept
 
 
 def test_a_reader_that_has_left_ends_a_script_quietly(capsys):
+    """A script whose output goes to `| head` ends as one that SIGPIPE stops."""
+
     def broken(argv):
         raise BrokenPipeError(32, "Broken pipe")
 
@@ -69,6 +71,7 @@ def test_a_reader_that_has_left_ends_a_script_quietly(capsys):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
 def test_what_nohup_ignores_stays_ignored(monkeypatch):
+    """SIGHUP stops a run only if it is not ignored from the start."""
     ended = []
     for before, seen in ((signal.SIG_IGN, []), (signal.SIG_DFL, [signal.SIGHUP])):
         own = signal.signal(signal.SIGHUP, before)
@@ -82,6 +85,7 @@ def test_what_nohup_ignores_stays_ignored(monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_output_that_reaches_nobody_is_no_success(monkeypatch, capsys):
+    """A full disk behind the standard output makes the exit status 1, unless it is already another."""
     for status in (0, 130):
         with open("/dev/full", "w") as full:
             monkeypatch.setattr(sys, "stdout", full)
@@ -91,7 +95,7 @@ def test_output_that_reaches_nobody_is_no_success(monkeypatch, capsys):
 
 
 class Failing(Trainer):
-    """Its first state, or its first update, fails."""
+    """A trainer whose first state, or whose first update, fails."""
 
     def __init__(self, first_state=None, update=None):
         super().__init__(torch.nn.Linear(1, 1), metadata={"constants": {}})
@@ -111,7 +115,7 @@ class Failing(Trainer):
     [(RuntimeError("environment cannot be saved"), ""), (MemoryError(), "\nout of memory; try --small 1\n")],
 )
 def test_where_the_first_state_cannot_be_taken_the_error_is_that_one(tmp_path, capsys, error, advice):
-    """And the last.safetensors of a resumed run stays as it is."""
+    """The last checkpoint of a resumed run stays as it is."""
     (tmp_path / "last.safetensors").write_bytes(b"an earlier one")
     if advice:
         assert train(Failing(error), tmp_path, "script.py", {MemoryError: " --small 1"}) == 1
@@ -123,6 +127,7 @@ def test_where_the_first_state_cannot_be_taken_the_error_is_that_one(tmp_path, c
 
 
 def test_a_second_ctrl_c_ends_the_training_and_not_a_notebooks_kernel(tmp_path, monkeypatch):
+    """It raises KeyboardInterrupt, and the old handler is back afterwards."""
     trainer = Failing(update=RuntimeError("never raised"))
     monkeypatch.setattr(trainer, "collect_and_update", lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     before = signal.getsignal(signal.SIGINT)
@@ -133,7 +138,7 @@ def test_a_second_ctrl_c_ends_the_training_and_not_a_notebooks_kernel(tmp_path, 
 
 @pytest.mark.parametrize("goes_on, handler", [(True, signal.default_int_handler), (False, signal.SIG_DFL)])
 def test_ctrl_c_does_not_end_a_python_that_goes_on_after_the_program(tmp_path, monkeypatch, goes_on, handler):
-    """As python -i and IPython's %run do: neither the second one in a training, nor one after it."""
+    """Under python -i or IPython's %run, Ctrl-C in a training, or after it, leaves Python running."""
     if goes_on:
         monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
     monkeypatch.setattr(sys, "argv", ["script.py"])
@@ -158,29 +163,22 @@ def test_ctrl_c_does_not_end_a_python_that_goes_on_after_the_program(tmp_path, m
     "failure", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("no memory to save in")]
 )
 def test_a_run_that_cannot_be_saved_still_says_why_it_ended(tmp_path, monkeypatch, capsys, failure):
+    """One line gives both errors and the command that goes on."""
+
     def fail(*args):
         raise failure
 
     monkeypatch.setattr(checkpoint, "atomic_write", fail)
-    assert (
-        train(
-            Failing(update=FloatingPointError("the gradient is not finite")),
-            tmp_path,
-            "script.py",
-            {FloatingPointError: " --lr 1"},
-        )
-        == 1
-    )
+    trainer = Failing(update=FloatingPointError("the gradient is not finite"))
+    assert train(trainer, tmp_path, "script.py", {FloatingPointError: " --lr 1"}) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert (
-        line.startswith("the gradient is not finite; ")
-        and str(failure.args[-1]) in line
-        and line.endswith(f"--resume {tmp_path} --lr 1")
-    )
+    assert line.startswith("the gradient is not finite; ") and line.endswith(f"--resume {tmp_path} --lr 1")
+    assert str(failure.args[-1]) in line
 
 
 @pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_a_signal_leaves_the_old_file_and_nothing_else(tmp_path, signum):
+    """A half-written file is removed, and the exit status tells the signal."""
     (tmp_path / "gpt.gif").write_text("old")
 
     def main(argv):
@@ -190,16 +188,14 @@ def test_a_signal_leaves_the_old_file_and_nothing_else(tmp_path, signum):
 
     with pytest.raises(SystemExit) as error:
         run_script(main, "a.py")
-    assert (
-        error.value.code == 128 + signum
-        and os.listdir(tmp_path) == ["gpt.gif"]
-        and (tmp_path / "gpt.gif").read_text() == "old"
-    )
+    assert error.value.code == 128 + signum
+    assert os.listdir(tmp_path) == ["gpt.gif"] and (tmp_path / "gpt.gif").read_text() == "old"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there a process does not learn of it")
 @pytest.mark.parametrize("parent, stops", [(os.getppid(), False), (1 if os.getppid() > 1 else 2, True)])
 def test_a_program_stops_when_the_one_that_started_it_has_ended(monkeypatch, parent, stops):
+    """It gets SIGTERM, and does not hand the parent's number on to its own children."""
     monkeypatch.setenv(PARENT, str(parent))
     received, deadline = [], time.monotonic() + (10 if stops else 0.2)
     with signals_handled(lambda signum, frame: received.append(signum)):
@@ -210,6 +206,7 @@ def test_a_program_stops_when_the_one_that_started_it_has_ended(monkeypatch, par
 
 
 def first_import(file):
+    """Return the first import of a file, as source."""
     imports = (
         node
         for node in ast.parse(file.read_text(encoding="utf-8")).body
@@ -237,7 +234,7 @@ def test_every_program_prepares_its_start():
     ],
 )
 def test_ctrl_c_during_the_imports_leaves_at_once_in_our_programs_only(monkeypatch, place, handler):
-    """A notebook that imports ours keeps its own handler."""
+    """A notebook that imports our modules keeps its own handler."""
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=place and str(place)))
     monkeypatch.setattr(os, "environ", {})
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
