@@ -167,7 +167,7 @@ def _from_json(item, tensors):
 
 
 def find_checkpoint(path, names=(LAST,)):
-    """Returns the checkpoint that `path` means: a file is itself, a run directory stands for the first of `names` in it.
+    """Return the checkpoint that `path` means: the file itself, or the first of `names` in a run directory.
 
     Raises CheckpointError if there is none.
     """

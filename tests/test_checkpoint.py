@@ -354,8 +354,7 @@ def test_unreadable(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.faults)])
 def test_a_wrong_byte_or_bit_is_noticed_or_harmless(tmp_path, share):
-    """A share of the bits of the header, and of the bytes behind it: an error or, in the padding, the same contents. Any cut is
-    an error."""
+    """A changed bit or byte is an error or, in the padding, changes no contents; a cut is always an error."""
     state, path = {"x": torch.arange(300), "update": 5, "on": torch.ones(3) > 0}, tmp_path / "last.safetensors"
     save_checkpoint(path, state)
     good, refused = path.read_bytes(), 0

@@ -1,4 +1,4 @@
-"""Faults in numbers: damaged and hostile files, and kills at random moments. They take long, and run with --faults."""
+"""Damages and forges many files and kills trainings at random moments; this takes long, so it runs with --faults."""
 
 import copy
 import functools
@@ -28,8 +28,10 @@ pytestmark = pytest.mark.faults
 
 
 def damaged(data, rng):
-    """-> data with some bits flipped, an end cut off, two stretches swapped, or a stretch of zeros."""
-    data, kind, length = bytearray(data), rng.choice(["flips", "cut", "swap", "zeros"]), rng.choice([1, 8, 64, 1000])
+    """Return the data with flipped bits, without its end, with two stretches swapped, or with a stretch of zeros."""
+    data = bytearray(data)
+    kind = rng.choice(["flips", "cut", "swap", "zeros"])
+    length = rng.choice([1, 8, 64, 1000])
     i, j = (rng.randrange(len(data) - length) for _ in range(2))
     if kind == "flips":
         for place in rng.choices(range(len(data)), k=rng.choice([1, 1, 2, 10])):
@@ -44,7 +46,7 @@ def damaged(data, rng):
 
 
 def test_a_thousand_damaged_checkpoints(tmp_path):
-    """Each is refused in one line, or holds what it held."""
+    """Every damaged file is refused in one line, or still contains what was saved."""
     save_checkpoint(tmp_path / "new.safetensors", example() | {"score": 0.5})
     rng, refused = random.Random(0), 0
     for source in (tmp_path / "new.safetensors", ROOT / "pretrained" / "breakout.safetensors"):
@@ -62,7 +64,7 @@ def test_a_thousand_damaged_checkpoints(tmp_path):
 
 
 def places(value, path=()):
-    """Yields the path of keys to everything in a state."""
+    """Yield the path of keys to every value in a state."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*path, key)
@@ -70,60 +72,42 @@ def places(value, path=()):
 
 
 def strange(value, rng):
-    """-> what cannot stand in the place of a value."""
-    others = [
-        None,
-        True,
-        -1,
-        10**30,
-        float("nan"),
-        -2.5,
-        "\x1b[31m\n",
-        [],
-        ["a"],
-        {},
-        {0: torch.ones(2)},
-        torch.ones(3),
-        torch.ones(4, dtype=torch.int64),
-    ]
+    """Return something that does not belong in the place of a value."""
+    others = [None, True, -1, 10**30, float("nan"), -2.5, "\x1b[31m\n", [], ["a"], {}]
+    others += [{0: torch.ones(2)}, torch.ones(3), torch.ones(4, dtype=torch.int64)]
     if isinstance(value, torch.Tensor):
-        others += [
-            value[None],
-            value.flatten()[:1],
-            value.double(),
-            value.int(),
-            value.bool(),
-            torch.full_like(value, 100 if value.dtype != torch.bool else 1),
-        ]
-    if isinstance(value, (list, dict)):
-        others += [[value], value * 2 if isinstance(value, list) else {f"{key}x": item for key, item in value.items()}]
+        others += [value[None], value.flatten()[:1], value.double(), value.int(), value.bool()]
+        others.append(torch.full_like(value, 1 if value.dtype == torch.bool else 100))
+    if isinstance(value, list):
+        others += [[value], value * 2]
+    if isinstance(value, dict):
+        others += [[value], {f"{key}x": item for key, item in value.items()}]
     return rng.choice(others)
 
 
+# Options with which each training takes seconds.
 SMALL_RUNS = {
     "train_ppo": f"{SMALL} --num_steps 64",
     "reinforce_cartpole": "--episodes 2 --hidden 4 --num_steps 40",
     "ppo_lunarlander": "--num_envs 2 --rollout_steps 64 --batch_size 32 --epochs 1 --hidden 8 --num_steps 256",
     "actor_critic_tictactoe": "--games 8 --hidden 8 --pool 2 --num_steps 40",
-    "dqn_space_invaders": "--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4 --keep_replay true --num_steps 24",
-    "ppo_llm_breakout": "--model mlp --num_envs 2 --rollout_steps 8 --batch_size 8 --epochs 1 --video_freq 0 --num_steps 32",
+    "dqn_space_invaders": "--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4 --num_steps 24 "
+    "--keep_replay true",
+    "ppo_llm_breakout": "--model mlp --num_envs 2 --rollout_steps 8 --batch_size 8 --epochs 1 --num_steps 32 "
+    "--video_freq 0",
 }
 
 
 @pytest.mark.parametrize("training", SMALL_RUNS)
 def test_a_stranger_value_anywhere_in_a_checkpoint(training, tmp_path, without_processes):
-    """With a right checksum. The run goes on, if the value is one that nobody reads, or one line says what is wrong with the file."""
-    module = importlib.import_module(training if training == "train_ppo" else f"algorithms.{training}")
-    main = (
-        train_ppo.main
-        if training == "train_ppo"
-        else functools.partial(algorithms.parts.training.run_algorithm, module.ALGORITHM)
-    )
-    small, refused, rng = (
-        [*SMALL_RUNS[training].split(), "--eval_interval", "0", "--device", "cpu"],
-        0,
-        random.Random(0),
-    )
+    """One line says what is wrong with a forged file whose checksum is right, unless nobody reads the forged value."""
+    if training == "train_ppo":
+        main = train_ppo.main
+    else:
+        module = importlib.import_module(f"algorithms.{training}")
+        main = functools.partial(algorithms.parts.training.run_algorithm, module.ALGORITHM)
+    small = [*SMALL_RUNS[training].split(), "--eval_interval", "0", "--device", "cpu"]
+    refused, rng = 0, random.Random(0)
     assert main([*small, "--run_dir", str(tmp_path / "run")]) == 0
     state = load_checkpoint(tmp_path / "run")
     for trial in range(30):
@@ -139,24 +123,25 @@ def test_a_stranger_value_anywhere_in_a_checkpoint(training, tmp_path, without_p
             refused += 1
             assert "\n" not in str(error), path
         except FloatingPointError:
-            pass  # weights can be too large
+            pass  # The forged weights may be too large.
         except BaseException as error:
             raise AssertionError(f"{path}: {parent[last]!r}") from error
     assert refused > 8
 
 
+# Kills a training fifty times. It prints the number of kills, and how many of them have left half-written files.
 KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-import matplotlib.figure, torch.utils.tensorboard  # once for all children
+import matplotlib.figure, torch.utils.tensorboard  # Imported once for all children.
 import train_ppo
 from harness.checkpoint import load_checkpoint
-torch.set_num_threads(1)  # a thread pool does not survive a fork
+torch.set_num_threads(1)  # A thread pool does not survive a fork.
 folder, small = sys.argv[1], sys.argv[2].split()
 run_dir, rng, kills, leftovers = Path(folder, "killed"), random.Random(0), 0, 0
 
-def start(arguments):  # -> the process id of a training
+def start(arguments):  # Returns the process id of a training.
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -171,8 +156,9 @@ while True:
     deadline = time.monotonic() + rng.uniform(0.05, 0.6)
     while kills < 50 and time.monotonic() < deadline:
         time.sleep(0.002)
-    while kills < 50 and kills % 2 and time.monotonic() < deadline + 2 and not (run_dir / "last.safetensors.tmp").exists():
-        pass  # every other kill falls into a save
+    saving = run_dir / "last.safetensors.tmp"
+    while kills < 50 and kills % 2 and time.monotonic() < deadline + 2 and not saving.exists():
+        pass  # Every other kill falls into a save.
     if kills < 50:
         os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -190,14 +176,14 @@ print(kills, leftovers)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_training_that_is_killed_fifty_times(tmp_path):
-    """Each time every checkpoint loads, and in the end the run is the one that was never stopped, in every number and every row."""
+    """Every checkpoint loads after every kill, and the run ends with the numbers and rows of one that never stopped."""
     small = f"{SMALL} --num_steps {200 * 32} --eval_interval 0 --save_freq 1"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, tmp_path, small], cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, "-c", KILLS, tmp_path, small]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     kills, leftovers = map(int, done.stdout.split()[-2:])
-    assert kills == 50 and leftovers > 0, done.stdout  # otherwise it ended too early, or no kill fell into a write
+    # Otherwise it ended too early, or no kill fell into a write.
+    assert kills == 50 and leftovers > 0, done.stdout
     states = [load_checkpoint(tmp_path / name) for name in ("straight", "killed")]
     for state in states:
         assert state.pop("seconds") > 0 and state.pop("run_id") and state["constants"].pop("RUN_DIR")
@@ -205,12 +191,13 @@ def test_a_training_that_is_killed_fifty_times(tmp_path):
     assert len(logged(tmp_path / "straight")) == 200 and logged(tmp_path / "straight") == logged(tmp_path / "killed")
 
 
+# Options of a training that neither ends nor saves by itself.
 ENDLESS = "--num_envs 2 --rollout_steps 8 --batch_size 8 --eval_interval 1000000 --save_freq 1000000"
 ENDLESS += " --num_steps 1000000000 --paired_envs false"
 
 
 def start(log, *command):
-    """Start one of our programs. Its output goes to a file, because its trainings would keep a pipe open."""
+    """Start one of our programs with its output in a file, because its trainings would keep a pipe open."""
     with open(log, "a") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *map(str, command)]
@@ -218,6 +205,7 @@ def start(log, *command):
 
 
 def wait_until(condition, seconds=120):
+    """Wait for a condition, and fail if it does not come true in time."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -227,25 +215,27 @@ def wait_until(condition, seconds=120):
 @pytest.mark.skipif(sys.platform == "win32", reason="there a process does not learn that its parent has ended")
 @pytest.mark.parametrize("program", ["sweep.py", "torchrun"])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_what_started_trainings_is_ended(tmp_path, program, signum):
-    """The trainings end too, and have saved."""
+def test_trainings_save_and_end_with_the_program_that_started_them(tmp_path, program, signum):
+    """Trainings do not outlive a sweep or torchrun that is terminated or killed."""
     if program == "sweep.py":
         command = ["sweep.py", "train_ppo", *ENDLESS.split(), "--seed", 0, 1, "--out", tmp_path]
     else:
         command = "-m torch.distributed.run --standalone --nproc_per_node=2 train_ppo.py".split()
         command += [*ENDLESS.split(), "--device", "cpu", "--run_dir", tmp_path / "run"]
-    process, wanted = start(tmp_path / "log", *command), 2 if program == "sweep.py" else 1
+    process = start(tmp_path / "log", *command)
+    wanted = 2 if program == "sweep.py" else 1
     wait_until(lambda: len(list(tmp_path.glob("*/metrics.csv"))) == wanted)
     process.send_signal(signum)
     process.wait(60)
     runs = [path.parent for path in tmp_path.glob("*/metrics.csv")]
     wait_until(lambda: all(free(run) for run in runs))
-    assert all(load_checkpoint(run)["update_count"] > 0 for run in runs)  # saved by nothing but the stop
+    # Nothing but the stop has saved them after the start.
+    assert all(load_checkpoint(run)["update_count"] > 0 for run in runs)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there a process does not learn that its parent has ended")
 def test_a_sweep_goes_on_with_the_runs_of_one_that_was_killed(tmp_path):
-    """The second joins while the first trains everything, and has nothing to do until then."""
+    """A second sweep joins, has nothing to do while the first trains everything, and takes over when it is killed."""
     command = ["sweep.py", "train_ppo", *ENDLESS.split(), "--seed", 0, "--out", tmp_path]
     first = start(tmp_path / "first", *command)
     wait_until(lambda: list(tmp_path.glob("*/metrics.csv")))
@@ -264,6 +254,7 @@ def test_a_sweep_goes_on_with_the_runs_of_one_that_was_killed(tmp_path):
 
 
 def free(run_dir):
+    """Return whether no process trains in this directory."""
     try:
         with locked(run_dir):
             return True
@@ -272,13 +263,8 @@ def free(run_dir):
 
 
 def test_no_training_needs_what_only_draws():
-    """A broken Pillow raises anything at its import."""
-    trainings = [
-        "train_ppo",
-        *(
-            f"algorithms.{name}"
-            for name in ("reinforce_cartpole", "actor_critic_tictactoe", "ppo_lunarlander", "grpo_text")
-        ),
-    ]
+    """Trainings can be imported where Pillow, matplotlib and TensorBoard are missing."""
+    names = ("reinforce_cartpole", "actor_critic_tictactoe", "ppo_lunarlander", "grpo_text")
+    trainings = ["train_ppo", *(f"algorithms.{name}" for name in names)]
     broken = "import sys; sys.modules |= dict.fromkeys(['PIL', 'matplotlib', 'tensorboard', 'torch.utils.tensorboard'])"
     subprocess.run([sys.executable, "-c", f"{broken}; import {', '.join(trainings)}"], cwd=ROOT, check=True)

@@ -26,7 +26,7 @@ serves = st.lists(st.sampled_from([-1, 1]), min_size=5, max_size=5)
 
 
 def check_page(page, info, ended):
-    """One ball, a whole paddle unless the last ball lies on it, a whole border unless the ball stands on it, and the score."""
+    """Check a page: one ball, a paddle and a border that are whole unless the ball lies on them, and the score."""
     lines = to_text(page).splitlines()
     assert sum(line.count("O") for line in lines) == 1
     paddle = lines[22].replace("O", "=") if ended and "=======" not in lines[22] else lines[22]
