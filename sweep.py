@@ -34,7 +34,7 @@ from harness.device import available_cores
 from harness.figures import new_figure
 from harness.messages import one_line, shown
 from harness.metrics_file import read_metrics
-from harness.options import CommandLineError, Constants, Parser, Values, given_path
+from harness.options import CommandLineError, Constants, Parser, Values, given_path, within
 from harness.runs import LOCK, ROOT, check_begun, finished
 from harness.supervise import run_script, start_program
 
@@ -343,19 +343,20 @@ def read_command_line(argv):
     parser = Parser("sweep.py", __doc__)
     parser.add_argument("training", choices=TRAININGS, metavar="TRAINING", help=", ".join(TRAININGS))
     parser.add_argument("--out", type=given_path, help="default runs/sweep/TRAINING")
-    parser.add_argument("--search", type=int, metavar="N", help="N settings by Optuna's TPE, not all combinations")
+    parser.add_argument(
+        "--search", type=within("[1, inf)"), metavar="N", help="N settings by Optuna's TPE, not all combinations"
+    )
     parser.add_argument("--prune", action="store_true", help="stop runs that are worse than the median of the others")
     parser.add_argument("--map", nargs=2, metavar="CONSTANT", help="two constants for a heat map, sweep.png")
-    parser.add_argument("--fresh", type=int, metavar="GAMES", help="also score each best model in so many fresh games")
+    parser.add_argument(
+        "--fresh", type=within("[1, inf)"), metavar="GAMES", help="also score each best model in so many fresh games"
+    )
     args, words = parser.parse_known_args(argv)
     what = training(args.training)
     grid = read_grid(words or DEFAULT_WORDS.get(args.training, "").split(), what)
     args.map = [name.upper() for name in args.map or ()]
     if args.fresh is not None and not what.algorithm:
         raise CommandLineError(f"--fresh: {args.training} cannot be scored in fresh games; leave it out")
-    for option in ("search", "fresh"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            raise CommandLineError(f"--{option} must be 1 or more")
     if args.search and (args.map or max(map(len, grid.values())) < 2):
         raise CommandLineError("--search needs a constant with two values or more, and no --map, which draws a grid")
     if missing := [name.lower() for name in args.map if name not in grid]:

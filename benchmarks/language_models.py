@@ -21,7 +21,7 @@ from algorithms.parts.language_policy import LanguagePolicy
 from algorithms.parts.playing import summary
 from algorithms.ppo_llm_breakout import ANSWERS, CONSTANTS, PREFIX, SUFFIX, invented_texts, scores_of
 from harness.device import choose_device
-from harness.options import CommandLineError, Parser
+from harness.options import Parser, within
 from harness.supervise import run_script
 
 
@@ -62,18 +62,16 @@ def main(argv=()):
         "--model", default="smollm2", help='as ppo_llm_breakout takes it, but for "mlp" (default smollm2)'
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=within("[1, inf)"), default=7)
     parser.add_argument(
         "--levels",
         nargs="?",
         const=30,
-        type=int,
+        type=within("[1, inf)"),
         metavar="GAMES",
         help="scores of a rule and of random play (default 30 games)",
     )
     args = parser.parse_args(argv)
-    if args.turns < 1 or args.levels is not None and args.levels < 1:
-        raise CommandLineError("--turns and --levels must be 1 or more")
     if args.levels:
         print(json.dumps(levels(args.levels)))
         return

@@ -36,7 +36,7 @@ from algorithms import ppo_lunarlander as lander
 from algorithms.parts.packages import need
 from algorithms.parts.playing import episode_returns
 from callbacks import Callback
-from harness.options import CommandLineError, Parser
+from harness.options import Parser, within
 from harness.supervise import run_script
 
 EVERY, SOLVED = 81_920, 200.0  # steps between two evaluations; points
@@ -291,18 +291,17 @@ def in_words(seed, num_steps, model):
 def main(argv=()):
     parser = Parser("-m benchmarks.peers", __doc__)
     parser.add_argument("what", choices=("lunarlander", "space_invaders", "grpo"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_steps", type=int, default=1_000_000, help="of LunarLander (default 1000000)")
-    parser.add_argument("--turns", type=int, default=5, help="of Space Invaders (default 5)")
+    parser.add_argument("--seed", type=within("[0, 2_147_483_647]"), default=0)
+    parser.add_argument(
+        "--num_steps", type=within("[1, inf)"), default=1_000_000, help="of LunarLander (default 1000000)"
+    )
+    parser.add_argument("--turns", type=within("[1, inf)"), default=5, help="of Space Invaders (default 5)")
     parser.add_argument("--float32", action="store_true")
-    parser.add_argument("--steps", type=int, default=50, help="of GRPO (default 50)")
+    parser.add_argument("--steps", type=within("[1, inf)"), default=50, help="of GRPO (default 50)")
     parser.add_argument(
         "--model", default=grpo.POLICY_MODEL, help=f"of GRPO, as grpo_text takes it (default {grpo.POLICY_MODEL})"
     )
     args = parser.parse_args(argv)
-    for name, low in (("seed", 0), ("num_steps", 1), ("turns", 1), ("steps", 1)):
-        if not low <= getattr(args, name) < 2**31:
-            raise CommandLineError(f"--{name} must be from {low} to {2**31 - 1}, not {getattr(args, name)}")
     if args.what == "lunarlander":
         lunarlander(args.seed, args.num_steps)
     elif args.what == "grpo":

@@ -21,7 +21,7 @@ from breakout_ascii import BRICK_POINTS, CLEAR_POINTS, LIVES, draw_numbers, new_
 from evaluation import GAMES_AT_ONCE, SERVES, Results, greedy, play_games, sampling, standard_error, tracker
 from harness.device import set_threads
 from harness.messages import shown
-from harness.options import CommandLineError, Parser, given_path
+from harness.options import Parser, given_path, within
 from harness.supervise import run_script
 from policies import SHIPPED, load_policy
 
@@ -101,13 +101,9 @@ def read_command_line(argv):
     parser.add_argument(
         "models", nargs="*", type=given_path, default=[SHIPPED], help="checkpoints or runs (default: the shipped one)"
     )
-    parser.add_argument("--games", type=int, default=200, help="games for each row (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
-    args = parser.parse_args(argv)
-    for name, low, high in (("games", 1, 10_000), ("seed", 0, 2**32 - 1)):
-        if not low <= getattr(args, name) <= high:
-            raise CommandLineError(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
-    return args
+    parser.add_argument("--games", type=within("[1, 10_000]"), default=200, help="games for each row (default 200)")
+    parser.add_argument("--seed", type=within("[0, 4_294_967_295]"), default=0, help="of all that is drawn (default 0)")
+    return parser.parse_args(argv)
 
 
 def main(argv=()):

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from harness.metrics_file import read_metrics
-from harness.options import CommandLineError, Parser
+from harness.options import CommandLineError, Parser, within
 from harness.runs import ROOT
 from harness.supervise import run_script, start_program
 
@@ -57,10 +57,8 @@ def ends(values):
 
 def main(argv=()):
     parser = Parser("-m benchmarks.soak", __doc__)
-    parser.add_argument("--minutes", type=float, default=30.0, help="default 30")
+    parser.add_argument("--minutes", type=within("[0.01, 10_000.0]"), default=30.0, help="default 30")
     args, arguments = parser.parse_known_args(argv)
-    if not 0.01 <= args.minutes <= 10_000:
-        raise CommandLineError(f"--minutes must be from 0.01 to 10000, not {args.minutes}")
     looks, speeds = soak(args.minutes, arguments)
     if len(looks) < 2 or len(speeds) < 2:
         raise CommandLineError("too short to tell; give more --minutes")

@@ -320,7 +320,7 @@ def test_an_evaluation_does_not_depend_on_how_many_play_side_by_side():
         ("--play --out game.mp4", CommandLineError, "--out must end in .gif"),
         ("--play --out nowhere/game.gif", CommandLineError, "is a directory, or its directory does not exist"),
         ("--evaluate --human", CommandLineError, "--human and --out belong to --play"),
-        ("--evaluate --episodes 0", CommandLineError, "--episodes must be from 1"),
+        ("--evaluate --episodes 0", CommandLineError, "--episodes: must be an integer in"),
         ("--evaluate --play", CommandLineError, "not allowed with"),
         ("--evaluate ../pretrained/breakout.safetensors", CheckpointError, "is no model of reinforce_cartpole"),
     ],

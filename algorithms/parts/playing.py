@@ -17,7 +17,7 @@ from harness.checkpoint import SUFFIX, CheckpointError, check_like, load_checkpo
 from harness.device import DeviceError, choose_device
 from harness.files import replacing
 from harness.messages import printable, shortened, shown, tell
-from harness.options import CommandLineError, Parser, given_path
+from harness.options import CommandLineError, Parser, given_path, within
 from harness.runs import constants_of
 from harness.supervise import memory_advice
 from trainer import check_finite
@@ -66,8 +66,6 @@ def read_arguments(algorithm, argv):
     check_out(args.out)
     if args.episodes is None:
         args.episodes = 1 if args.playing else algorithm.episodes
-    check_within("episodes", args.episodes, 1, 10**6)
-    check_within("seed", args.seed, 0, 2**31 - 1)
     return args
 
 
@@ -78,9 +76,10 @@ def make_parser(algorithm):
     model = dict(type=given_path, nargs="?", const=True, metavar="MODEL")
     modes.add_argument("--play", **model, help="draw games (default: of the newest run, else of the shipped model)")
     modes.add_argument("--evaluate", **model, help="score fresh games")
-    parser.add_argument("--episodes", type=int, help=f"default 1 to play, {algorithm.episodes} to evaluate")
+    games = f"default 1 to play, {algorithm.episodes} to evaluate"
+    parser.add_argument("--episodes", type=within("[1, 1_000_000]"), help=games)
     seed_help = "of the games (default 1000000, far from the seeds of trainings)"
-    parser.add_argument("--seed", type=int, default=1_000_000, help=seed_help)
+    parser.add_argument("--seed", type=within("[0, 2_147_483_647]"), default=1_000_000, help=seed_help)
     parser.add_argument("--out", type=given_path, help=f"default {algorithm.name}.gif")
     parser.add_argument("--human", action="store_true", help="play in a window, or against you in the terminal")
     for constant in algorithm.models:
@@ -105,12 +104,6 @@ def check_out(out):
         raise CommandLineError(f"--out must end in .gif, not {out!r}")
     if Path(out).is_dir() or not Path(out).parent.is_dir():
         raise CommandLineError(f"--out: {out} is a directory, or its directory does not exist")
-
-
-def check_within(name, value, low, high):
-    """Raises CommandLineError for an option outside of its range."""
-    if not low <= value <= high:
-        raise CommandLineError(f"--{name} must be from {low} to {high:,}, not {value}")
 
 
 def show(algorithm, state, args):
