@@ -29,9 +29,10 @@ from harness.options import CommandLineError, Parser, given_path, within
 from harness.supervise import run_script
 from policies import find_model, load_policy
 from viewer.drawing import write_gif
-from viewer.replay import Stage, html, record
 from viewer.replay.attention import plain_gpt
-from viewer.replay.pictures import pictures as attention_pictures
+from viewer.replay.document import Stage, replay_html
+from viewer.replay.pictures import attention_pictures
+from viewer.replay.recording import record
 
 FRAME_MS = 40  # 25 frames a second
 HTML_LIMITS = {"steps": 10_000, "episodes": 2}  # 10,000 steps make a page of 0.7 MB, enough to watch
@@ -163,7 +164,8 @@ def write(out, steps, args, path, policy, meta):
     """Write the steps of `play` to a file, as a page for the browser, a gif or an mp4."""
     if args.suffix == ".html":
         about = f"{path.name}, trained for {meta.get('global_step', 0):,} steps"
-        out.write_bytes(html(list(record(steps)), stages(path, policy, meta), path.name, about).encode())
+        text = replay_html(list(record(steps)), stages(path, policy, meta), path.name, about)
+        out.write_bytes(text.encode())
         return
     if args.attention:
         pictures = attention_pictures(plain_gpt(policy), record(steps), args.head)

@@ -14,9 +14,19 @@ from harness.options import CommandLineError
 from load_model import main, play
 from model import GPT, GPTConfig
 from policies import SHIPPED, load_policy, make_gpt
-from viewer.replay import Stage, html, place_of, record
-from viewer.replay.attention import THINGS, attention, name_of, plain_gpt, shares, sort_heads, spread, things_on
-from viewer.replay.pictures import pictures
+from viewer.replay.attention import (
+    THINGS,
+    attention,
+    attention_shares,
+    evenly_spaced,
+    main_thing,
+    order_of_heads,
+    plain_gpt,
+    things_on,
+)
+from viewer.replay.document import Stage, replay_html
+from viewer.replay.pictures import attention_pictures
+from viewer.replay.recording import ball_and_paddle, record
 
 CPU = torch.device("cpu")
 
@@ -72,20 +82,20 @@ def test_heads_are_named_by_what_they_look_at():
     gpt = GPT(GPTConfig(n_head=4, n_embd=16))
     with torch.no_grad():
         gpt.blocks[0].attn.c_attn.weight[:32] = 0  # no head cares
-    np.testing.assert_allclose(shares(gpt, page), np.tile(counts / 1944, (4, 1)), atol=1e-6)
+    np.testing.assert_allclose(attention_shares(gpt, page), np.tile(counts / 1944, (4, 1)), atol=1e-6)
     looks = np.zeros((3, len(THINGS)))
     looks[0, [1, 2, 3, 6]] = 0.2, 0.2, 0.2, 0.4
     looks[1, 6], looks[2, 0] = 1, 1
-    assert [name_of(head) for head in looks] == [
+    assert [main_thing(head) for head in looks] == [
         ("paddle", pytest.approx(0.6)),
         ("empty space", 1),
         ("ball", 1),
-    ] and sort_heads(looks) == [2, 0, 1]
+    ] and order_of_heads(looks) == [2, 0, 1]
 
 
 @pytest.mark.parametrize("length, seen", [(1, 1), (500, 500), (501, 251), (1351, 451)])
 def test_heads_are_measured_on_at_most_500_pages_spread_evenly(length, seen):
-    chosen = spread(np.arange(length))
+    chosen = evenly_spaced(np.arange(length))
     assert len(chosen) == seen <= 500 and len(set(np.diff(chosen))) <= 1 and chosen[0] == 0
 
 
@@ -95,7 +105,7 @@ def test_the_file_holds_the_game(tmp_path):
     steps = list(play(policy, episodes=2, sample=True, seed=1))
     frames = list(record(steps))
     hostile = "</script><img src=x onerror=alert(1)>$data ${script}"
-    text = html(frames, [Stage(hostile, policy)], hostile, hostile)
+    text = replay_html(frames, [Stage(hostile, policy)], hostile, hostile)
     data = data_of(text)
     assert (
         len(frames) == len(steps) + 2 == len(data["frames"]) and data["name"] == data["stages"][0]["label"] == hostile
@@ -119,7 +129,7 @@ def test_the_last_ball_may_lie_over_an_end_of_the_paddle():
         page = np.full(1944, ord(" "), np.uint8)
         page[22 * 81 + left : 22 * 81 + left + 7] = ord("=")
         page[22 * 81 + x] = ord("O")
-        assert place_of(page) == (x, 22, left)
+        assert ball_and_paddle(page) == (x, 22, left)
 
 
 def test_stages_of_a_run(tmp_path, capsys):
@@ -154,7 +164,7 @@ def test_pictures_show_attention(tmp_path):
     policy, _ = load_policy(SHIPPED)
     gpt, frames = plain_gpt(policy), list(record(play(policy, 30)))
     head = int(attention(gpt, frames[20].page[None])[0, :, int((frames[20].page == ord("O")).argmax())].argmax())
-    one = list(pictures(gpt, frames, head))
+    one = list(attention_pictures(gpt, frames, head))
     row, column = divmod(int((frames[20].page == ord("O")).argmax()), 81)
     picture = one[20][14:]
     assert picture.shape == (264, 480, 3)
@@ -162,7 +172,7 @@ def test_pictures_show_attention(tmp_path):
     assert (hot[..., 0] - hot[..., 2] > 100).mean() > 0.5 and (
         picture[..., 0].astype(int) - picture[..., 2] > 100
     ).sum() < 2 * 66
-    assert next(pictures(gpt, frames[:1])).shape == (4 * (132 + 14), 4 * 240, 3)
+    assert next(attention_pictures(gpt, frames[:1])).shape == (4 * (132 + 14), 4 * 240, 3)
     main([str(SHIPPED), "--attention", "--steps", "5", "--out", str(tmp_path / "heads.gif")])
     with Image.open(tmp_path / "heads.gif") as gif:
         assert gif.size == (960, 584) and gif.n_frames == 6
@@ -207,7 +217,7 @@ def replay(tmp_path_factory):
     frames = list(record(play(policy, 1000)))
     path = tmp_path_factory.mktemp("replay") / "replay.html"
     hostile = "<img src=x onerror=alert(1)>"
-    path.write_text(html(frames, [Stage("start", untrained), Stage(hostile, policy)], hostile, hostile))
+    path.write_text(replay_html(frames, [Stage("start", untrained), Stage(hostile, policy)], hostile, hostile))
     return path, frames, [untrained, policy]
 
 
@@ -281,7 +291,7 @@ def test_more_layers(opened, tmp_path):
     torch.manual_seed(0)
     policy = make_gpt(GPTConfig(n_layer=2, n_head=2, n_embd=8), CPU)
     frames = list(record(play(policy, 3)))
-    (tmp_path / "deep.html").write_text(html(frames, [Stage("", policy)], "", ""))
+    (tmp_path / "deep.html").write_text(replay_html(frames, [Stage("", policy)], "", ""))
     page = opened(path=tmp_path / "deep.html")
     for one, *expected in zip(
         page.evaluate(READ, [0, [bytes(frame.page).decode() for frame in frames]]),

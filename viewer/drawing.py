@@ -1,20 +1,18 @@
-"""Pictures of pages, and gifs of pictures."""
-
-import itertools
+"""Draws pages as pictures, and writes pictures as gifs."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.GifImagePlugin import getdata, getheader
 
-PALETTE = 255  # colours that a frame of a gif can bring, beside the one that means "as before"
-LONGEST_MS = 600_000  # that a frame of a gif may stay; the format ends at 655,350
+PALETTE = 255  # the colours of a frame of a gif; one more means "as before"
+LONGEST_MS = 600_000  # for which a frame of a gif may stay; the format ends at 655,350
 
 
 def glyph_atlas(ink, paper):
-    """The picture of every ASCII character in every row of a page.
+    """Draw every ASCII character in the colours that it has in each row of a page.
 
     Args:
-        ink, paper: (rows, 128, 3) uint8 RGB, the colours of each character and of what is behind it, row by row.
+        ink, paper: (rows, 128, 3) uint8 RGB, the colours of each character and of its background, row by row.
 
     Returns:
         (rows, 11, 128, 6, 3) uint8: row of the page, line of the glyph, character, dot in the line, RGB.
@@ -29,32 +27,36 @@ def glyph_atlas(ink, paper):
 
 
 def draw_pages(pages, atlas):
-    """Pages (..., rows, columns) of ASCII codes, a `glyph_atlas` -> pictures (..., 11 * rows, 6 * columns, 3) uint8 RGB."""
+    """Return pictures (..., 11 * rows, 6 * columns, 3) uint8 RGB of pages (..., rows, columns) of ASCII codes.
+
+    atlas: from `glyph_atlas`.
+    """
     *shape, rows, columns = pages.shape
-    dots = atlas[
-        np.arange(rows)[:, None, None], np.arange(11)[:, None], pages[..., None, :]
-    ]  # (..., rows, 11, columns, 6, 3)
+    row, line = np.arange(rows)[:, None, None], np.arange(11)[:, None]
+    dots = atlas[row, line, pages[..., None, :]]  # (..., rows, 11, columns, 6, 3)
     return dots.reshape(*shape, rows * 11, columns * 6, 3)
 
 
 def write_gif(path, pictures, frame_ms):
     """Write pictures as a gif that plays for ever.
 
-    Every frame is written as soon as the picture after it differs, and holds only what has changed since the frame before. So memory
-    does not grow with the number of pictures, as it does in Pillow's and imageio's own writers.
+    Each frame is written as soon as the next picture differs from it, and holds only the pixels that have changed since
+    the frame before. So memory does not grow with the number of pictures, as it does in the writers of Pillow and
+    imageio.
 
     Args:
-        pictures: an iterable of at least one array (H, W, 3) uint8 RGB, each a new one, all of one size.
-        frame_ms: how long each is shown, a multiple of 10, because a gif counts hundredths of a second; browsers slow down below 20.
+        pictures: an iterable of at least one array (H, W, 3) uint8 RGB; a new array each, all of one size.
+        frame_ms: how long each picture is shown, a multiple of 10, because a gif counts hundredths of a second.
+            Browsers slow down what is below 20.
     """
-    before = None  # every pixel differs from that
+    before = None  # every pixel differs from this
     with open(path, "wb") as file:
         for picture, duration in with_durations(pictures, frame_ms):
             red, green, blue = np.moveaxis(picture != before, 2, 0)
             changed = red | green | blue  # four times as fast as any(2)
             changed[0, 0] |= not changed.any()  # nothing moved for LONGEST_MS
             colours, indices = palette_of(picture[changed])
-            frame = np.full(changed.shape, len(colours), np.uint8)  # the colour after the last: as before
+            frame = np.full(changed.shape, len(colours), np.uint8)  # the colour after the last one means "as before"
             frame[changed] = indices
             rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
             top, left = int(rows[0]), int(columns[0])
@@ -69,19 +71,25 @@ def write_gif(path, pictures, frame_ms):
 
 
 def with_durations(pictures, frame_ms):
-    """Yields each picture that differs from the one before, and how many milliseconds it stays, at most LONGEST_MS."""
-
-    def look(numbered):
-        number, picture = numbered
-        return number * frame_ms // LONGEST_MS, picture.tobytes()
-
-    for _, alike in itertools.groupby(enumerate(pictures), look):
-        _, picture = next(alike)
-        yield picture, frame_ms * (1 + sum(1 for _ in alike))
+    """Yield each picture that differs from the one before, and for how many milliseconds it stays, at most
+    LONGEST_MS."""
+    shown, duration = None, 0
+    for picture in pictures:
+        if duration and duration + frame_ms <= LONGEST_MS and np.array_equal(picture, shown):
+            duration += frame_ms
+        else:
+            if duration:
+                yield shown, duration
+            shown, duration = picture, frame_ms
+    yield shown, duration
 
 
 def palette_of(pixels):
-    """Pixels (K, 3) uint8 -> their colours (at most PALETTE, 3) uint8, and the index of each pixel's, (K,). Exact, if there are no more."""
+    """Return the colours of pixels (K, 3) uint8, at most PALETTE of them, and each pixel's index (K,) among the
+    colours.
+
+    This is exact if the pixels have no more colours than that.
+    """
     colours, indices = np.unique(pixels @ [1 << 16, 1 << 8, 1], return_inverse=True)
     if len(colours) > PALETTE:
         image = Image.fromarray(pixels[None]).quantize(PALETTE)

@@ -17,7 +17,8 @@ SCREEN_ROWS, SCREEN_COLUMNS = ROWS + 2, COLUMNS - 1  # the page, the score, a li
 
 def last_key(screen, seconds):
     """Wait so many seconds, then return the last key pressed meanwhile, or -1."""
-    key, end = -1, time.monotonic() + seconds
+    key = -1
+    end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         screen.timeout(max(1, int(1000 * left)))
         pressed = screen.getch()
@@ -27,6 +28,7 @@ def last_key(screen, seconds):
 
 
 def show(screen, lines):
+    """Show these lines and nothing else."""
     screen.erase()
     for row, line in enumerate(lines):
         try:
@@ -50,7 +52,8 @@ def play(screen, fps):
     except curses.error:  # some terminals cannot hide the cursor
         pass
     env = BreakoutAscii(max_episode_steps=None)
-    (tokens, info), over = env.reset(), False
+    tokens, info = env.reset()
+    over = False
     while True:
         status = f"score {info['score']}   lives {info['lives']}" + ("   GAME OVER" if over else "")
         help_line = "left and right arrow: move   r: new game   q: quit"
@@ -62,29 +65,31 @@ def play(screen, fps):
         if key in (ord("q"), ord("Q")):
             return None
         if key in (ord("r"), ord("R")):
-            (tokens, info), over = env.reset(), False
+            tokens, info = env.reset()
+            over = False
         elif fits() and not over:
             action = {curses.KEY_LEFT: 1, curses.KEY_RIGHT: 2}.get(key, 0)
             tokens, _, over, _, info = env.step(action)
 
 
 def terminal_problem():
-    """-> one line that says why nobody can play here, or None."""
+    """Return None if one can play here, or one line that says why not."""
     if curses is None:
         return "Python's curses module is missing (on Windows: pip install windows-curses)"
-    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):  # None: it has been closed
+    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):  # a closed stream is None
         return "input and output must be a terminal"
     if os.name == "nt":
-        return None  # curses has no description of terminals there
+        return None  # curses knows no descriptions of terminals there
     try:
         curses.setupterm()
-        able = curses.tigetstr("cup")  # move the cursor
+        able = curses.tigetstr("cup")  # the command that moves the cursor
     except curses.error:
         able = False
     return None if able else "the terminal type in TERM is unknown or too simple: try TERM=xterm"
 
 
 def main(argv=()):
+    """Let somebody play, and return the exit status. argv: the words of the command line."""
     description = "Play Breakout in the terminal with the arrow keys."
     parser = argparse.ArgumentParser(prog="breakout_ascii.py", description=description, allow_abbrev=False)
     parser.add_argument("--fps", type=float, default=15.0, help="steps per second (default 15)")

@@ -1,4 +1,4 @@
-"""Where a GPT looks: the attention of its last position, in its last block, and what that amounts to over a game."""
+"""Measures where a GPT looks: the attention of its last position, in its last block, and its shares over a game."""
 
 import itertools
 
@@ -8,22 +8,15 @@ import torch
 from model import GPT
 
 PAGES_AT_ONCE = 32  # their keys take 16 MB
-MEASURED = 500
+MEASURED = 500  # pages are enough to measure shares of attention
 THINGS = (
-    "ball",
-    "paddle's left end",
-    "paddle's middle",
-    "paddle's right end",
-    "bricks",
-    "walls",
-    "empty space",
-    "line ends",
-)
+    "ball", "paddle's left end", "paddle's middle", "paddle's right end", "bricks", "walls", "empty space", "line ends",
+)  # fmt: skip
 PADDLE_THINGS = THINGS[1:4]
 
 
 def plain_gpt(policy):
-    """A GPT of any class -> one of model.py, with the same weights, on the CPU."""
+    """Return a GPT of model.py, on the CPU, with the weights of a GPT of any class."""
     gpt = GPT(policy.config)
     gpt.load_state_dict(policy.state_dict())
     return gpt.eval()
@@ -31,7 +24,11 @@ def plain_gpt(policy):
 
 @torch.no_grad()
 def attention(gpt, tokens):
-    """A plain GPT; pages (B, 1944) uint8 -> (B, H, 1944) float32: the weight of each token, which add up to 1 for each head."""
+    """Return the attention weights of a plain GPT on pages (B, 1944) uint8.
+
+    Returns:
+        (B, H, 1944) float32: how much each head looks at each token; the weights of a head add up to 1.
+    """
     x = gpt.embed(gpt.encode(tokens))
     for block in gpt.blocks[:-1]:
         x = block(x)
@@ -42,18 +39,18 @@ def attention(gpt, tokens):
 
 
 def attention_of_pages(gpt, pages):
-    """Yields `attention` of each page, an array (H, 1944). pages: an array (n, 1944), or an iterator over pages of any number."""
+    """Yield the `attention` on each page, an array (H, 1944). pages: an array (n, 1944), or an iterator over pages."""
     pages = iter(pages)
     while batch := list(itertools.islice(pages, PAGES_AT_ONCE)):
         yield from attention(gpt, np.stack(batch)).numpy()
 
 
 def things_on(pages):
-    """(n, 1944) uint8 -> (n, 1944): which of THINGS each token belongs to."""
+    """Return for each token of pages (n, 1944) the index of its thing in THINGS, (n, 1944) int."""
     paddle = pages == ord("=")
     left = paddle & (np.cumsum(paddle, 1) == 1)
     right = paddle & (np.cumsum(paddle[:, ::-1], 1)[:, ::-1] == 1)
-    seen = [
+    are = [  # in the order of THINGS, without the last, the line ends
         pages == ord("O"),
         left,
         paddle & ~left & ~right,
@@ -62,31 +59,44 @@ def things_on(pages):
         pages == ord("#"),
         pages == ord(" "),
     ]
-    return np.select(seen, range(len(seen)), len(seen))
+    return np.select(are, range(len(are)), len(are))
 
 
-def spread(pages):
-    """(n, 1944) -> at most MEASURED of them, spread over the game: enough to measure `shares`."""
+def evenly_spaced(pages):
+    """Return at most MEASURED of the pages (n, 1944), at equal distances."""
     return pages[:: -(-len(pages) // MEASURED)]
 
 
-def shares(gpt, pages):
-    """How much of its attention each head gives to each of THINGS, over all pages (n, 1944) -> (H, things), rows add up to 1."""
+def attention_shares(gpt, pages):
+    """Return the share of its attention that each head gives to each of THINGS, over all pages (n, 1944).
+
+    Returns:
+        (H, things) float64; each row adds up to 1.
+    """
     total = np.zeros((gpt.config.n_head, len(THINGS)))
     for weights, things in zip(attention_of_pages(gpt, pages), things_on(pages)):
         total += np.stack([np.bincount(things, head, len(THINGS)) for head in weights])
     return total / len(pages)
 
 
-def name_of(head_shares):
-    """The shares (things,) of a head -> what it looks at most, the paddle taken as one, and that share: "ball", 0.97."""
-    whole = {"paddle": sum(head_shares[THINGS.index(thing)] for thing in PADDLE_THINGS)}
-    whole |= {thing: share for thing, share in zip(THINGS, head_shares) if thing not in PADDLE_THINGS}
+def main_thing(shares):
+    """Return the thing that a head looks at most, and its share, such as ("ball", 0.97), from the head's shares
+    (things,).
+
+    The parts of the paddle count as one thing.
+    """
+    whole = {"paddle": sum(shares[THINGS.index(thing)] for thing in PADDLE_THINGS)}
+    whole |= {thing: share for thing, share in zip(THINGS, shares) if thing not in PADDLE_THINGS}
     return max(whole.items(), key=lambda item: item[1])
 
 
-def sort_heads(all_shares):
-    """Shares (H, things) -> heads in the order of what they look at, as THINGS are ordered, the most attentive first."""
+def order_of_heads(shares):
+    """Return the heads of shares (H, things) in the order of their main things, the most attentive first."""
     order = ["ball", "paddle", *THINGS[4:]]
-    named = [name_of(head_shares) for head_shares in all_shares]
-    return sorted(range(len(named)), key=lambda head: (order.index(named[head][0]), -named[head][1]))
+    main_things = [main_thing(of_head) for of_head in shares]
+
+    def rank(head):
+        thing, share = main_things[head]
+        return order.index(thing), -share
+
+    return sorted(range(len(shares)), key=rank)

@@ -1,4 +1,4 @@
-"""Pages with the attention of a head as heat behind the characters, as pictures for gif and mp4."""
+"""Draws pages with the attention of a head as heat behind the characters, as pictures for gif and mp4."""
 
 import itertools
 import math
@@ -7,51 +7,81 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from breakout_ascii import COLUMNS, ROWS, TOKENS, to_image
-from viewer.replay.attention import attention_of_pages, name_of, shares, spread
+from viewer.replay.attention import attention_of_pages, attention_shares, evenly_spaced, main_thing
 
-HOT = np.array([255, 140, 0])  # RGB, of a weight of 1; the page itself is grey
-LABEL = 14  # height of the line that names a head
-NAMED_BY = 1000  # pages, the first ones: what a head looks at on them names it
-
-
-def heat(weights):
-    """Weights (1944,), which add up to 1 -> (24, 80, 1), 0 to 1: the logarithm of each, from what all tokens would get if a head did not
-    care. So the scale is the same on all pages and for all heads."""
-    return np.clip(1 + np.log(np.maximum(weights, 1e-12)) / math.log(TOKENS), 0, 1).reshape(ROWS, COLUMNS)[:, :-1, None]
+HOT = np.array([255, 140, 0])  # RGB of a weight of 1; the page itself is grey
+LABEL_HEIGHT = 14
+LABELLED_BY = 1000  # the first pages of a replay decide what the label says about a head
+HEIGHT, WIDTH = 264, 480  # of the picture of a page; a character has 11 by 6 pixels
 
 
-def pictures(gpt, frames, head=None):
-    """A plain GPT, an iterable of the frames of a replay -> yields RGB pictures: all heads side by side, or one, each named by what it
-    looks at most."""
+def attention_pictures(gpt, frames, head=None):
+    """Yield an RGB picture for each of the frames of a replay, with the attention of one head or, side by side, of all.
+
+    Args:
+        gpt: a plain GPT.
+        frames: an iterable of `Frame`.
+        head: the number of the head; None for all heads, at half the size.
+    """
+    heads = range(gpt.config.n_head) if head is None else [head]
+    smaller = 2 if head is None else 1
+    ink = 255 if head is None else 90
     pages = (frame.page for frame in frames)
-    first = list(itertools.islice(pages, NAMED_BY))
-    pages, read = itertools.tee(itertools.chain(first, pages))
-    heads, smaller = (range(gpt.config.n_head), 2) if head is None else ([head], 1)
-    names = [name_of(head_shares) for head_shares in shares(gpt, spread(np.stack(first)))]
-    labels = [label(f"head {i}: {names[i][0]} {100 * names[i][1]:.0f} %", 480 // smaller) for i in heads]
-    across = math.ceil(math.sqrt(len(heads)))
-    rows, columns = (
-        np.arange(0, 264, smaller) // 11,
-        np.arange(0, 480, smaller) // 6,
-    )  # of the page, for each line and dot
-    for page, weights in zip(pages, attention_of_pages(gpt, read)):
-        # the brightest of four dots stays, so that thin strokes do
-        image = to_image(page).max(2).reshape(len(rows), smaller, len(columns), smaller).max((1, 3))[..., None] // 4 * 3
-        tiles = [
-            np.concatenate([name, heated(image, heat(weights[i])[rows][:, columns], ink=255 if head is None else 90)])
-            for i, name in zip(heads, labels)
-        ]
-        tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % across)
-        yield np.concatenate([np.concatenate(tiles[i : i + across], 1) for i in range(0, len(tiles), across)])
+    first_pages = list(itertools.islice(pages, LABELLED_BY))
+    labels = head_labels(gpt, np.stack(first_pages), heads, WIDTH // smaller)
+    pages, pages_again = itertools.tee(itertools.chain(first_pages, pages))
+    rows = np.arange(0, HEIGHT, smaller) // 11  # of the page, for each row of pixels
+    columns = np.arange(0, WIDTH, smaller) // 6
+    for page, weights in zip(pages, attention_of_pages(gpt, pages_again)):
+        grey = grey_picture(page, smaller)
+        tiles = []
+        for i, label in zip(heads, labels):
+            heat = heat_of(weights[i])[rows][:, columns]
+            tiles.append(np.concatenate([label, heated(grey, heat, ink)]))
+        yield side_by_side(tiles)
 
 
-def heated(image, heat, ink):
-    """A grey picture (H, W, 1) and its heat (H, W, 1) -> (H, W, 3) uint8. What is brighter than ink is black where it is hot."""
-    return np.where((image > ink) & (heat > 0.5), 0, np.maximum(image, heat * HOT)).astype(np.uint8)
+def head_labels(gpt, pages, heads, width):
+    """Return for each of the heads a picture (LABEL_HEIGHT, width, 3) uint8 of its number and its main thing on
+    these pages."""
+    shares = attention_shares(gpt, evenly_spaced(pages))
+    labels = []
+    for head in heads:
+        thing, share = main_thing(shares[head])
+        image = Image.new("RGB", (width, LABEL_HEIGHT))
+        text = f"head {head}: {thing} {100 * share:.0f} %"
+        ImageDraw.Draw(image).text((4, 1), text, fill=(220, 220, 220), font=ImageFont.load_default_imagefont())
+        labels.append(np.array(image))
+    return labels
 
 
-def label(text, width):
-    """-> (LABEL, width, 3) uint8."""
-    image = Image.new("RGB", (width, LABEL))
-    ImageDraw.Draw(image).text((4, 1), text, fill=(220, 220, 220), font=ImageFont.load_default_imagefont())
-    return np.array(image)
+def grey_picture(page, smaller):
+    """Return the picture of a page (1944,) in grey, (HEIGHT / smaller, WIDTH / smaller, 1) uint8."""
+    brightest = to_image(page).max(2).reshape(HEIGHT // smaller, smaller, WIDTH // smaller, smaller)
+    return brightest.max((1, 3))[..., None] // 4 * 3  # the brightest pixel stays, so that thin strokes do
+
+
+def heat_of(weights):
+    """Return the heat of each character, (24, 80, 1) from 0 to 1, for attention weights (1944,) that add up to 1.
+
+    It is the logarithm of the weight, and 0 where the weight is the mean or less. So the scale is the same for all
+    pages and heads.
+    """
+    heat = 1 + np.log(np.maximum(weights, 1e-12)) / math.log(TOKENS)
+    return np.clip(heat, 0, 1).reshape(ROWS, COLUMNS)[:, :-1, None]
+
+
+def heated(grey, heat, ink):
+    """Return a picture (H, W, 3) uint8 of a grey picture (H, W, 1) with its heat (H, W, 1).
+
+    Pixels that are brighter than `ink` become black where it is hot.
+    """
+    return np.where((grey > ink) & (heat > 0.5), 0, np.maximum(grey, heat * HOT)).astype(np.uint8)
+
+
+def side_by_side(tiles):
+    """Return pictures of one size as one picture, in a square of rows and columns whose rest is black."""
+    across = math.ceil(math.sqrt(len(tiles)))
+    tiles = tiles + [np.zeros_like(tiles[0])] * (-len(tiles) % across)
+    rows = [np.concatenate(tiles[i : i + across], axis=1) for i in range(0, len(tiles), across)]
+    return np.concatenate(rows)
