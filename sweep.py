@@ -12,7 +12,6 @@ At the end it prints a table of the runs, the best first, and writes it to sweep
 import harness.start  # before the slow imports
 
 import contextlib
-import csv
 import importlib
 import itertools
 import json
@@ -25,18 +24,17 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import filelock
-import numpy as np
 
 from algorithms.parts.packages import need
 from algorithms.parts.playing import load_policy_state
-from harness.checkpoint import BEST, LAST, CheckpointError
+from harness.checkpoint import BEST, LAST, CheckpointError, load_checkpoint
 from harness.device import available_cores
-from harness.figures import new_figure
-from harness.messages import one_line, shown
+from harness.messages import shown
 from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Constants, Parser, Values, given_path, within
-from harness.runs import LOCK, ROOT, check_begun, finished
+from harness.runs import LOCK, ROOT, check_begun
 from harness.supervise import run_script, start_program
+from harness.tables import heat_map, save_figure, show_table, write_csv
 
 try:
     import optuna
@@ -88,11 +86,15 @@ def command_of(what, run_dir, values):
 
 
 def is_finished(run_dir):
-    """Whether a run has done all its steps. One that cannot be read has not, and says why when it is resumed."""
+    """Whether a run has done all its steps, and its last evaluation has ended.
+
+    A run that cannot be read is not finished: it says why when it is resumed.
+    """
     try:
-        return finished(run_dir)
+        state = load_checkpoint(run_dir, {"global_step": 0, "constants": {"NUM_STEPS": 0}, "evaluations": ({},)})
     except CheckpointError:
         return False
+    return state["global_step"] >= state["constants"]["NUM_STEPS"] and not state["evaluations"]
 
 
 def scores_of(rows):
@@ -370,37 +372,6 @@ def say(line):
     print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
 
 
-def show_table(rows):
-    """Print rows, which are dicts with the same keys, as a markdown table. None is shown as a dash."""
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        cells = ["-" if x is None else f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()]
-        print("| " + " | ".join(cells) + " |")
-
-
-def write_csv(path, rows):
-    """Write rows, which are dicts with the same keys, as a csv file with a header."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def heat_map(rows, x, y):
-    """Draw the mean of the best scores over two constants. Returns a Figure."""
-    xs, ys = (sorted({row[name] for row in rows}) for name in (x, y))
-    means = np.array([[np.mean([row["best"] for row in rows if (row[x], row[y]) == (a, b)]) for a in xs] for b in ys])
-    figure = new_figure(2.5 + len(xs), 2 + 0.7 * len(ys))
-    axes = figure.subplots()
-    image = axes.imshow(means, cmap="viridis", aspect="auto", origin="lower")
-    middle = (means.min() + means.max()) / 2
-    for (i, j), mean in np.ndenumerate(means):
-        axes.text(j, i, f"{mean:.4g}", ha="center", va="center", color="white" if mean < middle else "black")
-    axes.set(xlabel=x, ylabel=y, xticks=range(len(xs)), xticklabels=xs, yticks=range(len(ys)), yticklabels=ys)
-    figure.colorbar(image, label="best score, mean of the runs")
-    return figure
-
-
 def main(argv=()):
     need("optuna")
     args, what, grid = read_command_line(argv)
@@ -420,11 +391,7 @@ def main(argv=()):
         log = f"{next(iter(sweep.failed.values()))}.log"
         raise CommandLineError(f"{len(sweep.failed)} runs did not finish, see {log}; start again to go on")
     if args.map:
-        try:
-            heat_map(rows, *args.map).savefig(out / "sweep.png", dpi=120)
-        except Exception as error:  # the runs are not lost
-            line = f"{out / 'sweep.png'}: not drawn ({one_line(error)}); start again to draw it"
-            raise CommandLineError(line) from None
+        save_figure(out / "sweep.png", heat_map, rows, *args.map, "best")
         print(f"wrote {shown(out / 'sweep.png')}")
     return 0
 

@@ -18,12 +18,12 @@ import numpy as np
 
 from evaluation import CLEARED_SCORE, RANDOM_SCORE
 from harness.figures import new_figure
-from harness.messages import one_line, tell
+from harness.messages import tell
 from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Parser, given_path
 from harness.runs import recorded_constants
 from harness.supervise import run_script
-from sweep import show_table, write_csv
+from harness.tables import save_figure, show_table, write_csv
 
 MARKS = (300, 600, 900, 960)  # points
 LEVELS = [
@@ -165,11 +165,7 @@ def main(argv=()):
     show_table([summary_row(table, name, statistic) for table in tables for name, statistic in ranges])
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "learning.csv", [row for table in tables for row in table])
-    try:
-        draw({seed: curve for _, seed, curve in variants[0]}).savefig(out / "learning.png", dpi=120)
-    except Exception as error:  # the tables are not lost
-        line = f"{out / 'learning.png'}: not drawn ({one_line(error)}); start again to draw it"
-        raise CommandLineError(line) from None
+    save_figure(out / "learning.png", draw, {seed: curve for _, seed, curve in variants[0]})
     return 0
 
 

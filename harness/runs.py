@@ -226,14 +226,6 @@ def check_begun(run_dir, constants):
         raise CommandLineError(f"{run_dir} {problem}; move it away, or name another --out")
 
 
-def finished(run_dir):
-    """Whether a run has done all its steps, and its last evaluation has ended. Raises CheckpointError."""
-    if not (run_dir / LAST).exists():
-        return False
-    state = load_checkpoint(run_dir, {"global_step": 0, "constants": {"NUM_STEPS": 0}, "evaluations": ({},)})
-    return state["global_step"] >= state["constants"]["NUM_STEPS"] and not state["evaluations"]
-
-
 # --- one process at a time --------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,7 +15,7 @@ import sweep
 from algorithms.parts.training import run_algorithm
 from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.options import CommandLineError
-from sweep import TRAININGS, combinations, directory_of, heat_map, main, training
+from sweep import TRAININGS, combinations, directory_of, main, training
 
 ROOT = Path(__file__).parent.parent
 ONE = "reinforce_cartpole --num_steps 30 --episodes 2 --hidden 4 --seed 0".split()
@@ -54,7 +53,7 @@ def in_this_process(monkeypatch, without_processes):
 
 
 def leave_run(run_dir, scores, done=True):
-    """Write as much of a run as a sweep reads, if `finished` is replaced by `is_done`."""
+    """Write as much of a run as a sweep reads, if `is_finished` is replaced by `is_done`."""
     run_dir.mkdir(exist_ok=True)
     rows = [f"{i},{10 * i},{60 * i},{score}\n" for i, score in enumerate(scores, start=1)]
     (run_dir / "metrics.csv").write_text("update,global_step,seconds,eval_score\n" + "".join(rows))
@@ -81,7 +80,7 @@ def made_up(monkeypatch):
         leave_run(run_dir, [100 * float(command[command.index("--lr") + 1])])
         return Process()
 
-    monkeypatch.setattr(sweep, "finished", is_done)
+    monkeypatch.setattr(sweep, "is_finished", is_done)
     monkeypatch.setattr(sweep, "check_begun", lambda run_dir, constants: None)
     monkeypatch.setattr(sweep, "start_program", start)
     monkeypatch.setattr(sweep, "POLL_INTERVAL", 0.0)
@@ -415,14 +414,3 @@ def test_on_the_command_line():
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "sweep.py: --lr needs at least one value\n")
-
-
-def test_a_heat_map_is_in_order():
-    """Rows come the best first; axes ascend, to the right and upwards."""
-    points = [(0.01, 1), (0.001, 2), (0.1, 1), (0.001, 1), (0.1, 2), (0.01, 2)]
-    rows = [{"LR": lr, "SEED": seed, "best": 100 * lr + seed} for lr, seed in points]
-    axes = heat_map(rows, "LR", "SEED").axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01", "0.1"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
-    assert axes.get_ylim()[0] < axes.get_ylim()[1]
-    np.testing.assert_allclose(axes.images[0].get_array(), [[1.1, 2, 11], [2.1, 3, 12]])
