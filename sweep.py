@@ -59,10 +59,10 @@ class Training(NamedTuple):
     program: list[str]  # what follows `python` on its command line
     constants: Constants
     check: Any  # raises CommandLineError for constants that do not fit together
-    algorithm: Any = None  # an `Algorithm`; train_ppo, whose score is exact, is none
+    algorithm: Any = None  # the `Algorithm`; train_ppo has none, and needs no fresh games because its score is exact
 
 
-def training(name):
+def find_training(name):
     """Return the `Training` of this name."""
     if name == "train_ppo":
         import train_ppo
@@ -77,12 +77,12 @@ def directory_of(out, values):
     return out / ",".join(f"{name.lower()}={value}" for name, value in values.items()).replace("/", "_")
 
 
-def command_of(what, run_dir, values):
+def command_of(training, run_dir, values):
     """Return the command that starts a run, or goes on with it."""
     if (run_dir / LAST).exists():
-        return [sys.executable, *what.program, "--resume", run_dir]
+        return [sys.executable, *training.program, "--resume", run_dir]
     options = [word for name, value in values.items() for word in (f"--{name.lower()}", value)]
-    return [sys.executable, *what.program, "--run_dir", run_dir, *options]
+    return [sys.executable, *training.program, "--run_dir", run_dir, *options]
 
 
 def is_finished(run_dir):
@@ -102,11 +102,11 @@ def scores_of(rows):
     return [row["eval_score"] for row in rows if math.isfinite(row["eval_score"])]
 
 
-def fresh_scores(what, run_dir, episodes):
+def fresh_scores(training, run_dir, episodes):
     """Score the best model of a run in games that no evaluation has played. Raises CheckpointError."""
-    state, path, _ = load_policy_state(what.algorithm, run_dir / BEST)
+    state, path, _ = load_policy_state(training.algorithm, run_dir / BEST)
     try:
-        result = what.algorithm.evaluate(state, episodes, FRESH_SEED)
+        result = training.algorithm.evaluate(state, episodes, FRESH_SEED)
     except ValueError as error:
         advice = "move its directory away to train it again"
         raise CheckpointError(f"{path}: does not fit this program ({error}); {advice}") from None
@@ -120,28 +120,34 @@ def fresh_scores(what, run_dir, episodes):
 class Sweep:
     """Runs the trials of an Optuna study, together with every other process that sees its folder.
 
-    A trial is RUNNING in the study until its run has finished, and whoever runs it holds a lock. Optuna's journal has
-    no heartbeat; a trial that is RUNNING and not locked was interrupted, and the next process with a free core goes on
-    with it. Trials are taken one process at a time.
+    All trials are enqueued at the start. A trial is RUNNING in the study until its run has finished, and the process
+    that runs it holds a lock on it. A trial that is RUNNING but not locked was interrupted, so the next process with a
+    free core goes on with it. (Optuna's heartbeat would tell the same, but its journal has none.)
     """
 
-    def __init__(self, what, out, grid, search):
+    def __init__(self, training, out, grid, search):
         """Open the study in the journal of the folder, or begin it.
 
         Args:
             search: how many trials, whose values Optuna chooses; None for one trial of each combination.
         """
-        self.what, self.out, self.grid, self.search = what, out, grid, search
+        self.training, self.out, self.grid, self.search = training, out, grid, search
         self.lock = filelock.FileLock(out / "sweep.lock")
-        self.running, self.failed = [], {}  # what goes on here, and the directories of trials that are not tried again
-        self.study = open_study(out, f"{'search' if search else 'grid'} {what.program[-1]} {json.dumps(grid)}")
-        settings = search * [{}] if search else combinations(grid)  # what {} lacks is chosen by Optuna
+        self.running = []  # the runs that this process has started
+        self.failed = {}  # {trial number: directory} of runs that have failed, and that this process does not try again
+        self.study = open_study(out, f"{'search' if search else 'grid'} {training.program[-1]} {json.dumps(grid)}")
+        # Optuna chooses what {} leaves open. Its GridSampler would be simpler, but works within study.optimize only.
+        settings = search * [{}] if search else combinations(grid)
         with self.lock:
             for values in settings[len(self.study.trials) :]:
                 self.study.enqueue_trial(values)
 
     def run(self, prune):
-        """Run until all trials have ended, here and elsewhere. What stops this process stops its runs, which save."""
+        """Run until all trials have ended, here and elsewhere. If this process is stopped, its runs save and stop too.
+
+        Args:
+            prune: whether runs without hope are stopped early.
+        """
         said = time.monotonic()
         try:
             self.begin_runs()
@@ -168,13 +174,13 @@ class Sweep:
     def begin_runs(self):
         """Begin as many runs as there are free cores and free trials."""
         while len(self.running) < available_cores() and (run := self.take()):
-            if is_finished(run.directory):  # in a sweep with other values
+            if is_finished(run.directory):  # an earlier sweep, with fewer values, has trained it
                 self.end(run)
                 continue
-            if run.directory.exists():  # a training ends a moment after the sweep that started it
+            if run.directory.exists():  # the training of a sweep that was killed ends a moment later
                 with filelock.FileLock(run.directory / LOCK, timeout=60):
                     pass
-            command = command_of(self.what, run.directory, run.trial.params)
+            command = command_of(self.training, run.directory, run.trial.params)
             with open(f"{run.directory}.log", "a") as log:
                 environment = {**os.environ, "OMP_NUM_THREADS": "1"}
                 run.process = start_program(command, environment, cwd=ROOT, stdout=log, stderr=log)
@@ -196,7 +202,7 @@ class Sweep:
         return None
 
     def candidates(self):
-        """Yield the trials that may be free: those that have not ended, and then one that nobody has begun."""
+        """Yield the trials that may be free: those that others have begun, and then one that nobody has."""
         for trial in self.others():
             yield optuna.trial.Trial(self.study, trial._trial_id)
         if self.trials("WAITING"):
@@ -208,7 +214,7 @@ class Sweep:
         return self.study.get_trials(deepcopy=False, states=states)
 
     def others(self):
-        """Return the trials that have not ended, without those that run here, or have failed here."""
+        """Return the trials that have begun and not ended, without those that run here or have failed here."""
         mine = {run.trial.number for run in self.running} | self.failed.keys()
         return [trial for trial in self.trials("RUNNING") if trial.number not in mine]
 
@@ -222,7 +228,7 @@ class Sweep:
         return suggest(name, low, high, log=0 < 10 * low <= high)
 
     def report(self, run):
-        """Tell the study the scores that it does not know of a run yet. Returns the rows of its metrics.csv."""
+        """Tell the study the newest scores of a run. Returns the rows of its metrics.csv."""
         rows = read_metrics(run.directory / "metrics.csv")
         known = len(self.trials()[run.trial.number].intermediate_values)
         for i, score in enumerate(scores_of(rows)[known:], start=known):
@@ -230,7 +236,7 @@ class Sweep:
         return rows
 
     def say_state(self):
-        """Say how many runs have ended and are left, and how far those are that run here."""
+        """Say how many runs have ended and are left, and how far the runs of this process are."""
         ended, left = len(self.trials("COMPLETE", "PRUNED")), len(self.trials("WAITING"))
         here, elsewhere = len(self.running), len(self.others())
         say(f"{ended} ended, {here} running here, {elsewhere} elsewhere, {left} to begin")
@@ -240,7 +246,7 @@ class Sweep:
                 say(f"    {run.directory.name}: {rows[-1]['global_step']:,} steps, score {scores[-1]:.5g}")
 
     def prune(self):
-        """Stop the runs whose scores are below the median of those of the others."""
+        """Stop the runs whose scores are below the median of the others."""
         for run in [run for run in self.running if run.trial.should_prune()]:
             self.running.remove(run)
             run.process.terminate()
@@ -260,7 +266,7 @@ class Sweep:
             result["minutes"] = round(rows[-1]["seconds"] / 60, 2)
             values = ", ".join(f"{name} {x:,.5g}" for name, x in result.items())
             how = f"{'has finished' if complete else 'was stopped early'}: {values}"
-        with self.lock:  # or another process would take the trial between its result and its release
+        with self.lock:  # otherwise another process could take the trial between its result and its release
             if result is None:
                 self.failed[run.trial.number] = run.directory
             else:
@@ -271,7 +277,7 @@ class Sweep:
         say(f"{run.directory.name} {how}")
 
     def rows(self):
-        """Return a row for each run that has ended, its values and its result, the best first."""
+        """Return a row for each run that has ended, with its values and its result, the best first."""
         ended = self.trials("COMPLETE", "PRUNED")
         rows = [{name: trial.params[name] for name in self.grid} | trial.user_attrs["result"] for trial in ended]
         return sorted(rows, key=lambda row: -row["best"])
@@ -282,7 +288,7 @@ def open_study(out, name):
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     journal = str(out / "sweep.journal")
     try:
-        lock = optuna.storages.journal.JournalFileOpenLock(journal)  # by default a link, for which Windows wants rights
+        lock = optuna.storages.journal.JournalFileOpenLock(journal)  # not a link, which needs a privilege on Windows
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(journal, lock))
         pruner = optuna.pruners.MedianPruner(n_warmup_steps=3)  # the first evaluations say little
         return optuna.create_study(
@@ -297,27 +303,27 @@ def open_study(out, name):
 # --- command line and output ------------------------------------------------------------------------------------------
 
 
-def read_grid(words, what):
+def read_grid(words, training):
     """["--lr", "1e-3", "1e-2", "--seed", "0"] -> {"LR": [0.001, 0.01], "SEED": [0]}, checked."""
     grid, name = {}, None
     for word in words:
         if word.startswith("--"):
             name = word[2:].upper()
-            if name not in what.constants or name == "RUN_DIR":
-                names = ", ".join(map(str.lower, what.constants))
+            if name not in training.constants or name == "RUN_DIR":
+                names = ", ".join(map(str.lower, training.constants))
                 raise CommandLineError(f"{word}: is no constant to search; those are {names}")
             grid[name] = []
         elif name is None:
             raise CommandLineError(f"{word!r} stands before any constant; name one first, as --seed {word}")
         else:
-            grid[name].append(what.constants.convert(name, word))
+            grid[name].append(training.constants.convert(name, word))
     if not grid:
         raise CommandLineError("name at least one constant and its values, as --seed 0 1 2")
     for name, values in grid.items():
         if not values:
             raise CommandLineError(f"--{name.lower()} needs at least one value")
         for value in values:
-            what.constants.check({name: value})
+            training.constants.check({name: value})
     return {name: list(dict.fromkeys(values)) for name, values in grid.items()}
 
 
@@ -326,12 +332,12 @@ def combinations(grid):
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
-def check_runs(what, out, grid):
+def check_runs(training, out, grid):
     """Raises CommandLineError for a combination of values that cannot be trained, or not in its directory."""
     for values in combinations(grid):
-        constants = what.constants | values
-        what.constants.check(constants)
-        what.check(Values(**constants))
+        constants = training.constants | values
+        training.constants.check(constants)
+        training.check(Values(**constants))
         if constants["EVAL_INTERVAL"] == 0:
             raise CommandLineError("without evaluations there is nothing to compare; leave --eval_interval 0 out")
         directory = directory_of(out, values)
@@ -354,17 +360,17 @@ def read_command_line(argv):
         "--fresh", type=within("[1, inf)"), metavar="GAMES", help="also score each best model in so many fresh games"
     )
     args, words = parser.parse_known_args(argv)
-    what = training(args.training)
-    grid = read_grid(words or DEFAULT_WORDS.get(args.training, "").split(), what)
+    training = find_training(args.training)
+    grid = read_grid(words or DEFAULT_WORDS.get(args.training, "").split(), training)
     args.map = [name.upper() for name in args.map or ()]
-    if args.fresh is not None and not what.algorithm:
+    if args.fresh is not None and not training.algorithm:
         raise CommandLineError(f"--fresh: {args.training} cannot be scored in fresh games; leave it out")
     if args.search and (args.map or max(map(len, grid.values())) < 2):
         raise CommandLineError("--search needs a constant with two values or more, and no --map, which draws a grid")
     if missing := [name.lower() for name in args.map if name not in grid]:
         names = ", ".join(map(str.lower, grid))
         raise CommandLineError(f"--map {missing[0]}: is not searched; the grid has {names}")
-    return args, what, grid
+    return args, training, grid
 
 
 def say(line):
@@ -374,16 +380,16 @@ def say(line):
 
 def main(argv=()):
     need("optuna")
-    args, what, grid = read_command_line(argv)
+    args, training, grid = read_command_line(argv)
     out = Path(args.out or f"runs/sweep/{args.training}").resolve()
-    check_runs(what, out, grid)
+    check_runs(training, out, grid)
     out.mkdir(parents=True, exist_ok=True)
-    sweep = Sweep(what, out, grid, args.search)
+    sweep = Sweep(training, out, grid, args.search)
     say(f"{len(sweep.trials())} runs, {available_cores()} at a time, in {shown(out)}")
     sweep.run(args.prune)
     if rows := sweep.rows():
         for row in rows if args.fresh else ():
-            row |= fresh_scores(what, directory_of(out, {name: row[name] for name in grid}), args.fresh)
+            row |= fresh_scores(training, directory_of(out, {name: row[name] for name in grid}), args.fresh)
         print()
         show_table(rows)
         write_csv(out / "sweep.csv", rows)

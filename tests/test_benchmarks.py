@@ -40,7 +40,7 @@ from harness.options import CommandLineError
 from model import GPT
 from policies import load_policy
 from ppo import value_loss
-from sweep import read_grid, training
+from sweep import find_training, read_grid
 from train_ppo import CONSTANTS
 
 ROOT = Path(__file__).parent.parent
@@ -616,7 +616,7 @@ def test_the_pages_name_constants_and_margins_that_there_are():
     rows = re.findall(r"^\| [^|]+ \| `(--[a-z_]+ [^`|]+)` \| \d \|", page, re.M)
     assert len(rows) == 5
     for row in rows:
-        read_grid(row.split(), training("train_ppo"))
+        read_grid(row.split(), find_training("train_ppo"))
     page = (docs / "performance.md").read_text(encoding="utf-8")
     for margin in (VALUES_MARGIN, GRADIENT_MARGIN):
         assert f"{margin} times the error of float32" in page

@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence
 import load_model
 import train_ppo
 from breakout_ascii import BRICK_COLOURS
-from sweep import TRAININGS, training
+from sweep import TRAININGS, find_training
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -80,7 +80,7 @@ def test_files_and_options_on_the_pages_exist():
     ]
     scripts += [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "algorithms").rglob("*.py")]
     sources = "".join(script.read_text(encoding="utf-8") for script in scripts)
-    constants = {name for program in TRAININGS for name in training(program).constants}
+    constants = {name for program in TRAININGS for name in find_training(program).constants}
     folders = [ROOT / name for name in (".", "fast", "harness", "viewer", "algorithms", "algorithms/parts")]
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

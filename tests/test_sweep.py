@@ -15,7 +15,7 @@ import sweep
 from algorithms.parts.training import run_algorithm
 from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.options import CommandLineError
-from sweep import TRAININGS, combinations, directory_of, main, training
+from sweep import TRAININGS, combinations, directory_of, find_training, main
 
 ROOT = Path(__file__).parent.parent
 ONE = "reinforce_cartpole --num_steps 30 --episodes 2 --hidden 4 --seed 0".split()
@@ -239,7 +239,7 @@ def test_a_run_that_fails_is_tried_once(tmp_path, made_up, monkeypatch, capsys):
 
     monkeypatch.setattr(sweep, "start_program", start_or_fail)
     words = "reinforce_cartpole --min_lr 0 --lr 0.2 0.3 --seed 0".split() + ["--out", str(tmp_path)]
-    monkeypatch.setattr(sweep, "command_of", lambda what, d, values: ["--run_dir", d, "--lr", str(values["LR"])])
+    monkeypatch.setattr(sweep, "command_of", lambda training, d, values: ["--run_dir", d, "--lr", str(values["LR"])])
     with pytest.raises(CommandLineError, match="1 runs did not finish, see .*lr=0.2,seed=0.log; start again to go on"):
         main(words)
     assert made_up.count("fails") == 1 and [row["LR"] for row in table_of(tmp_path)] == ["0.3"]
@@ -261,8 +261,8 @@ def test_two_processes_share_a_sweep(tmp_path, made_up, monkeypatch):
         return start(command, env, **streams)
 
     monkeypatch.setattr(sweep, "start_program", start_together)
-    what, grid = training("reinforce_cartpole"), {"LR": [0.1, 0.2, 0.3], "SEED": [0, 1]}
-    sweeps = [sweep.Sweep(what, tmp_path, grid, None) for _ in range(2)]
+    training, grid = find_training("reinforce_cartpole"), {"LR": [0.1, 0.2, 0.3], "SEED": [0, 1]}
+    sweeps = [sweep.Sweep(training, tmp_path, grid, None) for _ in range(2)]
     with ThreadPoolExecutor() as pool:
         for future in [pool.submit(one.run, prune=False) for one in sweeps]:
             future.result(60)
@@ -271,11 +271,11 @@ def test_two_processes_share_a_sweep(tmp_path, made_up, monkeypatch):
 
 
 def test_what_another_process_has_left_is_taken_up(tmp_path, made_up):
-    """Not while it is at it: the lock is what tells."""
-    what, grid = training("reinforce_cartpole"), {"LR": [0.1]}
-    stopped = sweep.Sweep(what, tmp_path, grid, None)
+    """Not while the other still runs it, which the lock tells."""
+    training, grid = find_training("reinforce_cartpole"), {"LR": [0.1]}
+    stopped = sweep.Sweep(training, tmp_path, grid, None)
     run = stopped.take()
-    other = sweep.Sweep(what, tmp_path, grid, None)
+    other = sweep.Sweep(training, tmp_path, grid, None)
     assert other.take() is None and len(other.others()) == 1
     run.lock.release()
     other.run(prune=False)
@@ -403,9 +403,9 @@ def test_a_bare_sweep_of_the_language_model(monkeypatch):
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_every_training_can_be_searched(name):
-    what = training(name)
-    assert "SEED" in what.constants
-    assert what.program[-1].endswith((f"{name}.py", f"algorithms.{name}"))
+    training = find_training(name)
+    assert "SEED" in training.constants
+    assert training.program[-1].endswith((f"{name}.py", f"algorithms.{name}"))
 
 
 def test_on_the_command_line():
