@@ -351,14 +351,11 @@ def read_command_line(argv):
     parser = Parser("sweep.py", __doc__)
     parser.add_argument("training", choices=TRAININGS, metavar="TRAINING", help=", ".join(TRAININGS))
     parser.add_argument("--out", type=given_path, help="default runs/sweep/TRAINING")
-    parser.add_argument(
-        "--search", type=within("[1, inf)"), metavar="N", help="N settings by Optuna's TPE, not all combinations"
-    )
+    at_least_1 = within("[1, inf)")
+    parser.add_argument("--search", type=at_least_1, metavar="N", help="N settings by Optuna, not all combinations")
     parser.add_argument("--prune", action="store_true", help="stop runs that are worse than the median of the others")
     parser.add_argument("--map", nargs=2, metavar="CONSTANT", help="two constants for a heat map, sweep.png")
-    parser.add_argument(
-        "--fresh", type=within("[1, inf)"), metavar="GAMES", help="also score each best model in so many fresh games"
-    )
+    parser.add_argument("--fresh", type=at_least_1, metavar="GAMES", help="also score best models in so many new games")
     args, words = parser.parse_known_args(argv)
     training = find_training(args.training)
     grid = read_grid(words or DEFAULT_WORDS.get(args.training, "").split(), training)
