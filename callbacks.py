@@ -34,7 +34,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harness.background import Background, CannotStart
-from harness.checkpoint import BEST, LAST, SUFFIX, CheckpointError, save_checkpoint
+from harness.checkpoint import BEST, LAST, SUFFIX, CheckpointError, save_checkpoint, to_plain
 from harness.device import unavailable
 from harness.figures import learning_curve
 from harness.files import atomic_write
@@ -420,7 +420,7 @@ class Checkpoints(Callback):
 
     def on_training_start(self, trainer):
         if trainer.update_count == 0:
-            state = trainer.state_dict()
+            state = to_plain(trainer.state_dict())
             self.save(LAST, state)  # something to resume after a kill before the first checkpoint
             if self.keep_stages:
                 self.save(f"checkpoint_0{SUFFIX}", state)
@@ -433,7 +433,7 @@ class Checkpoints(Callback):
     def on_update_end(self, trainer):
         self.save_best()
         if trainer.update_count % self.save_freq == 0:
-            state = trainer.state_dict()
+            state = to_plain(trainer.state_dict())
             self.save(LAST, state)
             self.save(f"checkpoint_{trainer.update_count}{SUFFIX}", state)
             self.prune(trainer)
@@ -441,7 +441,7 @@ class Checkpoints(Callback):
     def on_training_end(self, trainer):
         """Raises CheckpointError if the result of the training cannot be saved."""
         self.save_best()
-        save_checkpoint(self.run_dir / LAST, trainer.state_dict())
+        save_checkpoint(self.run_dir / LAST, to_plain(trainer.state_dict()))
 
     def save_best(self):
         if self.unsaved_best and self.save(BEST, self.unsaved_best):  # if it fails, the next update tries again

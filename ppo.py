@@ -554,7 +554,7 @@ class PPO(Trainer):
     # The state that a resumed run needs
 
     def state_dict(self):
-        """Everything that `learn` needs to go on, in plain types and tensors on the CPU."""
+        """Everything that `learn` needs to go on. Refers to tensors that it goes on changing; `to_plain` copies them."""
         return self.training_state(
             optimizer=self.optimizer.state_dict(),
             generator=self.generator.get_state(),

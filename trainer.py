@@ -74,8 +74,12 @@ class Trainer:
         self.emit("on_training_end")
 
     def keep_snapshot(self):
-        """Keep a copy of the present state."""
-        self.snapshot = self.state_dict()
+        """Keep a copy of the present state. On the CPU it takes the memory of the copy before."""
+        state = self.state_dict()
+        pending = list(state.pop("evaluations"))  # these are copies already, which nobody changes
+        on_cpu = all(weights.device.type == "cpu" for weights in self.policy.parameters())
+        old = self.snapshot if on_cpu else None  # a GPU may fail while its tensors are copied
+        self.snapshot = to_plain(state, old) | {"evaluations": pending}
 
     def check_weights(self):
         """Raise FloatingPointError before anybody plays or saves weights that are not finite."""
@@ -111,20 +115,31 @@ class Trainer:
         """Stop between two updates; a training of several processes stops all of them here."""
         self.check_stop()
 
+    def counters(self):
+        return {"update_count": self.update_count, "global_step": self.global_step, "seconds": self.seconds}
+
     def policy_state(self):
         """A copy of what playing needs, on the CPU: weights, counters and metadata."""
-        counters = {"update_count": self.update_count, "global_step": self.global_step, "seconds": self.seconds}
-        return to_plain({**self.metadata, **counters, "model": self.policy.state_dict()})
+        return to_plain({**self.metadata, **self.counters(), "model": self.policy.state_dict()})
 
     def training_state(self, **more):
-        """A copy of what resuming any training needs, on the CPU, and of `more`."""
-        return self.policy_state() | to_plain({"evaluations": self.pending, "best_score": self.best_score, **more})
+        """What resuming any training needs, and `more`. Refers to tensors and arrays that the training goes on
+        changing.
+        """
+        return {
+            **self.metadata,
+            **self.counters(),
+            "model": self.policy.state_dict(),
+            "evaluations": self.pending,
+            "best_score": self.best_score,
+            **more,
+        }
 
     def check_state(self, state):
         """Raise ValueError, naming the place, unless `state`, from a file, is built as the state of this new trainer
         is.
         """
-        own = self.state_dict() | {"evaluations": (self.policy_state(),)}
+        own = to_plain(self.state_dict()) | {"evaluations": (self.policy_state(),)}
         del own["optimizer"]  # it has no state before its first step; `load_optimizer` checks it
         for name in self.metadata:  # of a file it is not used
             del own[name], own["evaluations"][0][name]

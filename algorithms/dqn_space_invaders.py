@@ -208,7 +208,7 @@ class DQN(Trainer):
         return loss.detach(), values.detach().mean()
 
     def state_dict(self):
-        """A copy of all that `learn` goes on from. Without KEEP_REPLAY games and memory start anew."""
+        """All that `learn` goes on from. Without KEEP_REPLAY, games and memory start anew."""
         state = {
             "frozen": self.frozen.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -635,6 +635,26 @@ def test_to_plain_takes_a_snapshot():
     assert plain["a"].tolist() == [0, 0]
 
 
+def test_to_plain_overwrites_an_older_copy_where_it_fits():
+    """Tensors and arrays of the same shape and type keep their memory; whatever else has changed gets new memory."""
+    old = to_plain({"x": torch.ones(2, 3), "y": np.ones(4), "z": [torch.ones(1), 1], "w": torch.ones(2), "v": 1})
+    kept = {name: old[name].data_ptr() for name in ("x", "y", "w")}
+    new = {
+        "x": torch.arange(6.0).view(3, 2).T,
+        "y": np.arange(4.0),
+        "z": [torch.zeros(1), 2, torch.zeros(2)],
+        "w": torch.zeros(2, dtype=torch.int64),
+        "v": None,
+    }
+    copy = to_plain(new, old)
+    assert same(copy, to_plain(new))
+    assert {name: copy[name].data_ptr() == pointer for name, pointer in kept.items()} == {
+        "x": True,
+        "y": True,
+        "w": False,
+    }
+
+
 def test_a_layout_in_memory_comes_back_contiguous(tmp_path):
     """safetensors knows no other."""
     x = torch.arange(6.0).reshape(2, 3).T

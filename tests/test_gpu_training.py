@@ -21,7 +21,7 @@ from fast.gpu_checks import check_games, check_prefixes, check_update, set_rare_
 from fast.gpu_games import TensorGames
 from fast.gpu_gpt import DeviceGPT
 from harness import supervise
-from harness.checkpoint import load_checkpoint
+from harness.checkpoint import load_checkpoint, to_plain
 from harness.device import GPUError
 from ppo import PPO
 
@@ -45,7 +45,7 @@ def checks_of_one_update(ppo):
 
 def update(ppo):
     """-> the state before it"""
-    before = ppo.state_dict()
+    before = to_plain(ppo.state_dict())
     ppo.collect()
     ppo.update()
     return before
