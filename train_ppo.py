@@ -37,11 +37,11 @@ LAMBD = 0.8  # [0.0, 1.0] lambda of GAE at the start: 0 trusts the critic alone,
 LAMBD_END = 0.98  # [0.0, 1.0] lambda rises evenly to this: a bounce hits the brick it aims at some thirty steps later
 LAMBD_STEPS = 4_000_000  # [1, inf) environment steps until lambda reaches LAMBD_END, whatever NUM_STEPS is
 EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
-VALUE_LOSS_COEF = 0.5  # [0.0, inf) of half the squared error; Stable-Baselines3's vf_coef weighs the whole error
-VALUE_CLIP = 0.0  # [0.0, inf) largest change of a value that counts, in units of the scaled return; off if 0.0
+VALUE_LOSS_COEF = 0.5  # [0.0, inf) weight of half the squared error; Stable-Baselines3's vf_coef weighs the whole error
+VALUE_CLIP = 0.0  # [0.0, inf) most that a value may change in an update, in units of the scaled return; off if 0.0
 ENTROPY_COEF = 0.01  # [0.0, inf) weight of the entropy bonus
 MOVE_COEF = 0.04  # [0.0, inf) cost of moving, in standard deviations of the advantage; off if 0.0
-REWARD_SCALE = 0.1  # (0.0, inf) a brick is worth 10 points in the game and 1 in training
+REWARD_SCALE = 0.1  # (0.0, inf) multiplies rewards: a brick is worth 10 points in the game and 1 in training
 # optimizer (Adam)
 LR = 2e-3  # (0.0, 1.0] learning rate of the first update
 MIN_LR = 5e-5  # [0.0, 1.0] learning rate at the end of half a cosine; no schedule if equal to LR

@@ -58,7 +58,7 @@ from trainer import check_finite
 INPUT_DIM = 10  # [1, 4096] numbers in a state
 OUTPUT_DIM = 2  # [2, 4096] actions to choose from, at most INPUT_DIM
 HIDDEN_DIM = 256  # [1, 65536] units in the hidden layer of each of the two networks
-LEARNING_RATE = 1e-4  # (0.0, 1.0] of Adam, for both networks
+LEARNING_RATE = 1e-4  # (0.0, 1.0] learning rate of Adam, for both networks
 BATCH_SIZE = 32  # [2, inf) states in a gradient step
 NUM_EPOCHS = 100  # [1, inf) epochs of 200 gradient steps each
 SEED = 42  # [0, 2_147_483_647] for the weights, the reward model and the states

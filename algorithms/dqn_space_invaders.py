@@ -41,7 +41,7 @@ UPDATE_STEPS = 3_000  # [1, inf) steps between two rows of metrics.csv, which co
 # memory
 REPLAY_SIZE = 100_000  # [1, 1_000_000_000] transitions in the replay memory, 7 KB each
 MEMORY_FACTOR = 1.0  # (0.0, 1000.0] scales REPLAY_SIZE
-BURN_IN = 10_000  # [1, inf) steps before learning starts, not counted; after a resume too, unless KEEP_REPLAY
+BURN_IN = 10_000  # [1, inf) steps before learning starts, not in NUM_STEPS; again after a resume unless KEEP_REPLAY
 KEEP_REPLAY: bool = False  # save the memory too, for exact resumes: 700 MB a checkpoint, three times that in RAM
 # learning
 LR = 2.5e-4  # (0.0, 1.0] learning rate of Adam
@@ -51,7 +51,7 @@ LEARN_EVERY = 3  # [1, inf) steps between two learning steps
 SYNC_EVERY = 1_000  # [1, inf) learning steps until the target network is renewed
 EPSILON = 1.0  # [0.0, 1.0] share of random actions at the start
 EPSILON_END = 0.1  # [0.0, 1.0] share of random actions in the end
-EPSILON_DECAY = 0.99998  # [0.0, 1.0] per step: 115,000 reach the end; the original's 0.99999975 takes 9.2 million
+EPSILON_DECAY = 0.99998  # [0.0, 1.0] factor per step: 115,000 to the end; with the original's 0.99999975 9.2 million
 BF16: bool = True  # compute all but the last layer in bfloat16, where the processor supports it
 # run
 SEED = 0  # [0, 2_147_483_647] for the initial weights, the games, the actions and the replay

@@ -61,13 +61,13 @@ NUM_SAMPLES = 8  # [2, 4096] answers to each prompt, which are compared with eac
 PROMPTS_PER_STEP = 1  # [1, 4096] prompts in each step
 MAX_NEW_TOKENS = 64  # [1, 65536] tokens after which an answer is cut off
 TEMPERATURE = 1.0  # [0.01, 100.0] divides the logits when answers are drawn
-TOP_P = 1.0  # [0.01, 1.0] only the likeliest tokens that together have this probability are drawn; below 1.0 see above
+TOP_P = 1.0  # [0.01, 1.0] draw only from the likeliest tokens that together have this probability; see the docstring
 # GRPO
-NUM_STEPS = 50  # [1, inf) times that answers are drawn and learned from
+NUM_STEPS = 50  # [1, inf) rounds of drawing answers and learning from them
 EPOCHS = 1  # [1, inf) gradient steps on each batch of answers; clipping matters only with more than one
 EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
 NORMALIZE: bool = True  # divide advantages by the standard deviation of their group; false: only subtract the mean
-KL_COEF = 0.05  # [0.0, inf) weight of the KL divergence from the first model, which keeps answers sensible; off if 0.0
+KL_COEF = 0.05  # [0.0, inf) weight of the KL divergence from the initial model, which keeps answers sensible; off if 0
 # optimizer (Adam)
 LR = 1e-5  # (0.0, 1.0] learning rate
 MAX_GRAD_NORM = 1.0  # (0.0, inf) gradients with a larger norm are scaled down to it

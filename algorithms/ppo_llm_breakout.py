@@ -76,7 +76,7 @@ LAMBD = 0.7  # [0.0, 1.0] lambda of GAE: 0 trusts the critic alone, 1 the return
 EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
 VALUE_LOSS_COEF = 0.5  # [0.0, inf) weight of half the squared error of the value
 ENTROPY_COEF = 0.0  # [0.0, inf) weight of the entropy bonus; the KL penalty below does its work
-REWARD_SCALE = 0.2  # (0.0, inf) small values, so that their errors do not drown the policy's gradient in shared weights
+REWARD_SCALE = 0.2  # (0.0, inf) keeps values small: their errors must not drown the policy's gradient in shared weights
 # distance from the start
 KL_COEF = 0.01  # [0.0, inf) initial weight of the KL divergence from the untrained model; 0.0 saves a forward pass
 KL_TARGET = 0.8  # (0.0, inf) nats: the weight rises while the divergence is above this, and falls while it is below

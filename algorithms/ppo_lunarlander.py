@@ -36,7 +36,7 @@ LAMBD = 0.98  # [0.0, 1.0] lambda of GAE: 0 trusts the critic alone, 1 the retur
 EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
 VALUE_LOSS_COEF = 0.5  # [0.0, inf) weight of half the squared error of the value
 ENTROPY_COEF = 0.01  # [0.0, inf) weight of the entropy bonus
-REWARD_SCALE = 0.02  # (0.0, inf) a landing is worth some 250 points in the game and 5 in training
+REWARD_SCALE = 0.02  # (0.0, inf) multiplies rewards: a landing is worth some 250 points in the game and 5 in training
 # optimizer (Adam)
 LR = 1e-3  # (0.0, 1.0] learning rate of the first update
 MIN_LR = 1e-5  # [0.0, 1.0] learning rate at the end of half a cosine
