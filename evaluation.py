@@ -1,9 +1,10 @@
-"""How well a policy plays.
+"""Measures how well a policy plays.
 
-Only the direction of the serves is random, so a greedy policy plays at most 2^5 = 32 different games. `exact` plays them all. But
-each starts with one of two serves, so one changed action can change 16 scores at once; `returned` varies less.
+Only the direction of the serves is random, so a greedy policy plays at most 2^5 = 32 different games, and `exact` plays
+them all. However, each of them starts with one of two serves, so one changed action can change 16 scores at once;
+`returned` varies less.
 
-A player is a function of pages: (n, 1944) uint8 tokens -> (n,) actions.
+A player is a function that takes pages, (n, 1944) uint8 tokens, and returns actions (n,).
 """
 
 import itertools
@@ -30,36 +31,39 @@ from breakout_ascii import (
     standard_serves,
 )
 
-SERVES = np.array(list(itertools.product((-1, 1), repeat=LIVES)))  # (32, 5) dx
-RANDOM_SCORE = 82  # of random play: 81.6 with a standard error of 0.5 in 12,000 games
-CLEARED_SCORE = 960  # every brick; `tracker` gets it too
-METRICS = ("score", "min", "max", "cleared", "length", "returned")  # of an evaluation; "games" is always 32
+SERVES = np.array(list(itertools.product((-1, 1), repeat=LIVES)))  # (32, 5), the dx of the serves
+RANDOM_SCORE = 82  # random play: 81.6 with a standard error of 0.5 in 12,000 games
+CLEARED_SCORE = 960  # every brick; `tracker` reaches it
+METRICS = ("score", "min", "max", "cleared", "length", "returned")  # what varies in an evaluation; "games" is always 32
 GAMES_AT_ONCE = 1024
 
 
 class Results(NamedTuple):
-    """Of n games, each (n,) int."""
+    """The results of n games; each array is (n,) int."""
 
     scores: np.ndarray
-    bricks: np.ndarray  # left; 0: the wall is cleared
-    lives: np.ndarray  # left; 0: the game is lost
+    bricks: np.ndarray  # bricks left; 0: the wall is cleared
+    lives: np.ndarray  # lives left; 0: the game is lost
     lengths: np.ndarray  # in steps
 
 
 def evaluate(policy):
-    """Greedy play -> what `summary` says of all 32 games, and "returned"."""
+    """Let a policy play greedily. Returns the `summary` of all 32 games, and "returned"."""
     return {**exact(policy), "returned": returned(policy)}
 
 
 def exact(policy, max_episode_steps=MAX_EPISODE_STEPS):
-    """All 32 games of greedy play -> what `summary` says of them."""
+    """Play all 32 games of greedy play, and return their `summary`."""
     bricks = np.ones((len(SERVES), BRICK_ROWS, BRICK_COLUMNS), bool)
     return summary(play_games(greedy(policy), standard_serves(SERVES), bricks, max_episode_steps, deterministic=True))
 
 
 def sampled(policy, num_games, seed):
-    """num_games standard games, actions sampled from the policy, GAMES_AT_ONCE at a time -> what `summary` says of them, and "error"."""
-    player, rng, parts = sampling(policy, seed), np.random.default_rng(seed), []
+    """Play standard games with actions sampled from the policy. Returns their `summary`, and the score's standard
+    "error"."""
+    player = sampling(policy, seed)
+    rng = np.random.default_rng(seed)
+    parts = []
     for first in range(0, num_games, GAMES_AT_ONCE):
         numbers = draw_numbers(rng, min(GAMES_AT_ONCE, num_games - first))
         parts.append(play_games(player, *new_games(numbers)))
@@ -68,12 +72,13 @@ def sampled(policy, num_games, seed):
 
 
 def standard_error(scores):
-    """The standard error of the mean of independent scores, estimated from them; 0 for a single one, which says nothing of it."""
+    """Return the standard error of the mean of independent scores, or 0 for a single score, which does not show it."""
     return float(np.std(scores) / max(len(scores) - 1, 1) ** 0.5)
 
 
 def summary(results):
-    """`Results` -> mean, lowest and highest score, how many of how many games are cleared, and the mean length of all in steps."""
+    """Return mean, lowest and highest score, how many of how many games cleared the wall, and the mean length in
+    steps."""
     return {
         "score": float(results.scores.mean()),
         "min": int(results.scores.min()),
@@ -85,8 +90,10 @@ def summary(results):
 
 
 def returned(policy, starts=256, steps=300):
-    """The share of falling balls that the paddle returns, 0..1, in games from random starts, the same ones each time."""
-    player, env = greedy(policy), BreakoutAsciiVec(starts, varied_starts=1.0)
+    """Return the share of falling balls that the paddle returns, 0..1, in games from varied starts, always the same
+    ones."""
+    player = greedy(policy)
+    env = BreakoutAsciiVec(starts, varied_starts=1.0)
     obs, _ = env.reset(seed=0)
     hits = misses = 0
     for _ in range(steps):
@@ -95,15 +102,17 @@ def returned(policy, starts=256, steps=300):
         lost = infos["life_lost"].copy()
         if terminated.any():
             lost[terminated] = infos["final_info"]["bricks"][terminated] > 0
+        returned_now = falling & ~lost & ~terminated & (env.games.dy == -1) & (env.games.ball_y == SERVE_ROW)
         misses += int(lost.sum())
-        hits += int((falling & ~lost & ~terminated & (env.games.dy == -1) & (env.games.ball_y == SERVE_ROW)).sum())
+        hits += int(returned_now.sum())
     return hits / max(hits + misses, 1)
 
 
 # Players
 
 
-def check_finite(logits):
+def check_logits(logits):
+    """Raise FloatingPointError for logits from which no action can be chosen."""
     if not logits.isfinite().all():
         raise FloatingPointError(
             "the logits are not finite, so the weights are far too large; take an earlier checkpoint"
@@ -111,7 +120,10 @@ def check_finite(logits):
 
 
 def greedy(policy):
-    """The player that takes the most probable action. Games that share their beginning show the same page: it is read once."""
+    """Return the player that takes the most probable action.
+
+    Games that share their beginning show the same pages; each distinct page is read once.
+    """
     act = policy.inference_cache()
 
     def player(tokens):
@@ -119,26 +131,27 @@ def greedy(policy):
         which = [distinct.setdefault(page.tobytes(), len(distinct)) for page in tokens]
         pages = np.frombuffer(b"".join(distinct), np.uint8).reshape(-1, TOKENS)
         logits, _ = act(policy.encode(pages.copy()))
-        check_finite(logits)
+        check_logits(logits)
         return logits.argmax(-1).cpu().numpy()[which]
 
     return player
 
 
 def sampling(policy, seed):
-    """The player that samples its actions from the policy."""
-    act, generator = policy.inference_cache(), torch.Generator().manual_seed(seed)
+    """Return the player that samples its actions from the policy."""
+    act = policy.inference_cache()
+    generator = torch.Generator().manual_seed(seed)
 
     def player(tokens):
         logits, _ = act(policy.encode(tokens))
-        check_finite(logits)
+        check_logits(logits)
         return torch.multinomial(logits.cpu().softmax(-1), 1, generator=generator).squeeze(1).numpy()
 
     return player
 
 
 def tracker(tokens):
-    """The player that moves if the ball is more than one column from the paddle's centre."""
+    """Play by moving whenever the ball is more than one column from the paddle's centre; this is a player itself."""
     pages = tokens.reshape(-1, ROWS, COLUMNS)
     ball = (pages == ord("O")).any(1).argmax(1)
     centre = (pages[:, PADDLE_ROW] == ord("=")).argmax(1) + len(PADDLE) // 2
@@ -149,21 +162,30 @@ def tracker(tokens):
 
 
 def play_games(player, serves, bricks, max_steps=MAX_EPISODE_STEPS, *, sticky=0.0, seed=0, deterministic=False):
-    """Every game once, to its end -> `Results`. serves (n, 5, 3), bricks (n, 7, 13) bool.
+    """Play n games to their ends.
 
-    sticky: probability, drawn by seed, that a game repeats its previous action (the first one: stay).
-    deterministic: the player always answers a page alike, and nothing is sticky. Then a game that is in a state once more is
-        caught in a cycle; it keeps its score until truncation, which need not be played.
+    Args:
+        serves, bricks: (n, 5, 3) and (n, 7, 13) bool, as `Games.reset` takes them.
+        sticky: the probability that a game repeats its previous action, which is "stay" at first.
+        seed: of the random numbers for this.
+        deterministic: the player always answers a page in the same way, and nothing is sticky. A game that comes back
+            to an earlier state is then caught in a cycle: it keeps its score until truncation, which need not be
+            played.
+
+    Returns:
+        `Results`
     """
-    n, rng, seen = len(serves), np.random.default_rng(seed), set()
+    n = len(serves)
+    rng = np.random.default_rng(seed)
+    seen = set()
     games = Games(n)
     games.reset(np.ones(n, bool), serves, bricks)
-    playing, actions = np.ones(n, bool), np.zeros(n, int)
+    playing = np.ones(n, bool)
+    actions = np.zeros(n, int)
     results = Results(*np.zeros((4, n), int))
     for step in range(1, max_steps + 1):
-        repeated = (
-            rng.random(n) < sticky
-        )  # drawn for all n, so that no game's numbers depend on which others still go on
+        # Drawn for all n games, so that no game's numbers depend on which others are still going on.
+        repeated = rng.random(n) < sticky
         chosen = player(games.pages.reshape(n, TOKENS)[playing])
         actions[playing] = np.where(repeated[playing], actions[playing], chosen)
         _, terminated, _ = games.step(actions)
@@ -180,7 +202,7 @@ def play_games(player, serves, bricks, max_steps=MAX_EPISODE_STEPS, *, sticky=0.
 
 
 def in_a_state_again(games, seen):
-    """-> (n,) bool: which games are in a state that they were in before; `seen` remembers the states."""
+    """Return which games are in a state in which they were before, (n,) bool. seen: the set of states, which grows."""
     motion = np.column_stack([games.dx + 1, games.dy + 1, games.lives + 1]).astype(np.uint8)
     states = [hash((i, x.tobytes(), page.tobytes())) for i, (x, page) in enumerate(zip(motion, games.pages))]
     again = np.array([state in seen for state in states])

@@ -1,12 +1,13 @@
 """A GPT that reads a page of text and answers from its last position.
 
-The blocks are nanoGPT's: pre-LayerNorm, causal self-attention, GELU MLP. Four things differ. Only the last position is read.
-Heads for the policy, the value and a prediction take the place of one for the next token. A position is a row plus a column, so
-what is learned about a column holds in every row. And the weights start large enough for attention to find one character
-among 1944.
+The blocks are nanoGPT's: pre-LayerNorm, causal self-attention, GELU MLP. Four things differ. Only the last position is
+read. Heads for the policy, the value and a prediction take the place of one for the next token. A position is a row
+plus a column, so what is learned about a column holds in every row. And the weights start large enough for attention to
+find one character among 1944.
 
-Left out: dropout, biases inside the blocks, weight tying, generation of text. This is the whole model and it is slow: every
-token goes through every block. fast/ computes the same but for rounding: one layer thousands of times faster, six about twice.
+Left out: dropout, biases inside the blocks, weight tying, generation of text. This is the whole model, and it is slow:
+every token goes through every block. Up to rounding, fast/ computes the same: one layer thousands of times faster, six
+layers about twice.
 """
 
 import math
@@ -19,13 +20,13 @@ import torch.nn.functional as F
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS
 
 UNKNOWN = len(CHARACTERS)
-CHARACTER_OF = torch.full((256,), UNKNOWN, dtype=torch.uint8)  # token, an ASCII code -> its place in CHARACTERS
+CHARACTER_OF = torch.full((256,), UNKNOWN, dtype=torch.uint8)  # for each token, an ASCII code, its index in CHARACTERS
 CHARACTER_OF[list(CHARACTERS.encode())] = torch.arange(len(CHARACTERS), dtype=torch.uint8)
 
 
 @dataclass
 class GPTConfig:
-    """Raises ValueError for sizes that are no integers, or that do not fit together."""
+    """The sizes of a GPT. Raises ValueError if they are not integers, or do not fit together."""
 
     n_layer: int = 1
     n_head: int = 16
@@ -36,16 +37,16 @@ class GPTConfig:
     def __post_init__(self):
         if any(type(size) is not int or size < 1 for size in vars(self).values()):
             raise ValueError(f"layers, heads, embedding, expansion and actions must be integers and at least 1: {self}")
+        # Rows and columns have half of the dimensions each, and sinusoids() splits a half into sines and cosines.
         if self.n_embd % self.n_head or self.n_embd % 4:
-            # sinusoids() splits rows' and columns' halves into sines and cosines
-            raise ValueError(
-                f"n_embd must be a multiple of n_head and of 4; n_embd {self.n_embd}, n_head {self.n_head}"
-            )
+            sizes = f"n_embd {self.n_embd}, n_head {self.n_head}"
+            raise ValueError(f"n_embd must be a multiple of n_head and of 4; {sizes}")
 
     @property
     def num_parameters(self):
-        """Of a GPT of these sizes, without building it."""
-        C, outputs = self.n_embd, self.n_action + 1 + ROWS + COLUMNS
+        """The number of parameters of a GPT of these sizes, without building it."""
+        C = self.n_embd
+        outputs = self.n_action + 1 + ROWS + COLUMNS
         block = 2 * C + 4 * C * C + 2 * self.mlp_expansion * C * C  # LayerNorms, attention, MLP
         return (len(CHARACTERS) + ROWS + COLUMNS) * C + self.n_layer * block + C + (C + 1) * outputs
 
@@ -59,9 +60,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.size()
-        q, k, v = (
-            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # (B, nh, T, hs) each
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Pages of text in, action logits and values out: `logits, values = gpt(tokens)`."""
+    """Reads pages of text and returns action logits and values: `logits, values = gpt(tokens)`."""
 
     group_size = 1  # how many pages that begin alike should stay together in a minibatch
 
@@ -111,12 +111,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Large enough to see: with nanoGPT's std of 0.02 attention is uniform, and the ball has a weight of 1 in 1944."""
+        """Initialise the weights large enough to see. With nanoGPT's std of 0.02 attention would be uniform, and
+        give the ball a weight of 1 in 1944."""
         C = self.config.n_embd
         nn.init.normal_(self.wte.weight)
         self.wre.weight.copy_(sinusoids(ROWS, C))
         self.wce.weight.copy_(sinusoids(COLUMNS, C).roll(C // 2, dims=1))  # the other half of the dimensions
-        for block in self.blocks:  # two characters' scores differ by some ten nats; values keep their variance
+        for block in self.blocks:
+            # The attention scores of two characters differ by about ten nats; values keep their variance.
             nn.init.normal_(block.attn.c_attn.weight[: 2 * C], std=3 / math.sqrt(C))
             for weight in (
                 block.attn.c_attn.weight[2 * C :],
@@ -130,13 +132,14 @@ class GPT(nn.Module):
             nn.init.zeros_(head.bias)
 
     def forward(self, tokens):
-        """(B, 1944) uint8 tokens, ASCII codes -> action logits (B, A), values (B,), float32. Raises ValueError as `encode`."""
+        """Return action logits (B, A) and values (B,), float32, for tokens (B, 1944) uint8. Raises ValueError like
+        `encode`."""
         return self.heads(self.features(self.encode(tokens)))
 
     def encode(self, tokens):
-        """(B, 1944) uint8 tokens, a tensor or an array -> their characters, 0..6, (B, 1944) uint8.
+        """Return the characters (B, 1944) uint8, 0..6, of tokens (B, 1944) uint8, ASCII codes in a tensor or an array.
 
-        Raises ValueError for another shape or dtype, and for a token that is no character of a page.
+        Raises ValueError for another shape or dtype, and for a token that is not in the character set.
         """
         check_pages(tokens)
         tokens = torch.as_tensor(tokens, device=self.device)
@@ -144,29 +147,28 @@ class GPT(nn.Module):
         if (unknown := characters == UNKNOWN).any():
             page, place = unknown.nonzero()[0].tolist()
             code = int(tokens[page, place])
-            raise ValueError(
-                f"token {code} ({chr(code)!r}) of page {page}, position {place}, is not in the character set {CHARACTERS!r}"
-            )
+            where = f"of page {page}, position {place},"
+            raise ValueError(f"token {code} ({chr(code)!r}) {where} is not in the character set {CHARACTERS!r}")
         return characters
 
     def features(self, characters):
-        """(B, 1944) characters -> (B, C), the last position after the final LayerNorm."""
+        """Return the last position after the final LayerNorm, (B, C), for characters (B, 1944)."""
         return self.ln_f(self.hidden(characters)[:, -1])
 
     def hidden(self, characters):
-        """(B, 1944) characters -> (B, T, C), every position after the last block."""
+        """Return every position after the last block, (B, T, C), for characters (B, 1944)."""
         x = self.embed(characters)
         for block in self.blocks:
             x = block(x)
         return x
 
     def embed(self, characters):
-        """(B, 1944) characters -> (B, T, C), every position before the first block."""
+        """Return every position before the first block, (B, T, C), for characters (B, 1944)."""
         position = torch.arange(TOKENS, device=self.device)
         return self.wte(characters.int()) + self.wre(position // COLUMNS) + self.wce(position % COLUMNS)
 
     def heads(self, features):
-        """(B, C) -> action logits (B, A) and values (B,)."""
+        """Return action logits (B, A) and values (B,) for features (B, C)."""
         return self.policy_head(features), self.value_head(features).squeeze(-1)
 
     def prepare_minibatches(self, characters):
@@ -174,7 +176,8 @@ class GPT(nn.Module):
         return characters
 
     def inference_cache(self):
-        """-> a function from encoded pages to logits and values, without gradients, valid until the weights change."""
+        """Return a function from encoded pages to logits and values, without gradients, valid until the weights
+        change."""
 
         @torch.no_grad()
         def act(characters):
@@ -183,7 +186,8 @@ class GPT(nn.Module):
         return act
 
     def changes(self, tokens, next_tokens):
-        """Two batches of pages (B, 1944) -> (B, 24 + 81) bool, what change_head learns: the rows and columns that differ."""
+        """Return which rows and columns of pages (B, 1944) differ from the next pages, (B, 24 + 81) bool, for
+        change_head."""
         changed = (tokens != next_tokens).unflatten(1, (ROWS, COLUMNS))
         return torch.cat([changed.any(2), changed.any(1)], dim=1)
 
@@ -193,20 +197,18 @@ class GPT(nn.Module):
 
 
 def check_pages(tokens):
-    """Raises ValueError unless tokens, a tensor or an array, are (B, 1944) uint8 with B at least 1."""
-    if (
-        tokens.ndim != 2
-        or tokens.shape[1] != TOKENS
-        or len(tokens) == 0
-        or str(tokens.dtype).removeprefix("torch.") != "uint8"
-    ):
-        raise ValueError(
-            f"pages must be (B, {TOKENS}) uint8 tokens, B at least 1, not {tuple(tokens.shape)} {tokens.dtype}"
-        )
+    """Raise ValueError unless tokens, a tensor or an array, are (B, 1944) uint8 with B at least 1."""
+    right_shape = tokens.ndim == 2 and tokens.shape[1] == TOKENS and len(tokens) > 0
+    if not right_shape or str(tokens.dtype).removeprefix("torch.") != "uint8":
+        got = f"{tuple(tokens.shape)} {tokens.dtype}"
+        raise ValueError(f"pages must be (B, {TOKENS}) uint8 tokens, B at least 1, not {got}")
 
 
 def sinusoids(n, C):
-    """(n, C): sines and cosines of wavelengths from 2 pi to 4 n, spaced geometrically, in the first half of the dimensions."""
+    """Return sines and cosines for n positions in the first half of C dimensions, (n, C).
+
+    Their wavelengths go from 2 pi to 4 n in geometric steps.
+    """
     rates = torch.logspace(0, math.log10(2 * math.pi / (4 * n)), C // 4)
     angles = torch.arange(n).unsqueeze(1) * rates
     return torch.cat([angles.sin(), angles.cos(), torch.zeros(n, C // 2)], dim=1)

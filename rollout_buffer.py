@@ -1,7 +1,7 @@
-"""What a rollout leaves behind: storage (S, N), generalised advantage estimation, minibatches.
+"""Stores a rollout of S steps of N environments, computes its advantages, and cuts it into minibatches.
 
-S steps of N environments. The tensors keep their addresses from rollout to rollout, and the position to be filled next is a
-tensor too, so that a CUDA graph can fill the buffer and read minibatches from it.
+The tensors keep their addresses from rollout to rollout, and the position to be filled next is a tensor too, so that a
+CUDA graph can fill the buffer and read minibatches from it.
 """
 
 from typing import NamedTuple
@@ -11,14 +11,18 @@ import torch
 
 
 def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lambd):
-    """Generalised advantage estimation (Schulman et al. 2016, equations 11 and 16).
+    """Compute advantages and returns by generalised advantage estimation (Schulman et al. 2016, equations 11 and 16).
 
-    rewards, values        (S, N) float
-    next_values            (S, N) float: the value of what follows each step; after a truncation, of the final observation
-    terminated, truncated  (S, N) bool
+    Nothing follows a terminated step. Something follows a truncated step, and next_values has its value, but the next
+    row belongs to another episode; so the sum ends at both. A step that is both counts as terminated.
 
-    Returns advantages and returns, (S, N). A terminated step has nothing after it. A truncated one does, and its next value
-    says what; but the next row belongs to another episode, so the sum ends at both. A step that is both is terminated.
+    Args:
+        rewards, values: (S, N) float.
+        next_values: (S, N) float, the value of the observation after each step; after a truncation, of the final one.
+        terminated, truncated: (S, N) bool.
+
+    Returns:
+        advantages and returns, (S, N) float.
     """
     deltas = rewards + gamma * next_values * ~terminated - values
     carry = gamma * lambd * (~(terminated | truncated)).to(rewards.dtype)
@@ -31,15 +35,20 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lamb
 
 
 def paired_baseline(advantages, in_sync):
-    """Subtracts from each advantage a share of its partner's -> advantages (S, N), that share.
+    """Subtract from each advantage a share of its partner's advantage, as a control variate (Glynn & Szechtman 2002).
 
-    advantages (S, N): environments i and N / 2 + i started the rollout in the same state and went on independently.
-    in_sync (S, N / 2) bool: true while the two are still in much the same state; where it is false nothing is subtracted.
+    The partner's advantage does not depend on this environment's action, so with a fixed share the expected policy
+    gradient is unchanged, but both contain the same error of the critic. The share that leaves the least mean square is
+    the (uncentred) correlation of the pairs, each taken in both orders. It is estimated on this rollout, which adds a
+    small bias, and is at least 0.
 
-    A control variate (Glynn & Szechtman 2002): the partner's advantage does not depend on this environment's action, so with a
-    fixed share the expected policy gradient is unchanged, but both contain the same error of the critic. The share that leaves
-    the least mean square is the (uncentred) correlation of the pairs, each taken in both orders. It is estimated on this rollout,
-    which adds a small bias, and held at 0 or more.
+    Args:
+        advantages: (S, N); environments i and N / 2 + i started the rollout in the same state and went on
+            independently.
+        in_sync: (S, N / 2) bool, true while the two are still in much the same state; elsewhere nothing is subtracted.
+
+    Returns:
+        the new advantages (S, N), and the share.
     """
     a, b = advantages.chunk(2, dim=1)
     a, b = a * in_sync, b * in_sync
@@ -48,10 +57,11 @@ def paired_baseline(advantages, in_sync):
 
 
 def random_order(obs, group_size, generator):
-    """Encoded observations (n, ...) -> a random order of them, (n,) int64 on the CPU.
+    """Return a random order of encoded observations (n, ...), (n,) int64 on the CPU.
 
-    With group_size > 1, for obs (n, K): sorted lexicographically, cut into groups of that size, and the groups in random order.
-    Neighbours in the order then begin alike and can share work, yet a minibatch still comes from all over the rollout.
+    With group_size > 1, observations (n, K) are sorted lexicographically and cut into groups of that size, and the
+    order of the groups is random. Neighbours then begin alike and can share work, yet a minibatch comes from all over
+    the rollout.
     """
     n = len(obs)
     if group_size == 1:
@@ -63,45 +73,45 @@ def random_order(obs, group_size, generator):
 
 
 class Minibatch(NamedTuple):
-    """M samples; or all samples of a rollout; or K minibatches, with a leading axis K."""
+    """M samples; also used for all samples of a rollout, and for K minibatches with a leading axis K."""
 
-    obs: torch.Tensor  # (M, ...) as the policy encoded them, or what it made of a minibatch of these
+    obs: torch.Tensor  # (M, ...) as the policy encoded them, or as its `prepare_minibatches` returned them
     actions: torch.Tensor  # (M,) int64
     old_logprobs: torch.Tensor  # (M,) float32, like the next three
     old_values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
-    changes: (
-        torch.Tensor
-    )  # (M, P) bool, which of P parts of the next observation change; (M, 0) if that is not predicted
+    changes: torch.Tensor  # (M, P) bool, which of P parts of the next observation change; (M, 0) if not predicted
     has_next: torch.Tensor  # (M,) bool: the next observation belongs to the same episode
 
 
 class RolloutBuffer:
-    """Filled by S calls of `add`, closed by `finish`; `shuffle` cuts it into minibatches, `next_minibatch` reads them."""
+    """Holds one rollout: S calls of `add` fill it, `finish` computes the advantages, `shuffle` cuts it into
+    minibatches, and `next_minibatch` reads them."""
 
     def __init__(self, rollout_steps, num_envs, device="cpu"):
         self.rollout_steps, self.num_envs = rollout_steps, num_envs
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the step to be added next
         self.minibatch_position = torch.zeros(1, dtype=torch.int64, device=device)  # of the minibatch to be read next
-        self.fields = {}  # name: (S, N, ...)
+        self.fields = {}  # {name: tensor (S, N, ...)}
         self.samples = None  # `Minibatch` of all S * N, once finished
         self.minibatches = None  # `Minibatch` of K minibatches, once shuffled
         self.pair_correlation = torch.tensor(0.0)
 
     def clear(self):
+        """Make room for the next rollout."""
         self.position.zero_()
         self.samples = None
 
     def add(self, **step):
-        """One step of N environments, tensors (N, ...), the same names in every step:
+        """Add one step of N environments: tensors (N, ...), with the same names in every step.
 
         obs, actions, logprobs, values, has_next  as in `Minibatch`
         rewards                                   in the environment's own units
-        terminated, truncated                     as `compute_gae` wants them
+        terminated, truncated                     as in `compute_gae`
         final_values                              the values of the final observations, read only where truncated
-        changes                                   if the next observation is to be predicted
-        in_sync                                   (N / 2,) as `paired_baseline` wants it, if environments are paired
+        changes                                   only if the next observation is to be predicted
+        in_sync                                   (N / 2,) as in `paired_baseline`, only if environments are paired
 
         Raises IndexError if the buffer is full (on CUDA an assertion of the device).
         """
@@ -112,17 +122,22 @@ class RolloutBuffer:
         self.position += 1
 
     def finish(self, last_values, gamma, lambd, reward_scale=1.0):
-        """Advantages and returns. last_values (N,): the values of the observations that follow. Raises RuntimeError before S steps
-        are in."""
-        if int(self.position) != self.rollout_steps:
-            raise RuntimeError(
-                f"the rollout buffer holds {int(self.position)} of {self.rollout_steps} steps; add the rest first"
-            )
+        """Compute the advantages and returns of the rollout, which makes `samples`.
+
+        Args:
+            last_values: (N,), the values of the observations after the last step.
+            reward_scale: factor for the rewards.
+
+        Raises:
+            RuntimeError: there are fewer than S steps.
+        """
+        filled = int(self.position)
+        if filled != self.rollout_steps:
+            raise RuntimeError(f"the rollout buffer holds {filled} of {self.rollout_steps} steps; add the rest first")
         f = self.fields
         rewards = (f["rewards"].double() * reward_scale).float()
-        next_values = torch.where(
-            f["truncated"], f["final_values"], torch.cat([f["values"][1:], last_values.unsqueeze(0)])
-        )
+        following_values = torch.cat([f["values"][1:], last_values.unsqueeze(0)])
+        next_values = torch.where(f["truncated"], f["final_values"], following_values)
         advantages, returns = compute_gae(
             rewards, f["values"], next_values, f["terminated"], f["truncated"], gamma, lambd
         )
@@ -133,17 +148,21 @@ class RolloutBuffer:
         self.samples = Minibatch(*(x.flatten(0, 1) for x in samples))
 
     def shuffle(self, batch_size, generator, group_size=1, prepare=None):
-        """Cut the S * N samples, in `random_order`, into minibatches of batch_size.
+        """Cut the S * N samples, in `random_order`, into K minibatches.
 
-        prepare: the policy's `prepare_minibatches`; it is applied to the encoded observations (K, batch_size, ...).
-        Raises RuntimeError before `finish`, ValueError if batch_size does not divide the samples.
+        Args:
+            batch_size: samples in a minibatch.
+            prepare: the policy's `prepare_minibatches`, for the encoded observations (K, batch_size, ...); or None.
+
+        Raises:
+            RuntimeError: `finish` has not been called.
+            ValueError: batch_size does not divide the samples.
         """
         if self.samples is None:
             raise RuntimeError("the rollout buffer is not finished: call finish() after the last add()")
-        if len(self.samples.actions) % batch_size:
-            raise ValueError(
-                f"batch_size {batch_size} does not divide the {len(self.samples.actions)} samples of a rollout"
-            )
+        num_samples = len(self.samples.actions)
+        if num_samples % batch_size:
+            raise ValueError(f"batch_size {batch_size} does not divide the {num_samples} samples of a rollout")
         order = random_order(self.samples.obs, group_size, generator).to(self.position.device)
         minibatches = Minibatch(*(x[order].unflatten(0, (-1, batch_size)) for x in self.samples))
         if prepare is not None:
@@ -156,17 +175,17 @@ class RolloutBuffer:
         return len(self.minibatches.actions)
 
     def next_minibatch(self):
-        """-> the next `Minibatch`, until all `num_minibatches` are read."""
+        """Return the next `Minibatch`; there are `num_minibatches`."""
         minibatch = select(self.minibatches, self.minibatch_position)
         self.minibatch_position += 1
         return minibatch
 
 
-# Tensors, or tuples of tensors
+# The following functions take tensors, or nested tuples of tensors.
 
 
 def copy_into(kept, new):
-    """Copy `new` into `kept`, whose addresses a CUDA graph knows -> kept; or, if a shape has changed or kept is None, -> new."""
+    """Copy `new` into `kept`, whose addresses a CUDA graph knows, and return `kept`. If shapes differ, return `new`."""
     if kept is None or shapes(kept) != shapes(new):
         return new
     for x, y in zip(kept, new):
@@ -178,11 +197,12 @@ def copy_into(kept, new):
 
 
 def shapes(x):
+    """Return the shape of a tensor, or the list of the shapes of a tuple."""
     return x.shape if isinstance(x, torch.Tensor) else [shapes(y) for y in x]
 
 
 def select(x, i):
-    """Element i, a tensor (1,), along the first axis."""
+    """Return the element with index i, a tensor (1,), along the first axis."""
     if isinstance(x, torch.Tensor):
         return x.index_select(0, i).squeeze(0)
     return type(x)(*(select(y, i) for y in x))
