@@ -15,7 +15,8 @@ CONFIG (config.json by default) is a JSON file. If there is none, it is written 
     num_epochs     100   of 200 gradient steps
     seed           42    of states, weights, rewards and actions
 
-A run leaves a directory checkpoints_YYYYMMDD_HHMMSS with training.log and, as safetensors, epoch_<n> every tenth epoch and final.
+A run leaves a directory checkpoints_YYYYMMDD_HHMMSS with training.log and, as safetensors, epoch_<n> after every tenth
+epoch and final.
 --evaluate [RUN] prints how good a run is, by default the shipped one. --resume RUN continues a run bit for bit. RUN is
 such a directory, or a checkpoint in it.
 """

@@ -125,7 +125,7 @@ def _read(path):
         size, memory = path.stat().st_size, memory_of(torch.device("cpu"))
         if size > memory:
             raise ValueError(f"has {size / 1e9:,.0f} GB, and this machine {memory / 1e9:,.0f} GB of memory")
-        # With pread the file is opened once: a training may put another in its place at any moment.
+        # With pread the file is opened once. A training may put another file in its place at any moment.
         with safetensors.safe_open(path, "pt", backend="pread") as file:
             metadata = file.metadata() or {}
             version = metadata.get("format_version", "")
@@ -144,7 +144,7 @@ def _read(path):
         raise
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # safetensors, torch and json have many for what is damaged or hostile
+    except Exception as error:  # safetensors, torch and json raise many kinds for damaged or hostile files
         raise ValueError(f"is no checkpoint, or is cut off or damaged ({one_line(error)})") from error
     if not isinstance(state, dict):
         raise ValueError("holds no state")

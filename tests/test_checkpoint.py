@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def same(a, b):
-    """Equal in value, type and dtype, to any depth; nan equals nan."""
+    """Whether two states are equal in value, type and dtype, to any depth; nan equals nan."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a, b))
     if isinstance(a, np.ndarray):
@@ -75,7 +75,7 @@ def test_round_trip(tmp_path):
 
 
 def test_other_tools_read_the_file(tmp_path):
-    """They find every tensor under a flat name, and can load the weights without this program."""
+    """Other programs find every tensor under a flat name, and everything else as JSON."""
     state = example()
     save_checkpoint(tmp_path / "last.safetensors", state)
     names = {"model.weight", "model.bias", "nested.1.1.x.0", "tokens"} | {
@@ -89,7 +89,7 @@ def test_other_tools_read_the_file(tmp_path):
 
 
 def test_odd_names_come_back(tmp_path):
-    """Keys that JSON has not, that mean something to this format, or that give two tensors the same flat name."""
+    """Some keys are no strings, mean something to this format, or give two tensors the same flat name."""
     one, two, three = torch.ones(1), torch.ones(2), torch.ones(3)
     for state in (
         {0: one, "0": two, -1: {"": three}},
@@ -260,7 +260,7 @@ def torch_bytes(obj):
 
 
 def file_bytes(header, data=b""):
-    """Returns a safetensors file with this header, a dict or what stands in the place of its JSON."""
+    """Returns a safetensors file with this header: a dict, or bytes in place of its JSON."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
@@ -272,7 +272,7 @@ def signed(text, tensors=None, version="2"):
 
 
 def tensor_bytes(shape, dtype="F32", size=4):
-    """Returns a file whose one tensor claims this shape, with as many bytes of numbers."""
+    """Returns a file with one tensor that claims this shape, and with `size` bytes of numbers."""
     metadata = {"format_version": "2", "sha256": "0", "state": "{}"}
     tensor = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
     return file_bytes({"__metadata__": metadata, "x": tensor}, bytes(size))
@@ -322,7 +322,7 @@ def test_bad_file(tmp_path, kind):
 
 
 def test_a_run_of_an_earlier_version(tmp_path):
-    """Its .pt files are named for what they are, and nothing in them is unpickled."""
+    """A .pt file is refused in one line, without being unpickled, wherever it is found."""
     for name, data in (("last.pt", torch_bytes({"format_version": 1})), ("best_model.pt", b"x")):
         (tmp_path / name).write_bytes(data)
         for path in (tmp_path, tmp_path / name):
@@ -388,7 +388,7 @@ def test_a_wrong_byte_or_bit_is_noticed_or_harmless(tmp_path, share):
     ],
 )
 def test_what_is_edited_is_not_what_was_saved(tmp_path, change):
-    """What defines the model is under the checksum too."""
+    """The checksum covers the JSON as well as the tensors."""
     path = tmp_path / "last.safetensors"
     save_checkpoint(path, {"gpt_config": {"n_head": 16}, "update": 7, "x": torch.ones(4)})
     with safetensors.safe_open(path, "pt") as file:
@@ -433,7 +433,7 @@ def test_the_newest_good_checkpoint_is_named(tmp_path):
 
 
 def test_a_file_larger_than_the_memory_is_not_read(tmp_path):
-    """Nor as the neighbour of a name that was mistyped."""
+    """Such a file is not read either to find a good checkpoint beside one that is missing."""
     save_checkpoint(tmp_path / "good.safetensors", {"optimizer": {}})
     os.utime(tmp_path / "good.safetensors", (1e9, 1e9))
     tensor = {"dtype": "U8", "shape": [10**13], "data_offsets": [0, 10**13]}
@@ -550,7 +550,7 @@ def test_what_is_not_alike_is_named(place, value):
     ],
 )
 def test_moments_that_are_those_of_other_parameters_are_refused(wrong):
-    """torch would take them: another shape ended Adam in a segmentation fault. What the optimizer is set to stays."""
+    """torch would load them, and Adam with moments of another shape ended in a segmentation fault."""
     parameters = [torch.nn.Parameter(torch.ones(2, 3))]
     optimizer, other = torch.optim.Adam(parameters, lr=0.1, fused=True), torch.optim.Adam(parameters, lr=0.5)
     parameters[0].sum().backward()
@@ -656,7 +656,7 @@ def test_to_plain_overwrites_an_older_copy_where_it_fits():
 
 
 def test_a_layout_in_memory_comes_back_contiguous(tmp_path):
-    """safetensors knows no other."""
+    """A safetensors file holds contiguous tensors only."""
     x = torch.arange(6.0).reshape(2, 3).T
     save_checkpoint(tmp_path / "last.safetensors", to_plain({"x": x, "y": x.numpy(), "z": torch.ones(1).expand(3)}))
     state = load_checkpoint(tmp_path)

@@ -99,7 +99,7 @@ SMALL_RUNS = {
 
 
 @pytest.mark.parametrize("training", SMALL_RUNS)
-def test_a_stranger_value_anywhere_in_a_checkpoint(training, tmp_path, without_processes):
+def test_a_stranger_value_anywhere_in_a_checkpoint(training, tmp_path, without_processes, capsys):
     """One line says what is wrong with a forged file whose checksum is right, unless nobody reads the forged value."""
     if training == "train_ppo":
         main = train_ppo.main
@@ -118,7 +118,8 @@ def test_a_stranger_value_anywhere_in_a_checkpoint(training, tmp_path, without_p
         shutil.copytree(tmp_path / "run", tmp_path / f"{trial}")
         save_checkpoint(tmp_path / f"{trial}" / "last.safetensors", hostile)
         try:
-            assert main(["--resume", str(tmp_path / f"{trial}"), "--num_steps", str(state["global_step"] + 1)]) == 0
+            status = main(["--resume", str(tmp_path / f"{trial}"), "--num_steps", str(state["global_step"] + 1)])
+            assert status == 0 or "is not finite" in capsys.readouterr().err  # weights and rewards can be too large
         except (CheckpointError, CommandLineError) as error:
             refused += 1
             assert "\n" not in str(error), path
