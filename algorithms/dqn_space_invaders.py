@@ -1,13 +1,13 @@
 """Double DQN learns Space Invaders from pixels:  python -m algorithms.dqn_space_invaders
 
-A network estimates the discounted return of each action, Q(s, a), and learns from transitions that a replay memory keeps. Its target is
-r + gamma Q'(s', argmax Q(s', a)): a frozen copy Q' says what the action is worth that the network itself would take (van Hasselt et al.
-2016), so that an overestimated action is not also chosen for it. Any other game of the Arcade Learning Environment: --env_id.
+A network estimates the discounted return of each action, Q(s, a), and learns from transitions in a replay memory. The
+value that it learns is r + gamma Q'(s', argmax Q(s', a)), where Q' is the target network, an earlier copy of it (van
+Hasselt et al. 2016). The network chooses the next action and the target network says what it is worth, so that an
+action which the network overestimates is not chosen and overestimated at once.
 
-Left out: prioritised replay, duelling heads, n-step returns, distributions. A step is an agent's step: SKIP frames of the game.
+Any other game of the Arcade Learning Environment: --env_id.
+Left out: prioritised replay, duelling heads, n-step returns, distributions. A step is a step of the agent, SKIP frames.
 """
-
-import harness.start  # before the slow imports
 
 import math
 from collections import deque
@@ -64,242 +64,284 @@ SAVE_FREQ = 67  # [1, inf) updates between two checkpoints; 67 updates are 200,0
 CONSTANTS = Constants(globals())
 KEPT = "ENV_ID ACTIONS STICKY SKIP STACK NUM_ENVS REPLAY_SIZE MEMORY_FACTOR KEEP_REPLAY SEED RUN_DIR".split()
 EVAL_EPSILON = 0.01  # share of random actions in an evaluation
+EVAL_ENVS = 30  # games side by side in an evaluation, at most
 
 # --- what learns ------------------------------------------------------------------------------------------------------
 
 
 class QNetwork(nn.Module):
-    """The network of Mnih et al. 2015: stacks of frames (B, STACK, 84, 84) uint8 -> action values (B, A) float32."""
+    """The network of Mnih et al. 2015: computes action values (B, A) from stacks of frames (B, STACK, 84, 84) uint8."""
 
     def __init__(self, stack, num_actions, bf16=False):
         super().__init__()
         self.bf16 = bf16
+        # fmt: off
         self.features = nn.Sequential(
-            nn.Conv2d(stack, 32, 8, 4),
-            nn.ReLU(),  # (B, 32, 20, 20)
-            nn.Conv2d(32, 64, 4, 2),
-            nn.ReLU(),  # (B, 64, 9, 9)
-            nn.Conv2d(64, 64, 3),
-            nn.ReLU(),
-            nn.Flatten(),  # (B, 64 * 7 * 7)
-            nn.Linear(64 * 7 * 7, 512),
-            nn.ReLU(),
+            nn.Conv2d(stack, 32, kernel_size=8, stride=4), nn.ReLU(),  # (B, 32, 20, 20)
+            nn.Conv2d(32, 64, kernel_size=4, stride=2), nn.ReLU(),     # (B, 64, 9, 9)
+            nn.Conv2d(64, 64, kernel_size=3), nn.ReLU(),               # (B, 64, 7, 7)
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
         )
+        # fmt: on
         self.head = nn.Linear(512, num_actions)
 
     def forward(self, frames):
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.features(frames.float() / 255)
-        return self.head(features.float())  # not in bfloat16: values near 5 would differ by 1/32 at least
+        return self.head(features.float())  # in float32, because values near 5 have steps of 1/32 in bfloat16
 
     @torch.no_grad()
     def greedy(self, frames):
-        """An array of stacks -> the actions of the highest values, an array (B,)."""
+        """The actions with the highest values, an array (B,), for an array of stacks."""
         return self(torch.as_tensor(frames, device=self.head.weight.device)).argmax(1).cpu().numpy()
 
 
+def epsilon_greedy(network, frames, epsilon, rng):
+    """Actions (N,) for stacks of frames: random with probability epsilon, otherwise those of the highest values."""
+    n = len(frames)
+    random_actions = rng.integers(network.head.out_features, size=n)
+    at_random = rng.random(n) < epsilon
+    if at_random.all():
+        return random_actions
+    return np.where(at_random, random_actions, network.greedy(frames))
+
+
 def has_bf16(device):
-    """Does the device multiply bfloat16 faster than float32?"""
+    """Whether the device multiplies bfloat16 faster than float32."""
     if device.type == "cpu":
-        return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+        return hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def double_dqn_targets(rewards, next_values, frozen_next_values, ends, gamma):
-    """Van Hasselt et al. 2016, equation 4: values (B, A) of the next states, rewards and ends (B,) -> (B,)."""
+def double_dqn_targets(rewards, next_values, target_next_values, ends, gamma):
+    """The targets of double DQN (van Hasselt et al. 2016, equation 4), (B,).
+
+    Args:
+        rewards, ends: (B,) float32; ends is 1 where nothing follows.
+        next_values: (B, A), what the network says of the next states.
+        target_next_values: (B, A), what the target network says of them.
+    """
     best = next_values.argmax(1, keepdim=True)
-    return rewards + gamma * (1 - ends) * frozen_next_values.gather(1, best).squeeze(1)
+    return rewards + gamma * (1 - ends) * target_next_values.gather(1, best).squeeze(1)
 
 
 class DQN(Trainer):
-    """Acts in N games, keeps what happens, learns from what it kept."""
+    """Plays N games side by side, stores every transition, and learns from a random sample of them."""
 
     def __init__(self, c, device, metadata):
         torch.manual_seed(c.SEED)
         self.envs = make_envs(c, c.NUM_ENVS)
-        bf16, num_actions = c.BF16 and has_bf16(device), int(self.envs.single_action_space.n)
+        num_actions = int(self.envs.single_action_space.n)
+        bf16 = c.BF16 and has_bf16(device)
         super().__init__(QNetwork(c.STACK, num_actions, bf16).to(device), metadata=metadata)
-        self.c, self.device, self.num_steps = c, device, c.NUM_STEPS
-        self.frozen = QNetwork(c.STACK, num_actions, bf16).to(device).requires_grad_(False)
-        self.frozen.load_state_dict(self.policy.state_dict())
-        # a large eps: where gradients are tiny, Adam would amplify noise (Hessel et al. 2018)
+        self.c = c
+        self.device = device
+        self.num_steps = c.NUM_STEPS
+        self.target = QNetwork(c.STACK, num_actions, bf16).to(device).requires_grad_(False)
+        self.target.load_state_dict(self.policy.state_dict())
+        # A large eps, because Adam would amplify noise where gradients are tiny (Hessel et al. 2018).
         self.optimizer = torch.optim.Adam(self.policy.parameters(), c.LR, eps=1.5e-4, fused=True)
         self.rng = np.random.default_rng(c.SEED)
         with memory_advice("a replay memory of this size does not fit into memory; lower --replay_size in a new run"):
             self.replay = Replay(round(c.REPLAY_SIZE * c.MEMORY_FACTOR), c.NUM_ENVS, c.STACK)
-        frames, infos = self.envs.reset(seed=c.SEED)
-        self.stacks, self.first = Stacks(frames, c.STACK), np.ones(c.NUM_ENVS, bool)
+        self.learning_steps = 0
+        self.unanswered = 0  # environment steps since the last learning step
+        self.episode_returns = deque(maxlen=100)
+        self.start_games(c.SEED)
+
+    def start_games(self, seed):
+        """Begin a new game in each environment."""
+        frames, infos = self.envs.reset(seed=seed)
+        self.stacks = Stacks(frames, self.c.STACK)
+        self.first = np.ones(self.c.NUM_ENVS, bool)  # which frames are the first of a game
         self.lives = infos["lives"]
-        self.return_so_far, self.episode_returns = np.zeros(c.NUM_ENVS), deque(maxlen=100)
-        self.learned = 0  # learning steps so far
-        self.due = 0  # environment steps that no learning step has answered yet
+        self.return_so_far = np.zeros(self.c.NUM_ENVS)
 
     @property
     def epsilon(self):
         return max(self.c.EPSILON * self.c.EPSILON_DECAY**self.global_step, self.c.EPSILON_END)
 
     def collect_and_update(self):
-        """UPDATE_STEPS steps, and the learning steps that they call for -> statistics."""
-        while self.replay.added * self.c.NUM_ENVS < self.c.BURN_IN or not len(self.replay):
-            self.check_stop()
-            self.act()
-        losses, values, last = [], [], self.global_step + self.c.UPDATE_STEPS
-        while self.global_step < min(last, self.num_steps):
+        """One update: UPDATE_STEPS steps, and one learning step for every LEARN_EVERY of them. Returns statistics."""
+        self.burn_in()
+        losses = []
+        values = []
+        end = min(self.global_step + self.c.UPDATE_STEPS, self.num_steps)
+        while self.global_step < end:
             self.check_stop()
             self.act()
             self.global_step += self.c.NUM_ENVS
-            self.due += self.c.NUM_ENVS
-            while self.due >= self.c.LEARN_EVERY:
-                self.due -= self.c.LEARN_EVERY
+            self.unanswered += self.c.NUM_ENVS
+            while self.unanswered >= self.c.LEARN_EVERY:
+                self.unanswered -= self.c.LEARN_EVERY
                 loss, value = self.learning_step()
                 losses.append(loss)
                 values.append(value)
         self.update_count += 1
-        loss, value = (torch.stack(x).mean().item() if x else math.nan for x in (losses, values))
+        loss = mean_of(losses)
         if losses:
             check_finite(f"in update {self.update_count}", loss=loss)
         return {
             "loss": loss,
-            "value": value,
+            "value": mean_of(values),
             "epsilon": self.epsilon,
             "lr": self.c.LR,
             "replay": float(len(self.replay)),
             "episode_return": float(np.mean(self.episode_returns)) if self.episode_returns else math.nan,
         }
 
+    def burn_in(self):
+        """Play until the memory holds enough to learn from; these steps are not counted."""
+        while self.replay.added * self.c.NUM_ENVS < self.c.BURN_IN or not len(self.replay):
+            self.check_stop()
+            self.act()
+
     def act(self):
-        """One step of every game, into the memory."""
-        n = self.c.NUM_ENVS
-        actions, at_random = (
-            self.rng.integers(self.envs.single_action_space.n, size=n),
-            self.rng.random(n) < self.epsilon,
-        )
-        if not at_random.all():
-            actions = np.where(at_random, actions, self.policy.greedy(self.stacks.frames))
+        """Play one step of every game and store it in the memory."""
+        actions = epsilon_greedy(self.policy, self.stacks.frames, self.epsilon, self.rng)
         seen = self.stacks.frames[:, -1].copy()
         frames, rewards, terminated, truncated, infos = self.envs.step(actions)
         check_finite(f"in update {self.update_count + 1}", rewards=rewards)
         over = terminated | truncated
         ends = terminated | (self.c.LIFE_LOSS_ENDS & (infos["lives"] < self.lives))
-        # rewards are clipped to their sign, so that one learning rate suits all games (Mnih et al. 2015)
+        # Rewards are reduced to their sign, so that one learning rate suits all games (Mnih et al. 2015).
         self.replay.add(seen, self.first, actions, np.sign(rewards), ends, truncated & ~terminated)
         self.stacks.push(frames, over)
-        self.first, self.lives = over, infos["lives"]
+        self.first = over
+        self.lives = infos["lives"]
         self.return_so_far += rewards
         self.episode_returns.extend(self.return_so_far[over].tolist())
         self.return_so_far[over] = 0
 
     def learning_step(self):
-        """-> the loss and the mean value of the actions taken, tensors."""
-        batch = self.replay.sample(self.c.BATCH_SIZE, self.rng)
-        stacks, actions, rewards, next_stacks, ends = (torch.from_numpy(x).to(self.device) for x in batch)
+        """One gradient step on a sample of the memory. Returns the loss and the mean value of its actions."""
+        sample = self.replay.sample(self.c.BATCH_SIZE, self.rng)
+        stacks, actions, rewards, next_stacks, ends = [torch.from_numpy(x).to(self.device) for x in sample]
         with torch.no_grad():
-            targets = double_dqn_targets(
-                rewards, self.policy(next_stacks), self.frozen(next_stacks), ends, self.c.GAMMA
-            )
+            next_values = self.policy(next_stacks)
+            targets = double_dqn_targets(rewards, next_values, self.target(next_stacks), ends, self.c.GAMMA)
         values = self.policy(stacks).gather(1, actions.unsqueeze(1)).squeeze(1)
         loss = F.smooth_l1_loss(values, targets)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.learned += 1
-        if self.learned % self.c.SYNC_EVERY == 0:
-            self.frozen.load_state_dict(self.policy.state_dict())
+        self.learning_steps += 1
+        if self.learning_steps % self.c.SYNC_EVERY == 0:
+            self.target.load_state_dict(self.policy.state_dict())
         return loss.detach(), values.detach().mean()
 
     def state_dict(self):
-        """All that `learn` goes on from. Without KEEP_REPLAY, games and memory start anew."""
+        """Everything that a resumed run needs. Without KEEP_REPLAY it begins new games, and fills its memory anew."""
         state = {
-            "frozen": self.frozen.state_dict(),
+            "target": self.target.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "learned": self.learned,
-            "due": self.due,
+            "learning_steps": self.learning_steps,
+            "unanswered": self.unanswered,
             "rng": self.rng.bit_generator.state,
             "episode_returns": list(self.episode_returns),
         }
         if self.c.KEEP_REPLAY:
-            state |= {
-                "replay": self.replay.state_dict(),
-                "stacks": self.stacks.frames,
-                "first": self.first,
-                "lives": self.lives,
-                "return_so_far": self.return_so_far,
-                "games": [save_game(env) for env in self.envs.envs],
-            }
+            state["replay"] = self.replay.state_dict()
+            state["stacks"] = self.stacks.frames
+            state["first"] = self.first
+            state["lives"] = self.lives
+            state["return_so_far"] = self.return_so_far
+            state["games"] = [save_game(env) for env in self.envs.envs]
         return self.training_state(**state)
 
     def load_state_dict(self, state):
-        """Go on where `state_dict` was taken: bit for bit on the CPU if it has the memory."""
+        """Go on where `state_dict` was taken: bit for bit on the CPU if the memory was saved."""
         self.load_training_state(state)
-        self.frozen.load_state_dict(state["frozen"])
+        self.target.load_state_dict(state["target"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
         self.episode_returns = deque(state["episode_returns"], maxlen=100)
-        self.learned, self.due = (
-            state["learned"],
-            min(state["due"], self.c.NUM_ENVS + state["constants"]["LEARN_EVERY"]),
-        )
-        if "replay" not in state:  # other games than at the start
-            frames, infos = self.envs.reset(seed=self.c.SEED + state["global_step"])
-            self.stacks, self.lives = Stacks(frames, self.c.STACK), infos["lives"]
-        else:
-            self.replay.load_state_dict(to_numpy(state["replay"]), self.envs.single_action_space.n)
-            self.stacks.frames, self.first, self.lives, self.return_so_far = (
-                to_numpy(state[name]) for name in ("stacks", "first", "lives", "return_so_far")
-            )
-            for env, game in zip(self.envs.envs, state["games"]):
-                restore_game(env, to_numpy(game))
+        self.learning_steps = state["learning_steps"]
+        self.unanswered = min(state["unanswered"], self.c.LEARN_EVERY)
+        if "replay" not in state:
+            self.start_games(self.c.SEED + state["global_step"])  # other games than at the start
+            return
+        self.replay.load_state_dict(to_numpy(state["replay"]), self.envs.single_action_space.n)
+        self.stacks.frames = to_numpy(state["stacks"])
+        self.first = to_numpy(state["first"])
+        self.lives = to_numpy(state["lives"])
+        self.return_so_far = to_numpy(state["return_so_far"])
+        for env, game in zip(self.envs.envs, state["games"]):
+            restore_game(env, to_numpy(game))
+
+
+def mean_of(tensors):
+    """The mean of some tensors of one number, as a float; nan if there are none."""
+    return torch.stack(tensors).mean().item() if tensors else math.nan
+
+
+def build(c):
+    """The trainer that these constants describe. Raises CommandLineError for a memory that is too large or small."""
+    copies = 4 if c.KEEP_REPLAY else 1  # saving a checkpoint takes three more
+    needed = copies * c.REPLAY_SIZE * c.MEMORY_FACTOR * (SIZE * SIZE + 8)
+    advice = "lower --replay_size in a new run"
+    if c.KEEP_REPLAY:
+        advice = f"leave --keep_replay out, or {advice}"
+    check_free_memory(needed, torch.device("cpu"), "a replay memory of this size", advice)
+    device = choose_device(c.DEVICE, ("cuda", "mps", "cpu"))
+    try:
+        return DQN(c, device, {"algorithm": ALGORITHM.name, "constants": dict(vars(c))})
+    except ValueError as error:
+        raise CommandLineError(error) from None
 
 
 # --- playing ----------------------------------------------------------------------------------------------------------
 
 
 def policy_of(state, num_actions):
-    """A policy state -> its network, on the CPU. num_actions: of the game that it is to play."""
+    """The network of a policy state, on the CPU, for a game with so many actions."""
     policy = QNetwork(state["constants"]["STACK"], num_actions)
     load_weights(policy, state["model"])
     return policy
 
 
 def evaluate(state, episodes=30, seed=0):
-    """Whole games, to their last life, side by side -> the `summary` of their scores, in the game's own points."""
+    """Play whole games to their last life, side by side. Returns the `summary` of their scores in the game's points."""
     c = Values(**state["constants"])
-    envs, rng = make_envs(c, min(episodes, 30)), np.random.default_rng(seed)
+    envs = make_envs(c, min(episodes, EVAL_ENVS))
+    rng = np.random.default_rng(seed)
     policy = policy_of(state, envs.single_action_space.n)
     frames, _ = envs.reset(seed=seed)
-    stacks, scores, score = Stacks(frames, c.STACK), [], np.zeros(envs.num_envs)
-    games = np.arange(envs.num_envs)  # the first to start count, and not the first to end: those would be short ones
+    stacks = Stacks(frames, c.STACK)
+    score_so_far = np.zeros(envs.num_envs)
+    scores = []
+    # The games that begin first count. If the first to end did, they would be the short ones.
+    games = np.arange(envs.num_envs)
     started = envs.num_envs
     while (games < episodes).any():
-        actions, at_random = (
-            rng.integers(envs.single_action_space.n, size=envs.num_envs),
-            rng.random(envs.num_envs) < EVAL_EPSILON,
-        )
-        actions = np.where(at_random, actions, policy.greedy(stacks.frames))
+        actions = epsilon_greedy(policy, stacks.frames, EVAL_EPSILON, rng)
         frames, rewards, terminated, truncated, _ = envs.step(actions)
-        score += rewards
+        score_so_far += rewards
         over = terminated | truncated
         stacks.push(frames, over)
         for i in np.flatnonzero(over):
             if games[i] < episodes:
-                scores.append(score[i])
-            games[i], started, score[i] = started, started + 1, 0
+                scores.append(score_so_far[i])
+            games[i] = started
+            started += 1
+            score_so_far[i] = 0
     envs.close()
     return summary(scores)
 
 
 def frames(state, episodes, seed, human):
-    """Yields each frame that the game shows."""
+    """Yield the frames of whole games; `human` shows them in a window."""
     c = Values(**state["constants"])
-    env, rng = make_env(c, "human" if human else "rgb_array"), np.random.default_rng(seed)
+    env = make_env(c, "human" if human else "rgb_array")
+    rng = np.random.default_rng(seed)
     policy = policy_of(state, env.action_space.n)
     for episode in range(episodes):
         frame, _ = env.reset(seed=seed + episode)
-        stacks, over = Stacks(frame[None], c.STACK), False
+        stacks = Stacks(frame[None], c.STACK)
+        over = False
         while not over:
-            action = (
-                rng.integers(env.action_space.n) if rng.random() < EVAL_EPSILON else policy.greedy(stacks.frames)[0]
-            )
+            action = epsilon_greedy(policy, stacks.frames, EVAL_EPSILON, rng)[0]
             frame, _, terminated, truncated, _ = env.step(int(action))
             stacks.push(frame[None], np.zeros(1, bool))
             over = terminated or truncated
@@ -307,29 +349,14 @@ def frames(state, episodes, seed, human):
     env.close()
 
 
-def build(c):
-    copies = 4 if c.KEEP_REPLAY else 1  # those of a checkpoint while it is written
-    needed = copies * c.REPLAY_SIZE * c.MEMORY_FACTOR * (SIZE * SIZE + 8)
-    kept = "leave --keep_replay out, or lower" if c.KEEP_REPLAY else "lower"
-    check_free_memory(needed, torch.device("cpu"), "a replay memory of this size", f"{kept} --replay_size in a new run")
-    try:
-        return DQN(
-            c,
-            choose_device(c.DEVICE, ("cuda", "mps", "cpu")),
-            {"algorithm": ALGORITHM.name, "constants": dict(vars(c))},
-        )
-    except ValueError as error:
-        raise CommandLineError(error) from None
-
-
 ALGORITHM = Algorithm(
-    "dqn_space_invaders",
-    __doc__,
-    CONSTANTS,
-    KEPT,
-    build,
-    evaluate,
-    frames,
+    name="dqn_space_invaders",
+    doc=__doc__,
+    constants=CONSTANTS,
+    kept=KEPT,
+    build=build,
+    evaluate=evaluate,
+    frames=frames,
     episodes=30,
     frame_ms=60,
     memory=("BATCH_SIZE",),
@@ -337,6 +364,7 @@ ALGORITHM = Algorithm(
 
 
 def main(argv=()):
+    """Train, play or evaluate. Returns the exit status."""
     return run_algorithm(ALGORITHM, argv)
 
 

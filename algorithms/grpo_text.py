@@ -1,16 +1,16 @@
 """A language model learns by reward to write better answers, by GRPO:  python -m algorithms.grpo_text
 
-Group relative policy optimisation (Shao et al. 2024): several answers to the same prompt, each scored by a reward; an answer's advantage is
-how much better it is than the others of its group, so no value function is needed. Tokens of good answers become more probable.
+Group relative policy optimisation (Shao et al. 2024): the model draws several answers to the same prompt, and a reward
+scores each. The advantage of an answer is how much better it is than the others of its group, so that no value function
+is needed. The tokens of good answers become more probable.
 
-Answers are drawn at TEMPERATURE, and log-probabilities are those of that temperature. TOP_P below 1 draws from the most probable tokens alone,
-while log-probabilities stay those of the whole distribution: the ratio of new and old is still right, and 1 at the start, but what is never
-drawn is never judged, so the gradient is that of a policy which nobody samples from. Keep it at 1 unless the answers are nonsense.
+Answers are drawn at TEMPERATURE, and log-probabilities are those at this temperature. With TOP_P below 1, only the most
+probable tokens are drawn, but the log-probabilities remain those of the whole distribution. The ratio of new to old
+probabilities is still right, and 1 at the start, but the gradient is that of a policy from which nobody draws: tokens
+that are never drawn are never judged. Keep TOP_P at 1 unless the answers are nonsense.
 
 --play [RUN] prints answers to prompts that no training has seen, --evaluate [RUN] their mean reward.
 """
-
-import harness.start  # before the slow imports
 
 import copy
 import os
@@ -29,13 +29,13 @@ from algorithms.parts.language_model import (
     TINY,
     UNUSABLE,
     RewardModel,
+    absolute_name,
+    base_model,
     is_adapter,
     load_model,
     load_tokenizer,
-    place,
-    reference_to,
-    refusing,
-    transformer,
+    reference_of,
+    refuse_on_error,
     with_lora,
 )
 from algorithms.parts.language_policy import Writer
@@ -83,41 +83,18 @@ WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 CONSTANTS = Constants(globals())
 KEPT = "LORA_RANK TEMPERATURE SEED RUN_DIR".split()
 PROMPTS = [
-    "Why is the sky blue?",
-    "What is a river?",
-    "How does a bicycle stay upright?",
-    "Why do leaves fall in autumn?",
-    "What is bread made of?",
-    "How do birds fly?",
-    "Why does ice float?",
-    "What is a volcano?",
-    "How does a lock work?",
-    "Why do we sleep?",
-    "What is money for?",
-    "How is glass made?",
-    "Why is the sea salty?",
-    "What do bees do?",
-    "How does a mirror work?",
-    "Why do cats purr?",
-    "What is an echo?",
-    "How do plants drink?",
-    "Why is metal cold?",
-    "What is a shadow?",
-    "How does soap clean?",
-    "Why do stars twinkle?",
-    "What is dust?",
+    "Why is the sky blue?", "What is a river?", "How does a bicycle stay upright?",
+    "Why do leaves fall in autumn?", "What is bread made of?", "How do birds fly?", "Why does ice float?",
+    "What is a volcano?", "How does a lock work?", "Why do we sleep?", "What is money for?",
+    "How is glass made?", "Why is the sea salty?", "What do bees do?", "How does a mirror work?",
+    "Why do cats purr?", "What is an echo?", "How do plants drink?", "Why is metal cold?",
+    "What is a shadow?", "How does soap clean?", "Why do stars twinkle?", "What is dust?",
     "How do fish breathe?",
-]
+]  # fmt: skip
 HELD_OUT = [
-    "What is a rainbow?",
-    "How does a clock work?",
-    "Why do we laugh?",
-    "What is a bridge for?",
-    "How is cheese made?",
-    "Why does the moon change?",
-    "What is thunder?",
-    "How do ants find food?",
-]
+    "What is a rainbow?", "How does a clock work?", "Why do we laugh?", "What is a bridge for?",
+    "How is cheese made?", "Why does the moon change?", "What is thunder?", "How do ants find food?",
+]  # fmt: skip
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
@@ -126,35 +103,41 @@ GOOD_WORDS = set("good great happy joy love kind friend beautiful wonderful brig
 
 
 def brief(prompt, answer):
-    """0 to 1: half for ending as a sentence does, half for being near TARGET_WORDS long."""
+    """From 0 to 1: half for ending as a sentence does, and half for being about TARGET_WORDS long."""
     words = len(answer.split())
-    return 0.5 * answer.rstrip().endswith((".", "!", "?")) + 0.5 * min(
-        words / TARGET_WORDS, TARGET_WORDS / max(words, 1)
-    )
+    ends_well = answer.rstrip().endswith((".", "!", "?"))
+    length = min(words / TARGET_WORDS, TARGET_WORDS / max(words, 1))
+    return 0.5 * ends_well + 0.5 * length
 
 
 def sentences(prompt, answer):
-    """0 to 1: the share of words that belong to sentences with an end; 0 without any."""
-    whole = answer[: max((m.end() for m in re.finditer(r"[.!?](?=\s|$)", answer)), default=0)]
-    return len(whole.split()) / max(len(answer.split()), 1)
+    """From 0 to 1: the share of the words that belong to complete sentences."""
+    end = 0
+    for match in re.finditer(r"[.!?](?=\s|$)", answer):
+        end = match.end()
+    return len(answer[:end].split()) / max(len(answer.split()), 1)
 
 
 def friendly(prompt, answer):
-    """0 to 1: the share of words that are on a list of friendly ones."""
+    """From 0 to 1: the share of the words that are in GOOD_WORDS."""
     words = re.findall(r"[a-z]+", answer.lower())
     return sum(word in GOOD_WORDS for word in words) / max(len(words), 1)
 
 
-REWARDS = {function.__name__: function for function in (brief, sentences, friendly)}
+REWARDS = {"brief": brief, "sentences": sentences, "friendly": friendly}
 
 
 def score_by(function, prompts, answers):
-    """Lists -> rewards (N,) float32."""
-    return torch.tensor([float(function(*pair)) for pair in zip(prompts, answers)], dtype=torch.float32)
+    """The rewards (N,) float32 that a function of one prompt and one answer gives."""
+    rewards = [float(function(prompt, answer)) for prompt, answer in zip(prompts, answers)]
+    return torch.tensor(rewards, dtype=torch.float32)
 
 
-def reward_model(name, device):
-    """A function's name, or a sequence classifier -> a function of prompts and answers, lists, -> rewards (N,) float32 on the CPU."""
+def make_reward(name, device):
+    """A function of prompts and answers that gives rewards (N,) float32 on the CPU.
+
+    name: one of REWARDS, or a sequence classifier. Raises CommandLineError for one that cannot be used.
+    """
     if name in REWARDS:
         return partial(score_by, REWARDS[name])
     try:
@@ -163,87 +146,123 @@ def reward_model(name, device):
         raise CommandLineError(f"REWARD_MODEL {name}: {error}") from None
 
 
-def rewards_of(reward, prompts, answers, when):
-    """-> rewards (N,). Raises FloatingPointError, with the answer, for one that is not finite."""
-    rewards = reward(prompts, answers)
+def check_rewards(rewards, answers, when):
+    """Raises FloatingPointError, which names the answer, for a reward that is not finite."""
     for answer, value in zip(answers, rewards):
         check_finite(f"{when}, for the answer {shortened(answer)!r}", rewards=value)
-    return rewards
 
 
 # --- what learns ------------------------------------------------------------------------------------------------------
 
 
-def advantages_of(rewards, normalize=True):
-    """Rewards (groups, K) -> advantages (groups, K): less the group's mean, and over its standard deviation (Shao et al. 2024, 4.1.2)."""
+def group_advantages(rewards, normalize=True):
+    """The advantages of answers over the others of their group (Shao et al. 2024, section 4.1.2), (groups, K).
+
+    Args:
+        rewards: (groups, K).
+        normalize: whether to divide by the standard deviation of the group.
+    """
     advantages = rewards - rewards.mean(1, keepdim=True)
-    return advantages / (rewards.std(1, correction=0, keepdim=True) + 1e-4) if normalize else advantages
+    if normalize:
+        advantages = advantages / (rewards.std(1, correction=0, keepdim=True) + 1e-4)
+    return advantages
 
 
 class GRPO(Trainer):
+    """Draws groups of answers, and takes EPOCHS gradient steps on them."""
+
     def __init__(self, writer, reward, reference, c, device, metadata):
-        """reward: prompts, answers -> (N,). reference(): a context that gives the model at the start."""
+        """
+        Args:
+            writer: the policy, a `Writer`.
+            reward: gives rewards (N,) for lists of prompts and answers.
+            reference: a function that returns a context manager for the model before training.
+        """
         super().__init__(writer, metadata=metadata)
-        self.reward, self.c, self.device, self.reference, self.num_steps = reward, c, device, reference, c.NUM_STEPS
+        self.reward = reward
+        self.reference = reference
+        self.c = c
+        self.device = device
+        self.num_steps = c.NUM_STEPS
         self.trained = [p for p in writer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, c.LR, fused=True)
         self.rng = np.random.default_rng(c.SEED)
-        self.examples = []  # (reward, prompt, answer), the best first, of the last step
+        self.examples = []  # (reward, prompt, answer) of the last step, the best first
 
     def collect_and_update(self):
-        return self.update(*self.collect())
+        """One step: draw answers and learn from them. Returns its statistics."""
+        tokens, mask, drawn, rewards = self.collect()
+        groups = rewards.view(-1, self.c.NUM_SAMPLES)
+        advantages = group_advantages(groups, self.c.NORMALIZE).flatten().to(self.device)
+        stats = self.update(tokens, mask, drawn, advantages)
+        return stats | {
+            "lr": self.c.LR,
+            "answer_tokens": drawn.sum(1).float().mean().item(),
+            "reward_std": rewards.std().item(),
+            "episode_return": rewards.mean().item(),
+        }
 
     def collect(self):
-        """One group for each prompt -> tokens, mask, drawn as `Writer.write` gives them, and advantages (N,)."""
-        c = self.c
-        orders = [self.rng.permutation(len(PROMPTS)) for _ in range(-(-c.PROMPTS_PER_STEP // len(PROMPTS)))]
-        prompts = [PROMPTS[i] for i in np.concatenate(orders)[: c.PROMPTS_PER_STEP]]
-        prompts = [prompt for prompt in prompts for _ in range(c.NUM_SAMPLES)]
-        tokens, mask, drawn = self.policy.write(prompts, c.MAX_NEW_TOKENS)
+        """Draw a group of NUM_SAMPLES answers to each of PROMPTS_PER_STEP prompts, and score them.
+
+        Returns tokens, mask and drawn, as `Writer.write` does, and rewards (N,).
+        """
+        prompts = []
+        for prompt in self.draw_prompts():
+            prompts += [prompt] * self.c.NUM_SAMPLES
+        tokens, mask, drawn = self.policy.write(prompts, self.c.MAX_NEW_TOKENS)
         answers = self.policy.texts(tokens, drawn)
-        rewards = rewards_of(self.reward, prompts, answers, f"in step {self.update_count + 1}")
+        rewards = self.reward(prompts, answers)
+        check_rewards(rewards, answers, f"in step {self.update_count + 1}")
         self.examples = sorted(zip(rewards.tolist(), prompts, answers), reverse=True)
-        self.rewards, self.lengths = rewards, drawn.sum(1).float()
-        return (
-            tokens,
-            mask,
-            drawn,
-            advantages_of(rewards.view(-1, c.NUM_SAMPLES), c.NORMALIZE).flatten().to(self.device),
-        )
+        return tokens, mask, drawn, rewards
+
+    def draw_prompts(self):
+        """Draw PROMPTS_PER_STEP prompts; none is repeated before all have been drawn."""
+        order = []
+        while len(order) < self.c.PROMPTS_PER_STEP:
+            order += self.rng.permutation(len(PROMPTS)).tolist()
+        return [PROMPTS[i] for i in order[: self.c.PROMPTS_PER_STEP]]
 
     def update(self, tokens, mask, drawn, advantages):
-        """EPOCHS gradient steps -> statistics. Each token that was drawn counts alike; Shao et al. average each answer first, so that a token
-        of a long one counts less."""
-        c, T = self.c, drawn.shape[1]
+        """EPOCHS gradient steps on drawn answers. Returns statistics; raises FloatingPointError if it diverges.
+
+        Each token that was drawn has the same weight. Shao et al. average over each answer first, so that a token of a
+        long answer has less.
+
+        Args:
+            tokens, mask, drawn: as `Writer.write` returns them.
+            advantages: (N,).
+        """
+        T = drawn.shape[1]
+        advantages = advantages[:, None].expand(drawn.shape)[drawn]  # one for each token, as all quantities below
         with torch.no_grad(), self.reference() as model:
-            reference = self.policy.logprobs(model, tokens, mask, T)[drawn]
-        advantages, old = advantages[:, None].expand(drawn.shape)[drawn], None
-        for _ in range(c.EPOCHS):
+            reference_logprobs = self.policy.logprobs(model, tokens, mask, T)[drawn]
+        old_logprobs = None
+        for _ in range(self.c.EPOCHS):
             self.check_stop()
-            new = self.policy.logprobs(self.policy.model, tokens, mask, T)[drawn]
-            old = new.detach() if old is None else old  # the weights that drew the answers
-            loss, stats = policy_loss(new, old, advantages, c.EPS_CLIP)
-            kl = k3(reference - new).mean()
+            logprobs = self.policy.logprobs(self.policy.model, tokens, mask, T)[drawn]
+            if old_logprobs is None:
+                old_logprobs = logprobs.detach()  # these weights have drawn the answers
+            loss, stats = policy_loss(logprobs, old_logprobs, advantages, self.c.EPS_CLIP)
+            kl = k3(reference_logprobs - logprobs).mean()
             self.optimizer.zero_grad()
-            (loss + c.KL_COEF * kl).backward()
-            grad_norm = nn.utils.clip_grad_norm_(self.trained, c.MAX_GRAD_NORM).item()
+            (loss + self.c.KL_COEF * kl).backward()
+            grad_norm = nn.utils.clip_grad_norm_(self.trained, self.c.MAX_GRAD_NORM).item()
             check_finite(f"in step {self.update_count + 1}", loss=loss + kl, gradient=grad_norm)
             self.optimizer.step()
         self.update_count += 1
         self.global_step += 1
-        return {name: x.item() for name, x in stats.items()} | {
-            "kl_reference": kl.item(),
-            "grad_norm": grad_norm,
-            "lr": c.LR,
-            "answer_tokens": self.lengths.mean().item(),
-            "reward_std": self.rewards.std().item(),
-            "episode_return": self.rewards.mean().item(),
-        }
+        stats = {name: x.item() for name, x in stats.items()}
+        return stats | {"kl_reference": kl.item(), "grad_norm": grad_norm}
 
     def state_dict(self):
-        random = torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
+        """Everything that a resumed run needs."""
+        random_states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            random_states.append(torch.cuda.get_rng_state(self.device))
         return self.training_state(
-            optimizer=self.optimizer.state_dict(), rng=self.rng.bit_generator.state, random=random
+            optimizer=self.optimizer.state_dict(), rng=self.rng.bit_generator.state, random=tuple(random_states)
         )
 
     def load_state_dict(self, state):
@@ -256,54 +275,64 @@ class GRPO(Trainer):
             torch.cuda.set_rng_state(state["random"][1], self.device)
 
 
+# --- callbacks --------------------------------------------------------------------------------------------------------
+
+
 class Answers(Callback):
     """Prints the best and the worst answer of each step."""
 
     cost = "the answers are not shown"
 
     def on_update_end(self, trainer):
-        say(
-            f"step {trainer.update_count}: mean reward {trainer.stats['episode_return']:.3f}, kl {trainer.stats['kl_reference']:.4f}"
-        )
-        for name, (reward, prompt, answer) in (("best", trainer.examples[0]), ("worst", trainer.examples[-1])):
-            say(f"  {name:>5} {reward:6.3f}  {prompt}  {' '.join(answer.split())[:300]}")
+        stats = trainer.stats
+        reward, kl = stats["episode_return"], stats["kl_reference"]
+        say(f"step {trainer.update_count}: mean reward {reward:.3f}, kl {kl:.4f}")
+        self.print_answer("best", *trainer.examples[0])
+        self.print_answer("worst", *trainer.examples[-1])
+
+    def print_answer(self, name, reward, prompt, answer):
+        beginning = " ".join(answer.split())[:300]
+        say(f"  {name:>5} {reward:6.3f}  {prompt}  {beginning}")
 
 
 class SavePretrained(Callback):
-    """The model as transformers and peft load it, at the end."""
+    """Saves the model at the end of the training, in the form that transformers and peft load."""
 
     def __init__(self, directory, merged):
-        """merged: save whole weights, with adapters in them."""
-        self.directory, self.merged = directory, merged
+        """merged: whether to merge the adapters into the weights, and save those."""
+        self.directory = directory
+        self.merged = merged
 
     def on_training_end(self, trainer):
         model = trainer.policy.model
-        if self.merged:  # in float32: small steps would be lost in bfloat16
+        if self.merged:  # in float32, because small changes would be lost in bfloat16
             model = copy.deepcopy(model).cpu().float().merge_and_unload()
-        try:  # beside its place: what a full disk has cut off takes its space no longer, and replaces nothing
+        try:
+            # Written to a temporary folder first, so that a full disk neither keeps nor replaces half a model.
             with tempfile.TemporaryDirectory(prefix=".", dir=self.directory.parent) as folder:
                 unfinished = Path(folder, self.directory.name)
                 model.save_pretrained(unfinished)
                 trainer.policy.tokenizer.save_pretrained(unfinished)
                 shutil.copytree(unfinished, self.directory, dirs_exist_ok=True, copy_function=os.replace)
-        except Exception as error:  # safetensors has errors of its own
+        except Exception as error:  # safetensors raises errors of its own
             reason = f"{shown(self.directory)}: not written ({shortened(error, 60)})"
-            steps = trainer.num_steps + 1  # a resumed run must do one
-            what_to_do = f"free some disk space, and give --num_steps {steps}"
-            raise CheckpointError(f"{reason}; {what_to_do}") from error
+            steps = trainer.num_steps + 1  # a run is only resumed if there is a step left
+            raise CheckpointError(f"{reason}; free some disk space, and give --num_steps {steps}") from error
         say(f"saved {self.directory}")
 
 
 class WeightsAndBiases(Callback):
-    """The statistics of each step, for a project of wandb.ai."""
+    """Sends the statistics of each step to a project of wandb.ai."""
 
     cost = "no more goes to Weights & Biases"
 
     def __init__(self, project, constants):
-        self.project, self.constants, self.run = project, constants, None
+        self.project = project
+        self.constants = constants
+        self.run = None
 
     def on_training_start(self, trainer):
-        import wandb  # here, because the training can do without
+        import wandb  # imported here, because training works without it
 
         self.run = wandb.init(project=self.project, config=self.constants)
 
@@ -317,45 +346,53 @@ class WeightsAndBiases(Callback):
 
 
 def callbacks_of(c, run_dir):
-    second = c.LORA_RANK > 0 and is_adapter(
-        c.POLICY_MODEL
-    )  # a second adapter alone would lack the first, which is part of the weights
-    return [
-        Answers(),
-        SavePretrained(run_dir / "model", merged=second),
-        *([WeightsAndBiases(c.WANDB, dict(vars(c)))] if c.WANDB else []),
-    ]
+    """The callbacks of this training, in addition to those that all have."""
+    # A second adapter would be of no use without the first one, which has been merged into the model.
+    second_adapter = c.LORA_RANK > 0 and is_adapter(c.POLICY_MODEL)
+    callbacks = [Answers(), SavePretrained(run_dir / "model", merged=second_adapter)]
+    if c.WANDB:
+        callbacks.append(WeightsAndBiases(c.WANDB, dict(vars(c))))
+    return callbacks
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 def build(c):
+    """The trainer that these constants describe. Raises CommandLineError for a model that cannot be used."""
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
     writer, reward, models = make_models(c, device)
     metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c)), "models": models}
-    return GRPO(writer, reward, reference_to(writer.model), c, device, metadata)
+    return GRPO(writer, reward, reference_of(writer.model), c, device, metadata)
 
 
 def make_models(c, device):
-    """-> the policy, the reward, and {constant: (name, fingerprint)} of both, as `check_models` wants them.
+    """The policy, the reward, and the names and fingerprints of both, as `check_models` takes them.
 
-    Folders that are named in c become absolute paths.
+    The names of folders in `c` become absolute paths.
     """
-    c.POLICY_MODEL, c.REWARD_MODEL = place(c.POLICY_MODEL, [SMOLLM2]), place(c.REWARD_MODEL, REWARDS)
-    writer, reward = make_writer(c, device), reward_model(c.REWARD_MODEL, device)
+    c.POLICY_MODEL = absolute_name(c.POLICY_MODEL, [SMOLLM2])
+    c.REWARD_MODEL = absolute_name(c.REWARD_MODEL, REWARDS)
+    writer = make_writer(c, device)
+    reward = make_reward(c.REWARD_MODEL, device)
+    reward_fingerprint = reward.fingerprint if isinstance(reward, RewardModel) else c.REWARD_MODEL
     models = {
-        "POLICY_MODEL": [c.POLICY_MODEL, transformer(writer.model).fingerprint],
-        "REWARD_MODEL": [c.REWARD_MODEL, getattr(reward, "fingerprint", c.REWARD_MODEL)],
+        "POLICY_MODEL": [c.POLICY_MODEL, base_model(writer.model).fingerprint],
+        "REWARD_MODEL": [c.REWARD_MODEL, reward_fingerprint],
     }
     return writer, reward, models
 
 
-@refusing(UNUSABLE)
+@refuse_on_error(UNUSABLE)
 def make_writer(c, device):
+    """The policy before training. Raises CommandLineError for a model that cannot be used."""
     tokenizer = load_tokenizer(c.POLICY_MODEL)
-    model = load_model(
-        c.POLICY_MODEL, tokenizer, device, frozen=c.LORA_RANK > 0
-    )  # steps of 1e-5 would be lost in bfloat16
-    writer = Writer(with_lora(model, c.LORA_RANK) if c.LORA_RANK else model, tokenizer, c.TEMPERATURE, c.TOP_P)
+    # Weights that learn are float32, because steps of 1e-5 would be lost in bfloat16.
+    model = load_model(c.POLICY_MODEL, tokenizer, device, frozen=c.LORA_RANK > 0)
+    if c.LORA_RANK:
+        model = with_lora(model, c.LORA_RANK)
+    writer = Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P)
     writer.check(PROMPTS + HELD_OUT, c.MAX_NEW_TOKENS)
     return writer
 
@@ -363,9 +400,8 @@ def make_writer(c, device):
 def check(c):
     """Raises CommandLineError for constants that do not fit together."""
     if c.POLICY_MODEL == TINY:
-        raise CommandLineError(
-            f"POLICY_MODEL {TINY} knows no words to learn from; take smollm2, a folder, or a model of the hub"
-        )
+        reason = f"POLICY_MODEL {TINY} knows no words to learn from"
+        raise CommandLineError(f"{reason}; take smollm2, a folder, or a model of the hub")
 
 
 # --- playing ----------------------------------------------------------------------------------------------------------
@@ -374,23 +410,26 @@ AT_ONCE = 64  # answers drawn side by side
 
 
 def answers_to(state, prompts, seed):
-    """A policy state -> answers of the model that it holds, and their rewards (N,). torch's random numbers stay where they were."""
-    c, answers = Values(**state["constants"]), []
-    device = training_device(c)
+    """The answers of a policy state to prompts, and their rewards (N,). torch's random numbers remain as they were."""
+    c = Values(**state["constants"])
+    answers = []
     with torch.random.fork_rng():
-        writer, reward, models = make_models(c, device)
-        check_models(state, models, "the model")
+        writer, reward, models = make_models(c, training_device(c))
+        check_models(state, models)
         load_weights(writer, state["model"])
         torch.manual_seed(seed)
         for i in range(0, len(prompts), AT_ONCE):
             tokens, _, drawn = writer.write(prompts[i : i + AT_ONCE], c.MAX_NEW_TOKENS)
             answers += writer.texts(tokens, drawn)
-    return answers, rewards_of(reward, prompts, answers, "in an evaluation")
+    rewards = reward(prompts, answers)
+    check_rewards(rewards, answers, "in an evaluation")
+    return answers, rewards
 
 
 def evaluate(state, episodes=64, seed=0):
-    """`episodes` answers, cycling through the prompts held out -> the mean reward, its standard error, and the lowest and highest."""
-    _, rewards = answers_to(state, [HELD_OUT[i % len(HELD_OUT)] for i in range(episodes)], seed)
+    """Draw answers to the held-out prompts in turn, `episodes` in all. Returns statistics of their rewards."""
+    prompts = [HELD_OUT[i % len(HELD_OUT)] for i in range(episodes)]
+    _, rewards = answers_to(state, prompts, seed)
     return {
         "score": rewards.mean().item(),
         "error": standard_error(rewards.numpy()),
@@ -401,29 +440,30 @@ def evaluate(state, episodes=64, seed=0):
 
 
 def show(state, seed):
-    """Prints an answer to each prompt held out."""
-    for prompt, answer, reward in zip(HELD_OUT, *answers_to(state, HELD_OUT, seed)):
+    """Print an answer to each held-out prompt, with its reward."""
+    answers, rewards = answers_to(state, HELD_OUT, seed)
+    for prompt, answer, reward in zip(HELD_OUT, answers, rewards):
         print(f"{reward:.3f}  {prompt}  {shortened(answer, 10_000)}")
 
 
 ALGORITHM = Algorithm(
-    "grpo_text",
-    __doc__,
-    CONSTANTS,
-    KEPT,
-    build,
-    evaluate,
-    None,
-    episodes=64,
+    name="grpo_text",
+    doc=__doc__,
+    constants=CONSTANTS,
+    kept=KEPT,
+    build=build,
+    evaluate=evaluate,
     play_in_terminal=show,
+    episodes=64,
     check=check,
     callbacks=callbacks_of,
-    memory=("NUM_SAMPLES", "MAX_NEW_TOKENS"),
     models=("POLICY_MODEL", "REWARD_MODEL"),
+    memory=("NUM_SAMPLES", "MAX_NEW_TOKENS"),
 )
 
 
 def main(argv=()):
+    """Train, play or evaluate. Returns the exit status."""
     return run_algorithm(ALGORITHM, argv)
 
 

@@ -1,16 +1,16 @@
 """A language model plays Breakout by reading what the game's RAM says:  python -m algorithms.ppo_llm_breakout
 
-    You play Breakout. ... Ball X: 99, Ball Y: 120, Paddle X: 72, Moving DOWN LEFT, Lives: 5, Score: 12   ->   stay, right or left
+    You play Breakout. ... Ball X: 99, Ball Y: 120, Paddle X: 72, Moving DOWN LEFT, Lives: 5, Score: 12
 
-The root's PPO trains it, with a penalty on how far its answers move away from those of the model that it started from. Nothing is
-generated: one forward pass reads the text and scores all answers. The default is a small model that is made here and knows nothing;
---model smollm2, or any name of Hugging Face's hub such as Qwen/Qwen3-0.6B, takes one that has read the web, and trains an adapter (LoRA).
---model mlp is no language model: a small network that gets the numbers of the text, to compare with.
+It answers stay, right or left. The root's PPO trains it, with a penalty on the divergence of its answers from those of
+the model that it started from. Nothing is generated: one forward pass reads the text and scores all answers.
+
+By default the model is a small one that is made here and knows nothing. --model smollm2, or any name on the Hugging
+Face hub such as Qwen/Qwen3-0.6B, takes one that has been trained on text, and trains an adapter (LoRA). --model mlp is
+no language model, but a small network that gets the numbers in the text, to compare with.
 
 --verify plays a few random steps, and prints texts, actions and rewards.
 """
-
-import harness.start  # before the slow imports
 
 import math
 import random
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from algorithms.parts.breakout_text import (
     ACTIONS,
-    WIDTH,
+    TEXT_LENGTH,
     BreakoutTexts,
     ShapedReward,
     TextAsBytes,
@@ -34,13 +34,13 @@ from algorithms.parts.language_model import (
     SMOLLM2,
     TINY,
     UNUSABLE,
+    absolute_name,
+    base_model,
     load_model,
     load_tokenizer,
-    place,
-    reference_to,
-    refusing,
+    reference_of,
+    refuse_on_error,
     tokenizer_from,
-    transformer,
     with_lora,
 )
 from algorithms.parts.language_policy import LanguagePolicy
@@ -96,8 +96,8 @@ SAVE_FREQ = 20  # [1, inf) updates between two checkpoints
 CONSTANTS = Constants(globals())
 KEPT = "LORA_RANK STICKY SKIP SHAPING NUM_ENVS KL_COEF SEED RUN_DIR".split()
 MLP = "mlp"
-OWN = TINY, MLP, SMOLLM2  # these names are no folders
-PREFIX = "You play Breakout. Move the paddle under the ball: stay, right or left?\n"  # read once, then kept
+NOT_FOLDERS = (TINY, MLP, SMOLLM2)  # these values of MODEL never mean a folder
+PREFIX = "You play Breakout. Move the paddle under the ball: stay, right or left?\n"  # read once, then cached
 SUFFIX = "\nAnswer:"
 ANSWERS = [" " + name.lower() for name in ACTIONS]
 
@@ -106,32 +106,35 @@ ANSWERS = [" " + name.lower() for name in ACTIONS]
 
 
 class BreakoutReader(LanguagePolicy):
-    """Texts as `texts_of` reads them, (N, WIDTH) uint8 -> logits (N, A), values (N,)."""
+    """Computes logits (N, A) and values (N,) from the codes of texts (N, TEXT_LENGTH) uint8, with a language model."""
 
     def __init__(self, model, tokenizer, reference=None):
         super().__init__(model, tokenizer, PREFIX, ANSWERS, reference)
 
     def encode(self, obs):
-        return self.encode_texts([text + SUFFIX for text in texts_of(obs)], WIDTH + len(SUFFIX))
+        texts = [text + SUFFIX for text in texts_of(obs)]
+        return self.encode_texts(texts, TEXT_LENGTH + len(SUFFIX))
 
 
 class NumberReader(Policy):
-    """The same outputs, by an MLP on the numbers that the texts have, but for the score: no language, to compare with."""
+    """An MLP that gets the numbers in the texts, without the score, to compare with the language model."""
 
     def __init__(self, hidden=64):
         super().__init__()
-        scales = [160, 160, 160, 1, 1, 5]
+        scales = [160, 160, 160, 1, 1, 5]  # the largest values of `numbers_of`
         self.register_buffer("scales", torch.tensor(scales), persistent=False)
-        sizes = [len(scales), hidden, hidden]
-        self.body = nn.Sequential(*(layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.Tanh())))
-        self.actor, self.critic = nn.Linear(hidden, len(ACTIONS)), nn.Linear(hidden, 1)
+        self.body = nn.Sequential(nn.Linear(len(scales), hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
+        self.actor = nn.Linear(hidden, len(ACTIONS))
+        self.critic = nn.Linear(hidden, 1)
         nn.init.zeros_(self.actor.weight)
         nn.init.zeros_(self.actor.bias)
 
     def encode(self, obs):
-        """-> (N, 6 + A): the numbers, and the log-probabilities of the start, where all actions are alike."""
-        numbers = torch.tensor([numbers_of(text) for text in texts_of(obs)], device=self.scales.device) / self.scales
-        return torch.cat([numbers, numbers.new_full((len(numbers), len(ACTIONS)), -math.log(len(ACTIONS)))], 1)
+        """The numbers (N, 6), and the log-probabilities (N, A) of the reference, to which all actions are alike."""
+        numbers = [numbers_of(text) for text in texts_of(obs)]
+        numbers = torch.tensor(numbers, device=self.scales.device) / self.scales
+        reference = numbers.new_full((len(numbers), len(ACTIONS)), -math.log(len(ACTIONS)))
+        return torch.cat([numbers, reference], 1)
 
     def forward(self, encoded):
         hidden = self.body(encoded[:, : len(self.scales)])
@@ -139,11 +142,15 @@ class NumberReader(Policy):
 
 
 class LanguagePPO(PPO):
-    """PPO, with a penalty on the divergence from the reference, whose weight aims at a target (Ziegler et al. 2019, section 2.2)."""
+    """PPO with a penalty on the divergence from a reference (Ziegler et al. 2019, section 2.2).
+
+    The weight of the penalty rises while the divergence is above its target, and falls while it is below.
+    """
 
     def __init__(self, policy, env, config, kl_coef, kl_target, metadata):
         super().__init__(policy, env, config, metadata=metadata)
-        self.kl_coef, self.kl_target = kl_coef, kl_target
+        self.kl_coef = kl_coef
+        self.kl_target = kl_target
 
     def further_loss(self, mb, all_logprobs):
         if not self.kl_coef:
@@ -154,23 +161,29 @@ class LanguagePPO(PPO):
 
     def update(self):
         if any(p.dtype == torch.bfloat16 for p in self.policy.parameters()):
-            self.score_again()
+            self.recompute_logprobs()
         stats = super().update()
         if self.kl_coef:
             stats["kl_coef"] = self.kl_coef
-            self.kl_coef *= 1 + 0.1 * float(np.clip(stats["kl_reference"] / self.kl_target - 1, -0.2, 0.2))
+            error = stats["kl_reference"] / self.kl_target - 1
+            self.kl_coef *= 1 + 0.1 * float(np.clip(error, -0.2, 0.2))
         return stats
 
     @torch.no_grad()
-    def score_again(self):
-        """The old log-probabilities, anew: bfloat16 rounds otherwise in batches of another size, and the ratio would not be 1 at the start."""
-        samples, act = self.buffer.samples, self.policy.inference_cache()
+    def recompute_logprobs(self):
+        """Compute the old log-probabilities again, in batches of the size of a minibatch.
+
+        In bfloat16 batches of another size are rounded differently, and the ratio would not be 1 at the start.
+        """
+        samples = self.buffer.samples
+        act = self.policy.inference_cache()
         logits = torch.cat([act(obs)[0] for obs in samples.obs.split(self.config.batch_size)])
-        logprobs = F.log_softmax(logits, dim=-1).gather(1, samples.actions[:, None])[:, 0]
+        all_logprobs = F.log_softmax(logits, dim=-1)
+        logprobs = all_logprobs.gather(1, samples.actions[:, None])[:, 0]
         self.buffer.samples = samples._replace(old_logprobs=logprobs)
 
     def record_episode_returns(self):
-        """Scores, in the game's own points: the rewards have hints in them."""
+        """Record scores in the game's points, because the rewards contain hints."""
         self.episode_returns.extend(self.env.scores)
         self.env.scores.clear()
 
@@ -184,9 +197,10 @@ class LanguagePPO(PPO):
 
 
 def build(c):
+    """The trainer that these constants describe. Raises CommandLineError for a model that cannot be used."""
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
-    c.MODEL = place(c.MODEL, OWN)
+    c.MODEL = absolute_name(c.MODEL, NOT_FOLDERS)
     policy = make_policy(c, device)
     metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c)), "models": models_of(c, policy)}
     if c.MODEL == TINY:
@@ -195,35 +209,45 @@ def build(c):
     return LanguagePPO(policy, envs, ppo_config(c), c.KL_COEF, c.KL_TARGET, metadata)
 
 
-@refusing(UNUSABLE)
+@refuse_on_error(UNUSABLE)
 def make_policy(c, device, saved_tokenizer=None):
-    """With a reference, if the training wants one."""
+    """The policy before training, with a reference if the training has a penalty.
+
+    saved_tokenizer: of the tiny model, from a checkpoint; None to train one.
+    """
     if c.MODEL == MLP:
         return NumberReader().to(device)
-    tokenizer = tokenizer_from(saved_tokenizer) if saved_tokenizer else load_tokenizer(c.MODEL, invented_texts())
+    if saved_tokenizer:
+        tokenizer = tokenizer_from(saved_tokenizer)
+    else:
+        tokenizer = load_tokenizer(c.MODEL, invented_texts())
     model = load_model(c.MODEL, tokenizer, device)
     if c.MODEL != TINY:
         model = with_lora(model, c.LORA_RANK)
-    policy = BreakoutReader(model, tokenizer, reference_to(model) if c.KL_COEF else None).to(device)
-    policy.check([min(invented_texts(), key=len), max(invented_texts(), key=len)])
+    reference = reference_of(model) if c.KL_COEF else None
+    policy = BreakoutReader(model, tokenizer, reference).to(device)
+    texts = invented_texts()
+    policy.check([min(texts, key=len), max(texts, key=len)])
     return policy
 
 
 def models_of(c, policy):
-    """-> {constant: (name, fingerprint)}, as `check_models` wants them."""
-    fingerprint = c.MODEL if c.MODEL in (TINY, MLP) else transformer(policy.model).fingerprint
-    return {"MODEL": [c.MODEL, fingerprint]}
+    """The name and the fingerprint of the model, as `check_models` takes them."""
+    if c.MODEL in (TINY, MLP):
+        return {"MODEL": [c.MODEL, c.MODEL]}
+    return {"MODEL": [c.MODEL, base_model(policy.model).fingerprint]}
 
 
 def invented_texts():
-    """What the tiny model's tokenizer is trained on: texts as the game writes them, and the answers."""
+    """Texts as the game writes them, and the answers: what the tiny model's tokenizer is trained on."""
     rng = random.Random(0)
-    directions = [f"{a} {b}".strip() for a in ("UP", "DOWN", "") for b in ("LEFT", "RIGHT", "")][:-1] + ["NOWHERE"]
-    texts = [
-        f"Ball X: {rng.randrange(256)}, Ball Y: {rng.randrange(256)}, Paddle X: {rng.randrange(256)}, Moving {rng.choice(directions)}, "
-        f"Lives: {rng.randrange(6)}, Score: {rng.randrange(865)}{SUFFIX}"
-        for _ in range(2000)
-    ]
+    directions = ["UP LEFT", "UP RIGHT", "UP", "DOWN LEFT", "DOWN RIGHT", "DOWN", "LEFT", "RIGHT", "NOWHERE"]
+    texts = []
+    for _ in range(2000):
+        texts.append(
+            f"Ball X: {rng.randrange(256)}, Ball Y: {rng.randrange(256)}, Paddle X: {rng.randrange(256)}, "
+            f"Moving {rng.choice(directions)}, Lives: {rng.randrange(6)}, Score: {rng.randrange(865)}{SUFFIX}"
+        )
     return texts + [PREFIX, *ANSWERS] * 200
 
 
@@ -231,80 +255,97 @@ def invented_texts():
 
 
 def policy_of(state):
-    """A policy state -> its policy, on the device of its training if that is here, and the constants of the training."""
-    c = Values(**{**state["constants"], "KL_COEF": 0.0})
-    c.MODEL = place(c.MODEL, OWN)
+    """The policy of a policy state, on the device of its training if this machine has it, and the constants."""
+    c = Values(**state["constants"])
+    c.KL_COEF = 0.0  # playing needs no reference
+    c.MODEL = absolute_name(c.MODEL, NOT_FOLDERS)
     policy = make_policy(c, training_device(c), state.get("tokenizer"))
-    check_models(state, models_of(c, policy), "the model")
+    check_models(state, models_of(c, policy))
     load_weights(policy, state["model"])
     return policy, c
 
 
 def greedy(policy):
-    """-> a function from observations (N, WIDTH) to the most probable actions (N,)."""
+    """A function from observations (N, TEXT_LENGTH) to the most probable actions (N,)."""
     act = policy.inference_cache()
-    return lambda obs: act(policy.encode(obs))[0].argmax(-1).cpu().numpy()
+
+    def choose(obs):
+        logits, _ = act(policy.encode(obs))
+        return logits.argmax(-1).cpu().numpy()
+
+    return choose
 
 
 def evaluate(state, episodes=10, seed=0):
-    """Whole games of the most probable answers, side by side -> the `summary` of their scores, in the game's own points."""
+    """Play games with the most probable answers, up to 100 side by side. Returns the `summary` of their scores."""
     policy, c = policy_of(state)
     choose = greedy(policy)
-    return summary(
-        [
-            score
-            for first in range(0, episodes, 100)
-            for score in scores_of(choose, c, min(100, episodes - first), seed + first)
-        ]
-    )
+    scores = []
+    for first in range(0, episodes, 100):
+        scores += scores_of(choose, c, min(100, episodes - first), seed + first)
+    return summary(scores)
 
 
 def scores_of(choose, c, episodes, seed):
-    """choose: observations (N, WIDTH) -> actions (N,). A game that is over takes no more time."""
+    """Play games side by side, and return the score of each in the game's points.
+
+    Only the games that are still going on are read, which saves time with a large language model.
+
+    choose: takes observations (N, TEXT_LENGTH) and returns actions (N,).
+    """
     games = [TextAsBytes(make_env(c.STICKY, c.SKIP)) for _ in range(episodes)]
-    obs, playing, scores = (
-        [game.reset(seed=seed + i)[0] for i, game in enumerate(games)],
-        list(range(episodes)),
-        [0] * episodes,
-    )
+    obs = [game.reset(seed=seed + i)[0] for i, game in enumerate(games)]
+    scores = [0] * episodes
+    playing = list(range(episodes))
     while playing:
-        for i, action in zip(playing, choose(np.stack([obs[i] for i in playing]))):
+        actions = choose(np.stack([obs[i] for i in playing]))
+        still_playing = []
+        for i, action in zip(playing, actions):
             obs[i], _, terminated, truncated, info = games[i].step(action)
             scores[i] = info["score"]
             if terminated or truncated:
-                playing = [j for j in playing if j != i]
                 games[i].close()
+            else:
+                still_playing.append(i)
+        playing = still_playing
     return scores
 
 
 def frames(state, episodes, seed, human):
-    """Yield every other frame that the agent sees."""
+    """Yield every other frame that the agent sees, of games with the most probable answers."""
     policy, c = policy_of(state)
-    choose, env = greedy(policy), TextAsBytes(make_env(c.STICKY, c.SKIP, "human" if human else "rgb_array"))
+    choose = greedy(policy)
+    env = TextAsBytes(make_env(c.STICKY, c.SKIP, "human" if human else "rgb_array"))
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed + episode)
-        over, steps = False, 0
+        over = False
+        steps = 0
         while not over:
-            obs, _, terminated, truncated, info = env.step(choose(obs[None])[0])
-            over, steps = terminated or truncated, steps + 1
-            if steps % 2:
+            obs, _, terminated, truncated, _ = env.step(choose(obs[None])[0])
+            over = terminated or truncated
+            steps += 1
+            if steps % 2 == 1:
                 yield env.render()
     env.close()
 
 
 class Video(Callback):
-    """Every so many updates a game of the policy as a gif, drawn in another process while training goes on."""
+    """Draws a game of the policy as a gif every so many updates, in another process while training goes on."""
 
     def __init__(self, directory, interval):
-        self.directory, self.interval, self.background, self.under_way = directory, interval, None, None
+        self.directory = directory
+        self.interval = interval
+        self.background = None
+        self.under_way = None  # the future of the gif that is being drawn
         self.cost = f"{directory}: no video"
 
     def on_training_start(self, trainer):
         self.background = Background(draw_video)
 
     def on_update_end(self, trainer):
-        due = self.background and trainer.update_count % self.interval == 0
-        if due and (self.under_way is None or self.under_way.done()):
+        if not self.background or trainer.update_count % self.interval:
+            return
+        if self.under_way is None or self.under_way.done():
             self.finish()
             self.directory.mkdir(exist_ok=True)
             path = self.directory / f"update_{trainer.update_count}.gif"
@@ -314,8 +355,10 @@ class Video(Callback):
         self.finish()
 
     def finish(self):
-        if self.under_way is not None:
-            future, self.under_way = self.under_way, None
+        """Wait for the gif that is being drawn. Raises what its process raised."""
+        future = self.under_way
+        self.under_way = None
+        if future is not None:
             future.result()
 
     def close(self):
@@ -324,49 +367,49 @@ class Video(Callback):
 
 
 def draw_video(state_and_path):
-    from viewer.drawing import write_gif  # here, because the training can do without
+    """Draw a game of a policy state; this runs in a process of its own."""
+    from viewer.drawing import write_gif  # imported here, because training works without it
 
     state, path = state_and_path
     with replacing(path) as unfinished:
         write_gif(unfinished, frames(state, 1, state["update_count"], human=False), ALGORITHM.frame_ms)
 
 
+def callbacks_of(c, run_dir):
+    """The callback that draws videos, if they are wanted."""
+    return [Video(run_dir / "videos", c.VIDEO_FREQ)] if c.VIDEO_FREQ else []
+
+
 def verify(argv, steps=20):
-    """Random steps of one game: the text, the action, its points, and the reward that training would get of it."""
-    c = Values(
-        **read_run(argv, "-m algorithms.ppo_llm_breakout --verify", __doc__, CONSTANTS, KEPT, check_ppo).constants
-    )
-    env, rng = ShapedReward(make_env(c.STICKY, c.SKIP), c.SHAPING), np.random.default_rng(c.SEED)
+    """Play random steps of one game, and print texts, actions, points, and the rewards that training would get."""
+    run = read_run(argv, "-m algorithms.ppo_llm_breakout --verify", __doc__, CONSTANTS, KEPT, check_ppo)
+    c = Values(**run.constants)
+    env = ShapedReward(make_env(c.STICKY, c.SKIP), c.SHAPING)
+    rng = np.random.default_rng(c.SEED)
     text, _ = env.reset(seed=c.SEED)
     for _ in range(steps):
-        action, before = int(rng.integers(len(ACTIONS))), env.get_wrapper_attr("score")
+        action = int(rng.integers(len(ACTIONS)))
+        score_before = env.get_wrapper_attr("score")
         print(f"{text}{SUFFIX}{ANSWERS[action]}".replace("\n", " "))
         text, reward, terminated, truncated, info = env.step(action)
-        print(
-            f"    points {info['score'] - before}, reward {reward:+.3f}"
-            + (", a life is lost" if info["life_lost"] else "")
-        )
+        life = ", a life is lost" if info["life_lost"] else ""
+        print(f"    points {info['score'] - score_before}, reward {reward:+.3f}{life}")
         if terminated or truncated:
             text, _ = env.reset()
     return 0
 
 
-def callbacks_of(c, run_dir):
-    return [Video(run_dir / "videos", c.VIDEO_FREQ)] if c.VIDEO_FREQ else []
-
-
-LEVELS = {"following the ball": 62, "random play": 1.7}
 ALGORITHM = Algorithm(
-    "ppo_llm_breakout",
-    __doc__,
-    CONSTANTS,
-    KEPT,
-    build,
-    evaluate,
-    frames,
+    name="ppo_llm_breakout",
+    doc=__doc__,
+    constants=CONSTANTS,
+    kept=KEPT,
+    build=build,
+    evaluate=evaluate,
+    frames=frames,
     episodes=30,
     frame_ms=60,
-    levels=LEVELS,
+    levels={"following the ball": 62, "random play": 1.7},
     check=check_ppo,
     callbacks=callbacks_of,
     models=("MODEL",),
@@ -375,6 +418,7 @@ ALGORITHM = Algorithm(
 
 
 def main(argv=()):
+    """Train, play, evaluate or verify. Returns the exit status."""
     if "--verify" in argv:
         return verify([word for word in argv if word != "--verify"])
     return run_algorithm(ALGORITHM, argv)

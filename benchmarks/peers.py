@@ -181,7 +181,8 @@ def ours_in_words(c):
         stats = trainer.collect_and_update()
         seconds.append(time.perf_counter() - clock)
         prompts.append(trainer.examples[0][1])
-        tell("ours", seconds, trainer.rewards, f", KL {stats['kl_reference']:.3f}")
+        rewards = torch.tensor([reward for reward, _, _ in trainer.examples])
+        tell("ours", seconds, rewards, f", KL {stats['kl_reference']:.3f}")
     return trainer.policy.state_dict(), seconds, prompts
 
 
@@ -189,7 +190,7 @@ def theirs_in_words(c, prompts):
     """Train TRL's on these prompts. Returns the weights at the end, and the seconds of each step."""
     trl, transformers, datasets = need("trl", "trl"), need("transformers"), need("datasets", "trl")
     writer = grpo.make_writer(c, torch.device("cpu"))
-    score = grpo.reward_model(c.REWARD_MODEL, torch.device("cpu"))
+    score = grpo.make_reward(c.REWARD_MODEL, torch.device("cpu"))
     seconds = []
     chat = bool(writer.tokenizer.chat_template)
     rows = [

@@ -254,7 +254,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit_if_it_keeps_its_memory(tmp_path, 
     straight, resumed = states_of_a_straight_and_a_resumed_run(
         ALGORITHM, SMALL + " --keep_replay true", tmp_path, 48, 24
     )
-    assert same(straight, resumed) and straight[0]["learned"] == 16
+    assert same(straight, resumed) and straight[0]["learning_steps"] == 16
 
 
 def test_without_its_memory_a_resumed_run_fills_it_anew(tmp_path, without_processes):
@@ -263,7 +263,7 @@ def test_without_its_memory_a_resumed_run_fills_it_anew(tmp_path, without_proces
     )
     assert (
         resumed[0]["global_step"] == straight[0]["global_step"] == 48
-        and resumed[0]["learned"] == straight[0]["learned"]
+        and resumed[0]["learning_steps"] == straight[0]["learning_steps"]
     )
     assert len(resumed[1]) == 4 and not same(straight[0]["model"], resumed[0]["model"]) and "replay" not in resumed[0]
 
@@ -275,7 +275,7 @@ def test_the_frozen_copy_is_renewed(monkeypatch):
     same_weights = []
     for _ in range(6):
         dqn.learning_step()
-        same_weights.append(all(torch.equal(a, b) for a, b in zip(dqn.policy.parameters(), dqn.frozen.parameters())))
+        same_weights.append(all(torch.equal(a, b) for a, b in zip(dqn.policy.parameters(), dqn.target.parameters())))
     assert same_weights == [False, False, True] * 2
 
 

@@ -49,13 +49,20 @@ from algorithms.grpo_text import (
     GRPO,
     HELD_OUT,
     PROMPTS,
-    advantages_of,
     brief,
     friendly,
-    reward_model,
+    group_advantages,
+    make_reward,
     sentences,
 )
-from algorithms.parts.language_model import RewardModel, is_adapter, reference_to, refusing, train_tokenizer, with_lora
+from algorithms.parts.language_model import (
+    RewardModel,
+    is_adapter,
+    reference_of,
+    refuse_on_error,
+    train_tokenizer,
+    with_lora,
+)
 from algorithms.parts.language_policy import Writer, until_end
 from harness.checkpoint import load_checkpoint, save_checkpoint
 from harness.options import CommandLineError
@@ -187,8 +194,8 @@ def test_a_model_that_draws_otherwise_than_it_scores_is_refused(tokenizer):
 
 def test_advantages_by_hand():
     rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
-    torch.testing.assert_close(advantages_of(rewards), torch.tensor([[-1.0, 1.0], [0.0, 0.0]]), rtol=0, atol=1e-3)
-    assert advantages_of(rewards, normalize=False).tolist() == [[-1.0, 1.0], [0.0, 0.0]]
+    torch.testing.assert_close(group_advantages(rewards), torch.tensor([[-1.0, 1.0], [0.0, 0.0]]), rtol=0, atol=1e-3)
+    assert group_advantages(rewards, normalize=False).tolist() == [[-1.0, 1.0], [0.0, 0.0]]
 
 
 def test_k3_estimates_the_divergence():
@@ -285,7 +292,7 @@ def test_a_classifier_reads_what_its_chat_template_says(tmp_path, tokenizer):
     read = tokenizer("<user> Why is the sky blue?<end><assistant> Because.<end>", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = model(input_ids=read).logits[0, 0]
-    reward = reward_model(str(tmp_path), torch.device("cpu"))
+    reward = make_reward(str(tmp_path), torch.device("cpu"))
     torch.testing.assert_close(reward(["Why is the sky blue?"], ["Because."])[0], expected, rtol=0, atol=1e-5)
 
 
@@ -306,14 +313,14 @@ def test_a_classifier_reads_what_its_chat_template_says(tmp_path, tokenizer):
 def test_a_classifier_that_is_no_reward_model_is_refused(changes, message, tmp_path, tokenizer):
     save_classifier(tmp_path, tokenizer, **changes)
     with pytest.raises(CommandLineError, match=f"^REWARD_MODEL {tmp_path}: .*{message}") as error:
-        reward_model(str(tmp_path), torch.device("cpu"))
+        make_reward(str(tmp_path), torch.device("cpu"))
     assert "\n" not in str(error.value)
 
 
 def test_weights_that_a_folder_lacks_are_not_drawn_at_random(folder):
     """A language model is no classifier, though transformers makes one of it, with a warning."""
     with pytest.raises(CommandLineError, match="has no weights for score.weight, which would be random"):
-        reward_model(str(folder), torch.device("cpu"))
+        make_reward(str(folder), torch.device("cpu"))
 
 
 def test_a_model_without_a_tokenizer_and_one_that_is_too_short_are_refused(tokenizer):
@@ -352,11 +359,11 @@ def test_a_classifier_that_fails_is_one_line(tmp_path, tokenizer):
         match=r"^the model cannot be used \(No API key configured. Use `wandb login`\); take another model$",
     ):
         reward(["hi"], ["yes"])
-    with pytest.raises(CommandLineError, match=r"\(NotImplementedError\)"), refusing("it failed"):
+    with pytest.raises(CommandLineError, match=r"\(NotImplementedError\)"), refuse_on_error("it failed"):
         raise NotImplementedError
     save_classifier(tmp_path, tokenizer, initializer_range=math.inf)
     with pytest.raises(CommandLineError, match="gives numbers that are not finite; take another model$"):
-        reward_model(str(tmp_path), torch.device("cpu"))
+        make_reward(str(tmp_path), torch.device("cpu"))
 
 
 def test_a_function_gives_one_number_for_each_answer():
@@ -463,7 +470,7 @@ def small_grpo(tokenizer, reward, **changes):
     )
     model = small_model("Qwen3", tokenizer)
     return GRPO(
-        Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P), reward, reference_to(model), c, torch.device("cpu"), {}
+        Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P), reward, reference_of(model), c, torch.device("cpu"), {}
     )
 
 
@@ -473,10 +480,10 @@ def test_the_divergence_is_zero_at_the_start_and_the_ratio_moves_with_more_epoch
         tokenizer, lambda prompts, answers: torch.tensor([float(len(a)) for a in answers]), TOP_P=top_p, EPOCHS=1
     )
     torch.manual_seed(1)
-    first = grpo.update(*grpo.collect())
+    first = grpo.collect_and_update()
     assert first["kl_reference"] == pytest.approx(0, abs=1e-6)
     grpo.c.EPOCHS = 3
-    stats = grpo.update(*grpo.collect())
+    stats = grpo.collect_and_update()
     assert stats["approx_kl"] > 1e-6 and stats["kl_reference"] > 1e-6
 
 
@@ -489,7 +496,6 @@ def test_tokens_behind_the_end_change_nothing(tokenizer):
     other = tokens.clone()
     other[:2, 7:] = 77
     for grpo, x in zip(grpos, (tokens, other)):
-        grpo.rewards = grpo.lengths = torch.zeros(4)
         grpo.update(x, mask, drawn, torch.tensor([1.0, -1.0, 0.5, -0.5]))
     assert same(grpos[0].policy.state_dict(), grpos[1].policy.state_dict())
 
@@ -507,7 +513,7 @@ def test_finds_the_optimum_of_a_toy_task(tokenizer, kl_coef):
             head[tokenizer.encode(letter)[0]] += head.std()
     torch.manual_seed(0)
     for _ in range(40):
-        stats = grpo.update(*grpo.collect())
+        stats = grpo.collect_and_update()
     if kl_coef == 0:
         assert stats["episode_return"] > 0.9
     else:
@@ -682,11 +688,11 @@ def fails(*args, **kwargs):
 @pytest.mark.parametrize(
     "wandb, reason",
     [
-        (None, "import of wandb halted; None in sys.modules; install it with pip"),
-        (SimpleNamespace(init=fails), "RuntimeError: No API key configured. Use `wandb login`"),
+        (None, "ModuleNotFoundError: import of wandb halted; None in sys.modules; install it with pip"),
+        (SimpleNamespace(init=fails), "RuntimeError: No API key configured."),
         (
             SimpleNamespace(init=lambda **_: SimpleNamespace(log=fails, finish=fails)),
-            "RuntimeError: No API key configured. Use `wandb login`",
+            "RuntimeError: No API key configured.",
         ),
     ],
 )

@@ -13,14 +13,14 @@ from gymnasium.vector import AutoresetMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from algorithms import ppo_llm_breakout
-from algorithms.parts.breakout_text import BUTTONS, WIDTH, BreakoutTexts, follow_the_ball, make_env, texts_of
+from algorithms.parts.breakout_text import BUTTONS, TEXT_LENGTH, BreakoutTexts, follow_the_ball, make_env, texts_of
 from algorithms.parts.language_model import (
     UNUSABLE,
     fingerprint,
     load_model,
     load_tokenizer,
-    reference_to,
-    refusing,
+    reference_of,
+    refuse_on_error,
     train_tokenizer,
     with_lora,
 )
@@ -124,7 +124,7 @@ def test_a_model_that_scores_answers_in_a_way_of_its_own_is_refused(tokenizer):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
-        with pytest.raises(CommandLineError, match="take another model$") as error, refusing(UNUSABLE):
+        with pytest.raises(CommandLineError, match="take another model$") as error, refuse_on_error(UNUSABLE):
             LanguagePolicy(model.eval(), tokenizer, "You play. ", ANSWERS).check(TEXTS)
         assert "\n" not in str(error.value)
     for model in (
@@ -150,7 +150,7 @@ def test_the_reference_is_the_model_as_it_was(tokenizer, adapter):
     model = small_model("Qwen3", tokenizer)
     if adapter:
         model = with_lora(model, 4)
-    policy = LanguagePolicy(model, tokenizer, "You play. ", ANSWERS, reference_to(model))
+    policy = LanguagePolicy(model, tokenizer, "You play. ", ANSWERS, reference_of(model))
 
     def both():
         encoded = policy.encode_texts(TEXTS, 64)
@@ -237,7 +237,7 @@ def test_the_weight_of_the_divergence_aims_at_its_target():
 def test_learns_to_answer_by_the_text(monkeypatch):
     """Where the reward is 1 for going to the side that the text names: a bandit whose optimum is known."""
     obs = np.stack(
-        [np.frombuffer(f"Moving {side}".encode().ljust(WIDTH, b"\0"), np.uint8) for side in ("LEFT", "RIGHT")]
+        [np.frombuffer(f"Moving {side}".encode().ljust(TEXT_LENGTH, b"\0"), np.uint8) for side in ("LEFT", "RIGHT")]
     )
 
     class Sides:
@@ -290,7 +290,7 @@ def test_texts_say_what_the_ram_says():
     seen, before, rng = set(), info["ball"], np.random.default_rng(0)
     for _ in range(400):
         text, points, terminated, truncated, info = env.step(rng.integers(3))
-        assert text in env.observation_space and len(text) <= WIDTH
+        assert text in env.observation_space and len(text) <= TEXT_LENGTH
         x, y = info["ball"]
         assert (
             text.startswith(f"Ball X: {x}, Ball Y: {y}, Paddle X: {info['paddle']}, Moving ")

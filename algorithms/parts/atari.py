@@ -1,4 +1,4 @@
-"""Games of the Arcade Learning Environment: wrappers, stacks of their frames, and a memory of them."""
+"""Games of the Arcade Learning Environment: their wrappers, stacks of their frames, and a replay memory."""
 
 from collections import deque
 
@@ -12,19 +12,81 @@ from algorithms.parts.packages import need
 from harness.messages import one_line
 from harness.options import CommandLineError
 
-SIZE = 84  # pixels, of a frame's height and width
+SIZE = 84  # pixels, the height and the width of a frame
+
+# --- games ------------------------------------------------------------------------------------------------------------
+
+
+def make_envs(c, n):
+    """n games side by side; `c` as in `make_env`."""
+    return SyncVectorEnv([lambda: make_env(c)] * n, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def make_env(c, render_mode=None):
+    """One game with all of its wrappers.
+
+    Args:
+        c: the constants ENV_ID, STICKY, SKIP and ACTIONS of `dqn_space_invaders`.
+
+    Raises CommandLineError for a game or an action that does not exist.
+    """
+    try:
+        game = make_game(c.ENV_ID, c.STICKY, obs_type="grayscale", render_mode=render_mode)
+        env = SkipFrame(game, c.SKIP)
+        if c.ACTIONS:
+            env = ActionSpaceWrapper(env, [name.strip() for name in c.ACTIONS.split(",")])
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        raise CommandLineError(f"{c.ENV_ID}: {one_line(error)}") from None
+    return SmallFrame(env)
+
+
+def make_game(env_id, sticky, **options):
+    """A game in single frames, each of which repeats the previous action with probability `sticky`.
+
+    A wrapper repeats it and not the emulator, because a saved state of the emulator lacks the previous action.
+    """
+    ale_py = need("ale_py")
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # or it prints a greeting for each game
+    gym.register_envs(ale_py)
+    game = gym.make(env_id, frameskip=1, repeat_action_probability=0.0, **options)
+    return StickyAction(game, sticky)
+
+
+def save_game(env):
+    """The state of a game of `make_game`, its random numbers included."""
+    action = env.get_wrapper_attr("last_action")
+    game = env.unwrapped.ale.cloneState(include_rng=True).serialize()
+    return {
+        "game": np.frombuffer(game, np.uint8),
+        "last_action": None if action is None else int(action),
+        "np_random": env.np_random.bit_generator.state,
+    }
+
+
+def restore_game(env, state):
+    """Put a game of `make_game` into the state that `save_game` returned."""
+    # An emulator that has only been reset would restore Qbert and Tetris wrongly; it must have drawn a frame.
+    env.unwrapped.ale.act(0)
+    env.unwrapped.ale.restoreState(need("ale_py").ALEState(np.asarray(state["game"]).tobytes()))
+    env.set_wrapper_attr("last_action", state["last_action"])
+    env.np_random.bit_generator.state = state["np_random"]
 
 
 class SkipFrame(gym.Wrapper):
-    """An action lasts `skip` frames: rewards are summed, and of the last two frames the brighter pixels stay, for the game draws
-    some sprites in every other frame."""
+    """Repeats each action for `skip` frames, and adds up their rewards.
+
+    The observation has the brighter pixels of the last two frames, because games draw some sprites only in every other
+    frame.
+    """
 
     def __init__(self, env, skip):
         super().__init__(env)
-        self.skip, self.pictures = skip, deque(maxlen=2)
+        self.skip = skip
+        self.pictures = deque(maxlen=2)
 
     def step(self, action):
-        total, frames = 0.0, deque(maxlen=2)
+        total = 0.0
+        frames = deque(maxlen=2)
         for _ in range(self.skip):
             frame, reward, terminated, truncated, info = self.env.step(action)
             frames.append(frame)
@@ -36,18 +98,22 @@ class SkipFrame(gym.Wrapper):
         return np.maximum(frames[0], frames[-1]), total, terminated, truncated, info
 
     def render(self):
-        """What the agent sees, in colour: the same two frames."""
-        return np.maximum(self.pictures[0], self.pictures[-1]) if self.pictures else self.env.render()
+        """What the agent sees, in colour: the last two frames."""
+        if not self.pictures:
+            return self.env.render()
+        return np.maximum(self.pictures[0], self.pictures[-1])
 
 
 class ActionSpaceWrapper(gym.ActionWrapper):
-    """Action i is the i-th of those allowed, names of the game's own: "NOOP", "FIRE", "RIGHT", ... Raises ValueError for another."""
+    """Allows only some of the game's actions; action i is the i-th of them."""
 
     def __init__(self, env, allowed):
+        """allowed: names such as "NOOP", "FIRE" and "RIGHT". Raises ValueError for one that the game does not know."""
         super().__init__(env)
         known = env.unwrapped.get_action_meanings()
-        if unknown := [name for name in allowed if name not in known]:
-            raise ValueError(f"{unknown[0]!r} is no action of this game, which has {', '.join(known)}")
+        for name in allowed:
+            if name not in known:
+                raise ValueError(f"{name!r} is no action of this game, which has {', '.join(known)}")
         self.actions = [known.index(name) for name in allowed]
         self.action_space = gym.spaces.Discrete(len(self.actions))
 
@@ -56,7 +122,10 @@ class ActionSpaceWrapper(gym.ActionWrapper):
 
 
 class SmallFrame(gym.ObservationWrapper):
-    """Grey frames (210, 160) -> (84, 84) uint8, each pixel the mean of the pixels whose centres it covers: of 2 or 3 rows, 1 or 2 columns."""
+    """Shrinks grey frames (210, 160) to (84, 84) uint8.
+
+    A pixel is the mean of those whose centres it covers: 2 or 3 rows, and 1 or 2 columns.
+    """
 
     def __init__(self, env):
         super().__init__(env)
@@ -66,126 +135,106 @@ class SmallFrame(gym.ObservationWrapper):
         return np.asarray(Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
-def register_games():
-    """So that Gymnasium knows ALE/..."""
-    ale_py = need("ale_py")
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # it greets at every start
-    gym.register_envs(ale_py)
-
-
-def make_game(env_id, sticky, **options):
-    """A game of single frames, in each of which the action before is repeated with probability `sticky`. Not by the emulator: its saved state
-    leaves out which action that was."""
-    register_games()
-    return StickyAction(gym.make(env_id, frameskip=1, repeat_action_probability=0.0, **options), sticky)
-
-
-def save_game(env):
-    """-> all that a game of `make_game` goes on from, random numbers too."""
-    game, action = env.unwrapped.ale.cloneState(include_rng=True).serialize(), env.get_wrapper_attr("last_action")
-    return {
-        "game": np.frombuffer(game, np.uint8),
-        "last_action": action if action is None else int(action),
-        "np_random": env.np_random.bit_generator.state,
-    }
-
-
-def restore_game(env, state):
-    env.unwrapped.ale.act(
-        0
-    )  # in an emulator that was only reset, Qbert and Tetris would go on otherwise than where they were saved
-    env.unwrapped.ale.restoreState(need("ale_py").ALEState(np.asarray(state["game"]).tobytes()))
-    env.set_wrapper_attr("last_action", state["last_action"])
-    env.np_random.bit_generator.state = state["np_random"]
-
-
-def make_env(c, render_mode=None):
-    """One game with its wrappers, c: ENV_ID, STICKY, SKIP, ACTIONS. Raises CommandLineError for a game or an action that there is not."""
-    try:
-        env = SkipFrame(make_game(c.ENV_ID, c.STICKY, obs_type="grayscale", render_mode=render_mode), c.SKIP)
-        if c.ACTIONS:
-            env = ActionSpaceWrapper(env, [name.strip() for name in c.ACTIONS.split(",")])
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        raise CommandLineError(f"{c.ENV_ID}: {one_line(error)}") from None
-    return SmallFrame(env)
-
-
-def make_envs(c, n):
-    return SyncVectorEnv([lambda: make_env(c)] * n, autoreset_mode=AutoresetMode.SAME_STEP)
+# --- stacks and the replay memory -------------------------------------------------------------------------------------
 
 
 class Stacks:
-    """The last frames of N games, (N, STACK, 84, 84) uint8. A game that starts has its first frame in every place."""
+    """The last frames of N games, (N, STACK, 84, 84) uint8. Before its first frame a game has copies of that frame."""
 
     def __init__(self, frames, depth):
         self.frames = np.repeat(frames[:, None], depth, axis=1)
 
     def push(self, frames, first):
-        """frames (N, 84, 84), first (N,) bool: those that start a game."""
+        """Append frames (N, 84, 84); first (N,) bool says which of them begin a game."""
         self.frames[:, :-1] = self.frames[:, 1:]
         self.frames[:, -1] = frames
         self.frames[first] = frames[first, None]
 
 
 class Replay:
-    """The last transitions of N games side by side. Each frame is kept once, as uint8; stacks are put together when drawn."""
+    """A ring buffer of the last transitions of N games side by side.
+
+    Each frame is stored once, as uint8, and stacks of frames are put together when transitions are drawn.
+    """
 
     def __init__(self, size, num_envs, stack):
-        """size: transitions of all games. Raises ValueError for a memory too small for one stack of each game."""
+        """size: transitions of all games together. Raises ValueError if it is too small for one stack of each game."""
         rows = size // num_envs
         if rows < stack + 2:
-            raise ValueError(
-                f"a memory of {size} transitions is too small for {num_envs} games; {num_envs * (stack + 2)} are the least"
-            )
+            least = num_envs * (stack + 2)
+            raise ValueError(f"a memory of {size} transitions is too small for {num_envs} games; {least} are the least")
         self.frames = np.zeros((rows, num_envs, SIZE, SIZE), np.uint8)
-        self.actions, self.rewards = np.zeros((rows, num_envs), np.uint8), np.zeros((rows, num_envs), np.float32)
-        self.ends = np.zeros((rows, num_envs), bool)  # nothing follows: the return ends here
-        self.unfinished = np.zeros((rows, num_envs), bool)  # what follows is not in the memory: the game was cut off
+        self.actions = np.zeros((rows, num_envs), np.uint8)
+        self.rewards = np.zeros((rows, num_envs), np.float32)
+        self.ends = np.zeros((rows, num_envs), bool)  # the return ends here: nothing follows
+        self.unfinished = np.zeros((rows, num_envs), bool)  # the game was cut off: what follows is not in the memory
         self.age = np.zeros((rows, num_envs), np.uint8)  # frames of the same game before this one, at most stack - 1
-        self.back = np.arange(stack)[::-1]  # [3, 2, 1, 0]: a stack, as frames back from its last
+        self.back = np.arange(stack)[::-1]  # [3, 2, 1, 0]: how far the frames of a stack lie behind its last
         self.added = 0  # rows, ever
 
     def add(self, frames, first, actions, rewards, ends, unfinished):
-        """One step of each game, (N, ...): the frame that the action answered, and what came of it."""
-        row, before = self.added % len(self.age), (self.added - 1) % len(self.age)
-        self.frames[row], self.actions[row], self.rewards[row] = frames, actions, rewards
-        self.ends[row], self.unfinished[row] = ends, unfinished
-        self.age[row] = np.where(first, 0, np.minimum(self.age[before] + 1, len(self.back) - 1))
+        """Store one step of each game.
+
+        Args:
+            frames: (N, 84, 84), the frames that the actions responded to.
+            first: (N,) bool, which of the frames begin a game.
+            actions, rewards, ends, unfinished: (N,).
+        """
+        row = self.added % len(self.age)
+        row_before = (self.added - 1) % len(self.age)
+        self.frames[row] = frames
+        self.actions[row] = actions
+        self.rewards[row] = rewards
+        self.ends[row] = ends
+        self.unfinished[row] = unfinished
+        self.age[row] = np.where(first, 0, np.minimum(self.age[row_before] + 1, len(self.back) - 1))
         self.added += 1
 
     def __len__(self):
-        """Transitions that can be drawn: the last row has no next frame yet, the oldest may lack some of their stack."""
-        return max(min(self.added, len(self.age)) - len(self.back) - 1, 0) * self.age.shape[1]
+        """How many transitions can be drawn: without the newest row, which has no next frame, and the oldest ones."""
+        rows = min(self.added, len(self.age)) - len(self.back) - 1
+        return max(rows, 0) * self.age.shape[1]
 
     def sample(self, n, rng):
-        """-> stacks (n, STACK, 84, 84) uint8, actions (n,) int64, rewards (n,), next stacks, ends (n,) float32."""
-        i = rng.integers(len(self), size=n)
-        while (cut := self.unfinished[self.place(i)]).any():
-            i[cut] = rng.integers(len(self), size=cut.sum())
-        row, env = self.place(i)
+        """Draw n transitions that are not unfinished.
+
+        Returns stacks (n, STACK, 84, 84) uint8, actions (n,) int64, rewards (n,) float32, the next stacks, and
+        ends (n,) float32, in this order.
+        """
+        indices = rng.integers(len(self), size=n)
+        while True:
+            row, env = self.place(indices)
+            unfinished = self.unfinished[row, env]
+            if not unfinished.any():
+                break
+            indices[unfinished] = rng.integers(len(self), size=unfinished.sum())
+        next_row = (row + 1) % len(self.age)
         return (
             self.stacks(row, env),
             self.actions[row, env].astype(np.int64),
             self.rewards[row, env],
-            self.stacks((row + 1) % len(self.age), env),
+            self.stacks(next_row, env),
             self.ends[row, env].astype(np.float32),
         )
 
-    def place(self, i):
-        """The i-th transitions that can be drawn, newest first -> their rows and games."""
-        back, env = np.divmod(i, self.age.shape[1])
-        return (self.added - 2 - back) % len(self.age), env
+    def place(self, indices):
+        """The rows and the games of transitions that can be drawn, which are counted from the newest."""
+        rows_back, env = np.divmod(indices, self.age.shape[1])
+        return (self.added - 2 - rows_back) % len(self.age), env
 
     def stacks(self, row, env):
-        """The first frame of a game stands for those before it."""
-        rows = row[:, None] - np.minimum(self.back, self.age[row, env][:, None])
-        return self.frames[rows % len(self.age), env[:, None]]
+        """The stacks that end with these frames. The first frame of a game stands for those before it."""
+        back = np.minimum(self.back, self.age[row, env][:, None])
+        rows = (row[:, None] - back) % len(self.age)
+        return self.frames[rows, env[:, None]]
 
     def state_dict(self):
         return {**vars(self), "back": None}
 
     def load_state_dict(self, state, num_actions):
-        """Raises ValueError for what no game of so many actions has left."""
+        """Raises ValueError for a memory that no game with so many actions has filled."""
         if state["actions"].max() >= num_actions or state["unfinished"].all():
             raise ValueError("the replay memory is that of another game")
-        vars(self).update({name: state[name] for name in vars(self) if name != "back"})
+        for name in vars(self):
+            if name != "back":
+                setattr(self, name, state[name])

@@ -1,8 +1,8 @@
-"""ALE Breakout as text: what the game keeps in its RAM, in words.
+"""ALE Breakout as text, written from the bytes of the game's RAM.
 
     Ball X: 99, Ball Y: 120, Paddle X: 72, Moving DOWN LEFT, Lives: 5, Score: 12
 
-An action lasts some frames, and a ball that waits is served at once, so the text always has a ball in it.
+A ball that waits to be served is served at once, so that the text always has one.
 """
 
 import string
@@ -15,61 +15,86 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from algorithms.parts.atari import make_game, restore_game, save_game
 
-ACTIONS = "STAY", "RIGHT", "LEFT"
-NOOP, FIRE, RIGHT, LEFT = range(4)  # as the game numbers them
-BUTTONS = NOOP, RIGHT, LEFT
+ACTIONS = ("STAY", "RIGHT", "LEFT")
+NOOP, FIRE, RIGHT, LEFT = 0, 1, 2, 3  # the actions of the game itself
+BUTTONS = (NOOP, RIGHT, LEFT)  # for each of ACTIONS
 BALL_X, BALL_Y, PADDLE_X = 99, 101, 72  # bytes of the RAM (Anand et al. 2019)
 PADDLE_WIDTH = 16
-PADDLE_CENTRE = 9  # X of a ball over the middle of the paddle, less the paddle's X
-WIDTH = 96  # bytes, of a text in the vector form
+PADDLE_CENTRE = 9  # how much larger the ball's X is than the paddle's where the ball is above the middle of the paddle
+BRICKS_Y = 150  # a ball with a larger Y is below the bricks
+TEXT_LENGTH = 96  # bytes of an observation, which is longer than any text
 CHARACTERS = string.ascii_letters + string.digits + " ,:"
 
 
-class BreakoutText(gym.Wrapper):
-    """ALE/Breakout-v5 of single frames -> observations as text, actions as in ACTIONS.
+# --- games ------------------------------------------------------------------------------------------------------------
 
-    info: "life_lost" in this step; "score" in the game's own points so far; "ball" (x, y) and "paddle" x of the RAM.
+
+def make_env(sticky=0.25, skip=4, render_mode=None):
+    """One game with texts as observations.
+
+    Args:
+        sticky: the probability that a frame repeats the previous action.
+        skip: the frames that an action lasts.
+    """
+    return BreakoutText(make_game("ALE/Breakout-v5", sticky, obs_type="ram", render_mode=render_mode), skip)
+
+
+class BreakoutText(gym.Wrapper):
+    """Turns the RAM of ALE/Breakout-v5 into text, and the actions of ACTIONS into buttons.
+
+    An info has "life_lost" in this step, the "score" so far, and the position of "ball" (x, y) and "paddle" x.
     """
 
     def __init__(self, env, skip=4):
-        """skip: frames that an action lasts."""
         super().__init__(env)
-        self.skip, self.score, self.ball_before, self.ram = skip, 0, None, None
-        self.observation_space, self.action_space = (
-            gym.spaces.Text(WIDTH, charset=CHARACTERS),
-            gym.spaces.Discrete(len(ACTIONS)),
-        )
+        self.skip = skip
+        self.observation_space = gym.spaces.Text(TEXT_LENGTH, charset=CHARACTERS)
+        self.action_space = gym.spaces.Discrete(len(ACTIONS))
+        self.ram = None
+        self.score = 0
+        self.lives = 0
+        self.ball_before = None  # where the ball was at the previous step; None if it has been served since then
 
     def reset(self, *, seed=None, options=None):
         ram, info = self.env.reset(seed=seed, options=options)
-        self.score, self.lives, self.ram = 0, info["lives"], ram.astype(int)  # bytes would wrap around when subtracted
+        self.ram = ram.astype(int)  # as bytes, differences would wrap around
+        self.score = 0
+        self.lives = info["lives"]
         self.serve()
         return self.text(), self.info(life_lost=False)
 
     def step(self, action):
-        self.ball_before, lives, points = self.ball, self.lives, 0.0
+        self.ball_before = self.ball
+        lives_before = self.lives
+        points = 0.0
         for _ in range(self.skip):
             reward, terminated, truncated = self.press(BUTTONS[action])
             points += reward
             if terminated or truncated:
                 break
-        life_lost = self.lives < lives
+        life_lost = self.lives < lives_before
         if not (terminated or truncated):
             reward, terminated, truncated = self.serve()
             points += reward
         return self.text(), points, terminated, truncated, self.info(life_lost)
 
     def serve(self):
-        """FIRE until a ball flies -> points, terminated, truncated."""
-        points, terminated, truncated = 0.0, False, False
+        """Press FIRE until there is a ball. Returns points, terminated and truncated, as `press` does."""
+        points = 0.0
+        terminated = False
+        truncated = False
         while self.ball[1] == 0 and not (terminated or truncated):
             reward, terminated, truncated = self.press(FIRE)
-            points, self.ball_before = points + reward, None
+            points += reward
+            self.ball_before = None
         return points, terminated, truncated
 
     def press(self, button):
+        """Play one frame. Returns its reward, terminated and truncated."""
         ram, reward, terminated, truncated, info = self.env.step(button)
-        self.ram, self.lives, self.score = ram.astype(int), info["lives"], self.score + int(reward)
+        self.ram = ram.astype(int)
+        self.lives = info["lives"]
+        self.score += int(reward)
         return reward, terminated, truncated
 
     @property
@@ -80,21 +105,22 @@ class BreakoutText(gym.Wrapper):
         return {"life_lost": life_lost, "score": self.score, "ball": self.ball, "paddle": int(self.ram[PADDLE_X])}
 
     def text(self):
-        (x, y), (x_before, y_before) = (
-            self.ball,
-            self.ball_before or self.ball,
-        )  # a ball that was just served moves nowhere yet
-        down, right = np.sign(y - y_before), np.sign(x - x_before)
-        moving = (
-            " ".join(word for word in (("", "DOWN", "UP")[down], ("", "RIGHT", "LEFT")[right]) if word) or "NOWHERE"
-        )
+        """The observation."""
+        x, y = self.ball
+        x_before, y_before = self.ball_before or self.ball  # a ball that was just served has not moved
+        directions = []
+        if y != y_before:
+            directions.append("DOWN" if y > y_before else "UP")
+        if x != x_before:
+            directions.append("RIGHT" if x > x_before else "LEFT")
+        moving = " ".join(directions) or "NOWHERE"
         return (
-            f"Ball X: {x}, Ball Y: {y}, Paddle X: {self.ram[PADDLE_X]}, Moving {moving}, Lives: {self.lives}, "
-            f"Score: {self.score}"
+            f"Ball X: {x}, Ball Y: {y}, Paddle X: {self.ram[PADDLE_X]}, Moving {moving}, "
+            f"Lives: {self.lives}, Score: {self.score}"
         )
 
     def state_dict(self):
-        """All that the game goes on from, random numbers too."""
+        """Everything that the game goes on from, its random numbers included."""
         return {
             "game": save_game(self.env),
             "ram": self.ram,
@@ -104,34 +130,44 @@ class BreakoutText(gym.Wrapper):
         }
 
     def load_state_dict(self, state):
+        """Go on where `state_dict` was taken. Raises ValueError for a state that no game can be in."""
         restore_game(self.env, state["game"])
-        self.ram, self.score, self.lives = state["ram"], state["score"], state["lives"]
-        self.ball_before = state["ball_before"] and tuple(state["ball_before"])
+        self.ram = state["ram"]
+        self.score = state["score"]
+        self.lives = state["lives"]
+        self.ball_before = tuple(state["ball_before"]) if state["ball_before"] else None
         if self.text() not in self.observation_space:
             raise ValueError(f"{self.text()!r} is no text of a game")
 
 
 class ShapedReward(gym.Wrapper):
-    """Adds hints to the points of `BreakoutText`, for training alone: 1 for each step in which a returned ball is still on its way up to
-    the bricks, five or six a return, and how many of its own widths the paddle has come nearer to being under the ball. With a discount
-    below 1 that amounts to a reward for every step near the ball."""
+    """Adds hints to the points of `BreakoutText`, for training only.
+
+    A step in which the ball is on its way up to the bricks has a hint of 1; each returned ball takes five or six of
+    them. A step in which the paddle comes nearer to the place below the ball has a hint of the distance, in paddle
+    widths; with a discount below 1 this amounts to a reward for every step near the ball.
+    """
 
     def __init__(self, env, weight):
-        """weight: of the hints, in points."""
+        """weight: points for a hint of 1."""
         super().__init__(env)
         self.weight = weight
 
     def reset(self, **arguments):
         obs, info = self.env.reset(**arguments)
-        self.ball, self.nearness = info["ball"], nearness(info)
+        self.ball = info["ball"]
+        self.nearness = nearness(info)
         return obs, info
 
     def step(self, action):
         obs, points, terminated, truncated, info = self.env.step(action)
-        ended = terminated or info["life_lost"]
-        rising = not ended and self.ball[1] > info["ball"][1] and self.ball[1] > LOW
-        hint = rising + (nearness(info) - self.nearness) * (not ended)
-        self.ball, self.nearness = info["ball"], nearness(info)
+        hint = 0.0
+        if not (terminated or info["life_lost"]):
+            hint = nearness(info) - self.nearness
+            if self.ball[1] > info["ball"][1] and self.ball[1] > BRICKS_Y:
+                hint += 1
+        self.ball = info["ball"]
+        self.nearness = nearness(info)
         return obs, points + self.weight * hint, terminated, truncated, info
 
     def state_dict(self):
@@ -139,44 +175,51 @@ class ShapedReward(gym.Wrapper):
 
     def load_state_dict(self, state):
         self.env.load_state_dict(state["env"])
-        self.ball, self.nearness = tuple(state["ball"]), state["nearness"]
-
-
-LOW = 150  # the ball's Y: bricks are above, the paddle is below
+        self.ball = tuple(state["ball"])
+        self.nearness = state["nearness"]
 
 
 def nearness(info):
-    """0 where the paddle is under the ball, and less by 1 for each paddle's width between them."""
+    """0 where the paddle is below the ball, and -1 for each paddle width between them."""
     return -abs(info["ball"][0] - info["paddle"] - PADDLE_CENTRE) / PADDLE_WIDTH
 
 
+# --- texts as arrays --------------------------------------------------------------------------------------------------
+
+
 class TextAsBytes(gym.ObservationWrapper):
-    """Text -> its ASCII codes (WIDTH,) uint8, and zeros behind them."""
+    """Turns a text into its ASCII codes, (TEXT_LENGTH,) uint8, followed by zeros."""
 
     def __init__(self, env):
         super().__init__(env)
-        self.observation_space = gym.spaces.Box(0, 127, (WIDTH,), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 127, (TEXT_LENGTH,), np.uint8)
 
     def observation(self, text):
-        return np.frombuffer(text.encode("ascii").ljust(WIDTH, b"\0"), np.uint8)
+        return np.frombuffer(text.encode("ascii").ljust(TEXT_LENGTH, b"\0"), np.uint8)
 
 
 def texts_of(obs):
-    """ASCII codes (N, WIDTH), an array or a tensor on any device -> N texts."""
-    obs = obs.cpu() if isinstance(obs, torch.Tensor) else obs
+    """The texts that `TextAsBytes` turned into codes (N, TEXT_LENGTH), an array or a tensor on any device."""
+    if isinstance(obs, torch.Tensor):
+        obs = obs.cpu()
     return [bytes(row).rstrip(b"\0").decode("ascii") for row in np.asarray(obs, np.uint8)]
 
 
 class BreakoutTexts(SyncVectorEnv):
-    """N games side by side; observations (N, WIDTH) uint8 as `texts_of` reads them. `scores`: of the games that ended, in points."""
+    """N games side by side, with observations (N, TEXT_LENGTH) uint8 that `texts_of` reads.
+
+    `scores` has the scores of the games that have ended, without hints.
+    """
 
     def __init__(self, n, sticky=0.25, skip=4, shaping=0.0):
-        """shaping: weight of the hints of `ShapedReward`; none if 0."""
+        """shaping: the weight of the hints of `ShapedReward`; none if 0."""
         self.scores = deque(maxlen=100)
 
         def make():
             env = make_env(sticky, skip)
-            return TextAsBytes(ShapedReward(env, shaping) if shaping else env)
+            if shaping:
+                env = ShapedReward(env, shaping)
+            return TextAsBytes(env)
 
         super().__init__([make] * n, autoreset_mode=AutoresetMode.SAME_STEP)
 
@@ -196,26 +239,29 @@ class BreakoutTexts(SyncVectorEnv):
         self.scores = deque(state["scores"], maxlen=100)
 
 
-def make_env(sticky=0.25, skip=4, render_mode=None):
-    """A game of single text observations. sticky: probability that a frame repeats the action before instead."""
-    return BreakoutText(make_game("ALE/Breakout-v5", sticky, obs_type="ram", render_mode=render_mode), skip)
+# --- reading a text without a language model --------------------------------------------------------------------------
 
 
 def numbers_of(text):
-    """What the text says of ball, paddle and lives -> Ball X, Ball Y, Paddle X, right (1, -1 for left, or 0), down, lives."""
-    x, y, paddle, moving, lives, _ = (part.rpartition(": ")[2] for part in text.split(", "))
-    return (
-        int(x),
-        int(y),
-        int(paddle),
-        ("RIGHT" in moving) - ("LEFT" in moving),
-        ("DOWN" in moving) - ("UP" in moving),
-        int(lives),
-    )
+    """The numbers in a text: ball X, ball Y, paddle X, the ball's direction to the right and down, and the lives.
+
+    A direction is 1, -1 for the opposite one, or 0.
+    """
+    x, y, paddle, moving, lives, _ = text.split(", ")
+    right = ("RIGHT" in moving) - ("LEFT" in moving)
+    down = ("DOWN" in moving) - ("UP" in moving)
+    return number_in(x), number_in(y), number_in(paddle), right, down, number_in(lives)
+
+
+def number_in(part):
+    """The number in a part of a text, such as 99 in "Ball X: 99"."""
+    return int(part.rpartition(": ")[2])
 
 
 def follow_the_ball(text):
-    """What a person would write who reads the same text: the number of an action."""
-    x, _, paddle, *_ = numbers_of(text)
+    """The action of a simple rule: move the paddle below the ball."""
+    x, _, paddle, _, _, _ = numbers_of(text)
     distance = x - paddle - PADDLE_CENTRE
-    return 0 if abs(distance) <= 6 else 1 if distance > 0 else 2
+    if abs(distance) <= 6:
+        return ACTIONS.index("STAY")
+    return ACTIONS.index("RIGHT" if distance > 0 else "LEFT")

@@ -149,13 +149,12 @@ def check_algorithm(name, state, path):
         raise CheckpointError(f"{path}: is no model of {name}; it was trained by {trained_by}")
 
 
-def check_models(state, models, path):
+def check_models(state, models):
     """Check that the pretrained models which a run is continued or played with are those that it began with.
 
     Args:
         state: the checkpoint of the run.
         models: {constant: [name, fingerprint]} of the pretrained models that are loaded now.
-        path: of the checkpoint, for messages.
 
     Raises:
         CommandLineError: another model was named. If the name is the same and the model is not, that is a warning,
@@ -166,7 +165,7 @@ def check_models(state, models, path):
     try:
         check_like(state, {"models": models})
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; use another checkpoint") from None
+        raise CheckpointError(f"the models of the checkpoint: {error}; use another checkpoint") from None
     for constant, (name, fingerprint) in models.items():
         saved_name, saved_fingerprint = state["models"][constant]
         if fingerprint == saved_fingerprint:

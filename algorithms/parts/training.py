@@ -69,7 +69,7 @@ def train_algorithm(algorithm, argv):
     with memory_advice("does not fit into memory; try a smaller model, or fewer games at once"):
         trainer = algorithm.build(c)
     if run.state:
-        check_models(run.state, trainer.metadata.get("models", {}), run.directory)
+        check_models(run.state, trainer.metadata.get("models", {}))
         load_state(trainer, run)
     run_dir = run.directory or new_run_dir(c.RUN_DIR, f"runs/{algorithm.name}")
     trainer.callbacks = callbacks_of(algorithm, c, run_dir)
