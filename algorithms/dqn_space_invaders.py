@@ -51,7 +51,7 @@ LEARN_EVERY = 3  # [1, inf) steps between two learning steps
 SYNC_EVERY = 1_000  # [1, inf) learning steps until the target network is renewed
 EPSILON = 1.0  # [0.0, 1.0] share of random actions at the start
 EPSILON_END = 0.1  # [0.0, 1.0] share of random actions in the end
-EPSILON_DECAY = 0.99998  # [0.0, 1.0] factor per step: 115,000 to the end; with the original's 0.99999975 9.2 million
+EPSILON_DECAY = 0.99998  # [0.0, 1.0] factor per step: 115,000 steps to EPSILON_END; 9.2 million at 0.99999975
 BF16: bool = True  # compute all but the last layer in bfloat16, where the processor supports it
 # run
 SEED = 0  # [0, 2_147_483_647] for the initial weights, the games, the actions and the replay
