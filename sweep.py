@@ -47,6 +47,7 @@ FRESH_SEED = 1_000_000  # of the games of --fresh, which are those of --evaluate
 TRAININGS = (
     "train_ppo reinforce_cartpole ppo_lunarlander actor_critic_tictactoe dqn_space_invaders ppo_llm_breakout grpo_text"
 ).split()
+# what is varied if the command line names no constant
 DEFAULT_WORDS = {"ppo_llm_breakout": "--lr 3e-4 1e-3 3e-3 --kl_target 0.2 0.8 --num_steps 40960"}
 
 

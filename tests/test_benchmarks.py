@@ -163,14 +163,8 @@ def test_the_table_of_robustness(tmp_path, monkeypatch, capsys):
     header, rows = table(output)
     assert header == list(robustness.COLUMNS) and output.count("trained for 1,000 steps") == 2
     players = [re.sub(r"^.*/", "", row[0]) for row in rows[::4]]
-    assert players == [
-        "b.safetensors, greedy",
-        "b.safetensors, sampled",
-        "a.safetensors, greedy",
-        "a.safetensors, sampled",
-        "tracker",
-        "random",
-    ]
+    models = [f"{name}.safetensors, {how}" for name in "ba" for how in ("greedy", "sampled")]
+    assert players == [*models, "tracker", "random"]
     assert [row[1] for row in rows] == 6 * ["standard", "random serves", "random layouts", "sticky actions"]
     assert all(re.fullmatch(r"[\d.]+%?", cell) for row in rows for cell in row[2:3] + row[4:])
     drawn = [False] + 7 * [True]  # all but the standard games of greedy players
