@@ -1,4 +1,5 @@
-"""The rules of the game against a slow reference and one by one, then random draws, both environments and their errors."""
+"""The rules of the game against a slow reference and one by one, then random draws, both environments and their
+errors."""
 
 import itertools
 import os
@@ -30,18 +31,18 @@ ALL_SERVES = np.array(list(itertools.product((-1, 1), repeat=5)))  # (32, 5)
 
 
 def tracker(games, dead_zone):
-    """Move towards the ball only if the paddle's centre is further from it than dead_zone -> actions (N,)."""
+    """Return actions (N,) that move towards the ball if the paddle's centre is further from it than dead_zone."""
     off = games.ball_x - (games.paddle_x + 3)
     return np.where(np.abs(off) <= dead_zone, 0, np.where(off < 0, 1, 2))
 
 
 def careless(games, rng, share):
-    """The tracker, with this share (N,) of its actions at random."""
+    """Return the tracker's actions, of which this share (N,) is replaced by random ones."""
     return np.where(rng.random(len(share)) < share, rng.integers(3, size=len(share)), tracker(games, 1))
 
 
 def compare_with_reference(env, policy, steps):
-    """Play both side by side, every array and every page compared at each step -> counts of what happened."""
+    """Play both side by side and compare every array and every page at each step. Returns counts of what happened."""
     observations, _ = env.reset(seed=7)
     slow = [SlowGame(s, b) for s, b in zip(env.games.serves, env.games.bricks)]
     seen = dict(lost=0, terminated=0, cleared=0, truncated=0, on_wall=0, bricks=0, beside_paddle=0)
@@ -119,7 +120,7 @@ def test_a_missing_rule_is_noticed(monkeypatch, rule):
 
 
 def one_game(**values):
-    """-> a fresh game with these arrays set."""
+    """Return a new game with these values in its arrays."""
     games = Games(1)
     games.reset(np.ones(1, bool), standard_serves(np.ones((1, 5), int)), np.ones((1, 7, 13), bool))
     for name, value in values.items():
@@ -228,7 +229,7 @@ def test_the_last_brick_brings_60_and_ends_the_game():
 
 
 def play_all_serves(dead_zone):
-    """-> final score, steps, truncated, each (32,), of the first game of each serve sequence."""
+    """Play the game of each sequence of serves. Returns final score, steps, truncated, each (32,)."""
     env = BreakoutAsciiVec(32)
     env.reset(options={"serves": ALL_SERVES})
     score, steps, cut = np.zeros(32), np.zeros(32), np.zeros(32, bool)
@@ -263,7 +264,8 @@ def test_baseline_random_play():
 
 
 def comes_back(x, dx):
-    """A ball leaves row 21 at x, in a game with one brick in the corner -> {(x, dx)} of all bounces that a paddle can give it."""
+    """Return {(x, dx)} of all bounces that a paddle can give to a ball that left row 21 at x, beside one brick in a
+    corner."""
     games = Games(72)
     corner = np.tile(np.eye(1, 91, dtype=bool).reshape(7, 13), (72, 1, 1))
     games.reset(np.ones(72, bool), standard_serves(np.ones((72, 5), int)), corner)
@@ -287,7 +289,7 @@ def test_the_rules_have_a_cycle_that_no_paddle_can_leave_and_two_bounces_that_no
 
 
 def assert_same(a, b, path="infos"):
-    """Equal keys, types, dtypes and values, all the way down."""
+    """Compare keys, types, dtypes and values at every level."""
     assert type(a) is type(b), path
     if isinstance(a, tuple):
         a, b = dict(enumerate(a)), dict(enumerate(b))
@@ -326,7 +328,7 @@ def test_steps_infos_and_autoresets_are_those_of_gymnasiums_sync_vector_env():
 
 
 def test_seeds_for_each_game_and_partial_resets_are_those_of_gymnasiums_sync_vector_env():
-    """With the games that follow by themselves, and however many games there are."""
+    """This includes games that follow by themselves, and does not depend on the number of games."""
     theirs = SyncVectorEnv([lambda: BreakoutAscii(max_episode_steps=130)] * 5, autoreset_mode=AutoresetMode.SAME_STEP)
     ours, fewer = BreakoutAsciiVec(5, max_episode_steps=130), BreakoutAsciiVec(2, max_episode_steps=130)
     seeds, rng, resets, ends = [7, 3, 3, 0, 2**40], np.random.default_rng(0), 0, 0
@@ -407,7 +409,7 @@ def test_a_reload_does_not_warn():
 
 
 def steps_until_truncation(env):
-    """Play one game (or the first of several) as the ball chaser, who never ends one."""
+    """Return when one game, or the first of several, is truncated: the ball chaser never ends it."""
     env.reset(seed=0)
     for t in itertools.count(1):
         action = tracker(env.unwrapped.games, 0)
@@ -505,7 +507,7 @@ def test_returned_arrays_are_copies():
 
 
 def one_new_game(varied_starts=0.0, **chosen):
-    """A game of middling random numbers, but for the chosen ones -> serves (5, 3), bricks (91,)."""
+    """Return serves (5, 3) and bricks (91,) of a game whose random numbers are average, except the chosen ones."""
     half = np.full((1, 5), 0.5)
     numbers = RandomNumbers(
         np.ones((1, 5), int), half, np.full((1, 5), 30), half[:, 0], half[:, 0], np.full((1, 91), 0.5)
@@ -573,7 +575,8 @@ def test_varied_starts():
     varied, share = x != 40, env.games.bricks.mean((1, 2))
     assert x.min() == 1 and x.max() == 78 and (env.games.ball_y == 21).all()
     assert (paddle[varied] == np.clip(x[varied] - 3, 1, 72)).all() and np.isin(paddle[~varied], (36, 37)).all()
-    # Within 5 standard deviations of what is expected: of 78 columns one looks standard, of 92 numbers of bricks one is all.
+    # Within 5 standard deviations of what is expected: of 78 columns one looks standard, of 92 numbers of bricks one is
+    # all.
     assert abs(varied.mean() - 0.7 * 77 / 78) < 0.017 and abs(dx.mean()) < 0.036
     assert abs((share < 1).mean() - 0.7 * 91 / 92) < 0.037 and abs(share[share < 1].mean() - 45 / 91) < 0.028
     assert 0 < share.min() < 0.02 and (env.games.bricks_left == env.games.bricks.sum((1, 2))).all()

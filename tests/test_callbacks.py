@@ -47,7 +47,7 @@ def all_callbacks(run_dir):
 
 
 class Futures:
-    """Stands in for Background: the test gives the results."""
+    """Stands in for Background; the test sets the results."""
 
     def __init__(self, evaluate, processes):
         self.processes, self.asked, self.exits = processes, [], 0
@@ -61,7 +61,7 @@ class Futures:
 
 
 class Trainer:
-    """The evaluation's part of a trainer: `update()` is one update."""
+    """Has as much of a trainer as `Evaluation` needs; `update()` is one update."""
 
     def __init__(self, evaluation, num_updates=5):
         self.callback, self.pending, self.ends, self.stopped = evaluation, [], [], False
@@ -89,7 +89,7 @@ class Trainer:
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Whatever is waited for comes, with its own number as the score; -> how often was waited."""
+    """Let each wait bring the next result, with its update as the score. Returns the list of waits."""
     monkeypatch.setattr(callbacks, "Background", Futures)
     waited = []
 
@@ -107,7 +107,7 @@ def waits(monkeypatch):
 
 
 def test_training_goes_on_while_it_is_evaluated(waits):
-    """A result is waited for when the next evaluation is due; the last update is always evaluated."""
+    """Training waits for a result only when the next evaluation is due; the last update is always evaluated."""
     evaluation = Evaluation(None, 2)
     trainer, under_way = Trainer(evaluation), []
     for _ in range(5):
@@ -261,10 +261,10 @@ def test_a_full_disk_during_training_costs_files_only(tmp_path, monkeypatch, cap
     "event", ["on_training_start", "on_update_end", "on_evaluation_end", "on_training_end", "close"]
 )
 def test_what_only_draws_or_logs_ends_no_training(tmp_path, monkeypatch, capsys, event):
-    """Whatever it raises: one warning for one reason, and every other callback hears all events."""
+    """Whatever a callback raises, there is one warning for each reason, and the other callbacks hear all events."""
 
     class Panic(BaseException):
-        """As that of a library in Rust."""
+        """An error like those of libraries in Rust, which is no Exception."""
 
     def broken(*args):
         raise Panic("initialization of _pywrap failed\nwithout raising an exception")
@@ -314,7 +314,8 @@ def test_another_reason_is_another_warning(capsys):
 
 @pytest.mark.parametrize("delay", [1, 2])
 def test_an_evaluation_belongs_to_the_row_of_its_update(tmp_path, delay, capsys):
-    """And to its step on the line, in TensorBoard and in best_model.safetensors, though its result comes later."""
+    """It also belongs to that step in the printed line, TensorBoard and best_model.safetensors, however late it
+    comes."""
     FakeTrainer([MetricsCSV(tmp_path / "at_once.csv", EVALUATED)]).learn()
     FakeTrainer(all_callbacks(tmp_path), delay=delay).learn()
     assert table(tmp_path / "metrics.csv") == table(tmp_path / "at_once.csv")
@@ -415,7 +416,7 @@ def events_of(run_dir):
 
 
 def close_as_older(tensorboard):
-    """Event files are read in the order of their names, which begin with the second."""
+    """Close the event file and make it the first that is read: names are sorted, and begin with the time in seconds."""
     tensorboard.close()
     (file,) = tensorboard.run_dir.glob("events*")
     file.rename(file.with_name("events.out.tfevents.1"))
@@ -453,7 +454,7 @@ def test_an_evaluation_that_a_resumed_run_repeats_is_logged_as_it_was(tmp_path):
 
 
 def test_a_run_that_begins_again_hides_what_it_logged_before(tmp_path):
-    """It is resumed from the checkpoint before the first update."""
+    """Such a run is resumed from the checkpoint before the first update."""
     close_as_older(FakeTrainer([TensorBoard(tmp_path)]).learn(until=3).callbacks[0])
     FakeTrainer([TensorBoard(tmp_path)]).learn()
     assert [e.step for e in events_of(tmp_path).Scalars("charts/lr")] == [100 * u for u in range(1, 9)]
@@ -508,7 +509,7 @@ def test_learning_curve_is_drawn_when_its_evaluation_is_in_the_file(tmp_path, mo
 
 
 def test_learning_curve_is_not_drawn_all_the_time(tmp_path, monkeypatch):
-    """It takes a second here: the next is drawn 20 seconds later at the earliest, or when training is stopped."""
+    """Drawing takes a second here, so the next curve is drawn after 20 more seconds, or when training is stopped."""
     clock, drawn = [0.0], []
 
     def slow(rows, levels):
@@ -538,7 +539,7 @@ def test_learning_curve_of_nothing(tmp_path):
 
 
 def updates(run_dir):
-    """name: the update at which it was saved."""
+    """Return {name: update at which it was saved} of all checkpoints."""
     return {path.name: load_checkpoint(path)["update_count"] for path in run_dir.glob("*.safetensors")}
 
 
@@ -556,7 +557,7 @@ def test_checkpoints(tmp_path):
 
 
 def test_stages_of_a_training_stay(tmp_path):
-    """The start, and what is saved after a tenth of 40 updates."""
+    """The stages of 40 updates are the start, and the first checkpoint after a tenth."""
     FakeTrainer([Checkpoints(tmp_path, save_freq=3, keep=1, keep_stages=True)], updates=40).learn()
     assert {
         "checkpoint_0.safetensors": 0,
@@ -587,7 +588,7 @@ def test_there_is_something_to_resume_from_the_start(tmp_path):
 
 
 def test_a_best_model_that_could_not_be_saved_is_saved_later(tmp_path, monkeypatch, capsys):
-    """The best score comes with update 4, on a full disk; the disk has room again from update 6."""
+    """The best score comes with update 4, while the disk is full; from update 6 on there is room again."""
     ppo = FakeTrainer([Checkpoints(tmp_path, save_freq=100)], scores={4: 300.0})
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: fsync(fd) if ppo.update_count not in (4, 5) else disk_full())

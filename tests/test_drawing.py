@@ -1,4 +1,4 @@
-"""The pictures of pages, and gifs."""
+"""Pages become pictures, and pictures become gifs."""
 
 import weakref
 
@@ -30,7 +30,7 @@ def test_only_pages_have_pictures(tokens):
 
 
 def decoded(path):
-    """-> the pictures of a gif, and how many milliseconds each is shown."""
+    """Return the pictures of a gif, and how many milliseconds each is shown."""
     pictures, durations = [], []
     with Image.open(path) as gif:
         for i in range(gif.n_frames):
@@ -42,7 +42,8 @@ def decoded(path):
 
 
 def test_a_gif_shows_exactly_what_it_was_given(tmp_path):
-    """Colours that come later, single pixels at the edges, new pictures of 255 colours, pictures that repeat, also first and last, and one that returns."""
+    """Try late colours, single pixels at the edges, 255 colours in a picture, pictures that repeat, and one that
+    returns."""
     rng = np.random.default_rng(0)
     still = np.full((9, 31, 3), 7, np.uint8)
     dot, corner = still.copy(), still.copy()
@@ -65,12 +66,12 @@ def test_a_gif_of_more_colours_than_it_can_hold_is_close(tmp_path):
 
 
 def test_a_gif_keeps_no_picture(tmp_path):
-    """Only the one that waits for its duration, the one before it, and the one that comes; the others are in the file."""
+    """Only the shown picture, the one before it and the one after it are in memory; the others are in the file."""
     alive, most, written = weakref.WeakSet(), 0, []
     rng = np.random.default_rng(0)
 
     class Picture(np.ndarray):
-        """An array can have no weak references of a WeakSet, because it has no hash."""
+        """An array with a hash, which a WeakSet needs."""
 
         __hash__ = object.__hash__
 
@@ -92,7 +93,8 @@ def test_a_gif_keeps_no_picture(tmp_path):
 
 
 def test_a_picture_may_stay_longer_than_a_frame_can(tmp_path):
-    """A gif counts a frame's hundredths of a second in two bytes: 11 minutes."""
+    """A gif counts the hundredths of a second of a frame in two bytes, which is 11 minutes; this picture stays for
+    20."""
     picture = np.full((3, 3, 3), 9, np.uint8)
     write_gif(tmp_path / "x.gif", (picture for _ in range(30_000)), 40)
     assert sum(decoded(tmp_path / "x.gif")[1]) == 30_000 * 40

@@ -22,7 +22,7 @@ from ppo import Policy
 
 
 class Tracker(Policy):
-    """Chases the ball with the paddle's centre, still while it is within `slack` columns; reads the page alone."""
+    """A policy that chases the ball with the paddle's centre, and stays while it is within `slack` columns."""
 
     def __init__(self, slack):
         super().__init__()
@@ -43,7 +43,7 @@ class Still(Tracker):
 
 
 def play_one(policy, serves, limit):
-    """The slow way: one game, every step to the end."""
+    """Play every step of one game. Returns score, length, bricks left."""
     env = BreakoutAscii(max_episode_steps=limit)
     obs, _ = env.reset(options={"serves": serves})
     for step in range(1, limit + 1):
@@ -52,12 +52,12 @@ def play_one(policy, serves, limit):
             return info["score"], step, info["bricks"]
 
 
-@pytest.mark.parametrize("slack, limit", [(1, 5000), (0, 2500)])
+@pytest.mark.parametrize("slack, limit", [(1, 5000), (0, 1700)])
 def test_exact_equals_games_played_one_by_one(slack, limit):
     """The dead-zone tracker clears every wall; the one that chases the centre is caught in a cycle."""
     with torch.no_grad():
         result = exact(Tracker(slack), limit)
-        chosen = [0, 13, 31]
+        chosen = [0, 13]
         slow = np.array([play_one(Tracker(slack), SERVES[i], limit) for i in chosen])
     assert result["games"] == 32
     if slack:
@@ -75,7 +75,7 @@ def test_a_cycle_is_noticed_before_truncation(monkeypatch):
 
 
 def test_a_paddle_that_stands_still():
-    """It misses almost every ball that does not happen to fall on it; the 32 games are short, none is cleared."""
+    """It misses almost every ball, so the 32 games are short enough to be compared with games played one by one."""
     result = evaluate(Still(0))
     scores = [play_one(Still(0), serves, 5000)[0] for serves in SERVES]
     assert result["score"] == np.mean(scores) and (result["min"], result["max"]) == (min(scores), max(scores))
@@ -115,7 +115,7 @@ def test_many_games_are_played_a_few_at_a_time(monkeypatch):
 
 
 def test_players():
-    """Of three pages two are the same; the policy is asked for two."""
+    """Two of three pages are the same, so the policy reads two. Sampling follows the probabilities."""
     pages = np.stack([BreakoutAscii().reset(seed=0)[0]] * 3)
     pages[1, 21 * 81 + 40], pages[1, 21 * 81 + 10] = 32, ord("O")
     asked = []
@@ -132,7 +132,8 @@ def test_players():
 
 
 def test_sticky_actions_repeat_the_one_before():
-    """A player that always wants left: without stickiness the paddle goes left at once, if nothing is heard it never moves."""
+    """The player always wants left. The paddle goes left at once without stickiness, and never if every action is
+    repeated."""
     bricks, serves = np.ones((2, 7, 13), bool), standard_serves(np.ones((2, 5), int))
     seen = []
 
@@ -150,14 +151,14 @@ def test_sticky_actions_repeat_the_one_before():
 
 
 def test_a_cycle_is_one_game_alone_in_a_state_again():
-    """1024 games side by side in the same states: none is taken for another."""
+    """Of 1024 games side by side in the same states, none is taken for another one that was there before."""
     bricks, serves = np.ones((1024, 7, 13), bool), standard_serves(np.ones((1024, 5), int))
     results = play_games(tracker, serves, bricks, 60, deterministic=True)
     assert (results.lengths == 60).all() and len(np.unique(results.scores)) == 1
 
 
 def test_results_of_a_game_stay_when_others_go_on():
-    """Two games with one brick: one is cleared at once, the other only lost."""
+    """Of two games with one brick, one is cleared at once, and the other is lost later."""
     bricks = np.zeros((2, 7, 13), bool)
     bricks[0, 6, 8] = bricks[1, 0, 0] = (
         True  # the first ball rises from (40, 21) to the right and meets the first brick

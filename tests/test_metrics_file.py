@@ -127,7 +127,7 @@ def with_semicolons(text):
 
 
 def as_pandas(text):
-    """With an index, and with a decimal point in what were integers."""
+    """Return the table with an index, and with decimal points in the integers."""
     header, *rows = text.splitlines()
     rows = [f"{i},{row.replace(',', '.0,', 2)}" for i, row in enumerate(rows)]
     return "\n".join([f",{header}", *rows]) + "\n"
@@ -229,7 +229,7 @@ def test_a_file_that_is_deleted_while_training_is_written_anew(path, straight, c
 
 @pytest.mark.parametrize("resumed", [True, False])
 def test_nothing_is_overwritten_before_there_is_a_copy(path, monkeypatch, straight, capsys, resumed):
-    """The disk is full for two rows."""
+    """The disk is full while two rows are due."""
     trainer = train(path, until=3)
     changed = path.read_text() + "my notes\n"
     path.write_text(changed)
@@ -264,7 +264,7 @@ def test_a_text_that_the_user_has_added_keeps_its_commas(path):
 
 
 def test_a_late_evaluation_leaves_the_rows_before_it_alone(path, monkeypatch, straight):
-    """The file is written as a whole once, for the first row; afterwards only its end is."""
+    """Only the first row writes the whole file; later writes replace its end."""
     written, real = [], metrics_file.atomic_write
     monkeypatch.setattr(metrics_file, "atomic_write", lambda path, data: (written.append(path), real(path, data)))
     train(path, delay=1)

@@ -11,7 +11,7 @@ from model import GPTConfig, sinusoids
 
 
 def test_one_layer_equals_attention_written_out():
-    """An independent reference in NumPy float64: one head and one position at a time."""
+    """The reference is written in NumPy float64, one head and one position at a time."""
     gpt, page = make_gpt(n_head=4, n_embd=16).double(), late_game()[:1]
     w = {name: p.detach().numpy() for name, p in gpt.named_parameters()}
 
@@ -42,7 +42,7 @@ def test_one_layer_equals_attention_written_out():
 
 
 def test_attention_is_causal():
-    """What a position becomes does not depend on what stands behind it."""
+    """A position's output does not depend on later positions."""
     gpt = make_gpt(n_layer=2, n_head=2, n_embd=8).double()
     x = torch.randn(1, 50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     other = x.clone()
@@ -85,7 +85,8 @@ def test_wrong_configurations_are_refused(wrong):
 
 
 def test_initial_attention_finds_one_ball():
-    """With std 0.02 everywhere, as in nanoGPT, no head gives the ball ten times its share; with ours some do."""
+    """With a std of 0.02, as in nanoGPT, no head gives the ball ten times its share; with our initial weights some
+    do."""
     positions = 14 * COLUMNS + torch.arange(1, 79)
     ball, blank = (CHARACTERS.index(c) * TOKENS + positions for c in "O ")
 

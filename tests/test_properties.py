@@ -1,4 +1,4 @@
-"""What holds of every game and of every checkpoint, tried on examples that Hypothesis draws."""
+"""Checks rules of every game and every checkpoint on examples that Hypothesis draws."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def finite(x):
 @few
 @given(states)
 def test_a_checkpoint_comes_back_as_it_was(tmp_path, state):
-    """Unless a tensor is not finite: that is refused."""
+    """A state with a tensor that is not finite is refused instead."""
     save_checkpoint(tmp_path / "last.safetensors", state)
     if finite(state):
         assert same(load_checkpoint(tmp_path), state)
@@ -98,7 +98,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, state):
 @few
 @given(states, st.data())
 def test_a_changed_number_is_noticed(tmp_path, state, data):
-    """Whatever is edited in a saved file, by whatever program."""
+    """The checksum notices what another program has edited in a saved file."""
     save_checkpoint(
         tmp_path / "last.safetensors", {**state, "edited": data.draw(st.floats(allow_nan=False, allow_infinity=False))}
     )

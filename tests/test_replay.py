@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import viewer.replay.attention
 from breakout_ascii import BreakoutAsciiVec
 from harness.checkpoint import save_checkpoint
 from harness.options import CommandLineError
@@ -36,7 +37,7 @@ def data_of(text):
 
 
 def random_pages(n, seed=0):
-    """Pages of random play from random starts."""
+    """Return pages of random play from varied starts."""
     env = BreakoutAsciiVec(n, varied_starts=1.0)
     obs, _ = env.reset(seed=seed)
     rng = np.random.default_rng(seed)
@@ -47,7 +48,7 @@ def random_pages(n, seed=0):
 
 @pytest.mark.parametrize("n_layer", [1, 2])
 def test_attention_is_what_the_model_computes(n_layer):
-    """Put in the place of scaled_dot_product_attention in the last block, it gives the features."""
+    """The features follow from it when it takes the place of scaled_dot_product_attention in the last block."""
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=8)).double()
     pages = random_pages(2)
@@ -99,8 +100,10 @@ def test_heads_are_measured_on_at_most_500_pages_spread_evenly(length, seen):
     assert len(chosen) == seen <= 500 and len(set(np.diff(chosen))) <= 1 and chosen[0] == 0
 
 
-def test_the_file_holds_the_game(tmp_path):
-    """All frames, the last page of each game too, and nothing that a hostile name could turn into markup or a template's placeholder."""
+def test_the_file_holds_the_game(monkeypatch):
+    """It has every frame, with the last page of each game. No hostile name becomes markup or a template's
+    placeholder."""
+    monkeypatch.setattr(viewer.replay.attention, "MEASURED", 20)  # the attention takes most of the time
     policy, _ = load_policy(SHIPPED)
     steps = list(play(policy, episodes=2, sample=True, seed=1))
     frames = list(record(steps))
@@ -160,7 +163,8 @@ def test_stages_of_a_run(tmp_path, capsys):
 
 
 def test_pictures_show_attention(tmp_path):
-    """A head that looks at the ball alone: its cell is hot, the others are grey. All heads are smaller, and side by side."""
+    """For a head that looks only at the ball, the ball's cell is hot and the others are grey. All heads fit side by
+    side."""
     policy, _ = load_policy(SHIPPED)
     gpt, frames = plain_gpt(policy), list(record(play(policy, 30)))
     head = int(attention(gpt, frames[20].page[None])[0, :, int((frames[20].page == ord("O")).argmax())].argmax())
@@ -210,7 +214,7 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def replay(tmp_path_factory):
-    """1000 steps of the shipped model, with an untrained one as the first stage -> file, frames, policies."""
+    """Write a replay of 1000 steps, with an untrained model as the first stage. Returns file, frames and policies."""
     policy, _ = load_policy(SHIPPED)
     torch.manual_seed(0)
     untrained = make_gpt(policy.config, CPU)
@@ -223,7 +227,7 @@ def replay(tmp_path_factory):
 
 @pytest.fixture
 def opened(chromium, replay):
-    """-> open(place, **options): the page in a new tab; fails on any error or dialog, at the end too."""
+    """Return a function that opens the page in a new tab. Any error, dialog or request fails the test at the end."""
     problems, pages = [], []
 
     def open_page(place="", path=replay[0], width=1280, scheme="light"):
@@ -245,7 +249,7 @@ def opened(chromium, replay):
 
 
 def numbers(policy, pages):
-    """What a policy makes of pages: probabilities, values, predicted changes."""
+    """Return probabilities, values and predicted changes of a policy on pages."""
     with torch.no_grad():
         features = policy.features(policy.encode(pages))
         logits, values = policy.heads(features)
@@ -253,7 +257,8 @@ def numbers(policy, pages):
 
 
 def wait_for(page, expression):
-    """Playwright's own would evaluate a string within the page, which its policy forbids."""
+    """Wait until an expression is true. Playwright's own function evaluates a string, which the page's policy
+    forbids."""
     for _ in range(600):
         if page.evaluate(expression):
             return
@@ -269,7 +274,7 @@ READ = """([stage, texts]) => texts.map((text) => {
 
 @pytest.mark.browser
 def test_the_browser_computes_what_pytorch_computes(opened, replay):
-    """Hundreds of pages: of the replay, and of random play, of an untrained and of the shipped model."""
+    """Compare hundreds of pages of the replay and of random play, for an untrained and for the shipped model."""
     _, frames, policies = replay
     page = opened()
     pages = np.concatenate([np.stack([frame.page for frame in frames[::10]]), random_pages(100)])
@@ -350,7 +355,7 @@ def test_keys_slider_and_address(opened, replay):
 
 @pytest.mark.browser
 def test_an_edit_changes_the_answer_as_pytorch_says(opened, replay):
-    """By mouse and by keyboard; the map says the same of every cell."""
+    """Edit by mouse and by keyboard; the map gives the same answer for every cell."""
     _, frames, policies = replay
     page = opened("#frame=200")
     box = page.locator("#page").bounding_box()
@@ -412,7 +417,7 @@ def test_what_a_character_is_looked_at_by_goes_when_the_mouse_has_gone(opened):
 
 @pytest.mark.browser
 def test_text_that_wraps_starts_nothing_anew(opened):
-    """The map of a narrow screen, while a cell is looked at whose text grows by a line when the map is there."""
+    """On a narrow screen the text about a cell grows by a line when the map is ready; the map is not computed again."""
     page = opened("#frame=200", width=320)
     page.locator("#map").check()
     page.evaluate("look({ row: current().y, column: current().x })")
@@ -438,7 +443,7 @@ def test_a_finger_inspects_a_character(chromium, replay):
 
 @pytest.mark.browser
 def test_stages_and_looks(opened, replay, tmp_path):
-    """Another stage is another model on the same frame; nothing overflows at any width, in either scheme."""
+    """Another stage shows another model on the same frame. Nothing overflows at any width, in either colour scheme."""
     _, frames, policies = replay
     page = opened("#frame=300")
     page.locator("#stages button").first.click()

@@ -29,7 +29,7 @@ def test_truncation_bootstraps_and_still_ends_the_sum():
 
 
 def slow_gae(rewards, values, next_values, terminated, truncated, gamma, lambd):
-    """Equation 16, term by term."""
+    """Compute equation 16 term by term."""
     S, N = rewards.shape
     advantages = torch.zeros(S, N, dtype=rewards.dtype)
     for n in range(N):
@@ -67,11 +67,9 @@ def test_paired_baseline_by_hand():
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
 def test_pairs_take_off_what_they_share_and_no_more(correlation):
     g = torch.Generator().manual_seed(0)
-    shared, own, action = (
-        torch.randn(100, 20, generator=g),
-        torch.randn(100, 40, generator=g),
-        torch.randn(100, 40, generator=g).sign(),
-    )
+    shared = torch.randn(100, 20, generator=g)
+    own = torch.randn(100, 40, generator=g)
+    action = torch.randn(100, 40, generator=g).sign()
     advantages = correlation**0.5 * shared.repeat(1, 2) + (1 - correlation) ** 0.5 * own  # of variance 1
     after, found = paired_baseline(advantages + 0.1 * action, torch.ones(100, 20, dtype=torch.bool))
     assert found.item() == pytest.approx(correlation, abs=0.06)
@@ -93,7 +91,7 @@ class Shared(NamedTuple):
 
 
 def row(N, number, **columns):
-    """One step whose every number says where it comes from."""
+    """Return one step of N environments, all of whose numbers follow from `number` (N,)."""
     none, zeros = torch.zeros(N, dtype=torch.bool), torch.zeros(N)
     return {
         **dict(
@@ -138,9 +136,10 @@ def test_minibatches_hold_every_sample_once_and_whole():
 
 
 def test_tensors_keep_their_addresses():
-    """From rollout to rollout and from epoch to epoch, for CUDA graphs; unless a minibatch needs more room."""
+    """CUDA graphs need the same addresses in every rollout and epoch; only a minibatch of other shapes gets new
+    ones."""
 
-    def places():
+    def places(prepare):
         buffer.shuffle(4, generator, prepare=prepare)
         return [
             x.data_ptr()
@@ -153,26 +152,31 @@ def test_tensors_keep_their_addresses():
             )
         ]
 
-    generator, prepare = torch.Generator().manual_seed(0), lambda obs: Shared(obs, obs + 1)
+    def prepare(obs):
+        return Shared(obs, obs + 1)
+
+    def prepare_larger(obs):
+        return Shared(obs, torch.cat([obs, obs], 1))
+
+    generator = torch.Generator().manual_seed(0)
     buffer = filled()
     buffer.finish(torch.zeros(3), 0.9, 0.9)
-    first, minibatches = places(), buffer.minibatches
+    first, minibatches = places(prepare), buffer.minibatches
     order = torch.cat([mb.actions for mb in read(buffer)])
     buffer.clear()
     for t in range(4):
         buffer.add(**row(3, 10 * t + torch.arange(3)))
     buffer.finish(torch.zeros(3), 0.9, 0.9)
-    assert places() == first and buffer.minibatches is minibatches
+    assert places(prepare) == first and buffer.minibatches is minibatches
     mb = buffer.next_minibatch()
     assert torch.equal(mb.obs[0][:, 0], mb.actions) and torch.equal(mb.obs[1], mb.obs[0] + 1)
     assert not torch.equal(buffer.minibatches.actions.flatten(), order)
-    prepare = lambda obs: Shared(obs, torch.cat([obs, obs], 1))
-    assert places() != first and buffer.minibatches is not minibatches
+    assert places(prepare_larger) != first and buffer.minibatches is not minibatches
 
 
 @pytest.mark.parametrize("group_size", [1, 3, 8])
 def test_groups_stay_together(group_size):
-    """50 samples of 10 kinds, 5 of each: groups of the sorted samples, and the groups in random order."""
+    """There are 5 samples of each of 10 kinds; the sorted samples are cut into groups, which come in random order."""
     obs = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 5))
     obs = np.stack([obs % 4, obs], 1)
     order = random_order(torch.from_numpy(obs), group_size, torch.Generator().manual_seed(0))
@@ -185,7 +189,7 @@ def test_groups_stay_together(group_size):
 
 
 def test_finish_takes_the_value_of_what_follows():
-    """One step, gamma 1, lambda 0: a return is the reward and the value behind it."""
+    """With gamma 1 and lambda 0, a return is the reward plus the next value."""
     buffer = RolloutBuffer(1, 3)
     terminated, truncated = torch.tensor([[False, True, False], [False, False, True]])
     buffer.add(

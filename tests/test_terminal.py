@@ -1,4 +1,4 @@
-"""Playing in a terminal: the keys on a screen of our own, then the whole program in a pseudo-terminal and without one."""
+"""The game is played with a stand-in for the screen, then as a whole program with a pseudo-terminal and without one."""
 
 import os
 import signal
@@ -15,9 +15,9 @@ curses = pytest.importorskip("curses")
 
 
 class Screen:
-    """As much of a curses window as `play` needs: each frame ends with one of the keys, and what it showed is kept.
+    """Has as much of a curses window as `play` needs. Each frame ends with one of the keys, and its lines are kept.
 
-    A key may also be (rows, columns): then the terminal takes this size.
+    A key may also be (rows, columns), which changes the size of the terminal.
     """
 
     now = 0.0  # seconds; they pass only in `getch`
@@ -99,7 +99,7 @@ def test_play_without_a_terminal_is_one_line():
 
 @pytest.mark.parametrize("name", ["stdin", "stdout"])
 def test_input_or_output_that_is_closed_is_no_terminal(monkeypatch, name):
-    """<&- and >&-: Python has None for it then."""
+    """After <&- or >&- in a shell, Python has None in its place."""
     terminal = SimpleNamespace(isatty=lambda: True)
     monkeypatch.setattr(
         viewer.terminal, "sys", SimpleNamespace(**{"stdin": terminal, "stdout": terminal} | {name: None})
@@ -126,7 +126,7 @@ def test_windows_has_no_description_of_its_terminal(monkeypatch):
 
 
 def play_in_a_terminal(keys, rows=26, columns=80, term="xterm"):
-    """Play in a pseudo-terminal -> exit status, all that was written."""
+    """Play in a pseudo-terminal. Returns the exit status and everything that was written."""
     pty, fcntl, termios, struct = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios", "struct"))
     pid, terminal = pty.fork()
     if pid == 0:
