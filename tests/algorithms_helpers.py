@@ -1,4 +1,4 @@
-"""What the tests of algorithms/ share: small trainings, stopped and resumed."""
+"""Helpers for the tests of algorithms/: small trainings that are stopped and resumed."""
 
 import csv
 import json
@@ -45,8 +45,10 @@ def run(algorithm, *words):
 
 
 def states_of_a_straight_and_a_resumed_run(algorithm, small, tmp_path, steps, stop_at):
-    """-> the last states of a run to `steps`, and of one that was ended at `stop_at`, evaluated there, and resumed; and their logs.
-    Without timings and evaluations."""
+    """Train to `steps` in one run, and in another that ends at `stop_at`, is evaluated there, and is resumed.
+
+    Returns the last state and the rows of metrics.csv of each run, without timings and evaluations.
+    """
     assert run(algorithm, *small.split(), "--num_steps", steps, "--run_dir", tmp_path / "straight") == 0
     assert run(algorithm, *small.split(), "--num_steps", stop_at, "--run_dir", tmp_path / "stopped") == 0
     assert run(algorithm, "--resume", tmp_path / "stopped", "--num_steps", steps) == 0
@@ -74,7 +76,7 @@ def same(a, b):
 
 
 def evaluated(algorithm, model, capsys, *words):
-    """-> what --evaluate prints."""
+    """What --evaluate prints."""
     capsys.readouterr()
     assert run(algorithm, "--evaluate", *([model] if model else []), *words) == 0
     return json.loads(capsys.readouterr().out)

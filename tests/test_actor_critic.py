@@ -42,8 +42,10 @@ def test_the_best_policy_has_no_regret_and_a_random_one_loses_everything():
 
 
 def test_a_step_by_hand():
-    """The gradients of one step are those of the textbook: for each sample onehot(a) - p times what was better than expected, for the
-    critic the error."""
+    """The gradients of one step are those of the textbook.
+
+    For each sample, that of the actor is onehot(a) - p times the advantage, and that of the critic is its error.
+    """
     config = Config(hidden_dim=4, batch_size=5)
     agent, twin = ActorCriticAgent(config), ActorCriticAgent(config)
     states = torch.randn(5, 10, generator=twin.generator)

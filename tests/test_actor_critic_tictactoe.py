@@ -86,8 +86,11 @@ def random_moves(boards, player):
 
 
 def test_every_game_is_walked():
-    """A player who always takes the first empty cell: all replies, their chances sum to 1, and no board twice in the same order."""
-    first = lambda boards, player: (boards == 0).argmax(1)
+    """Against a player who always takes the first empty cell, as many games as a recursion finds, with a sum of 1."""
+
+    def first(boards, player):
+        return (boards == 0).argmax(1)
+
     for player in (X, O):
         boards, chances = every_game(first, player)
         assert over(boards).all() and chances.sum() == pytest.approx(1) and len(boards) > 50
@@ -104,7 +107,7 @@ def count_lines(b, player, turn):
 
 
 def test_the_optimum_against_random_play():
-    """A board one move from winning; one where of four replies one loses, one draws and two win; the known results of random play."""
+    """It is right one move before a win, where four replies differ, and for the known results of random play."""
     assert optimal_score(tuple(board("XX. OO. ...")[0]), X, X) == 1
     assert optimal_score(tuple(board("XX. OO. X..")[0]), X, O) == pytest.approx((-1 + 0 + 1 + 1) / 4)
     assert 0.99 < optimal_score(EMPTY, X, X) < 1 and 0.9 < optimal_score(EMPTY, O, X) < 0.95

@@ -25,8 +25,8 @@ from harness.checkpoint import CheckpointError, save_checkpoint
 from harness.options import CommandLineError
 
 SMALL = (
-    "--num_envs 2 --update_steps 12 --replay_size 100 --burn_in 40 --batch_size 4 --learn_every 3 --sync_every 3 --epsilon_end 0.5 "
-    "--epsilon_decay 0.99 --eval_interval 0 --save_freq 1 --device cpu"
+    "--num_envs 2 --update_steps 24 --replay_size 100 --burn_in 40 --batch_size 4 --learn_every 3 --sync_every 3 "
+    "--epsilon_end 0.5 --epsilon_decay 0.99 --eval_interval 0 --save_freq 1 --device cpu"
 )
 
 
@@ -123,7 +123,7 @@ def test_a_file_cannot_name_a_module(tmp_path, monkeypatch):
 
 
 def goes_on_alike(env_id):
-    """Whether a game that is restored in an emulator that was only reset goes on as where it was saved."""
+    """Whether a game that is restored into an emulator which was only reset goes on as where it was saved."""
     c = constants(ENV_ID=env_id, STICKY=0.25, SKIP=4)
     first, second, rng = make_env(c), make_env(c), np.random.default_rng(0)
     first.reset(seed=0), second.reset(seed=1)
@@ -155,7 +155,10 @@ def test_every_restored_game_goes_on_alike():
 
 
 def test_stacks_start_with_the_first_frame():
-    frame = lambda *numbers: np.stack([np.full((SIZE, SIZE), n, np.uint8) for n in numbers])
+
+    def frame(*numbers):
+        return np.stack([np.full((SIZE, SIZE), n, np.uint8) for n in numbers])
+
     stacks = Stacks(frame(1, 11), 3)
     stacks.push(frame(2, 12), np.array([False, False]))
     stacks.push(frame(3, 13), np.array([False, True]))
@@ -163,7 +166,7 @@ def test_stacks_start_with_the_first_frame():
 
 
 def filled(steps, size=40, num_envs=2, stack=3, seed=0):
-    """A memory, and all transitions as stacks of whole frames: {(the stack's numbers): (action, reward, the next stack's, end)}."""
+    """A memory, and its transitions: {the numbers of a stack: (action, reward, those of the next stack, end)}."""
     rng, replay, expected = np.random.default_rng(seed), Replay(size, num_envs, stack), {}
     number, first = 0, np.ones(num_envs, bool)
     frames = np.zeros((num_envs, SIZE, SIZE), np.uint8)
@@ -227,8 +230,11 @@ def test_targets_by_hand():
 
 
 def test_values_of_a_problem_with_two_states():
-    """From state 0 action 1 leads to state 1 and pays 0, action 0 stays and pays 1; in state 1 action 0 pays 5 and ends, action 1 goes
-    back to state 0. With a discount of 0.5 the values are known."""
+    """Double DQN finds the values of a problem with two states, which are known for a discount of 0.5.
+
+    In state 0, action 0 stays and pays 1, and action 1 leads to state 1. In state 1, action 0 pays 5 and ends the
+    episode, and action 1 leads back to state 0.
+    """
     expected = torch.tensor([[1 + 0.5 * 2.5, 0.5 * 5], [5, 0.5 * 2.5]])
     q, frozen = torch.zeros(2, 2), torch.zeros(2, 2)
     state, action = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
@@ -265,7 +271,7 @@ def test_without_its_memory_a_resumed_run_fills_it_anew(tmp_path, without_proces
         resumed[0]["global_step"] == straight[0]["global_step"] == 48
         and resumed[0]["learning_steps"] == straight[0]["learning_steps"]
     )
-    assert len(resumed[1]) == 4 and not same(straight[0]["model"], resumed[0]["model"]) and "replay" not in resumed[0]
+    assert len(resumed[1]) == 2 and not same(straight[0]["model"], resumed[0]["model"]) and "replay" not in resumed[0]
 
 
 def test_the_frozen_copy_is_renewed(monkeypatch):
@@ -294,8 +300,8 @@ def test_an_evaluation_counts_the_games_that_were_begun_first(tmp_path):
         "constants": {**ALGORITHM.constants, "ENV_ID": "ALE/SpaceInvaders-v5", "STACK": 4, "ACTIONS": ""},
         "model": QNetwork(4, 6).state_dict(),
     }
-    result = evaluate(state, episodes=3, seed=0)
-    assert result["games"] == 3 and 0 <= result["min"] <= result["score"] <= result["max"] and result["min"] % 5 == 0
+    result = evaluate(state, episodes=2, seed=0)
+    assert result["games"] == 2 and 0 <= result["min"] <= result["score"] <= result["max"] and result["min"] % 5 == 0
 
 
 def test_bad_input(tmp_path):

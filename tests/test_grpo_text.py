@@ -120,7 +120,7 @@ def folder(tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["Qwen3", "GPT-2"])
 def test_logprobs_are_those_of_each_token_alone(kind, tokenizer):
-    """Prompts of different lengths, padded on the left, answers of different lengths, padded on the right; at a temperature."""
+    """Padding of shorter prompts on the left and of shorter answers on the right changes nothing, at a temperature."""
     writer = Writer(small_model(kind, tokenizer), tokenizer, temperature=0.7)
     prompts, answers = ["hi", "hello world, hello"], [[5, 9, 7, 0], [8, 6, 0]]
     tokens, mask = writer.prompt_tokens(prompts)
@@ -242,7 +242,7 @@ TOKENIZERS = {
 
 
 def save_classifier(folder, tokenizer, kind="DeBERTa", settings=None, template=None, closing=False, **changes):
-    """A model and a tokenizer as a hub would give them. closing: the tokenizer appends its end token to all that it reads."""
+    """Save a model and a tokenizer as a hub has them; a closing tokenizer appends its end token to every text."""
     torch.manual_seed(0)
     model, config, more = CLASSIFIERS[kind]
     size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
@@ -502,7 +502,7 @@ def test_tokens_behind_the_end_change_nothing(tokenizer):
 
 @pytest.mark.parametrize("kl_coef", [0.0, 100.0])
 def test_finds_the_optimum_of_a_toy_task(tokenizer, kl_coef):
-    """Two tokens, and half of the reward for the right letter at each place: they are found, unless the divergence costs too much."""
+    """Of two letters each right one has half of the reward; both are found, unless the divergence costs too much."""
     grpo = small_grpo(tokenizer, None, NUM_SAMPLES=64, MAX_NEW_TOKENS=2, KL_COEF=kl_coef, LR=1e-2)
     grpo.reward = lambda prompts, answers: torch.tensor(
         [sum(a == b for a, b in zip(answer, "hi")) / 2 for answer in answers]
@@ -769,13 +769,14 @@ def test_a_model_that_comes_with_code_is_refused_in_one_line_and_runs_nothing(
 def test_models_are_found_from_elsewhere_and_after_a_move(
     tmp_path, folder, tokenizer, without_processes, monkeypatch, capsys
 ):
-    """Named relative, in a training with an adapter and a classifier. Then another place is accepted if it holds the same model."""
+    """Relative names work from another directory, and a new place is accepted if it holds the same model."""
     for name in "here", "elsewhere":
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
     shutil.copytree(folder, "../base")
     save_classifier(tmp_path / "reward", tokenizer)
-    words = f"{SMALL} --policy_model ../base --reward_model ../reward --lora_rank 2 --num_steps 1 --run_dir {tmp_path / 'run'}"
+    words = f"{SMALL} --policy_model ../base --reward_model ../reward --lora_rank 2 --num_steps 1"
+    words += f" --run_dir {tmp_path / 'run'}"
     assert run(ALGORITHM, *words.split()) == 0
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())[
@@ -839,7 +840,10 @@ def test_runs_of_older_versions_go_on(tmp_path, folder, without_processes, monke
 def test_a_disk_that_is_full_when_the_model_is_written_is_one_line(
     tmp_path, folder, without_processes, monkeypatch, capsys
 ):
-    """A limit on files' sizes stands for the disk. The weights stay in last.safetensors, nothing else is left, and a further step writes the model."""
+    """The weights stay in last.safetensors, nothing else is left, and a further step writes the model.
+
+    A limit on the size of files stands for the disk.
+    """
     resource, save = pytest.importorskip("resource"), Qwen3ForCausalLM.save_pretrained
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     monkeypatch.chdir(tmp_path)  # or the path would fill the line

@@ -1,3 +1,4 @@
+import functools
 import importlib
 import shutil
 import sys
@@ -30,11 +31,25 @@ from harness.checkpoint import load_checkpoint, load_weights
 from harness.options import CommandLineError
 
 SMALL = (
-    "--num_envs 2 --rollout_steps 8 --batch_size 8 --epochs 1 --eval_interval 0 --video_freq 0 --lr 0.001 --min_lr 0.001 --save_freq 1 "
-    "--device cpu"
+    "--num_envs 2 --rollout_steps 8 --batch_size 8 --epochs 1 --eval_interval 0 --video_freq 0 --save_freq 1 "
+    "--lr 0.001 --min_lr 0.001 --device cpu"
 )
 TEXTS = ["Ball X: 99, Ball Y: 120", "Ball X: 7, Ball Y: 9, Paddle X: 72, Moving UP", "a"]
 ANSWERS = [" stop", " left", " lend"]
+
+
+tokenizer_of = functools.cache(lambda texts: train_tokenizer(list(texts)))
+
+
+@pytest.fixture(autouse=True)
+def one_tokenizer(monkeypatch):
+    """Train the tiny model's tokenizer once for all tests: it takes most of the time that building a policy does."""
+    real = ppo_llm_breakout.load_tokenizer
+
+    def load(name, texts):
+        return tokenizer_of(tuple(texts)) if name == "tiny" else real(name, texts)
+
+    monkeypatch.setattr(ppo_llm_breakout, "load_tokenizer", load)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +96,7 @@ def slow_logprobs(policy, model, text, answers):
 
 @pytest.mark.parametrize("kind", ["Qwen3", "GPT-2"])
 def test_answers_are_scored_as_one_by_one(kind, tokenizer):
-    """Texts of different lengths in one batch, answers of several tokens that begin alike, the prefix read once; and gradients."""
+    """Logits and gradients are those of one forward pass for each text and each answer of several tokens."""
     model = small_model(kind, tokenizer)
     policy = LanguagePolicy(model, tokenizer, "You play. ", ANSWERS)
     assert len({len(policy.tokens_of(text)) for text in TEXTS}) == 3 and policy.later_tokens.shape[1] == 12
@@ -207,7 +222,7 @@ def test_ratio_is_one_before_the_first_step():
 
 
 def test_in_bfloat16_the_old_logprobs_are_those_of_minibatches(monkeypatch):
-    """The rounding of a rollout's smaller batches would show in the ratio. What the update starts from is scored as it learns."""
+    """An update begins with log-probabilities of batches of its own size, or rounding would show in the ratio."""
     ppo, seen = small_ppo(), []
     ppo.policy.model.bfloat16()
     ppo.collect()
@@ -320,8 +335,10 @@ def test_right_is_right():
 
 
 def test_hints_never_reach_a_score():
-    """They reward coming nearer, and a returned ball on its way up. The former add up, until the step that loses a life, to how near the
-    paddle is."""
+    """Hints reward a paddle that comes nearer and a returned ball on its way up, and are only in rewards.
+
+    Until the step that loses a life, the former add up to how near the paddle is.
+    """
     plain, shaped = BreakoutTexts(1), BreakoutTexts(1, shaping=2.0)
     obs, _ = plain.reset(seed=1)
     assert np.array_equal(obs, shaped.reset(seed=1)[0])
@@ -459,7 +476,7 @@ def test_a_video_that_cannot_be_drawn_stops_nothing(tmp_path, monkeypatch, capsy
 
 
 def test_an_mlp_reads_the_same_texts(tmp_path, monkeypatch, capsys, without_processes):
-    """Its numbers are those that the game has, its first answers are the reference that it is held near, and a run of it can be played."""
+    """Its numbers are those of the game, it starts at the reference, and a run of it can be played."""
     envs = BreakoutTexts(4)
     obs, infos = envs.reset(seed=0)
     for _ in range(30):

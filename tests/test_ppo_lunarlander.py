@@ -9,7 +9,10 @@ from PIL import Image
 from algorithms.ppo_lunarlander import ALGORITHM, ENV_ID, ActorCritic, Recorded, RecordedEnvs, make_env
 from harness.options import CommandLineError
 
-SMALL = "--num_envs 2 --rollout_steps 64 --batch_size 32 --epochs 1 --hidden 8 --eval_interval 0 --lr 0.001 --min_lr 0.001 --save_freq 1"
+SMALL = (
+    "--num_envs 2 --rollout_steps 64 --batch_size 32 --epochs 1 --hidden 8 --eval_interval 0 --save_freq 1 "
+    "--lr 0.001 --min_lr 0.001"
+)
 
 
 def test_a_lander_takes_the_same_course_again():
