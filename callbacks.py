@@ -8,7 +8,8 @@ A trainer is anything that has this, most of which `Trainer` brings (trainer.py)
     evaluated best_score is_best                the last evaluated policy_state(), with its "evaluation", which has at
                                                 least a "score"
     pending                                     the policy states that are being evaluated
-    policy_state() state_dict()                 what playing needs, and what a resume needs; plain types and tensors
+    policy_state()                              a copy of what playing needs, in plain types and tensors
+    keep_snapshot() snapshot                    makes a copy of what resuming needs; the last such copy
     evaluation_end(state, evaluation)           takes the result of an evaluation, and emits on_evaluation_end
     check_stop()                                raises StopTraining if somebody asked for it
 
@@ -34,7 +35,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harness.background import Background, CannotStart
-from harness.checkpoint import BEST, LAST, SUFFIX, CheckpointError, save_checkpoint, to_plain
+from harness.checkpoint import BEST, LAST, SUFFIX, CheckpointError, save_checkpoint
 from harness.device import unavailable
 from harness.figures import learning_curve
 from harness.files import atomic_write
@@ -420,10 +421,9 @@ class Checkpoints(Callback):
 
     def on_training_start(self, trainer):
         if trainer.update_count == 0:
-            state = to_plain(trainer.state_dict())
-            self.save(LAST, state)  # something to resume after a kill before the first checkpoint
+            self.save(LAST, trainer.snapshot)  # something to resume after a kill before the first checkpoint
             if self.keep_stages:
-                self.save(f"checkpoint_0{SUFFIX}", state)
+                self.save(f"checkpoint_0{SUFFIX}", trainer.snapshot)
 
     def on_evaluation_end(self, trainer):
         if trainer.is_best:
@@ -433,15 +433,16 @@ class Checkpoints(Callback):
     def on_update_end(self, trainer):
         self.save_best()
         if trainer.update_count % self.save_freq == 0:
-            state = to_plain(trainer.state_dict())
-            self.save(LAST, state)
-            self.save(f"checkpoint_{trainer.update_count}{SUFFIX}", state)
+            trainer.keep_snapshot()
+            self.save(LAST, trainer.snapshot)
+            self.save(f"checkpoint_{trainer.update_count}{SUFFIX}", trainer.snapshot)
             self.prune(trainer)
 
     def on_training_end(self, trainer):
         """Raises CheckpointError if the result of the training cannot be saved."""
         self.save_best()
-        save_checkpoint(self.run_dir / LAST, to_plain(trainer.state_dict()))
+        trainer.keep_snapshot()
+        save_checkpoint(self.run_dir / LAST, trainer.snapshot)
 
     def save_best(self):
         if self.unsaved_best and self.save(BEST, self.unsaved_best):  # if it fails, the next update tries again

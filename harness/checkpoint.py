@@ -29,6 +29,7 @@ SUFFIX = ".safetensors"
 LAST = f"last{SUFFIX}"  # what a run is resumed from
 BEST = f"best_model{SUFFIX}"
 PLAYED = (BEST, LAST)  # what is played of a run: the first of these that it has
+LONGEST_TEXT = 2**25  # characters of everything but the tensors; no training has as many
 COUNTERS = {"update_count": 0, "global_step": 0, "seconds": 0.0}  # compared in every file, because programs print them
 
 
@@ -133,6 +134,8 @@ def _read(path):
                 raise ValueError("is a safetensors file of another program")
             if version != FORMAT_VERSION:
                 raise ValueError(f"has format version {shortened(version)}, not {FORMAT_VERSION} (update the code)")
+            if len(metadata["state"]) > LONGEST_TEXT:
+                raise ValueError("holds more values than any training has")
             tensors = file.get_tensors()
         if metadata["sha256"] != _checksum(metadata["state"], tensors):
             raise ValueError("is not what was saved (its checksum differs)")

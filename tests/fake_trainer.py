@@ -40,6 +40,7 @@ class FakeTrainer:
 
     def learn(self, until=None):
         """Train to the end, or to this update, after which nothing more happens, as after a kill."""
+        self.keep_snapshot()
         self.emit("on_training_start")
         for update in range(self.update_count + 1, self.num_steps // 100 + 1):
             self.update(update)
@@ -83,8 +84,8 @@ class FakeTrainer:
     def policy_state(self):
         return {"update_count": self.update_count, "model": {"w": torch.ones(2)}}
 
-    def state_dict(self):
-        return {**self.policy_state(), "best_score": self.best_score}
+    def keep_snapshot(self):
+        self.snapshot = {**self.policy_state(), "best_score": self.best_score}
 
 
 def disk_full(*args, **kwargs):

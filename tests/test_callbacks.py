@@ -221,7 +221,7 @@ def test_callbacks_do_not_touch_the_training(tmp_path):
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     watched, alone = FakeTrainer(all_callbacks(tmp_path)).learn(), FakeTrainer([Callback()]).learn()
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
-    watched.callbacks = alone.callbacks
+    watched.callbacks, watched.snapshot = alone.callbacks, alone.snapshot
     assert watched.evaluated.pop("model").keys() == alone.evaluated.pop("model").keys()
     assert vars(watched) == vars(alone)
 
