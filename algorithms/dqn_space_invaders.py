@@ -9,6 +9,8 @@ Any other game of the Arcade Learning Environment: --env_id.
 Left out: prioritised replay, duelling heads, n-step returns, distributions. A step is a step of the agent, SKIP frames.
 """
 
+import harness.start  # before the slow imports
+
 import math
 from collections import deque
 

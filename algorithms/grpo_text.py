@@ -12,6 +12,8 @@ that are never drawn are never judged. Keep TOP_P at 1 unless the answers are no
 --play [RUN] prints answers to prompts that no training has seen, --evaluate [RUN] their mean reward.
 """
 
+import harness.start  # before the slow imports
+
 import copy
 import os
 import re

@@ -12,6 +12,8 @@ no language model, but a small network that gets the numbers in the text, to com
 --verify plays a few random steps, and prints texts, actions and rewards.
 """
 
+import harness.start  # before the slow imports
+
 import math
 import random
 
