@@ -19,7 +19,7 @@ from harness.runs import locked
 
 
 def test_the_optimum_is_known():
-    """Of two and of three standard normal numbers in closed form (David & Nagaraja 2003), of ten by drawing."""
+    """It is that of a closed form for two and three numbers (David & Nagaraja 2003), and of drawn numbers for ten."""
     assert expected_maximum(2) == pytest.approx(1 / math.sqrt(math.pi), rel=1e-6)
     assert expected_maximum(3) == pytest.approx(3 / (2 * math.sqrt(math.pi)), rel=1e-6)
     drawn = torch.randn(200_000, 10, generator=torch.Generator().manual_seed(0)).amax(1)

@@ -124,7 +124,7 @@ def test_the_optimum_against_random_play():
 
 @functools.cache
 def minimax(b, turn):
-    """-> the result for X, and a best move."""
+    """The result for X if both sides play perfectly, and a best move."""
     array = np.array([b], np.int8)
     if over(array)[0]:
         return int(wins(array, X)[0]) - int(wins(array, O)[0]), None

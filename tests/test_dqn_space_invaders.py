@@ -143,7 +143,7 @@ def goes_on_alike(env_id):
 
 @pytest.mark.parametrize("env_id", ["ALE/Qbert-v5", "ALE/Tetris-v5", "ALE/Breakout-v5"])
 def test_a_restored_game_goes_on_alike(env_id):
-    """Also the two that did not until the emulator had drawn a frame."""
+    """Qbert and Tetris do so too, which need an emulator that has drawn a frame."""
     assert goes_on_alike(env_id)
 
 

@@ -98,7 +98,7 @@ def test_play(tmp_path, monkeypatch):
     [file.stem for file in ALGORITHMS.glob("*.py") if "\nALGORITHM = " in file.read_text(encoding="utf-8")],
 )
 def test_a_gif_can_hold_every_frame_time(name, tmp_path):
-    """It counts hundredths of a second, and browsers slow down what is faster than 50 frames a second."""
+    """A gif counts hundredths of a second, and browsers slow down one with more than 50 frames a second."""
     frame_ms = importlib.import_module(f"algorithms.{name}").ALGORITHM.frame_ms
     write_gif(tmp_path / "x.gif", [np.full((2, 2, 3), i, np.uint8) for i in range(3)], frame_ms)
     assert durations(tmp_path / "x.gif") == [frame_ms] * 3 and frame_ms >= 20
@@ -198,7 +198,7 @@ def test_the_command_that_installs_can_be_pasted_in_any_directory(tmp_path, monk
 
 
 def test_faults_of_any_training_here(tmp_path, monkeypatch, without_processes):
-    """What the trainings share: the lock of a run, and what a file from a stranger may hold."""
+    """A damaged or foreign file is one line, and a run that is being trained is locked."""
     monkeypatch.chdir(tmp_path)
     good = {**untrained(), "algorithm": "reinforce_cartpole", "global_step": 0}
     spoiled = {name: x * math.nan for name, x in good["model"].items()}
