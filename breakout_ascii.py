@@ -46,7 +46,8 @@ def codes(lines):
     return np.array([list(line.encode()) for line in lines], np.uint8)
 
 
-SOLID, HOLLOW = "#" * 80 + "\n", "#" + " " * 78 + "#\n"
+SOLID = "#" * 80 + "\n"
+HOLLOW = "#" + " " * 78 + "#\n"
 EMPTY_PAGE = codes([SOLID] + [HOLLOW] * (ROWS - 2) + [SOLID])  # (24, 81)
 PADDLE_LINES = codes(  # (73, 81), the line for each paddle_x
     [("#" + " " * (x - 1) + PADDLE).ljust(79) + "#\n" for x in range(PADDLE_MAX + 1)]
@@ -117,10 +118,12 @@ class Games:
     def step(self, actions):
         """Play one step of every game with actions (N,) of 0, 1, 2. Returns rewards, terminated, life_lost, each
         (N,)."""
-        old_x, old_y = self.ball_x, self.ball_y
+        old_x = self.ball_x
+        old_y = self.ball_y
         self.elapsed = self.elapsed + 1
         self.move_paddles(actions)
-        self.ball_x, self.ball_y = old_x + self.dx, old_y + self.dy
+        self.ball_x = old_x + self.dx
+        self.ball_y = old_y + self.dy
         self.bounce_off_walls()
         life_lost = self.lose_balls(old_x, old_y)
         self.bounce_off_paddles()
@@ -138,7 +141,8 @@ class Games:
     def bounce_off_walls(self):
         """A ball stays on the left, right or top wall for one step and turns round."""
         where = self.xp.where
-        left, right = self.ball_x <= 0, self.ball_x >= RIGHT_WALL
+        left = self.ball_x <= 0
+        right = self.ball_x >= RIGHT_WALL
         top = self.ball_y <= 0
         self.ball_x = where(left, 0, where(right, RIGHT_WALL, self.ball_x))
         self.dx = where(left | right, -self.dx, self.dx)
@@ -182,9 +186,12 @@ class Games:
 
         Returns rewards (N,), and (hit, row, column): which games lost a brick, and where it was, each (N,).
         """
-        row, column = self.ball_y - BRICK_TOP, (self.ball_x - 1) // BRICK_WIDTH
+        row = self.ball_y - BRICK_TOP
+        column = (self.ball_x - 1) // BRICK_WIDTH
         inside = (row >= 0) & (row < BRICK_ROWS) & (column >= 0) & (column < BRICK_COLUMNS)
-        row, column = row % BRICK_ROWS, column % BRICK_COLUMNS  # valid indices everywhere, also where `inside` is false
+        # valid indices everywhere, also where `inside` is false
+        row = row % BRICK_ROWS
+        column = column % BRICK_COLUMNS
         whole = self.bricks[self.index, row, column]
         hit = inside & whole
         self.bricks[self.index, row, column] = whole & ~inside
@@ -409,7 +416,9 @@ class BreakoutAsciiVec(VectorEnv):
 
     def __init__(self, num_envs, *, max_episode_steps=MAX_EPISODE_STEPS, varied_starts=0.0, render_mode=None):
         check_arguments(max_episode_steps, render_mode, self.metadata["render_modes"], num_envs, varied_starts)
-        self.num_envs, self.render_mode, self.varied_starts = int(num_envs), render_mode, varied_starts
+        self.num_envs = int(num_envs)
+        self.render_mode = render_mode
+        self.varied_starts = varied_starts
         self.max_episode_steps = max_episode_steps or math.inf
         self.single_observation_space = gym.spaces.Box(0, 127, (TOKENS,), np.uint8)
         self.single_action_space = gym.spaces.Discrete(len(PADDLE_MOVES))
@@ -515,7 +524,9 @@ class BreakoutAsciiVec(VectorEnv):
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             raise ValueError("state['np_random'] is not the state of the random generator") from None
         self.games.load_state_dict(state)
-        self.np_random, self.seeded, self._started = shared, seeded, True
+        self.np_random = shared
+        self.seeded = seeded
+        self._started = True
 
     def _check_started(self):
         if not self._started:

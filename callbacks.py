@@ -132,7 +132,8 @@ class Evaluation(Callback):
 
     def __init__(self, evaluate, interval, processes=1):
         self.background = Background(evaluate, processes)
-        self.evaluate, self.interval = evaluate, interval
+        self.evaluate = evaluate
+        self.interval = interval
         self.futures = deque()
         self.take_turns = False
 
@@ -223,7 +224,8 @@ class ProgressBar(Callback):
     cost = "the progress is not shown"
 
     def __init__(self, plan="", first_is_slow=False):
-        self.plan, self.first_is_slow = plan, first_is_slow
+        self.plan = plan
+        self.first_is_slow = first_is_slow
         self.bar = None
 
     def on_training_start(self, trainer):
@@ -237,7 +239,8 @@ class ProgressBar(Callback):
             self.bar = tqdm(total=trainer.num_steps, initial=done, unit=" steps", unit_scale=True, dynamic_ncols=True)
 
     def on_evaluation_end(self, trainer):
-        state, evaluation = trainer.evaluated, trainer.evaluated["evaluation"]
+        state = trainer.evaluated
+        evaluation = trainer.evaluated["evaluation"]
         others = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.items() if name != "score")
         best = "  best" if trainer.is_best else ""
         score = format_score(evaluation["score"])
@@ -268,7 +271,8 @@ class ProgressBar(Callback):
             self.bar.close()
 
     def start_measuring(self, trainer):
-        self.measured_from_step, self.measured_from_seconds = trainer.global_step, trainer.seconds
+        self.measured_from_step = trainer.global_step
+        self.measured_from_seconds = trainer.seconds
 
     def print_estimate(self, trainer, elapsed, rate, left):
         """Print how long the training will take, after the first update, and after the second if that was much
@@ -309,7 +313,8 @@ class MetricsCSV(Callback):
     """
 
     def __init__(self, path, evaluation=("score",)):
-        self.path, self.evaluation = path, evaluation
+        self.path = path
+        self.evaluation = evaluation
         self.cost = f"{path}: not written"
         self.file = None
 
@@ -376,7 +381,9 @@ class LearningCurve(Callback):
     """
 
     def __init__(self, path, csv_path, levels=None):
-        self.path, self.csv_path, self.levels = Path(path), csv_path, levels or {}
+        self.path = Path(path)
+        self.csv_path = csv_path
+        self.levels = levels or {}
         self.next_at = -math.inf
         self.out_of_date = False
         self.cost = f"{path}: not drawn"
@@ -415,8 +422,10 @@ class Checkpoints(Callback):
     """
 
     def __init__(self, run_dir, save_freq, keep=3, keep_stages=False):
-        self.run_dir, self.save_freq = Path(run_dir), save_freq
-        self.keep, self.keep_stages = keep, keep_stages
+        self.run_dir = Path(run_dir)
+        self.save_freq = save_freq
+        self.keep = keep
+        self.keep_stages = keep_stages
         self.unsaved_best = None  # the best policy state, until it is saved
 
     def on_training_start(self, trainer):

@@ -51,7 +51,8 @@ class Step(NamedTuple):
 
 def play(policy, steps=1000, episodes=None, seed=0, sample=False):
     """Play so many steps, or so many whole games (episodes) instead, and yield each `Step`."""
-    player, env = sampling(policy, seed) if sample else greedy(policy), BreakoutAscii()
+    player = sampling(policy, seed) if sample else greedy(policy)
+    env = BreakoutAscii()
     page, _ = env.reset(seed=seed)
     games = 0
     for step in itertools.count(1):
@@ -94,7 +95,8 @@ def write_mp4(path, pictures):
 
 def stages(path, policy, meta):
     """Return a `Stage` for the start of training and for a tenth of it, as far as a run has them, and for the model."""
-    steps, earlier = meta.get("global_step", 0), {}
+    steps = meta.get("global_step", 0)
+    earlier = {}
     for file in path.parent.glob(f"checkpoint_*{SUFFIX}"):
         with contextlib.suppress(CheckpointError):
             stage, its_meta = load_policy(file)

@@ -277,7 +277,8 @@ class PPO(Trainer):
             runner: by default an `EagerRunner`.
         """
         super().__init__(policy, callbacks, metadata)
-        self.env, self.config = env, config
+        self.env = env
+        self.config = config
         self.env_can = EnvCapabilities(env)
         if not self.env_can.on_device and env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
             raise ValueError(
@@ -382,7 +383,9 @@ class PPO(Trainer):
             final_obs = np.stack(infos["final_obs"][truncated])
             check_finite(f"in update {self.update_count + 1}", observations=final_obs)
             final_values[self.tensor(truncated)] = self.act(self.policy.encode(final_obs))[1]
-        next_obs, terminated, truncated = self.tensor(next_obs), self.tensor(terminated), self.tensor(truncated)
+        next_obs = self.tensor(next_obs)
+        terminated = self.tensor(terminated)
+        truncated = self.tensor(truncated)
         if self.config.prediction_coef:
             optional["changes"] = self.policy.changes(self.obs, next_obs)
         self.buffer.add(
@@ -510,18 +513,24 @@ class PPO(Trainer):
         all_logprobs = F.log_softmax(logits, dim=-1)  # (M, A)
         new_logprobs = all_logprobs.gather(1, mb.actions.unsqueeze(1)).squeeze(1)
 
-        loss, stats = 0.0, {}
+        loss = 0.0
+        stats = {}
         if config.prediction_coef:
             term, info = prediction_loss(policy.change_head(features), mb.changes, mb.has_next)
-            loss, stats = loss + config.prediction_coef * term, stats | info
+            loss = loss + config.prediction_coef * term
+            stats = stats | info
         term, info = policy_loss(new_logprobs, mb.old_logprobs, mb.advantages, config.eps_clip)
-        loss, stats = loss + term, stats | info
+        loss = loss + term
+        stats = stats | info
         term, info = value_loss(new_values, mb.old_values, mb.returns, config.value_clip)
-        loss, stats = loss + config.value_loss_coef * term, stats | info
+        loss = loss + config.value_loss_coef * term
+        stats = stats | info
         term, info = entropy_loss(all_logprobs)
-        loss, stats = loss + config.entropy_coef * term, stats | info
+        loss = loss + config.entropy_coef * term
+        stats = stats | info
         term, info = move_loss(all_logprobs)
-        loss, stats = loss + config.move_coef * term, stats | info
+        loss = loss + config.move_coef * term
+        stats = stats | info
         term, info = self.further_loss(mb, all_logprobs)
         return loss + term, stats | info
 

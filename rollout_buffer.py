@@ -51,7 +51,8 @@ def paired_baseline(advantages, in_sync):
         the new advantages (S, N), and the share.
     """
     a, b = advantages.chunk(2, dim=1)
-    a, b = a * in_sync, b * in_sync
+    a = a * in_sync
+    b = b * in_sync
     correlation = (2 * (a * b).sum() / (a.square() + b.square()).sum().clamp_min(1e-8)).clamp_min(0.0)
     return advantages - correlation * torch.cat([b, a], dim=1), correlation
 
@@ -90,7 +91,8 @@ class RolloutBuffer:
     minibatches, and `next_minibatch` reads them."""
 
     def __init__(self, rollout_steps, num_envs, device="cpu"):
-        self.rollout_steps, self.num_envs = rollout_steps, num_envs
+        self.rollout_steps = rollout_steps
+        self.num_envs = num_envs
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the step to be added next
         self.minibatch_position = torch.zeros(1, dtype=torch.int64, device=device)  # of the minibatch to be read next
         self.fields = {}  # {name: tensor (S, N, ...)}

@@ -132,7 +132,10 @@ class Sweep:
         Args:
             search: how many trials, whose values Optuna chooses; None for one trial of each combination.
         """
-        self.training, self.out, self.grid, self.search = training, out, grid, search
+        self.training = training
+        self.out = out
+        self.grid = grid
+        self.search = search
         self.lock = filelock.FileLock(out / "sweep.lock")
         self.running = []  # the runs that this process has started
         self.failed = {}  # {trial number: directory} of runs that have failed, and that this process does not try again
@@ -238,7 +241,8 @@ class Sweep:
 
     def say_state(self):
         """Say how many runs have ended and are left, and how far the runs of this process are."""
-        ended, left = len(self.trials("COMPLETE", "PRUNED")), len(self.trials("WAITING"))
+        ended = len(self.trials("COMPLETE", "PRUNED"))
+        left = len(self.trials("WAITING"))
         here, elsewhere = len(self.running), len(self.others())
         say(f"{ended} ended, {here} running here, {elsewhere} elsewhere, {left} to begin")
         for run in self.running:
@@ -256,7 +260,9 @@ class Sweep:
 
     def end(self, run, pruned=False):
         """Tell the study the result of a run that does not go on, and let go of it."""
-        rows, complete, result = self.report(run), is_finished(run.directory), None
+        rows = self.report(run)
+        complete = is_finished(run.directory)
+        result = None
         scores = scores_of(rows)
         if complete and not scores:
             how = "has lost its metrics.csv; delete its directory to train it again"
@@ -306,7 +312,8 @@ def open_study(out, name):
 
 def read_grid(words, training):
     """["--lr", "1e-3", "1e-2", "--seed", "0"] -> {"LR": [0.001, 0.01], "SEED": [0]}, checked."""
-    grid, name = {}, None
+    grid = {}
+    name = None
     for word in words:
         if word.startswith("--"):
             name = word[2:].upper()

@@ -41,7 +41,9 @@ class Trainer:
 
     def __init__(self, policy, callbacks=(), metadata=None):
         """metadata: plain values that go into every checkpoint."""
-        self.policy, self.callbacks, self.metadata = policy, callbacks, metadata or {}
+        self.policy = policy
+        self.callbacks = callbacks
+        self.metadata = metadata or {}
         self.update_count = self.global_step = 0
         self.seconds = 0.0  # of training so far
         self.clock = time.perf_counter()  # when `seconds` was last updated
@@ -64,7 +66,8 @@ class Trainer:
         self.emit("on_training_start")
         while self.global_step < self.num_steps:
             self.stop_together()
-            start, before = time.perf_counter(), self.global_step
+            start = time.perf_counter()
+            before = self.global_step
             self.stats = self.collect_and_update()
             self.check_weights()
             self.stats["steps_per_second"] = (self.global_step - before) / (time.perf_counter() - start)

@@ -54,7 +54,8 @@ class Games(VecEnv):
     """BreakoutAsciiVec as an environment of Stable-Baselines3: (N, 1944) float32 of order one, scaled rewards."""
 
     def __init__(self, env):
-        self.env, self.actions = env, None
+        self.env = env
+        self.actions = None
         super().__init__(env.num_envs, Box(0, 1, (TOKENS,), np.float32), env.single_action_space)
 
     def reset(self):
@@ -112,7 +113,8 @@ def train(seed, num_steps):
         vf_coef=VALUE_LOSS_COEF / 2,  # of the whole squared error; ours is half of it
     )
     model.set_logger(Logger(folder=None, output_formats=[]))  # its own leaves a directory behind at every learn()
-    samples, start = NUM_ENVS * ROLLOUT_STEPS, time.perf_counter()
+    samples = NUM_ENVS * ROLLOUT_STEPS
+    start = time.perf_counter()
     while (left := num_steps - model.num_timesteps) > 0:
         model.learn(min(EVAL_INTERVAL * samples, left), reset_num_timesteps=False)  # goes on where it was
         result = exact(Player(model.policy))
@@ -129,7 +131,8 @@ def main(argv=()):
     parser.add_argument("--out", type=given_path, default="runs/baseline", help="default runs/baseline")
     args = parser.parse_args(argv)
     CONSTANTS.check({"SEED": args.seed, "NUM_STEPS": args.num_steps})
-    path, scores = Path(args.out, f"seed{args.seed}.csv"), []
+    path = Path(args.out, f"seed{args.seed}.csv")
+    scores = []
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = open(path, "x", newline="")

@@ -32,7 +32,8 @@ def prefix(name, device, turns):
     obs, _ = BreakoutTexts(16).reset(seed=0)
     once, every = (LanguagePolicy(model, tokenizer, PREFIX, ANSWERS).to(device) for _ in range(2))
     tokens = once.encode_texts([text + SUFFIX for text in texts_of(obs)], 400)
-    beginning, every.prefix = once.prefix[:, 1:].expand(16, -1), once.prefix[:, :1]
+    beginning = once.prefix[:, 1:].expand(16, -1)
+    every.prefix = once.prefix[:, :1]
     passes = [(once.inference_cache(), tokens), (every.inference_cache(), torch.cat([beginning, tokens], 1))]
     seconds = [[], []]
     for _ in range(turns):
@@ -48,7 +49,8 @@ def prefix(name, device, turns):
 
 def levels(games):
     """Return the scores of the rule and of random play, in games with the same seeds."""
-    rng, c = np.random.default_rng(0), SimpleNamespace(**CONSTANTS)
+    rng = np.random.default_rng(0)
+    c = SimpleNamespace(**CONSTANTS)
     players = {
         "following the ball": lambda obs: [follow_the_ball(text) for text in texts_of(obs)],
         "random play": lambda obs: rng.integers(len(ACTIONS), size=len(obs)),

@@ -122,7 +122,8 @@ def draw(curves):
     for axes, column, unit, label in panels:
         for seed, curve in zip(curves, data):
             axes.plot(curve[:, column] / unit, curve[:, 2], linewidth=0.8, alpha=0.6, label=f"seed {seed}")
-        x, mean = np.median(data[:, :, column], axis=0) / unit, interquartile_mean(scores)
+        x = np.median(data[:, :, column], axis=0) / unit
+        mean = interquartile_mean(scores)
         axes.plot(x, mean, color="black", linewidth=2.2, label="interquartile mean, 95 % bootstrap")
         axes.fill_between(x, low, high, color="black", alpha=0.15, linewidth=0)
         for level, color, style, name in LEVELS:
@@ -139,7 +140,8 @@ def read_variants(paths):
     """Return the runs in these places, grouped by variant: a list of (variant, seed, evaluations) for each."""
     runs = []
     for run_dir in runs_in(paths):
-        constants, curve = recorded_constants(run_dir) or {}, evaluations(run_dir)
+        constants = recorded_constants(run_dir) or {}
+        curve = evaluations(run_dir)
         if curve[-1, 0] < constants.get("NUM_STEPS", 0):
             tell(f"{run_dir} has not finished: its last evaluation is after {curve[-1, 0]:,.0f} steps")
         runs.append((variant_of(run_dir), constants.get("SEED", 0), curve))

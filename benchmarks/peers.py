@@ -93,7 +93,8 @@ def theirs_on_the_moon(seed, num_steps):
         device="cpu",
     )
     model.set_logger(quiet)
-    found, seconds = [], 0.0
+    found = []
+    seconds = 0.0
     while model.num_timesteps < num_steps:
         clock = time.perf_counter()
         model.learn(EVERY, reset_num_timesteps=False)
@@ -154,7 +155,9 @@ def space_invaders(seed, turns, bf16):
     )
     theirs.set_logger(quiet)
     theirs.learn(600, reset_num_timesteps=False)
-    c.UPDATE_STEPS, ours.num_steps, rates = STEPS, 10**9, {"ours": [], "SB3": []}
+    c.UPDATE_STEPS = STEPS
+    ours.num_steps = 10**9
+    rates = {"ours": [], "SB3": []}
     for turn in range(turns):
         for name, run in (
             ("ours", ours.collect_and_update),
@@ -174,7 +177,9 @@ def space_invaders(seed, turns, bf16):
 
 def ours_in_words(c):
     """Train ours. Returns the weights at the end, and the seconds and the prompt of each step."""
-    trainer, seconds, prompts = grpo.build(c), [], []
+    trainer = grpo.build(c)
+    seconds = []
+    prompts = []
     for step in range(c.NUM_STEPS):
         torch.manual_seed(1000 * c.SEED + step)
         clock = time.perf_counter()

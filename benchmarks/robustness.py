@@ -42,7 +42,8 @@ def conditions(num_games, seed, deterministic):
         {name: (serves (n, 5, 3), bricks (n, 7, 13), probability that an action is repeated)}
     """
     numbers = draw_numbers(np.random.default_rng(seed), num_games)
-    (serves, whole), (varied_serves, layouts) = new_games(numbers), new_games(numbers, 1.0)
+    serves, whole = new_games(numbers)
+    varied_serves, layouts = new_games(numbers, 1.0)
     standard = (
         (standard_serves(SERVES), np.ones((len(SERVES), *whole.shape[1:]), bool)) if deterministic else (serves, whole)
     )
@@ -81,7 +82,8 @@ def cells(bricks, results, drawn):
         drawn: whether the games were drawn at random.
     """
     possible = BRICK_POINTS * bricks.sum((1, 2)) + CLEAR_POINTS
-    cleared, lost = results.bricks == 0, results.lives == 0
+    cleared = results.bricks == 0
+    lost = results.lives == 0
     shares = [(results.scores / possible).mean(), cleared.mean(), lost.mean(), (~cleared & ~lost).mean()]
     lives_lost = (LIVES - results.lives).mean()
     score = f"{results.scores.mean():.1f}" + (f" ± {standard_error(results.scores):.1f}" if drawn else "")

@@ -13,13 +13,16 @@ class SlowGame:
         """
         self.serves = [tuple(map(int, serve)) for serve in serves]
         self.bricks = {(r, j) for r in range(7) for j in range(13) if bricks[r][j]}
-        self.lives, self.score, self.elapsed = 5, 0, 0
+        self.lives = 5
+        self.score = 0
+        self.elapsed = 0
         self.serve()
 
     def serve(self):
         """Put ball and paddle where the next life begins."""
         self.x, self.dx, self.px = self.serves[5 - self.lives]
-        self.y, self.dy = 21, -1
+        self.y = 21
+        self.dy = -1
 
     def step(self, action):
         """Play one step. Returns reward, terminated and life_lost."""
@@ -28,7 +31,8 @@ class SlowGame:
             self.px = max(1, self.px - 2)
         elif action == 2:
             self.px = min(72, self.px + 2)
-        x, y = self.x + self.dx, self.y + self.dy
+        x = self.x + self.dx
+        y = self.y + self.dy
         if x <= 0:
             x, self.dx = 0, -self.dx
         elif x >= 79:
@@ -44,7 +48,8 @@ class SlowGame:
         if y == 22 and x in range(self.px, self.px + 7):
             y, self.dy = 21, -1
             self.dx = -1 if x - self.px in (0, 1, 2, 3) else 1
-        self.x, self.y = x, y
+        self.x = x
+        self.y = y
         reward = 0
         for r, j in list(self.bricks):
             if y == 5 + r and 1 + 6 * j <= x <= 6 + 6 * j:

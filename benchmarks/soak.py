@@ -34,7 +34,8 @@ def soak(minutes, arguments):
         command = [sys.executable, ROOT / "train_ppo.py", *arguments]
         command += ["--num_steps", 10**12, "--run_dir", f"{folder}/run"]
         process = start_program(command, stdout=subprocess.DEVNULL)
-        looks, end = [], time.monotonic() + 60 * minutes
+        looks = []
+        end = time.monotonic() + 60 * minutes
         try:
             while time.monotonic() < end:
                 time.sleep(1)
@@ -62,7 +63,9 @@ def main(argv=()):
     looks, speeds = soak(args.minutes, arguments)
     if len(looks) < 2 or len(speeds) < 2:
         raise CommandLineError("too short to tell; give more --minutes")
-    memory, files, speed = ends([x for x, _ in looks]), ends([x for _, x in looks]), ends(speeds)
+    memory = ends([x for x, _ in looks])
+    files = ends([x for _, x in looks])
+    speed = ends(speeds)
     for name, (first, last), unit in (("memory", memory, "MB"), ("open files", files, ""), ("speed", speed, "steps/s")):
         print(f"{name:<10} {first:>12,.0f} -> {last:>12,.0f} {unit}")
     return int(memory[1] > 1.02 * memory[0] or files[1] > files[0] or speed[1] < 0.9 * speed[0])

@@ -108,9 +108,12 @@ def relative_error(ours, plain):
 def training_pages(policy, level, group_size=1):
     """Return a minibatch (BATCH_SIZE, 1944) as training draws it from a rollout in which the policy plays."""
     env = BreakoutAsciiVec(C.NUM_ENVS, varied_starts=C.VARIED_STARTS)
-    rng, index, player = np.random.default_rng(0), LineIndex(), sampling(policy, seed=0)
+    rng = np.random.default_rng(0)
+    index = LineIndex()
+    player = sampling(policy, seed=0)
     obs, _ = env.reset(seed=0)
-    pages, lines = [], []
+    pages = []
+    lines = []
     for step in range(SPREAD_STEPS + C.ROLLOUT_STEPS):
         if step == SPREAD_STEPS and C.PAIRED_ENVS:
             obs = env.pair()
@@ -178,7 +181,8 @@ def work(gpt, pages):
 
 
 def speed_table(policy, args):
-    rows, deep = [game_row(args.repetitions)], make_gpt(GPTConfig(**DEEP), policy.device)
+    rows = [game_row(args.repetitions)]
+    deep = make_gpt(GPTConfig(**DEEP), policy.device)
     for level in RANDOM_ACTIONS:
         rows += model_rows(f"one layer, {level} play", policy, training_pages(policy, level), args.repetitions)
         rows += model_rows(
@@ -190,8 +194,10 @@ def speed_table(policy, args):
 def game_row(repetitions, num_envs=256, num_plain=4, steps=500):
     """Return the row of the game, with random actions. The first few games are played by the plain baseline too, and
     compared page by page."""
-    env, rng = BreakoutAsciiVec(num_envs), np.random.default_rng(0)
-    speeds, differing = [], 0
+    env = BreakoutAsciiVec(num_envs)
+    rng = np.random.default_rng(0)
+    speeds = []
+    differing = 0
     env.reset(seed=0)
     wall = env.games.bricks[0].copy()
     games = [SlowGame(serves, wall) for serves in env.games.serves[:num_plain]]
@@ -222,7 +228,8 @@ def model_rows(label, policy, pages, repetitions):
     if policy.device.type == "cuda":
         torch.compiler.reset()  # else the ninth GPT would not be compiled
     size, few = batch_sizes(policy)
-    ours, baselines = as_trained(policy), {"": plain_gpt(policy)}
+    ours = as_trained(policy)
+    baselines = {"": plain_gpt(policy)}
     if policy.device.type == "cuda" and policy.config.n_layer > 1:
         baselines[", baseline in bf16, compiled"] = plain_gpt(policy, strengthened=True)
     tasks = ("forward", "pages/s"), ("forward + backward", "samples/s")
@@ -286,7 +293,8 @@ def split(policy, num_steps):
     Returns:
         the steps, the seconds, and the seconds of each part as a dict
     """
-    interval, silence = C.EVAL_INTERVAL * C.ROLLOUT_STEPS * C.NUM_ENVS, io.StringIO()
+    interval = C.EVAL_INTERVAL * C.ROLLOUT_STEPS * C.NUM_ENVS
+    silence = io.StringIO()
     trainer, c = endless(policy)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -316,7 +324,10 @@ def learn_until(trainer, step):
 @contextlib.contextmanager
 def clocks(trainer, evaluation):
     """Give a dict that counts the seconds of each part of a training, without those of the parts that it calls."""
-    policy, env, buffer, inner = trainer.policy, trainer.env, trainer.buffer, []
+    policy = trainer.policy
+    env = trainer.env
+    buffer = trainer.buffer
+    inner = []
     rollout = [("rollout", trainer, "collect")]  # on a GPU its steps are one CUDA graph, elsewhere
     if not trainer.env_can.on_device:
         rollout = [
@@ -375,7 +386,8 @@ def layers_table(policy, args):
 
 
 def changes_table(policy, args):
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    rows = []
     for share in (0, 0.001, 0.01, 0.1, 1):
         pages = training_pages(policy, "middling").copy()
         changed = rng.random(pages.shape) < share

@@ -34,7 +34,9 @@ def pair_table(gpt):
                                 then the D numbers of the value
         rstd   (7 * 1944,)      for each pair
     """
-    block, C, H = gpt.blocks[0], gpt.config.n_embd, gpt.config.n_head
+    block = gpt.blocks[0]
+    C = gpt.config.n_embd
+    H = gpt.config.n_head
     x = torch.cat([gpt.wte.weight, gpt.wre.weight, gpt.wce.weight])
     x = x - x.mean(1, keepdim=True)
     rstd = pair_rstd(x @ x.T / C, block.ln_1.eps)
@@ -51,7 +53,9 @@ def pair_rstd(dots, eps):
     Args: dots (112, 112), the covariances of the embeddings, from which follows the variance of a sum of three.
     Returns: (7 * 1944,).
     """
-    char, row, col = slice(FIRST_ROW), slice(FIRST_ROW, FIRST_COLUMN), slice(FIRST_COLUMN, NUM_EMBEDDINGS)
+    char = slice(FIRST_ROW)
+    row = slice(FIRST_ROW, FIRST_COLUMN)
+    col = slice(FIRST_COLUMN, NUM_EMBEDDINGS)
     variances = dots.diagonal()
     of_row = variances[row] + 2 * dots[char, row]  # (7, 24)
     of_column = variances[char, None] + 2 * dots[char, col]  # (7, 81)

@@ -29,7 +29,8 @@ class Blamed:
     """Calls a function. Its errors, except lack of memory, become ShortcutFailed and blame the given shortcut."""
 
     def __init__(self, function, shortcut):
-        self.function, self.shortcut = function, shortcut
+        self.function = function
+        self.shortcut = shortcut
 
     def __call__(self, *args):
         try:
@@ -46,7 +47,8 @@ class Compiled:
     """Calls a function as it stands for the first `plain_calls` times, and then compiled and `Blamed`."""
 
     def __init__(self, function, plain_calls=0, **options):
-        self.function, self.plain_calls = function, plain_calls
+        self.function = function
+        self.plain_calls = plain_calls
         self.compiled = Blamed(torch.compile(function, **options), COMPILE)
 
     def __call__(self, *args):
@@ -69,12 +71,16 @@ class GraphRunner:
         """recorded_with: returns the objects whose tensors the graph uses. If one is replaced, the function is recorded
         again.
         """
-        self.function, self.stream, self.recorded_with = function, stream, recorded_with
+        self.function = function
+        self.stream = stream
+        self.recorded_with = recorded_with
         self.recordings = 0  # so far
         self.start_again(())
 
     def start_again(self, objects):
-        self.graph, self.calls, self.objects = None, 0, objects
+        self.graph = None
+        self.calls = 0
+        self.objects = objects
 
     def __call__(self):
         """Raises ShortcutFailed if the function cannot be recorded."""
@@ -98,7 +104,8 @@ class GraphRunner:
 
     def record(self, before):
         """Record a graph, which computes nothing yet. before: the stream to return to."""
-        graph, cause = torch.cuda.CUDAGraph(), None
+        graph = torch.cuda.CUDAGraph()
+        cause = None
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 try:

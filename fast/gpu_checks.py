@@ -162,7 +162,8 @@ def check_policy(ppo, before):
     fields = {name: ppo.buffer.fields[name].flatten(0, 1) for name in ("obs", "actions", "logprobs", "values")}
     rows = torch.linspace(0, len(fields["actions"]) - 1, SAMPLES, device=ppo.device).long().unique()
     fields = {name: x[rows].cpu() for name, x in fields.items()}
-    pages, actions = tokens_of(fields["obs"]), fields["actions"].unsqueeze(1)
+    pages = tokens_of(fields["obs"])
+    actions = fields["actions"].unsqueeze(1)
     results = []
     for dtype in (torch.float64, torch.float32):
         logits, values = logits_and_values(gpt_on_cpu(ppo.policy.config, before["model"], dtype), pages)
@@ -186,7 +187,8 @@ def check_policy(ppo, before):
 
 def check_advantages(ppo, before, tolerance):
     """Compute advantages and returns again on the CPU. tolerance: that of the last values."""
-    ours, config = ppo.buffer, ppo.config
+    ours = ppo.buffer
+    config = ppo.config
     buffer = RolloutBuffer(ours.rollout_steps, ours.num_envs)
     buffer.fields = {name: x.cpu() for name, x in ours.fields.items()}
     buffer.position.fill_(ours.rollout_steps)
@@ -208,7 +210,8 @@ def check_minibatches(ppo):
 
     Advantages are left out, because they are normalised there, and so is what changes in the next page.
     """
-    samples, minibatches = ppo.buffer.samples, ppo.buffer.minibatches
+    samples = ppo.buffer.samples
+    minibatches = ppo.buffer.minibatches
     lines = minibatches.obs
     pages = torch.stack([c[numbers].flatten(1) for c, numbers in zip(lines.characters, lines.pages)])  # (K, M, 1944)
     multipliers = np.random.default_rng(0).integers(2**62, size=TOKENS)  # of a hash of each page
@@ -256,7 +259,8 @@ def check_steps(ppo, reference=None):
     kept = [*adam_state, ppo.lr, ppo.buffer.minibatch_position]
     copies = [x.clone() for x in kept]
     before = [x.cpu().double() for x in copies[:4]]
-    steps_before, full_lr = before[3].item(), ppo.lr.item()
+    steps_before = before[3].item()
+    full_lr = ppo.lr.item()
     for lr, label in ((full_lr, ""), (full_lr / 2, ", lr halved")):
         copy_each(kept, copies)
         ppo.lr.fill_(lr)

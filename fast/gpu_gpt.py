@@ -109,7 +109,8 @@ def line_attention(table, rstd, lines):
 
 def line_sums(table, rstd, lines):
     """Compute each line's largest score m (L, H), and relative to it denominator and numerators (L, 1 + D, H)."""
-    num_characters, device = len(CHARACTERS), rstd.device
+    num_characters = len(CHARACTERS)
+    device = rstd.device
     of_character, of_rows, of_column = table.split([num_characters, ROWS, COLUMNS])
     # Products with one-hot vectors replace lookups: their gradients are products too, and not atomic additions.
     chosen = (lines.characters.unsqueeze(2) == torch.arange(num_characters, device=device)).to(rstd.dtype)  # (L, 81, 7)

@@ -64,7 +64,9 @@ class GPURunner:
     def wrap_functions(self):
         """Prepare the functions that PPO calls for the shortcuts that are left."""
         ppo = self.ppo
-        self.rollout_step, self.train_step, self.loss = ppo.rollout_step, ppo.train_step, ppo.loss
+        self.rollout_step = ppo.rollout_step
+        self.train_step = ppo.train_step
+        self.loss = ppo.loss
         self.recorded = []
         self.recordings_checked = None  # how many recordings there had been at the last check; None: not checked yet
         if COMPILE in self.shortcuts:

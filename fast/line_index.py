@@ -66,7 +66,8 @@ class LineIndex:
             new = add_new(self.lines, keys)
             self.add_pieces(rows[new], lines[new])
         ids.reshape(-1)[changed] = ids_of(self.lines, keys)
-        self.last_pages, self.last_ids = tokens.copy(), ids.copy()
+        self.last_pages = tokens.copy()
+        self.last_ids = ids.copy()
         return ids
 
     def changed_lines(self, tokens):

@@ -86,7 +86,8 @@ def pair_sums(table, rstd, embeddings, rescale):
         sums     (P, 1 + D, H)  the denominator, which is the weight, and then the numerator, D numbers
         m        (P, H)         the score, rounded up; or the m (H,) that all have in common
     """
-    rows, rstd = bag_sums(table, embeddings), rstd.unsqueeze(1)
+    rows = bag_sums(table, embeddings)
+    rstd = rstd.unsqueeze(1)
     scores = rows[:, 0] * rstd
     whole = scores.ceil()
     if rescale:
@@ -132,8 +133,11 @@ class SharedAttention(torch.autograd.Function):
     def forward(ctx, table, rstd, shared, rescale):
         scale = rstd.index_select(0, shared.pairs)
         rows, weights, of_pairs, m = pair_sums(table, scale, shared.embeddings.members, rescale)
-        ctx.shared, ctx.num_pairs, ctx.factors = shared, len(rstd), []
-        sums, factors = of_pairs, None
+        ctx.shared = shared
+        ctx.num_pairs = len(rstd)
+        ctx.factors = []
+        sums = of_pairs
+        factors = None
         for bags in shared.parts:
             if rescale:
                 m, sums, factors = rescaled_sums(m, sums, bags.members)
@@ -195,7 +199,8 @@ class LineCache:
 
     @torch.no_grad()
     def __init__(self, gpt, index):
-        self.gpt, self.index = gpt, index
+        self.gpt = gpt
+        self.index = index
         self.table, self.rstd = pair_table(gpt)
         _, _, self.pairs, _ = pair_sums(self.table, self.rstd, torch.from_numpy(PAIRS), rescale=False)
         self.pieces = GrowingTable(*self.pairs.shape[1:], dtype=self.pairs.dtype)

@@ -81,7 +81,8 @@ class Paths(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, paths):
-        ctx.num_rows, ctx.paths = len(rows), paths
+        ctx.num_rows = len(rows)
+        ctx.paths = paths
         return tuple(rows.index_select(0, bags.members.flatten()) for bags in paths)
 
     @staticmethod

@@ -38,9 +38,11 @@ class Background:
     """
 
     def __init__(self, function, processes=1):
-        self.function, self.processes = function, processes
+        self.function = function
+        self.processes = processes
         self.threads = ThreadPoolExecutor(processes)  # each waits for the answer of one worker
-        self.workers, self.futures = [], []
+        self.workers = []
+        self.futures = []
         self.idle = queue.SimpleQueue()  # the workers that wait for a call
         with contextlib.suppress(Exception):  # `submit` tries again
             self.start_worker()  # now, because its imports take seconds

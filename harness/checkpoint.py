@@ -123,7 +123,8 @@ def _read(path):
     if path.suffix == ".pt":
         raise ValueError("is a .pt file, which older versions read (see `git log -1 -- pretrained/breakout.pt`)")
     try:
-        size, memory = path.stat().st_size, memory_of(torch.device("cpu"))
+        size = path.stat().st_size
+        memory = memory_of(torch.device("cpu"))
         if size > memory:
             raise ValueError(f"has {size / 1e9:,.0f} GB, and this machine {memory / 1e9:,.0f} GB of memory")
         # With pread the file is opened once. A training may put another file in its place at any moment.
@@ -182,9 +183,11 @@ def find_checkpoint(path, names=(LAST,)):
         if os.path.isfile(path / name):
             return path / name
     if os.path.isdir(path):
-        reason, directory = f"has no {' or '.join(names)} in it; name a run directory or a file", path
+        reason = f"has no {' or '.join(names)} in it; name a run directory or a file"
+        directory = path
     else:
-        reason, directory = "there is no such file; check the path and its permissions", path.parent
+        reason = "there is no such file; check the path and its permissions"
+        directory = path.parent
     raise CheckpointError(f"{path}: {reason}{_newest_good(directory)}")
 
 

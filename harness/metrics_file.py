@@ -145,8 +145,10 @@ def read_table(path):
     else:
         text = data.decode("utf-8-sig", "surrogateescape")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    columns, delimiter = None, ","
-    rows, not_understood = {}, []
+    columns = None
+    delimiter = ","
+    rows = {}
+    not_understood = []
     for line in lines:
         if columns is None:
             delimiter = max(",;\t", key=line.count)

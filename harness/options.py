@@ -57,8 +57,10 @@ class Interval:
         left, low, high, right = match.groups()
         self.text = match[0]
         self.kind = float if re.search(r"[.e]", low + high) else int
-        self.low, self.high = float(low), float(high)
-        self.includes_low, self.includes_high = left == "[", right == "]"
+        self.low = float(low)
+        self.high = float(high)
+        self.includes_low = left == "["
+        self.includes_high = right == "]"
         if not self.low < self.high:
             raise ValueError(text)
 
@@ -82,7 +84,9 @@ class Constants(Mapping):
     def __init__(self, script):
         """Read the constants of a script. Its globals() hold their values, its source their comments."""
         self.script = script
-        self.comments, self.ranges, self.annotated = {}, {}, {}
+        self.comments = {}
+        self.ranges = {}
+        self.annotated = {}
         self.words = set()  # what the script mentions, to find constants that nothing reads
         text = source_of(script)
         comments = comments_of(text)
@@ -151,7 +155,8 @@ class Constants(Mapping):
 
     def problem(self, name, value):
         """What is wrong with this value for a constant, as the end of a sentence; "" if nothing is."""
-        kind, interval = self.kind(name), self.ranges.get(name)
+        kind = self.kind(name)
+        interval = self.ranges.get(name)
         fits = type(value) is kind or (kind is float and type(value) is int)
         if kind in KINDS and fits and (interval is None or value in interval):
             return ""

@@ -153,7 +153,9 @@ def give_up(error, received, trainer, run_dir, prog, advice):
     stopped = isinstance(error, StopTraining) or bool(received)  # a signal to the whole group may end a child first
     if stopped:
         status = 128 + (received[0] if received else signal.SIGTERM)  # without a signal, another rank was told to stop
-        reason, options, defect = "stopped", "", False
+        reason = "stopped"
+        options = ""
+        defect = False
     else:
         status = 1
         kind = MemoryError if out_of_memory(error) else type(error)
@@ -188,7 +190,8 @@ def save_snapshot(trainer, run_dir, prog, go_on, options):
     """
     if trainer.snapshot is None:  # the training has not begun, so nothing is lost
         return False, f"; try{options}" if options else ""
-    place, remark = run_dir, ""
+    place = run_dir
+    remark = ""
     try:
         if is_replaced(run_dir, trainer):
             place = new_run_dir("", run_dir.parent)

@@ -32,7 +32,8 @@ def draw_pages(pages, atlas):
     atlas: from `glyph_atlas`.
     """
     *shape, rows, columns = pages.shape
-    row, line = np.arange(rows)[:, None, None], np.arange(11)[:, None]
+    row = np.arange(rows)[:, None, None]
+    line = np.arange(11)[:, None]
     dots = atlas[row, line, pages[..., None, :]]  # (..., rows, 11, columns, 6, 3)
     return dots.reshape(*shape, rows * 11, columns * 6, 3)
 
@@ -58,8 +59,10 @@ def write_gif(path, pictures, frame_ms):
             colours, indices = palette_of(picture[changed])
             frame = np.full(changed.shape, len(colours), np.uint8)  # the colour after the last one means "as before"
             frame[changed] = indices
-            rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
-            top, left = int(rows[0]), int(columns[0])
+            rows = np.flatnonzero(changed.any(1))
+            columns = np.flatnonzero(changed.any(0))
+            top = int(rows[0])
+            left = int(columns[0])
             image = Image.fromarray(frame[top : rows[-1] + 1, left : columns[-1] + 1])
             image.putpalette(colours.tobytes() + b"\0\0\0")
             if before is None:
@@ -73,14 +76,16 @@ def write_gif(path, pictures, frame_ms):
 def with_durations(pictures, frame_ms):
     """Yield each picture that differs from the one before, and for how many milliseconds it stays, at most
     LONGEST_MS."""
-    shown, duration = None, 0
+    shown = None
+    duration = 0
     for picture in pictures:
         if duration and duration + frame_ms <= LONGEST_MS and np.array_equal(picture, shown):
             duration += frame_ms
         else:
             if duration:
                 yield shown, duration
-            shown, duration = picture, frame_ms
+            shown = picture
+            duration = frame_ms
     yield shown, duration
 
 

@@ -12,7 +12,9 @@ except ImportError:
 
 from breakout_ascii import COLUMNS, ROWS, BreakoutAscii, to_text
 
-SCREEN_ROWS, SCREEN_COLUMNS = ROWS + 2, COLUMNS - 1  # the page, the score, a line of help
+# the page, the score, a line of help
+SCREEN_ROWS = ROWS + 2
+SCREEN_COLUMNS = COLUMNS - 1
 
 
 def last_key(screen, seconds):

@@ -30,13 +30,16 @@ class Frame(NamedTuple):
 
 def record(steps):
     """Yield a `Frame` for each of the steps that load_model.play yields, and one for the last page of each game."""
-    score, lives = 0, LIVES
+    score = 0
+    lives = LIVES
     for step in steps:
         yield Frame(step.page, step.action, score, lives)
-        score, lives = step.info["score"], step.info["lives"]
+        score = step.info["score"]
+        lives = step.info["lives"]
         if step.last:
             yield Frame(step.next_page, GAME_OVER if step.over else RECORDING_ENDS, score, lives)
-            score, lives = 0, LIVES
+            score = 0
+            lives = LIVES
 
 
 def ball_and_paddle(page):
