@@ -124,7 +124,7 @@ def greedy(policy):
 
     Games that share their beginning show the same pages; each distinct page is read once.
     """
-    act = policy.inference_cache()
+    act = policy.inference_function()
 
     def player(tokens):
         distinct = {}
@@ -139,7 +139,7 @@ def greedy(policy):
 
 def sampling(policy, seed):
     """Return the player that samples its actions from the policy."""
-    act = policy.inference_cache()
+    act = policy.inference_function()
     generator = torch.Generator().manual_seed(seed)
 
     def player(tokens):

@@ -175,7 +175,7 @@ class GPT(nn.Module):
         """Prepare the characters (K, B, 1944) of K minibatches for `features`."""
         return characters
 
-    def inference_cache(self):
+    def inference_function(self):
         """Return a function from encoded pages to logits and values, without gradients, valid until the weights
         change."""
 

@@ -140,7 +140,7 @@ class Policy(nn.Module):
     """What PPO asks of a policy, with defaults. A subclass defines `forward(obs)`, which returns logits (B, A) and
     values (B,).
 
-    To collect, PPO calls `inference_cache()(encode(obs))`. The rollout buffer keeps the encoded observations, and the
+    To collect, PPO calls `inference_function()(encode(obs))`. The rollout buffer keeps the encoded observations, and the
     loss calls `heads(features(encoded))`. By default an observation passes unchanged through `encode` and `features`,
     and `heads` is `forward`. To predict what changes in the next observation, a policy also has `changes(obs,
     next_obs)` and `change_head(features)`, as in GPT.
@@ -162,7 +162,7 @@ class Policy(nn.Module):
     def heads(self, features):
         return self(features)
 
-    def inference_cache(self):
+    def inference_function(self):
         """Return a function that maps encoded observations to logits and values, without gradients.
 
         It is valid until the weights change.
@@ -346,7 +346,7 @@ class PPO(Trainer):
 
     def start_rollout(self):
         """Draw the noise of the whole rollout, let the env prepare it, and pair environments."""
-        self.act = self.policy.inference_cache()  # maps encoded observations to logits and values
+        self.act = self.policy.inference_function()  # maps encoded observations to logits and values
         self.buffer.clear()
         S, N, A = self.noise.shape
         # Drawn step by step, so that a seed gives the same actions as torch.multinomial

@@ -178,7 +178,7 @@ class LanguagePPO(PPO):
         In bfloat16 batches of another size are rounded differently, and the ratio would not be 1 at the start.
         """
         samples = self.buffer.samples
-        act = self.policy.inference_cache()
+        act = self.policy.inference_function()
         logits = torch.cat([act(obs)[0] for obs in samples.obs.split(self.config.batch_size)])
         all_logprobs = F.log_softmax(logits, dim=-1)
         logprobs = all_logprobs.gather(1, samples.actions[:, None])[:, 0]
@@ -269,7 +269,7 @@ def policy_of(state):
 
 def greedy(policy):
     """A function from observations (N, TEXT_LENGTH) to the most probable actions (N,)."""
-    act = policy.inference_cache()
+    act = policy.inference_function()
 
     def choose(obs):
         logits, _ = act(policy.encode(obs))

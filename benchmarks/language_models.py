@@ -34,7 +34,7 @@ def prefix(name, device, turns):
     tokens = once.encode_texts([text + SUFFIX for text in texts_of(obs)], 400)
     beginning = once.prefix[:, 1:].expand(16, -1)
     every.prefix = once.prefix[:, :1]
-    passes = [(once.inference_cache(), tokens), (every.inference_cache(), torch.cat([beginning, tokens], 1))]
+    passes = [(once.inference_function(), tokens), (every.inference_function(), torch.cat([beginning, tokens], 1))]
     seconds = [[], []]
     for _ in range(turns):
         for (act, encoded), times in zip(passes, seconds):

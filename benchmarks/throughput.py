@@ -335,7 +335,7 @@ def clocks(trainer, evaluation):
             ("game", env, "pair"),
             ("game", env, "in_sync"),
             ("forward", policy, "encode"),
-            ("forward", policy, "inference_cache"),
+            ("forward", policy, "inference_function"),
             ("prediction targets", policy, "changes"),
             ("buffer.add", buffer, "add"),
             ("GAE", buffer, "finish"),

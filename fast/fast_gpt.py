@@ -14,7 +14,7 @@ from model import GPT
 class FastGPT(GPT):
     """A `GPT` with the same parameters, the same state_dict and, except for rounding, the same outputs.
 
-    Its encoded pages are the ids of their 24 lines, which are valid until the next `inference_cache()`. With one layer,
+    Its encoded pages are the ids of their 24 lines, which are valid until the next `inference_function()`. With one layer,
     pages share lines and pieces of lines (shared_attention.py, on the CPU only); with more layers they share prefixes
     (shared_prefixes.py).
     """
@@ -56,11 +56,11 @@ class FastGPT(GPT):
         tree = prefix_tree(self.index, lines.cpu().numpy(), self.device)
         return prefix_features(self, tree, self.bf16, self.compile_blocks)
 
-    def inference_cache(self):
-        """Do the work of `GPT.inference_cache`, faster with one layer. Earlier line ids and caches become invalid."""
+    def inference_function(self):
+        """Do the work of `GPT.inference_function`, faster with one layer. Earlier line ids and caches become invalid."""
         index = LineIndex()
         self.index = index
-        from_features = super().inference_cache()
+        from_features = super().inference_function()
         from_lines = LineCache(self, index) if self.config.n_layer == 1 else None
 
         def act(lines):

@@ -153,7 +153,7 @@ def tokens_of(characters):
 
 
 def logits_and_values(gpt, pages):
-    return gpt.inference_cache()(gpt.encode(pages))
+    return gpt.inference_function()(gpt.encode(pages))
 
 
 @torch.no_grad()

@@ -139,7 +139,7 @@ class DeviceGPT(GPT):
 
     def __init__(self, config):
         super().__init__(config)
-        self.table = None  # `pair_table` for `act`, from the latest `inference_cache`
+        self.table = None  # `pair_table` for `act`, from the latest `inference_function`
         # Room for lines in a minibatch: 512 pages had 1,043 to 1,402. It only grows, because every change costs a
         # compilation and a graph.
         self.capacity = 2048
@@ -164,8 +164,8 @@ class DeviceGPT(GPT):
         return lines
 
     @torch.no_grad()
-    def inference_cache(self):
-        """Do the work of `GPT.inference_cache`, with `pair_table` computed once. Older caches use it too."""
+    def inference_function(self):
+        """Do the work of `GPT.inference_function`, with `pair_table` computed once. Older caches use it too."""
         table = pair_table(self)
         if self.table is None:
             self.table = table
@@ -175,5 +175,5 @@ class DeviceGPT(GPT):
 
     @torch.no_grad()
     def act(self, characters):
-        """Read characters (B, 1944) with the weights of the latest `inference_cache`: logits (B, A), values (B,)."""
+        """Read characters (B, 1944) with the weights of the latest `inference_function`: logits (B, A), values (B,)."""
         return self.heads(features_from_attention(self, line_attention(*self.table, every_line(characters))))

@@ -121,11 +121,11 @@ def test_pages_far_apart_in_one_head(monkeypatch, spread, rescaled):
 
 
 @pytest.mark.parametrize("games, config", [(8, {}), (2, {"n_layer": 2, "n_head": 2, "n_embd": 8})])
-def test_the_inference_cache_reads_what_the_model_reads(games, config):
+def test_the_inference_function_reads_what_the_model_reads(games, config):
     gpt = make_gpt(kind=FastGPT, **config)
     env = BreakoutAsciiVec(games, varied_starts=0.7)
     obs, _ = env.reset(seed=0)
-    act = gpt.inference_cache()
+    act = gpt.inference_function()
     near = dict(rtol=1e-3, atol=tolerance(largest_score(gpt)) * gpt.config.n_embd**0.5)
     for step in range(80):
         lines = gpt.encode(obs)
@@ -137,7 +137,7 @@ def test_the_inference_cache_reads_what_the_model_reads(games, config):
     assert not logits.requires_grad
 
 
-def test_the_inference_cache_rescales_the_pages_that_need_it(monkeypatch):
+def test_the_inference_function_rescales_the_pages_that_need_it(monkeypatch):
     """The largest scores of some pages, but not of all, are far below those of the pairs on no page."""
     gpt = make_gpt(kind=FastGPT)
     env = BreakoutAsciiVec(32, varied_starts=0.7)
@@ -153,7 +153,7 @@ def test_the_inference_cache_rescales_the_pages_that_need_it(monkeypatch):
         "share_pages",
         lambda index, lines: rescaled.append(len(lines)) or share_pages(index, lines),
     )
-    act, lines = gpt.inference_cache(), gpt.encode(obs)
+    act, lines = gpt.inference_function(), gpt.encode(obs)
     ours = act(lines)
     assert [0 < n < 32 for n in rescaled] == [True]
     expected = gpt.heads(gpt.features(lines))
@@ -162,8 +162,8 @@ def test_the_inference_cache_rescales_the_pages_that_need_it(monkeypatch):
 
 def test_an_older_cache_says_that_it_is_out_of_date():
     gpt = make_gpt(kind=FastGPT, n_head=4, n_embd=16)
-    older = gpt.inference_cache()
-    newer = gpt.inference_cache()
+    older = gpt.inference_function()
+    newer = gpt.inference_function()
     lines = gpt.encode(random_play())
     with pytest.raises(RuntimeError, match="out of date"):
         older(lines)
@@ -173,7 +173,7 @@ def test_an_older_cache_says_that_it_is_out_of_date():
 def test_pages_that_end_otherwise_are_read_too():
     """Pages with different last characters share no query. Even a cache that has read pages of the game reads them."""
     gpt = make_gpt(kind=FastGPT, n_head=4, n_embd=16)
-    act = gpt.inference_cache()
+    act = gpt.inference_function()
     act(gpt.encode(random_play()))
     near = dict(rtol=1e-3, atol=tolerance(largest_score(gpt)) * 4)
     torch.testing.assert_close(act(gpt.encode(foreign_end())), twice(gpt, GPT)(foreign_end()), **near)
@@ -290,14 +290,14 @@ def test_lines_are_the_text_of_the_pages():
 
 def test_a_new_cache_of_device_gpt_keeps_the_table_at_its_address():
     gpt = make_gpt(kind=DeviceGPT, n_head=4, n_embd=16)
-    act = gpt.inference_cache()
+    act = gpt.inference_function()
     pages = gpt.encode(random_play())
     addresses = [x.data_ptr() for x in gpt.table]
     before, _ = act(pages)
     with torch.no_grad():
         gpt.blocks[0].attn.c_attn.weight.mul_(2)
     assert torch.equal(act(pages)[0], before)  # the cache still has the old weights
-    after = gpt.inference_cache()(pages)
+    after = gpt.inference_function()(pages)
     assert not torch.equal(after[0], before)
     assert [x.data_ptr() for x in gpt.table] == addresses
     torch.testing.assert_close(after, gpt.heads(gpt.features(pages)))

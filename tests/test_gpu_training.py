@@ -548,7 +548,7 @@ def test_neither_step_touches_the_host():
     ppo.policy, ppo.weights = gpt, torch.nn.Parameter(move(ppo.weights.detach()))
     ppo.weights.grad = torch.zeros_like(ppo.weights)
     ppo.optimizer = SimpleNamespace(step=lambda: None)  # torch's own
-    ppo.act = gpt.inference_cache()
+    ppo.act = gpt.inference_function()
     ppo.buffer.position, ppo.buffer.minibatch_position = move(ppo.buffer.position), move(ppo.buffer.minibatch_position)
     with Tape() as tape:
         ppo.rollout_step()

@@ -65,7 +65,7 @@ def test_answers():
     gpt = make_gpt(n_head=4, n_embd=16)
     logits, values = gpt(torch.from_numpy(random_play()))
     assert logits.shape == (3, 3) and values.shape == (3,) and logits.dtype == values.dtype == torch.float32
-    cached_logits, cached_values = gpt.inference_cache()(gpt.encode(random_play()))
+    cached_logits, cached_values = gpt.inference_function()(gpt.encode(random_play()))
     torch.testing.assert_close((cached_logits, cached_values), (logits, values))
     assert logits.requires_grad and not cached_logits.requires_grad
 

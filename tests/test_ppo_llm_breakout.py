@@ -110,16 +110,16 @@ def test_answers_are_scored_as_one_by_one(kind, tokenizer):
     name, weights = next((n, p) for n, p in model.named_parameters() if "layers.0" in n or "h.0" in n)
     fast_grad, slow_grad = (torch.autograd.grad(x[:, 1].sum(), weights)[0] for x in (logits.log_softmax(-1), slow))
     torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-3, atol=1e-4 * slow_grad.abs().max().item())
-    cached, _ = policy.inference_cache()(encoded)
+    cached, _ = policy.inference_function()(encoded)
     torch.testing.assert_close(cached, logits.detach(), rtol=0, atol=1e-5)
     assert not cached.requires_grad
 
 
 def test_a_text_is_read_alike_alone_and_beside_longer_ones(tokenizer):
     policy = LanguagePolicy(small_model("GPT-2", tokenizer), tokenizer, "You play. ", ANSWERS)
-    together = policy.inference_cache()(policy.encode_texts(TEXTS, 64))[0]
+    together = policy.inference_function()(policy.encode_texts(TEXTS, 64))[0]
     for text, logits in zip(TEXTS, together):
-        alone = policy.inference_cache()(policy.encode_texts([text], 64))[0][0]
+        alone = policy.inference_function()(policy.encode_texts([text], 64))[0][0]
         torch.testing.assert_close(alone, logits, rtol=0, atol=1e-4)
 
 
@@ -169,7 +169,7 @@ def test_the_reference_is_the_model_as_it_was(tokenizer, adapter):
 
     def both():
         encoded = policy.encode_texts(TEXTS, 64)
-        return policy.inference_cache()(encoded)[0].log_softmax(-1), policy.split(encoded)[1]
+        return policy.inference_function()(encoded)[0].log_softmax(-1), policy.split(encoded)[1]
 
     new, first = both()
     torch.testing.assert_close(new, first, rtol=0, atol=1e-5)
@@ -190,7 +190,7 @@ def test_the_reference_is_the_model_as_it_was(tokenizer, adapter):
         ANSWERS,
     )
     other.load_state_dict(policy.state_dict())
-    assert torch.equal(other.inference_cache()(other.encode_texts(TEXTS, 64))[0].log_softmax(-1), new)
+    assert torch.equal(other.inference_function()(other.encode_texts(TEXTS, 64))[0].log_softmax(-1), new)
     with pytest.raises(ValueError, match="state..model.."):
         load_weights(other, {})
 
@@ -232,7 +232,7 @@ def test_in_bfloat16_the_old_logprobs_are_those_of_minibatches(monkeypatch):
     ppo.stat_names = ["approx_kl", "kl_reference"]
     ppo.update()
     samples = seen[0]
-    act = ppo.policy.inference_cache()
+    act = ppo.policy.inference_function()
     for obs, actions, old in zip(*(x.split(16) for x in (samples.obs, samples.actions, samples.old_logprobs))):
         assert torch.equal(act(obs)[0].log_softmax(-1).gather(1, actions[:, None])[:, 0], old)
     torch.testing.assert_close(samples.old_logprobs, rolled_out, rtol=0, atol=0.5)  # bfloat16 of logits of some tens
@@ -284,7 +284,7 @@ def test_learns_to_answer_by_the_text(monkeypatch):
     for _ in range(60):
         ppo.collect()
         ppo.update()
-        probabilities = ppo.policy.inference_cache()(ppo.policy.encode(obs))[0].softmax(-1)
+        probabilities = ppo.policy.inference_function()(ppo.policy.encode(obs))[0].softmax(-1)
         if probabilities[0, 2] > 0.9 and probabilities[1, 1] > 0.9:
             return
     raise AssertionError(f"not learned in 60 updates: {probabilities}")

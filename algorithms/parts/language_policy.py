@@ -86,7 +86,7 @@ class LanguagePolicy(TrainedOnly, Policy):
     def heads(self, hidden):
         return self.score(self.model, hidden), self.value_head(hidden[:, 0].float()).squeeze(-1)
 
-    def inference_cache(self):
+    def inference_function(self):
         with torch.no_grad():
             prefix = self.read_prefix(self.model)
 

@@ -97,7 +97,7 @@ def stage_data(stage, pages):
 
 def values_of(policy, pages):
     """Return the values of pages (n, 1944) as a list of floats, to four digits."""
-    act = policy.inference_cache()
+    act = policy.inference_function()
     values = []
     for first in range(0, len(pages), PAGES_AT_ONCE):
         _, some = act(policy.encode(pages[first : first + PAGES_AT_ONCE]))
