@@ -504,7 +504,7 @@ def test_the_loop_for_a_gpu_leaves_the_same_files_and_either_loop_goes_on(tmp_pa
 ])
 # fmt: on
 def test_where_games_and_steps_run(monkeypatch, changes, expected):
-    """On CUDA a run checks itself, and with one layer the games are played there too. Nothing runs there in this test."""
+    """On CUDA a run checks itself, and with one layer the games are played there too. Here nothing is run."""
     c = SimpleNamespace(**CONSTANTS | {"DEVICE": "cuda"} | changes)
 
     class DeviceBreakout:
