@@ -91,7 +91,7 @@ def cells(bricks, results, drawn):
 
 
 def show_rows(name, make_player, deterministic, num_games, seed):
-    """Print a row for each condition. Each gets a new player, because a policy has only one inference cache."""
+    """Print a row for each condition. Each gets a new player, because a policy has one valid inference function."""
     for condition, (serves, bricks, sticky) in conditions(num_games, seed, deterministic).items():
         results = play(make_player(), serves, bricks, sticky, seed, deterministic)
         drawn = not (deterministic and condition == "standard")

@@ -355,7 +355,7 @@ def clocks(trainer, evaluation):
             parts[part] += seconds - inner.pop()
             if inner:
                 inner[-1] += seconds
-            return clocked(part, result) if callable(result) else result  # an inference cache is a function
+            return clocked(part, result) if callable(result) else result  # as `inference_function` returns one
 
         return run
 

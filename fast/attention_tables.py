@@ -1,9 +1,9 @@
-"""Tables of the scores and values of attention, which a GPT of one layer allows.
+"""Tables from which the attention of a GPT of one layer can be looked up.
 
-The last character of a page is always the same newline, so its query is the same on every page. In one layer, keys and
-values depend only on a character and its position, and so does the score. Attention is therefore a weighted mean over
-1944 of the 7 * 1944 pairs of a character and a position, and scores and values of all pairs are computed once for all
-pages.
+Only the last position of a page is read. It always holds the same newline, so its query is the same on every page. In
+the first layer, keys and values depend only on a character and its position, and so does the score. There are 7 * 1944
+such pairs of a character and a position, and a page is 1944 of them. So scores and values are computed once for all
+pairs, and attention is a weighted mean over the pairs of a page.
 """
 
 import math
@@ -11,27 +11,29 @@ import math
 import numpy as np
 import torch
 
-from breakout_ascii import CHARACTERS, COLUMNS, ROWS
+from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS
 
 NEWLINE = CHARACTERS.index("\n")
-# The embeddings of characters, rows and columns in one table:
+# One table has the embeddings of all characters, then of all rows from FIRST_ROW on, then of all columns.
 FIRST_ROW = len(CHARACTERS)
 FIRST_COLUMN = FIRST_ROW + ROWS
 NUM_EMBEDDINGS = FIRST_COLUMN + COLUMNS  # 112
-# (7 * 1944, 3): the three embeddings of each pair, whose number is character * 1944 + position
-PAIRS = np.stack([x.ravel() for x in np.indices((len(CHARACTERS), ROWS, COLUMNS))], 1) + [0, FIRST_ROW, FIRST_COLUMN]
+# (7 * 1944, 3): for each pair the indices of its three embeddings. The id of a pair is character * 1944 + position.
+PAIRS = np.stack(np.unravel_index(np.arange(len(CHARACTERS) * TOKENS), (len(CHARACTERS), ROWS, COLUMNS)), axis=1)
+PAIRS += [0, FIRST_ROW, FIRST_COLUMN]
 
 
 def pair_table(gpt):
-    """Compute a small table and the factors rstd, from which follow the scores and values of all pairs.
+    """Compute a small table, from which follow the scores and values of all pairs.
 
-    LayerNorm makes x * rstd * weight of a pair, where x is the sum of the embeddings of its character, row and column,
-    each less its mean, and rstd is 1 over the standard deviation of x. Scores and values are linear in that. So the
-    score and the value of a pair are the sum of three rows of the table, times rstd.
+    The input x of a pair is the sum of three embeddings, those of its character, row and column. LayerNorm subtracts
+    the mean, which can be done for each embedding beforehand, and multiplies by a weight and by rstd, 1 over the
+    standard deviation of x. Scores and values are linear in the result. So the score and the value of a pair are the
+    sum of three rows of the table, times rstd.
 
     Returns:
-        table  (112, 1 + D, H)  for each embedding and head the score, in bits because exp2 is cheaper than exp, and
-                                then the D numbers of the value
+        table  (112, 1 + D, H)  for each embedding and head the score, and then the D numbers of the value. Scores are
+                                in bits, that is for exp2, which is cheaper than exp
         rstd   (7 * 1944,)      for each pair
     """
     block = gpt.blocks[0]

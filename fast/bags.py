@@ -1,11 +1,11 @@
-"""Sums over bags of rows: how what is computed once for a part of pages gets to all pages that have the part.
+"""Sums over bags of rows, by which results that are computed once for each line get to all pages with that line.
 
 As in `torch.nn.EmbeddingBag`, a bag is a list of indices of rows. For example, a page is a bag of lines. Here two pages
-of two lines have line 1 in common. The result for a page is a sum over its lines, and the gradient of a line is a sum
-over its pages:
+of two lines each have line 1 in common. The sum of a page is over its lines, and the gradient of a line is the sum of
+the gradients of its pages:
 
 >>> pages = make_bags(np.array([[0, 1], [1, 2]]), num_members=3)
->>> lines = torch.tensor([[10.0], [20.0], [30.0]])
+>>> lines = torch.tensor([[10.0], [20.0], [30.0]])  # what was computed for each line, here one number
 >>> bag_sums(lines, pages.members).flatten()
 tensor([30., 50.])
 >>> gradients = torch.tensor([[1.0], [7.0]])  # of the pages
@@ -21,12 +21,15 @@ import torch.nn.functional as F
 
 
 class Bags(NamedTuple):
-    """n bags of J members each; and for gradients, which are sums over all bags of a member, the same by member."""
+    """n bags of J members each.
+
+    Gradients need the opposite: for each member, the bags that have it. These are `bag_of`, cut at `offsets`.
+    """
 
     members: torch.Tensor  # (n, J) indices
-    order: torch.Tensor  # (n * J,) positions in members.flatten(), sorted by member
-    bag_of: torch.Tensor  # (n * J,) the bag at each position in `order`
-    offsets: torch.Tensor  # (number of members,) where each member begins in `order` and `bag_of`
+    order: torch.Tensor  # (n * J,) the positions in members.flatten(), sorted by the member that is there
+    bag_of: torch.Tensor  # (n * J,) the bag to which each of these positions belongs
+    offsets: torch.Tensor  # (number of members,) where the positions of each member begin in `order` and `bag_of`
 
 
 def make_bags(members, num_members, device="cpu"):
@@ -44,9 +47,10 @@ def make_bags(members, num_members, device="cpu"):
     return Bags(*(torch.from_numpy(x).to(device) for x in arrays))
 
 
-def bag_sums(rows, bags, offsets=None):
+def bag_sums(rows, indices, offsets=None):
     """Sum the rows (K, ...) of each bag, and return (n, ...).
 
-    Bag i holds the indices bags[i] if bags is (n, J), or else bags[offsets[i] : offsets[i + 1]].
+    Bag i has the rows indices[i] if indices is (n, J). With offsets (n,) it has the rows indices[offsets[i] :
+    offsets[i + 1]].
     """
-    return F.embedding_bag(bags, rows.flatten(1), offsets, mode="sum").view(-1, *rows.shape[1:])
+    return F.embedding_bag(indices, rows.flatten(1), offsets, mode="sum").view(-1, *rows.shape[1:])

@@ -1,12 +1,12 @@
 """torch.compile and CUDA graphs for functions that are called again and again.
 
-Both raise `ShortcutFailed` where they do not work; gpu_training.py then goes on without them.
+Both raise `ShortcutFailed` where they do not work, and gpu_training.py goes on without them.
 
 A training of one layer launches some hundred small kernels in a step, and launching them takes longer than running
-them. A CUDA graph is recorded once and then replayed without Python. What it reads and writes must keep its address:
-the games and their random numbers, the noise, the policy's table, the rollout buffer and its minibatches, weights,
-gradient, optimizer state and learning rate. Python's numbers become part of the graph, so the coefficients of the loss
-and `varied_starts` must not change after the recording.
+them. A CUDA graph is recorded once and then replayed without Python. All that it reads and writes must keep its
+address: the games and their random numbers, the noise, the policy's table, the rollout buffer and its minibatches,
+weights, gradient, optimizer state and learning rate. Python's numbers become part of the graph, so the coefficients of
+the loss and `varied_starts` must not change after the recording.
 """
 
 import torch
@@ -18,7 +18,7 @@ COMPILE, GRAPHS, BF16 = "torch.compile", "CUDA graphs", "bfloat16"
 
 
 class ShortcutFailed(RuntimeError):
-    """What failed and why, in one line. shortcut: the one to blame, or None if that is not known."""
+    """Says what failed and why, in one line. shortcut: the one to blame, or None if that is not known."""
 
     def __init__(self, message, shortcut=None):
         super().__init__(message)
@@ -26,7 +26,7 @@ class ShortcutFailed(RuntimeError):
 
 
 class Blamed:
-    """Calls a function. Its errors, except lack of memory, become ShortcutFailed and blame the given shortcut."""
+    """Calls a function, and turns its errors, except lack of memory, into a ShortcutFailed that blames a shortcut."""
 
     def __init__(self, function, shortcut):
         self.function = function
@@ -44,7 +44,7 @@ class Blamed:
 
 
 class Compiled:
-    """Calls a function as it stands for the first `plain_calls` times, and then compiled and `Blamed`."""
+    """Calls a function as it stands for the first `plain_calls` times, and from then on compiled and `Blamed`."""
 
     def __init__(self, function, plain_calls=0, **options):
         self.function = function
@@ -61,15 +61,17 @@ class Compiled:
 class GraphRunner:
     """Calls a function without arguments, first as it stands and then as a CUDA graph.
 
-    The function reads and writes tensors that keep their addresses. Its first calls warm up on a side stream, as a
-    recording requires; after them it is recorded, and from then on replayed.
+    The function reads and writes tensors that keep their addresses. The first calls run on a side stream, as CUDA
+    requires before a recording. Then the function is recorded, and every later call replays the graph.
     """
 
-    WARM_UP = 3  # calls: one as the function stands, one that compiles it, one compiled
+    WARM_UP = 3  # calls before the recording: one as the function stands, one that compiles it, one compiled
 
     def __init__(self, function, stream, recorded_with=tuple):
-        """recorded_with: returns the objects whose tensors the graph uses. If one is replaced, the function is recorded
-        again.
+        """
+        Args:
+            recorded_with: a function that returns a tuple of the objects whose tensors the graph uses, by default an
+                empty one. If one of them is replaced by another, the function is recorded again.
         """
         self.function = function
         self.stream = stream
@@ -83,7 +85,7 @@ class GraphRunner:
         self.objects = objects
 
     def __call__(self):
-        """Raises ShortcutFailed if the function cannot be recorded."""
+        """Call the function or replay its graph. Raises ShortcutFailed if the function cannot be recorded."""
         objects = self.recorded_with()
         same = len(objects) == len(self.objects) and all(x is y for x, y in zip(objects, self.objects))
         if not same:
@@ -103,7 +105,7 @@ class GraphRunner:
             self.record(before)
 
     def record(self, before):
-        """Record a graph, which computes nothing yet. before: the stream to return to."""
+        """Record the graph, during which nothing is computed. before: the stream to return to."""
         graph = torch.cuda.CUDAGraph()
         cause = None
         try:

@@ -1,4 +1,4 @@
-"""The GPT of model.py, which computes once what the pages of a batch have in common."""
+"""A GPT like that in model.py which computes only once what the pages of a batch have in common."""
 
 import numpy as np
 import torch
@@ -14,14 +14,15 @@ from model import GPT
 class FastGPT(GPT):
     """A `GPT` with the same parameters, the same state_dict and, except for rounding, the same outputs.
 
-    Its encoded pages are the ids of their 24 lines, which are valid until the next `inference_function()`. With one layer,
-    pages share lines and pieces of lines (shared_attention.py, on the CPU only); with more layers they share prefixes
-    (shared_prefixes.py).
+    `encode` replaces a page by the ids of its 24 lines. They are valid until the next `inference_function()`. With one
+    layer, pages share lines and pieces of lines (shared_attention.py, on the CPU only). With more layers, they share
+    prefixes (shared_prefixes.py).
     """
 
     def __init__(self, config):
         super().__init__(config)
         self.index = LineIndex()
+        # `GPURunner` sets these two on a GPU, where more layers than one profit from them.
         self.bf16 = False
         self.compile_blocks = False
         # With more layers minibatches keep pages that begin alike together, in groups of 8. With groups of 16 there
@@ -30,7 +31,7 @@ class FastGPT(GPT):
 
     def forward(self, tokens):
         index = self.index
-        self.index = LineIndex()  # so that the line ids of a rollout stay valid
+        self.index = LineIndex()  # only for this call, so that the present one does not grow by its lines
         try:
             return super().forward(tokens)
         finally:
@@ -57,7 +58,10 @@ class FastGPT(GPT):
         return prefix_features(self, tree, self.bf16, self.compile_blocks)
 
     def inference_function(self):
-        """Do the work of `GPT.inference_function`, faster with one layer. Earlier line ids and caches become invalid."""
+        """Do the work of `GPT.inference_function`, faster with one layer.
+
+        All line ids and inference functions from before become invalid.
+        """
         index = LineIndex()
         self.index = index
         from_features = super().inference_function()
@@ -65,7 +69,7 @@ class FastGPT(GPT):
 
         def act(lines):
             if self.index is not index:
-                raise RuntimeError("this inference cache is out of date: the policy has made a newer one")
+                raise RuntimeError("this inference function is out of date: the policy has made a newer one")
             if from_lines is not None and index.pages_end_alike:
                 return from_lines(lines)
             return from_features(lines)

@@ -1,14 +1,16 @@
-"""Does a GPU compute what the CPU computes? An update of PPO is compared with the CPU.
+"""Checks that a GPU computes the same as the CPU in an update of PPO.
 
-A  games       NumPy's games, from the same state with the same actions and random numbers: everything must be equal
+The CPU computes these again:
+
+A  games       all steps, with NumPy's games, from the same state, actions and random numbers; everything must be equal
 B  policy      log-probabilities and values of 256 samples in float64; the actions; the advantages
 C  gradient    the pages of all minibatches; for one, the terms of the loss and their gradient in float64
 D  steps       two of Adam's steps from the same weights, the second with half the learning rate, in float64
-E  prefixes    for deeper models, instead of A to C: every token of four pages, and the gradient, against model.py
+E  prefixes    for deeper models, instead of A to C: every token of four pages with model.py, and the gradient
 
 How much rounding is allowed depends on the weights. Therefore the CPU also computes B, C and (in bf16) E in the
-precision of the GPU, and the GPU's error may be some times as large as the CPU's. Rounding to the 10 bits of TF32 makes
-an error about 500 times as large as that of float32.
+precision of the GPU, and the GPU's error may be a certain number of times as large as the CPU's. Rounding to the 10
+bits of TF32 makes an error about 500 times as large as that of float32.
 """
 
 from typing import NamedTuple
@@ -37,14 +39,16 @@ from rollout_buffer import Minibatch, RolloutBuffer, select
 
 SAMPLES = 256  # of a rollout, which are computed again in float64
 ROUNDING = 1e-6  # a few roundings of float32, relative to numbers of order 1
-# How many times the CPU's own error a GPU's may be. With a trained policy a few checks in a thousand may be false
-# alarms: rounding can carry a sample across the point at which PPO clips, and the gradient jumps there.
+# How many times as large as the CPU's error a GPU's may be. With a trained policy a few checks in a thousand may be
+# false alarms, because rounding can carry a sample across the point at which PPO clips, and the gradient jumps there.
 VALUES_MARGIN = 20
 GRADIENT_MARGIN = 30
 BF16_MARGIN = 4
 
 
 class Check(NamedTuple):
+    """The result of one check."""
+
     name: str
     error: float  # the largest that was seen
     tolerance: float
@@ -58,9 +62,10 @@ class Check(NamedTuple):
 
 
 def check_update(ppo, before):
-    """Check the update that has just been made, which began in the state_dict `before`. Leaves ppo as it was.
+    """Check the update that has just been made, and leave ppo as it was.
 
-    Returns a list of `Check`.
+    Args: before, the state_dict in which the update began.
+    Returns: a list of `Check`.
     """
     if isinstance(ppo.policy, FastGPT):  # with more layers NumPy plays, and `check_prefixes` checks the gradient
         return check_steps(ppo)
@@ -72,7 +77,11 @@ def check_update(ppo, before):
 
 
 def check_games(ppo, state, name="A games, values that differ"):
-    """Play the rollout in ppo.buffer again with NumPy's games, from their state before it, and count what differs."""
+    """Play the rollout in ppo.buffer again with NumPy's games, and count the values that differ.
+
+    Args: state, a state_dict of the games before the rollout.
+    Returns: a `Check`.
+    """
     env = ppo.env
     fields = {field: x.cpu().numpy() for field, x in ppo.buffer.fields.items()}
     steps, num_games, _ = fields["obs"].shape
@@ -127,11 +136,11 @@ def set_rare_cases(ppo):
     )
     state = ppo.env.state_dict()
     num_games = ppo.env.num_envs
-    case_of_game = np.arange(num_games) % max(num_games // 2, 1) % len(cases)  # paired games have the same case
+    case_of_game = np.arange(num_games) % max(num_games // 2, 1) % len(cases)  # two paired games get the same case
     for case, values in enumerate(cases):
         for name, x in values.items():
             state[name][case_of_game == case] = x
-    state["bricks"][case_of_game == 1, BRICK_ROWS - 1, 6] = True
+    state["bricks"][case_of_game == 1, BRICK_ROWS - 1, 6] = True  # the last brick, above column 39
     ppo.env.load_state_dict(state)
     ppo.obs.copy_(ppo.env.observation())
     return state
@@ -141,14 +150,14 @@ def set_rare_cases(ppo):
 
 
 def gpt_on_cpu(config, weights, dtype):
-    """A GPT on the CPU with these weights, a state_dict."""
+    """Return a GPT on the CPU with these weights, a state_dict."""
     gpt = FastGPT(config)
     gpt.load_state_dict(weights)
     return gpt.to(dtype)
 
 
 def tokens_of(characters):
-    """Turn characters (B, 1944), indices of the character set, into an array of tokens."""
+    """Return the tokens (B, 1944), an array, of characters (B, 1944), a tensor of indices of the character set."""
     return np.frombuffer(CHARACTERS.encode(), np.uint8)[characters.cpu().numpy()]
 
 
@@ -158,7 +167,7 @@ def logits_and_values(gpt, pages):
 
 @torch.no_grad()
 def check_policy(ppo, before):
-    """Check samples of the rollout from its first step, before anything was recorded, to its last."""
+    """Check samples of the rollout, from its first step, when nothing was recorded yet, to its last."""
     fields = {name: ppo.buffer.fields[name].flatten(0, 1) for name in ("obs", "actions", "logprobs", "values")}
     rows = torch.linspace(0, len(fields["actions"]) - 1, SAMPLES, device=ppo.device).long().unique()
     fields = {name: x[rows].cpu() for name, x in fields.items()}
@@ -179,14 +188,14 @@ def check_policy(ppo, before):
         largest(fields["values"] - exact_values),
         VALUES_MARGIN * largest(rounded_values - exact_values) + ROUNDING,
     )
-    scores = exact - ppo.noise.flatten(0, 1)[rows].cpu().double().log()  # the action is where this is largest
+    scores = exact - ppo.noise.flatten(0, 1)[rows].cpu().double().log()  # the action has the largest of these
     gap = scores.amax(1) - scores.gather(1, actions).squeeze(1)
     actions_check = Check("B actions, gap to the best", largest(gap), 2 * logprobs_check.tolerance)
     return [logprobs_check, values_check, actions_check, check_advantages(ppo, before, values_check.tolerance)]
 
 
 def check_advantages(ppo, before, tolerance):
-    """Compute advantages and returns again on the CPU. tolerance: that of the last values."""
+    """Compute advantages and returns again on the CPU. tolerance: the one for the values after the last step."""
     ours = ppo.buffer
     config = ppo.config
     buffer = RolloutBuffer(ours.rollout_steps, ours.num_envs)
@@ -208,7 +217,7 @@ def check_advantages(ppo, before, tolerance):
 def check_minibatches(ppo):
     """Check that every sample is in exactly one minibatch, with its own page.
 
-    Advantages are left out, because they are normalised there, and so is what changes in the next page.
+    Advantages are left out, because the minibatches have them normalised, and so are predicted changes.
     """
     samples = ppo.buffer.samples
     minibatches = ppo.buffer.minibatches
@@ -217,7 +226,7 @@ def check_minibatches(ppo):
     multipliers = np.random.default_rng(0).integers(2**62, size=TOKENS)  # of a hash of each page
 
     def sorted_samples(pages, x):
-        """The samples in an order that depends on them alone, (6, n) int64: a column for each."""
+        """Return a column for each sample, (6, n) int64, in an order that depends on the samples alone."""
         hashes = pages.flatten(end_dim=-2).cpu().numpy().astype(np.int64) @ multipliers
         float_bits = [values.view(torch.int32) for values in (x.old_logprobs, x.old_values, x.returns)]
         rows = [values.flatten().cpu().numpy().astype(np.int64) for values in (x.actions, *float_bits, x.has_next)]
@@ -229,9 +238,10 @@ def check_minibatches(ppo):
 
 
 def gradient_on_cpu(ppo):
-    """Compute the loss of the first minibatch at the present weights on the CPU.
+    """Compute the loss of the first minibatch with the present weights on the CPU.
 
-    Returns the terms of the loss and the clipped gradient in float64, and the gradient's relative error in float32.
+    Returns the terms of the loss and the clipped gradient in float64, and the relative error of the gradient in
+    float32.
     """
     first = select(ppo.buffer.minibatches, torch.zeros_like(ppo.buffer.minibatch_position))
     pages = tokens_of(first.obs.characters[first.obs.pages].flatten(1))
@@ -252,7 +262,10 @@ def gradient_on_cpu(ppo):
 
 
 def check_steps(ppo, reference=None):
-    """Check two training steps on the first minibatch. reference: from `gradient_on_cpu`, if gradients are checked."""
+    """Check two training steps on the first minibatch, and return a list of `Check`.
+
+    reference: from `gradient_on_cpu`; without it the gradient is not checked.
+    """
     checks = []
     state = ppo.optimizer.state[ppo.weights]
     adam_state = [ppo.weights.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"]]
@@ -270,7 +283,7 @@ def check_steps(ppo, reference=None):
         checks.append(Check("D steps counted wrong" + label, miscounted, 0))
         gradient = ppo.weights.grad.cpu().double()
         expected = adam(*before, gradient, lr, ppo.optimizer.param_groups[0])
-        # Relative to the weight, which is rounded, or to the step, which is at most lr
+        # Relative for weights above 1, whose rounding grows with them, and absolute below
         error = (ppo.weights.detach().cpu().double() - expected).abs() / (1 + expected.abs())
         checks.append(Check("D weights" + label, error.max().item(), ROUNDING))
         if reference is not None:
@@ -280,6 +293,7 @@ def check_steps(ppo, reference=None):
 
 
 def check_gradient(ppo, gradient, reference, label):
+    """Check the gradient of a training step, and the terms of its loss, and return a list of `Check`."""
     terms, exact_gradient, rounding = reference
     error = relative_error(gradient, exact_gradient)
     gradient_check = Check("C gradient" + label, error, GRADIENT_MARGIN * rounding + ROUNDING)
@@ -298,7 +312,7 @@ def copy_each(targets, sources):
 
 
 def adam(weights, exp_avg, exp_avg_sq, step, gradient, lr, options):
-    """The weights after one step of Adam (Kingma & Ba 2015, algorithm 1). options: a group of the optimizer."""
+    """Return the weights after one step of Adam (Kingma & Ba 2015, algorithm 1). options: an optimizer's group."""
     beta1, beta2 = options["betas"]
     step = step + 1
     exp_avg = beta1 * exp_avg + (1 - beta1) * gradient
@@ -312,7 +326,7 @@ def adam(weights, exp_avg, exp_avg_sq, step, gradient, lr, options):
 
 
 def check_prefixes(gpt):
-    """Check a `FastGPT` of more than one layer, as it is set up, against model.py on four pages of one game."""
+    """Compare a `FastGPT` of more than one layer, with its shortcuts, with model.py on four pages of one game."""
     env = BreakoutAsciiVec(1)
     pages = [env.reset(seed=0)[0]]
     pages += [env.step(np.array([1]))[0] for _ in range(3)]
@@ -323,7 +337,7 @@ def check_prefixes(gpt):
     exact_gradients = gradients(plain, exact)
 
     def errors(model, features):
-        """The largest error of the features, and of the gradient of any parameter as 1 - cosine."""
+        """Return the largest error of the features, and of the gradient of any parameter, which is 1 - cosine."""
         pairs = zip(gradients(model, features), exact_gradients, strict=True)
         cosines = torch.stack([F.cosine_similarity(*pair, dim=0) for pair in pairs])
         return largest(features.cpu() - exact), largest(1 - cosines)
@@ -344,7 +358,7 @@ def check_prefixes(gpt):
 
 
 def gradients(gpt, features):
-    """The gradient of a weighted sum of features (B, T, C) by each parameter outside the heads: vectors on the CPU."""
+    """Return the gradient of a weighted sum of features (B, T, C) by each parameter outside the heads, as vectors."""
     weights = torch.linspace(-1, 1, features.numel(), device=features.device).view_as(features)
     of_parameters = torch.autograd.grad((features * weights).sum(), list(gpt.parameters()), allow_unused=True)
     return [gradient.float().cpu().flatten() for gradient in of_parameters if gradient is not None]

@@ -1,7 +1,7 @@
 """Breakout's games as tensors, so that a training need not leave the GPU.
 
-The rules are those of `breakout_ascii.Games`, which run on tensors as they are. This file adds how pages are drawn
-without loops, and tensors that keep their addresses for CUDA graphs, as those of the rollout buffer do.
+The rules are those of `breakout_ascii.Games`, which run on tensors as they are. This file adds two things that a CUDA
+graph needs: drawing takes the same operations in every step, and tensors keep their addresses.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ from rollout_buffer import copy_into, select
 class TensorGames(Games):
     """`Games` whose arrays are tensors on one device.
 
-    The rules make new tensors in each step, but a CUDA graph knows tensors by their addresses. So the games live in
+    The rules make new tensors in each step, but a CUDA graph finds tensors by their addresses. So the games live in
     `buffers`, and `copy_back` copies the new tensors there.
     """
 
@@ -45,13 +45,13 @@ class TensorGames(Games):
         super().__init__(num_games)
         whole_page = EMPTY_PAGE.copy()  # a page with all bricks
         whole_page[BRICK_TOP : BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = list((BRICK * BRICK_COLUMNS).encode())
+        is_brick = (whole_page != EMPTY_PAGE).ravel()
         cell = np.arange(TOKENS)
         row = cell // COLUMNS - BRICK_TOP
         column = (cell % COLUMNS - 1) // BRICK_WIDTH
-        is_brick = (whole_page != EMPTY_PAGE).ravel()
         brick = np.where(is_brick, row * BRICK_COLUMNS + column, BRICK_ROWS * BRICK_COLUMNS)
         self.cell = self.array(cell)
-        self.brick = self.array(brick)  # the brick to which each cell belongs; for other cells one more than there are
+        self.brick = self.array(brick)  # the index of the brick in each cell; without a brick, one after the last index
         self.empty_page = self.array(EMPTY_PAGE.ravel())
         self.whole_page = self.array(whole_page.ravel())
         self.buffers = {name: getattr(self, name) for name in [*self.STATE, "pages"]}
@@ -60,8 +60,8 @@ class TensorGames(Games):
         return torch.as_tensor(x, device=self.device)
 
     def draw(self, *_):
-        """Draw every page from nothing. The number of changed cells varies, which a CUDA graph forbids."""
-        bricks = F.pad(self.bricks.flatten(1), (0, 1))  # cells without a brick read the padding
+        """Draw all pages whole, because a CUDA graph cannot hold a number of changed cells that varies."""
+        bricks = F.pad(self.bricks.flatten(1), (0, 1))  # False after the last brick, for the cells without one
         pages = torch.where(bricks[:, self.brick], self.whole_page, self.empty_page)  # (N, 1944)
         offset = self.cell - (PADDLE_ROW * COLUMNS + self.paddle_x).unsqueeze(1)
         pages = torch.where((offset >= 0) & (offset < len(PADDLE)), ord(PADDLE[0]), pages)
@@ -87,12 +87,12 @@ class TensorGames(Games):
 class DeviceBreakout:
     """N games for training as tensors on one device; in the step that ends a game, the next one starts.
 
-    It is used like `BreakoutAsciiVec`. These differences let `step` run without the host's waiting for the device:
+    It is used like `BreakoutAsciiVec`. In `step` the host never waits for the device, which takes these differences:
 
     - `step` takes and returns tensors. Rewards are integers, and the returned observations change with the next step.
-    - The random numbers of all steps of a rollout are drawn before it, by `start_rollout`.
-    - Games that have become too long are truncated only there, between two rollouts, because there values bootstrap
-      the returns anyway.
+    - `start_rollout` draws the random numbers of all steps of a rollout.
+    - Games that have become too long are truncated only in `start_rollout`, where a rollout has ended and its returns
+      have been bootstrapped anyway.
     - The only info is `life_lost`, also for games that ended.
     - The same seed gives other games.
     """
@@ -106,7 +106,8 @@ class DeviceBreakout:
         self.max_episode_steps = max_episode_steps
         self.single_action_space = Discrete(len(PADDLE_MOVES))
         self.games = TensorGames(num_envs, device)
-        # `RandomNumbers` with an axis of steps in front. A rollout of S steps has S + 1; the last are for its start.
+        # `RandomNumbers` with an axis of steps in front. For a rollout of S steps there are S + 1, of which the last is
+        # for the games that start before the first step.
         self.numbers = None
         self.played = torch.zeros(1, dtype=torch.int64, device=device)  # how many steps of the rollout have been played
 
@@ -167,7 +168,7 @@ class DeviceBreakout:
         return self.games.in_sync()
 
     def state_dict(self):
-        """Return what `BreakoutAsciiVec.state_dict` would, so a run may go on with either class."""
+        """Return the state in the form of `BreakoutAsciiVec.state_dict`, so that a run may go on with either class."""
         return self.games.state_dict() | {"np_random": self.np_random.bit_generator.state}
 
     def load_state_dict(self, state):

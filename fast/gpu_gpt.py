@@ -1,6 +1,6 @@
 """One layer on a GPU: pages share their lines, and no step makes the host wait for the GPU.
 
-The distinct lines of all minibatches of an epoch are found at once before the epoch; only there the host waits a few
+Before an epoch, the distinct lines of all its minibatches are found at once. Only there does the host wait, a few
 times. Each line has a maximum m of its own (see shared_attention.py), so scores may spread as far as they like.
 
 For example, the ball of a new game moves from row 21 to row 20 in its first step. The pages before and after differ in
@@ -9,8 +9,10 @@ same features as attention to all 48 lines:
 
 >>> from breakout_ascii import BreakoutAscii
 >>> from model import GPTConfig
->>> game, gpt = BreakoutAscii(), DeviceGPT(GPTConfig())
->>> (first, _), (second, *_) = game.reset(seed=0), game.step(0)
+>>> game = BreakoutAscii()
+>>> first, _ = game.reset(seed=0)
+>>> second, *_ = game.step(0)
+>>> gpt = DeviceGPT(GPTConfig())
 >>> pages = gpt.encode(np.stack([first, second]))
 >>> batches = distinct_lines(pages.unsqueeze(0))  # one batch of two pages
 >>> lines = Lines(batches.characters[0], batches.rows[0], batches.pages[0])
@@ -30,6 +32,7 @@ import torch
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS
 from fast.attention_tables import features_from_attention, pair_table
 from model import GPT
+from rollout_buffer import copy_into
 
 
 class Lines(NamedTuple):
@@ -37,20 +40,20 @@ class Lines(NamedTuple):
 
     characters: torch.Tensor  # (L, 81) uint8
     rows: torch.Tensor  # (L,) the row of each line on the page
-    pages: torch.Tensor  # (B, 24) for each page the positions of its lines among the L
+    pages: torch.Tensor  # (B, 24) for each page, which of the L lines its lines are
 
 
 def every_line(characters):
     """Cut the pages of one batch, (B, 1944) characters, into `Lines` without sharing any."""
-    ids = torch.arange(len(characters) * ROWS, device=characters.device)
-    return Lines(characters.view(-1, COLUMNS), ids % ROWS, ids.view(-1, ROWS))
+    i = torch.arange(len(characters) * ROWS, device=characters.device)
+    return Lines(characters.view(-1, COLUMNS), i % ROWS, i.view(-1, ROWS))
 
 
 def distinct_lines(characters, min_capacity=0):
     """Find the distinct lines of each of K batches; the same text in another row is another line.
 
-    All batches get room for equally many lines: for those of the batch that has most, rounded up to a power of two, and
-    for at least `min_capacity`. Room that a batch does not need is filled with zeros.
+    All batches get room for the same number of lines: that of the batch with the most lines, rounded up to a power of
+    two, or `min_capacity` if that is more. Room that a batch does not need is filled with zeros.
 
     Args: characters (K, B, 1944).
     Returns: the `Lines` of K batches.
@@ -61,14 +64,14 @@ def distinct_lines(characters, min_capacity=0):
     batches = i // (B * ROWS)
     rows = i % ROWS
     hashes, hash_ids = line_hashes(rows, lines).unique(return_inverse=True)
-    # A line is kept once for every batch that has it. `unique` sorts, so the kept lines of a batch come one after
-    # another.
+    # A line is kept once for every batch that has it. `unique` sorts, so those of the first batch come first.
     kept, kept_ids = (batches * len(hashes) + hash_ids).unique(return_inverse=True)
     kept_batches = kept // len(hashes)
     counts = torch.bincount(kept_batches, minlength=K)
     starts = counts.cumsum(0) - counts  # where the lines of each batch start among the kept lines
     capacity = max(min_capacity, 1 << (int(counts.max()) - 1).bit_length())
-    sources = torch.empty_like(kept).scatter_(0, kept_ids, i)  # one of the places from which to copy each kept line
+    sources = torch.empty_like(kept).scatter_(0, kept_ids, i)  # for each kept line, one of the lines that are equal
+    # The batch of each kept line, and its place in the batch:
     targets = kept_batches, torch.arange(len(kept), device=lines.device) - starts[kept_batches]
     kept_characters = lines.new_zeros(K, capacity, COLUMNS)
     kept_characters[targets] = lines[sources]
@@ -108,11 +111,11 @@ def line_attention(table, rstd, lines):
 
 
 def line_sums(table, rstd, lines):
-    """Compute each line's largest score m (L, H), and relative to it denominator and numerators (L, 1 + D, H)."""
+    """Return each line's largest score m (L, H), and its denominator and numerator for this m, (L, 1 + D, H)."""
     num_characters = len(CHARACTERS)
     device = rstd.device
     of_character, of_rows, of_column = table.split([num_characters, ROWS, COLUMNS])
-    # Products with one-hot vectors replace lookups: their gradients are products too, and not atomic additions.
+    # Products with one-hot vectors replace lookups, because their gradients are products too, not atomic additions.
     chosen = (lines.characters.unsqueeze(2) == torch.arange(num_characters, device=device)).to(rstd.dtype)  # (L, 81, 7)
     row = (lines.rows.unsqueeze(1) == torch.arange(ROWS, device=device)).to(rstd.dtype)  # (L, 24)
     of_row = (row @ of_rows.flatten(1)).view(-1, *table.shape[1:])  # (L, 1 + D, H)
@@ -121,7 +124,7 @@ def line_sums(table, rstd, lines):
     scores = (chosen @ of_character[:, 0] + of_row[:, :1] + of_column[:, 0]) * scale  # (L, 81, H), in bits
     m = scores.detach().amax(1)  # (L, H)
     weights = torch.exp2(scores - m.unsqueeze(1))
-    # The value of a pair is a sum of three rows of the table, so each kind of row is weighted and summed alone.
+    # The value of a pair is a sum of three rows of the table, so the three kinds of rows are weighted separately.
     scaled = weights * scale
     by_character = torch.einsum("lth,ltc->lch", scaled, chosen)
     values = torch.einsum("lch,cdh->ldh", by_character, of_character[:, 1:])
@@ -133,15 +136,15 @@ def line_sums(table, rstd, lines):
 class DeviceGPT(GPT):
     """A `GPT` of one layer with the same parameters, the same state_dict and, except for rounding, the same outputs.
 
-    It does not check its pages, for which the host would have to wait: they must be pages of the game, which end with a
-    newline.
+    Its pages must be pages of the game, which end with a newline. They are not checked, because the host would have to
+    wait for the result.
     """
 
     def __init__(self, config):
         super().__init__(config)
-        self.table = None  # `pair_table` for `act`, from the latest `inference_function`
-        # Room for lines in a minibatch: 512 pages had 1,043 to 1,402. It only grows, because every change costs a
-        # compilation and a graph.
+        self.table = None  # the `pair_table` of the latest `inference_function`, for `act`
+        # Room for the lines of a minibatch, of which 512 pages had 1,043 to 1,402. It only grows, because every change
+        # costs a compilation and a graph.
         self.capacity = 2048
 
     def encode(self, tokens):
@@ -165,15 +168,11 @@ class DeviceGPT(GPT):
 
     @torch.no_grad()
     def inference_function(self):
-        """Do the work of `GPT.inference_function`, with `pair_table` computed once. Older caches use it too."""
-        table = pair_table(self)
-        if self.table is None:
-            self.table = table
-        for kept, x in zip(self.table, table):
-            kept.copy_(x)  # a CUDA graph reads the table at its address
+        """Do the work of `GPT.inference_function`, with `pair_table` computed once, which older functions use too."""
+        self.table = copy_into(self.table, pair_table(self))  # a CUDA graph reads the table at its address
         return self.act
 
     @torch.no_grad()
     def act(self, characters):
-        """Read characters (B, 1944) with the weights of the latest `inference_function`: logits (B, A), values (B,)."""
+        """Return logits (B, A) and values (B,) of characters (B, 1944), from the latest `inference_function`."""
         return self.heads(features_from_attention(self, line_attention(*self.table, every_line(characters))))

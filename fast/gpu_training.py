@@ -1,19 +1,19 @@
-"""PPO's runner on a GPU: it takes shortcuts, checks what they compute, and drops those that are wrong.
+"""PPO's runner on a GPU: it takes shortcuts, checks their results, and drops those that are wrong.
 
 The first update is checked against the CPU (gpu_checks.py), and so is every update that records a CUDA graph anew. If a
-shortcut fails or computes something else than the CPU, it is dropped with a warning, and the update starts again from
-the state before it. If results are wrong without any shortcut, or the GPU no longer works, `GPUError` tells the program
-to go on with the CPU.
+shortcut fails, or its results differ from the CPU's, it is dropped with a warning, and the update starts again from the
+state before it. If results are wrong without any shortcut, or the GPU no longer works, `GPUError` tells the program to
+go on with the CPU.
 
 An example: one layer, on a GPU whose CUDA graphs compute wrong gradients.
 
-    attach        shortcuts: CUDA graphs and torch.compile. Both steps are wrapped to be compiled and recorded
+    attach        the shortcuts are CUDA graphs and torch.compile; both steps are wrapped to be compiled and recorded
     check_before  games in rare situations play as they do on the CPU
-    update 1      collects and learns; on the third call of each step a graph is recorded, and then replayed
-    check_update  "C gradient: error 0.3, tolerance 2e-05". The first shortcut is dropped: CUDA graphs
-    restore       the state before update 1
-    update 1      again, now with torch.compile alone. All checks pass
-    update 2 ...  runs without checks, because no graph is recorded any more
+    update 1      collects and learns; after its third call each step is recorded, and from then on replayed
+    check_update  finds "C gradient: error 0.3, tolerance 2e-05", and the first shortcut, CUDA graphs, is dropped
+    restore       brings back the state before update 1
+    update 1      runs again, now with torch.compile alone; check_before and check_update pass
+    update 2 ...  run without checks, because no graph is recorded any more
 """
 
 import warnings
@@ -49,13 +49,13 @@ class GPURunner:
     def __init__(self, shortcuts=None):
         """shortcuts: those to try, by default all that suit the GPU and the policy."""
         self.shortcuts = shortcuts
-        self.checks = []  # the results since shortcuts were dropped last
+        self.checks = []  # the results since the last time a shortcut was dropped
 
     def attach(self, ppo):
         self.ppo = ppo
         self.more_layers = isinstance(ppo.policy, FastGPT)
         self.shortcuts = shortcuts_for(ppo) if self.shortcuts is None else list(self.shortcuts)
-        # Adam warns that its first steps run outside a graph, and PyTorch advises TF32, which is too coarse here
+        # Adam warns that its first steps run outside a graph. PyTorch advises TF32, which is too coarse here.
         warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         warnings.filterwarnings("ignore", module=r"torch\._inductor")  # how it compiles
@@ -68,16 +68,17 @@ class GPURunner:
         self.train_step = ppo.train_step
         self.loss = ppo.loss
         self.recorded = []
-        self.recordings_checked = None  # how many recordings there had been at the last check; None: not checked yet
+        self.recordings_checked = None  # how many recordings there were at the last check, None before the first
         if COMPILE in self.shortcuts:
-            self.train_step = Blamed(self.train_step, COMPILE)  # the backward pass is compiled when it first runs
+            self.train_step = Blamed(self.train_step, COMPILE)  # because the backward pass is compiled in its first run
         if self.more_layers:
             ppo.policy.compile_blocks = COMPILE in self.shortcuts
             ppo.policy.bf16 = BF16 in self.shortcuts
             return
         if COMPILE in self.shortcuts:
             self.loss = Compiled(self.loss, fullgraph=True)
-            self.rollout_step = Compiled(self.rollout_step, plain_calls=1, fullgraph=True)  # the first fills the buffer
+            # The first call, which is not compiled, creates the tensors of the rollout buffer.
+            self.rollout_step = Compiled(self.rollout_step, plain_calls=1, fullgraph=True)
         if GRAPHS in self.shortcuts:
             ppo.optimizer.param_groups[0]["capturable"] = True
             stream = torch.cuda.Stream(ppo.device)
@@ -96,7 +97,8 @@ class GPURunner:
             try:
                 return self.checked_update()
             except RuntimeError as error:
-                if not works(self.ppo.device):  # after an illegal memory access, for one, nothing works in this process
+                # After an illegal memory access, for example, nothing works any more in this process.
+                if not works(self.ppo.device):
                     raise GPUError(f"the GPU has stopped working ({one_line(error)})") from error
                 if not isinstance(error, ShortcutFailed):
                     raise
@@ -123,7 +125,7 @@ class GPURunner:
         return self.ppo.update()
 
     def check_before(self):
-        """Check what the first update might not show: every token of deeper models, rare situations of the games."""
+        """Check what the first update might not show: rare situations in the games, every token of deeper models."""
         self.checks = []
         if self.more_layers:
             check = Blamed(check_prefixes, COMPILE) if COMPILE in self.shortcuts else check_prefixes
@@ -136,7 +138,7 @@ class GPURunner:
         self.restore()
 
     def judge(self, checks):
-        """Raise ShortcutFailed, in all ranks if in one, for the first check that has not passed."""
+        """Raise ShortcutFailed for the first check that has not passed, in all ranks if it is so in one."""
         self.checks += checks
         wrong = [check for check in checks if not check.passed]
         wrong_anywhere = self.ppo.average(torch.tensor(float(len(wrong)), device=self.ppo.device)).item() > 0
@@ -147,7 +149,7 @@ class GPURunner:
     def restore(self):
         """Go back to the state before the update."""
         self.ppo.load_state_dict(self.ppo.snapshot)
-        self.ppo.keep_snapshot()  # ranks other than the first have new games
+        self.ppo.keep_snapshot()  # because ranks other than the first have started new games
 
     def drop_shortcut(self, failure):
         """Drop the shortcut that has failed, or else the first that is left. Raises GPUError if none is."""

@@ -1,4 +1,4 @@
-"""Numbers for the distinct lines of pages, and for the distinct pieces of lines.
+"""Ids for the distinct lines of pages, and for the distinct pieces of lines.
 
 Most lines recur from step to step and from game to game. So a page is kept as the ids of its 24 lines, and whatever
 depends only on a line is computed once for all pages that have the line. Lines that differ still have most of their
@@ -9,7 +9,8 @@ lines: row 20, now with the ball, and row 21, now without it.
 
 >>> from breakout_ascii import BreakoutAscii
 >>> game = BreakoutAscii()
->>> (first, _), (second, *_) = game.reset(seed=0), game.step(0)
+>>> first, _ = game.reset(seed=0)
+>>> second, *_ = game.step(0)
 >>> index = LineIndex()
 >>> index.encode(np.stack([first, second]))[:, 18:]  # the last six lines of both pages
 array([[18, 19, 20, 21, 22, 23],
@@ -17,11 +18,11 @@ array([[18, 19, 20, 21, 22, 23],
 
 A line is 9 pieces of 9 characters. Each of the new lines has one new piece, where the ball is or was:
 
->>> index.line_pieces()[[20, 24]]  # row 20 without and with the ball
+>>> index.line_pieces.rows[[20, 24]]  # the pieces of row 20 without the ball, and with it
 tensor([[180, 181, 182, 183, 184, 185, 186, 187, 188],
         [180, 181, 182, 183, 216, 185, 186, 187, 188]])
 
-A piece is 9 pairs of a character and a position on the page, in one number: character * 1944 + position.
+A piece is 9 pairs of a character and its position on the page. The id of a pair is character * 1944 + position.
 """
 
 import numpy as np
@@ -41,12 +42,13 @@ class LineIndex:
     """
 
     def __init__(self):
-        self.lines = {}  # row and characters of a line, as bytes: its id
+        self.lines = {}  # {bytes of a line, its row and its characters: id of the line}
         self.line_pieces = GrowingTable(COLUMNS // PIECE, dtype=torch.int64)  # row i: the ids of the 9 pieces of line i
-        self.pieces = {}  # pairs of a piece, as bytes: its id
-        self.piece_pairs = GrowingTable(PIECE, dtype=torch.int64)  # row i: the 9 pairs of piece i
-        self.last_pages = self.last_ids = None  # of the last call of `encode`
-        self.pages_end_alike = True  # with a newline, as the pages of the game do; once false it stays so
+        self.pieces = {}  # {bytes of a piece, its 9 pairs: id of the piece}
+        self.piece_pairs = GrowingTable(PIECE, dtype=torch.int64)  # row i: the ids of the 9 pairs of piece i
+        self.last_pages = None  # the argument of the last `encode`
+        self.last_ids = None  # what it returned
+        self.pages_end_alike = True  # whether every page so far ended with a newline, as those of the game do
 
     def encode(self, tokens):
         """Replace the lines of pages by their ids.
@@ -61,7 +63,7 @@ class LineIndex:
         rows = changed % ROWS  # (n,)
         lines = tokens.reshape(-1, COLUMNS)[changed]  # (n, 81)
         keys = row_bytes(np.column_stack([rows.astype(np.uint8), lines]))
-        if not self.lines.keys() >= set(keys):
+        if not set(keys) <= self.lines.keys():  # some lines are new
             check_characters(lines)
             new = add_new(self.lines, keys)
             self.add_pieces(rows[new], lines[new])
@@ -71,9 +73,12 @@ class LineIndex:
         return ids
 
     def changed_lines(self, tokens):
-        """Find the lines that differ from the last batch of as many pages, which from step to step are few.
+        """Find the lines that are not the same as in the last call of `encode`. From step to step they are few.
 
-        Returns: their positions among the B * 24 lines, (n,), and an array (B, 24) with the ids of all other lines.
+        If the last call had another number of pages, all lines count as changed.
+
+        Returns: the positions of these lines among all B * 24, (n,), and an array (B, 24) that has the ids of the
+        other lines already.
         """
         if self.last_pages is None or len(self.last_pages) != len(tokens):
             return np.arange(len(tokens) * ROWS), np.empty((len(tokens), ROWS), np.int64)
@@ -100,12 +105,13 @@ def check_characters(tokens):
 
 
 def row_bytes(array):
-    """Return each row of an array (n, k) as `bytes`, which can be the keys of a dict."""
-    return array.view(f"V{array.itemsize * array.shape[1]}").ravel().tolist()
+    """Return the rows of an array (n, k) as a list of `bytes`, which can be keys of a dict."""
+    whole_rows = array.view(f"V{array.itemsize * array.shape[1]}")  # NumPy's type of uninterpreted bytes
+    return whole_rows.ravel().tolist()
 
 
 def add_new(ids, keys):
-    """Give the next ids to the keys that have none, and return the positions in `keys` at which these come first."""
+    """Give the next ids to the keys that have none. Return the positions in `keys` where these first appear."""
     positions = []
     for i, key in enumerate(keys):
         if key not in ids:
@@ -120,7 +126,7 @@ def ids_of(ids, keys):
 
 
 class GrowingTable:
-    """A tensor to which rows are appended in place. Calling it returns the rows that it has now, a view."""
+    """A tensor that grows by rows at its end, without being copied each time."""
 
     def __init__(self, *shape, dtype):
         self.storage = torch.empty(1024, *shape, dtype=dtype)
@@ -129,11 +135,13 @@ class GrowingTable:
     def __len__(self):
         return self.n
 
+    @property
+    def rows(self):
+        """The rows that have been appended so far, as a view."""
+        return self.storage[: self.n]
+
     def append(self, rows):
         while self.n + len(rows) > len(self.storage):
             self.storage = torch.cat([self.storage, torch.empty_like(self.storage)])  # twice as long
         self.storage[self.n : self.n + len(rows)] = rows
         self.n += len(rows)
-
-    def __call__(self):
-        return self.storage[: self.n]

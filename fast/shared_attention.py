@@ -1,26 +1,30 @@
 """One layer on the CPU: pages share their lines, and lines share their pieces.
 
 The softmax over a page can be computed from parts of the page (Milakov & Gimelshein 2018; Dao et al. 2022,
-FlashAttention). A part has for each head the maximum m of its scores s, and two sums over its characters: the
-denominator, which is the sum of 2^(s - m), and the numerator, the sum of 2^(s - m) v with values v. Parts with the same
-m are combined by adding their sums; others are first rescaled to the larger m. For example, let the two characters of
-one part have the scores 3 and 3 and the values 5 and 7, and the only character of another the score 1 and the value 9:
+FlashAttention). With base 2, a part keeps for each head the maximum m of its scores s, and two sums over its
+characters: the denominator, which is the sum of 2^(s - m), and the numerator, which is the sum of 2^(s - m) v with
+values v. Parts with the same m are combined by adding their sums; others are first rescaled to the largest m. For
+example, one part has two characters with scores 3 and 3 and values 5 and 7. Another has one character with score 1 and
+value 9:
 
 >>> m = torch.tensor([[3.0], [1.0]])  # (parts, heads)
->>> sums = torch.tensor([[[2.0], [12.0]], [[1.0], [9.0]]])  # (parts, denominator and numerator, heads)
->>> m, sums, factors = rescaled_sums(m, sums, torch.tensor([[0, 1]]))  # one whole, made of both parts
->>> m.flatten(), sums.flatten(), factors.flatten()
-(tensor([3.]), tensor([ 2.2500, 14.2500]), tensor([1.0000, 0.2500]))
+>>> sums = torch.tensor([[[2.0], [5.0 + 7.0]], [[1.0], [9.0]]])  # (parts, denominator and numerator, heads)
+>>> m, sums, factors = rescaled_sums(m, sums, torch.tensor([[0, 1]]))  # one larger part, made of both
+>>> m.item(), factors.flatten()  # the second part is rescaled by 2^(1 - 3)
+(3.0, tensor([1.0000, 0.2500]))
+>>> sums.flatten()  # 2 + 0.25 * 1 and 12 + 0.25 * 9
+tensor([ 2.2500, 14.2500])
 
 Attention to all three characters is 14.25 / 2.25. A page is 24 lines of 9 pieces of 9 characters. Most pieces and lines
 are on many pages of a minibatch, and each is summed once: 512 pages have about 1,000 distinct pieces and 1,250 distinct
 lines.
 
-Maxima are rounded up to whole numbers, and scores are in bits, so that rescaling multiplies by powers of two, which is
-exact. It is fastest to take one m per head for the whole minibatch. That is accurate while the largest scores of its
-pages are within HEADROOM - LEAST = 176 bits of each other; heads whose scores spread further take an m for each part.
-Without this distinction a gradient step takes 1.7 times as long, and without pieces attention takes 2.7 times as long
-(docs/performance.md).
+Maxima are rounded up to whole numbers. Rescaling then multiplies by powers of two, which is exact.
+
+It is fastest to give all parts of a minibatch the same m in each head, because nothing is rescaled then. That is
+accurate while the largest scores of the pages are within HEADROOM - LEAST = 176 of each other. Only in heads whose
+scores spread further does each part have an m of its own. If it had one in all heads, a gradient step would take 1.7
+times as long, and without pieces attention would take 2.7 times as long (docs/performance.md).
 """
 
 import contextlib
@@ -34,33 +38,37 @@ from fast.attention_tables import NUM_EMBEDDINGS, PAIRS, features_from_attention
 from fast.bags import Bags, bag_sums, make_bags
 from fast.line_index import GrowingTable
 
-# An m that all parts have in common is the largest score less HEADROOM bits, so each term of a denominator is at most
-# 2^HEADROOM. float32 ends at 2^128. Adding 1944 terms takes 11 bits, which leaves 31 for the values.
+# An m that all parts have in common is the largest score minus HEADROOM, so each term of a denominator is at most
+# 2^HEADROOM. float32 ends at 2^128. The sum of 1944 terms may be 2^11 times as large, so values may reach 2^31.
 HEADROOM = 86
-# Denominators up to 2^LEAST are too small for that m, because terms below 2^-126 may count as zero. In a larger
-# denominator even 1944 such terms would be a fraction of 2^-25, which is less than its rounding.
+# A denominator of at most 2^LEAST needs another m, because terms below 2^-126 may have been flushed to zero. In a
+# larger denominator even 1944 such terms would be a fraction of 2^-25, which is less than its rounding.
 LEAST = -90
 
 
 class SharedPages(NamedTuple):
-    """The pages of a minibatch, taken apart into distinct lines, pieces and pairs of a character and a position."""
+    """The pages of a minibatch, taken apart into distinct lines, pieces and pairs of a character and its position."""
 
-    pairs: torch.Tensor  # (P,) numbers of the distinct pairs, character * 1944 + position
-    embeddings: Bags  # pairs as bags of three of the NUM_EMBEDDINGS
+    pairs: torch.Tensor  # (P,) the ids of the distinct pairs
+    embeddings: Bags  # the pairs as bags of three embeddings each, see PAIRS
     parts: list  # three `Bags`: pieces as bags of pairs, lines as bags of pieces, pages as bags of lines
 
 
 def share_pages(index, lines):
     """Return the `SharedPages` of pages that a `LineIndex` has encoded as line ids, an int64 array (B, 24)."""
-    lines, pages = distinct(lines, len(index.lines))
-    pieces, of_pieces = distinct(index.line_pieces().numpy()[lines], len(index.pieces))
-    pairs, of_pairs = distinct(index.piece_pairs().numpy()[pieces], len(PAIRS))
-    parts = [make_bags(of_pairs, len(pairs)), make_bags(of_pieces, len(pieces)), make_bags(pages, len(lines))]
+    lines, lines_of_pages = distinct(lines, len(index.lines))
+    pieces, pieces_of_lines = distinct(index.line_pieces.rows.numpy()[lines], len(index.pieces))
+    pairs, pairs_of_pieces = distinct(index.piece_pairs.rows.numpy()[pieces], len(PAIRS))
+    parts = [
+        make_bags(pairs_of_pieces, len(pairs)),
+        make_bags(pieces_of_lines, len(pieces)),
+        make_bags(lines_of_pages, len(lines)),
+    ]
     return SharedPages(torch.from_numpy(pairs), make_bags(PAIRS[pairs], NUM_EMBEDDINGS), parts)
 
 
 def distinct(ids, n):
-    """Return the distinct ones of some ids below n, in ascending order, and the position of each id among them."""
+    """Do the work of np.unique(ids, return_inverse=True) without sorting, for ids below n."""
     used = np.zeros(n, bool)
     used[ids] = True
     return used.nonzero()[0], (np.cumsum(used) - 1)[ids]
@@ -68,7 +76,7 @@ def distinct(ids, n):
 
 @contextlib.contextmanager
 def denormals_flushed(flush=True):
-    """Let the CPU treat denormal numbers (below 2^-126) as zero: they are slow, and sharp attention has many."""
+    """Let the CPU treat denormal numbers (below 2^-126) as zero. They are slow, and sharp attention has many."""
     torch.set_flush_denormal(flush)
     try:
         yield
@@ -77,66 +85,81 @@ def denormals_flushed(flush=True):
 
 
 def pair_sums(table, rstd, embeddings, rescale):
-    """Compute m and the sums of P pairs, each a part of one character.
+    """Compute m and the sums of P pairs, each of which is a part of one character.
 
-    Args: table and rstd (P,), as from `pair_table`; embeddings (P, 3); and whether each part has an m of its own.
+    Args:
+        table, rstd: from `pair_table`, but rstd only for these pairs, (P,).
+        embeddings: (P, 3), the three rows of the table of each pair.
+        rescale: whether each part has an m of its own.
+
     Returns:
         rows     (P, 1 + D, H)  sums of three rows of the table, that is score and value without the factor rstd
         weights  (P, H)         2^(s - m)
         sums     (P, 1 + D, H)  the denominator, which is the weight, and then the numerator, D numbers
-        m        (P, H)         the score, rounded up; or the m (H,) that all have in common
+        m        (P, H)         the score, rounded up; or the m (H,) that all parts have in common
     """
     rows = bag_sums(table, embeddings)
     rstd = rstd.unsqueeze(1)
     scores = rows[:, 0] * rstd
-    whole = scores.ceil()
+    rounded = scores.ceil()
     if rescale:
-        m = whole
+        m = rounded
     else:
-        m = whole.max(0).values - HEADROOM  # three times as fast as amax(0)
-    # In two factors, because rounding then does not depend on m.
-    weights = torch.exp2(scores - whole) * torch.exp2(whole - m)
+        m = rounded.max(0).values - HEADROOM  # three times as fast as amax(0)
+    # This is exp2(scores - m) in two factors, of which the second is exact. So rounding does not depend on m.
+    weights = torch.exp2(scores - rounded) * torch.exp2(rounded - m)
     sums = rows * (weights * rstd).unsqueeze(1)
     sums[:, 0] = weights
     return rows, weights, sums, m
 
 
 def rescaled_sums(m, sums, members):
-    """Combine K parts, each with an m of its own, to n wholes of J parts.
+    """Combine K parts, each with an m of its own, into n larger parts of J parts each.
 
-    Args: m (K, H) and sums (K, 1 + D, H) of the parts; members (n, J), the parts of each whole.
-    Returns: m (n, H) and sums (n, 1 + D, H) of the wholes, and the factors by which their parts were rescaled, (n, J,
-    H).
+    Args:
+        m: (K, H), of the parts.
+        sums: (K, 1 + D, H), of the parts.
+        members: (n, J), the parts in each larger part.
+
+    Returns:
+        m        (n, H)         of the larger parts
+        sums     (n, 1 + D, H)  of the larger parts
+        factors  (n, J, H)      by which the parts in each were rescaled
     """
     n, J = members.shape
     flat = members.flatten()
-    of_parts = m.index_select(0, flat).view(n, J, -1)
-    m = of_parts.amax(1)
-    factors = torch.exp2(of_parts - m.unsqueeze(1))
-    rows = sums.flatten(1).index_select(0, flat).view(n, J, *sums.shape[1:]).mul_(factors.unsqueeze(2))
-    return m, bag_sums(rows.flatten(0, 1), torch.arange(n * J, device=sums.device).view(n, J)), factors
+    m_of_members = m.index_select(0, flat).view(n, J, -1)
+    m = m_of_members.amax(1)
+    factors = torch.exp2(m_of_members - m.unsqueeze(1))
+    rescaled = sums.flatten(1).index_select(0, flat).view(n, J, *sums.shape[1:]).mul_(factors.unsqueeze(2))
+    each = torch.arange(n * J, device=sums.device).view(n, J)  # every row of `rescaled` is in one bag
+    return m, bag_sums(rescaled.flatten(0, 1), each), factors
 
 
 class SharedAttention(torch.autograd.Function):
-    """Attention of the last position, computed on `SharedPages`.
+    """Attention of the last position, computed on `SharedPages`, and its gradient.
 
-    Args: table (112, 1 + D, H) and rstd (7 * 1944,), as from `pair_table`; rescale, whether each part has an m of its
-    own.
-    Returns: y (B, D, H), and the denominators (B, H), which have no gradient.
+    y does not depend on m, so the gradient takes m for a constant. The sums of a part are linear in the sums of the
+    smaller parts in it, so the gradient of a part is the sum of the gradients of the larger parts that have it.
 
-    y does not depend on m, so m is a constant to the gradient. Sums are linear in the sums of smaller parts, so the
-    gradient of a part is the sum of the gradients of the larger parts that have it.
+    Args:
+        table, rstd: from `pair_table`.
+        shared: the `SharedPages`.
+        rescale: whether each part has an m of its own.
+
+    Returns:
+        y (B, D, H), and the denominators (B, H), which have no gradient.
     """
 
     @staticmethod
     @denormals_flushed()
     def forward(ctx, table, rstd, shared, rescale):
         scale = rstd.index_select(0, shared.pairs)
-        rows, weights, of_pairs, m = pair_sums(table, scale, shared.embeddings.members, rescale)
+        rows, weights, sums_of_pairs, m = pair_sums(table, scale, shared.embeddings.members, rescale)
         ctx.shared = shared
         ctx.num_pairs = len(rstd)
-        ctx.factors = []
-        sums = of_pairs
+        ctx.factors = []  # of each level of parts, None where nothing was rescaled
+        sums = sums_of_pairs
         factors = None
         for bags in shared.parts:
             if rescale:
@@ -147,20 +170,20 @@ class SharedAttention(torch.autograd.Function):
         denominator = sums[:, 0].clamp_min(2.0**LEAST)
         y = sums[:, 1:] / denominator.unsqueeze(1)
         ctx.has_denormals = rescale or bool((denominator <= 2.0**LEAST).any())
-        ctx.save_for_backward(scale.unsqueeze(1), rows[:, 0], weights, of_pairs, denominator, y)
+        ctx.save_for_backward(scale.unsqueeze(1), rows[:, 0], weights, sums_of_pairs, denominator, y)
         ctx.mark_non_differentiable(denominator)
         return y, denominator
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, _):
-        # Only then, because a training with a given seed would otherwise differ from earlier ones in some bits.
+        # Flushing always would be as right, but would change some bits of what a seed learns.
         with denormals_flushed(ctx.has_denormals):
             return SharedAttention.gradients(ctx, dy)
 
     @staticmethod
     def gradients(ctx, dy):
-        scale, row_scores, weights, of_pairs, denominator, y = ctx.saved_tensors
+        scale, row_scores, weights, sums_of_pairs, denominator, y = ctx.saved_tensors
         dsums = torch.cat([-(dy * y).sum(1, keepdim=True), dy], dim=1) / denominator.unsqueeze(1)
         for bags, factors in zip(reversed(ctx.shared.parts), reversed(ctx.factors)):
             if factors is None:
@@ -168,10 +191,11 @@ class SharedAttention(torch.autograd.Function):
             else:
                 dsums = (dsums.unsqueeze(1) * factors.unsqueeze(2)).flatten(0, 1)  # (n * J, 1 + D, H)
                 dsums = bag_sums(dsums, bags.order, bags.offsets)
-        # Of a pair, the sums are w = 2^(row_scores * scale - m) and row_values * scale * w.
-        of_values = sum((dsums[:, 1:] * of_pairs[:, 1:]).unbind(1))  # (P, H), three times as fast as sum(1)
-        dscores = math.log(2) * (of_values + dsums[:, 0] * weights)
-        dscale = (dscores * row_scores + of_values / scale).sum(1)
+        # The sums of a pair are w = 2^(row_scores * scale - m) and row_values * scale * w. Both depend on the score
+        # through w, and the numerator depends on scale once more.
+        through_values = sum((dsums[:, 1:] * sums_of_pairs[:, 1:]).unbind(1))  # (P, H), three times as fast as sum(1)
+        dscores = math.log(2) * (through_values + dsums[:, 0] * weights)
+        dscale = (dscores * row_scores + through_values / scale).sum(1)
         drows = dsums.mul_((weights * scale).unsqueeze(1))
         drows[:, 0] = dscores * scale
         embeddings = ctx.shared.embeddings
@@ -181,7 +205,7 @@ class SharedAttention(torch.autograd.Function):
 
 
 def shared_attention(table, rstd, shared):
-    """Compute attention with one m per head, and again with rescaling for heads that need it. Returns y (B, D, H)."""
+    """Compute attention with one m per head, and again with rescaling in heads that need it. Returns y (B, D, H)."""
     y, denominator = SharedAttention.apply(table, rstd, shared, False)
     spread = (denominator <= 2.0**LEAST).any(0).nonzero().flatten()
     if len(spread):
@@ -191,10 +215,10 @@ def shared_attention(table, rstd, shared):
 
 
 class LineCache:
-    """Reads pages with fixed weights, and computes the sums of every distinct line of a `LineIndex` once.
+    """Reads pages with fixed weights, and computes the sums of every distinct line of a `LineIndex` only once.
 
-    All lines have the same m, from the largest score of all pairs, even of those that are on no page. Pages whose
-    scores are too far below it are read as in training, by `shared_attention`.
+    All lines have the same m in each head. It comes from the largest score of all pairs, whether they are on a page or
+    not. Pages whose scores are too far below it are read as in training, by `shared_attention`.
     """
 
     @torch.no_grad()
@@ -202,6 +226,7 @@ class LineCache:
         self.gpt = gpt
         self.index = index
         self.table, self.rstd = pair_table(gpt)
+        # The sums of all pairs, and of the pieces and lines that have been read so far:
         _, _, self.pairs, _ = pair_sums(self.table, self.rstd, torch.from_numpy(PAIRS), rescale=False)
         self.pieces = GrowingTable(*self.pairs.shape[1:], dtype=self.pairs.dtype)
         self.lines = GrowingTable(*self.pairs.shape[1:], dtype=self.pairs.dtype)
@@ -211,9 +236,11 @@ class LineCache:
     def __call__(self, lines):
         """Return action logits (B, A) and values (B,) of pages, given as line ids (B, 24) on the CPU."""
         if len(self.lines) < len(self.index.lines):
-            self.pieces.append(bag_sums(self.pairs, self.index.piece_pairs()[len(self.pieces) :]))
-            self.lines.append(bag_sums(self.pieces(), self.index.line_pieces()[len(self.lines) :]))
-        sums = bag_sums(self.lines(), lines)
+            new_pieces = self.index.piece_pairs.rows[len(self.pieces) :]
+            self.pieces.append(bag_sums(self.pairs, new_pieces))
+            new_lines = self.index.line_pieces.rows[len(self.lines) :]
+            self.lines.append(bag_sums(self.pieces.rows, new_lines))
+        sums = bag_sums(self.lines.rows, lines)
         y = sums[:, 1:] / sums[:, :1]
         low = (sums[:, 0] <= 2.0**LEAST).any(1).nonzero().flatten()
         if len(low):

@@ -1,28 +1,30 @@
-"""Two layers and more: pages share how they begin.
+"""More than one layer: pages that begin alike share the work on their common prefix.
 
-Attention is causal: what a block computes at a position depends only on the text up to there. So pages that begin alike
-share all work up to their first difference. Each distinct prefix is computed once, chunk by chunk. The queries of its
-last chunk attend to the keys and values of all its chunks, as servers of language models share prompts (Zheng et al.
-2024, RadixAttention), here with gradients.
+Attention is causal: what a block computes at a position depends only on the text up to there. So each distinct prefix
+needs to be computed only once. This is done chunk by chunk. The queries of a prefix's last chunk attend to the keys and
+values of all its chunks, as when servers of language models share prompts (Zheng et al. 2024, RadixAttention), here
+with gradients.
 
-For example, the ball of a new game moves from row 21 to row 20 in its first step. A chunk is three lines, so both pages
-share six of their eight chunks, and each has a seventh (rows 18 to 20) and an eighth of its own. Of 16 chunks 10 are
-computed:
+For example, the ball of a new game moves from row 21 to row 20 in its first step. A page is eight chunks of three
+lines. The pages before and after that step share six chunks, and each has a seventh (rows 18 to 20) and an eighth of
+its own. So 10 chunks are computed instead of 16:
 
 >>> from breakout_ascii import BreakoutAscii
 >>> from fast.line_index import LineIndex
->>> game, index = BreakoutAscii(), LineIndex()
->>> (first, _), (second, *_) = game.reset(seed=0), game.step(0)
+>>> game = BreakoutAscii()
+>>> first, _ = game.reset(seed=0)
+>>> second, *_ = game.step(0)
+>>> index = LineIndex()
 >>> tree = prefix_tree(index, index.encode(np.stack([first, second])))
 >>> tree.chunks.shape
 torch.Size([10, 243])
->>> tree.paths[7].members  # the chunks of each prefix of full length, that is of each page
+>>> tree.paths[-1].members  # the chunks of each prefix of eight chunks, that is of each page
 tensor([[0, 1, 2, 3, 4, 5, 6, 8],
         [0, 1, 2, 3, 4, 5, 7, 9]])
 
-Every prefix needs a copy of the keys and values of all its chunks, which takes two to three times the memory that they
-take without sharing; everything else takes less. On two CPU cores six layers learn 1.5 to 2.2 times as fast with it
-(docs/performance.md).
+Every prefix needs a copy of the keys and values of all its chunks, so these take two to three times the memory that
+they take without sharing. Everything else takes less. On two CPU cores six layers learn 1.5 to 2.2 times as fast in
+this way (docs/performance.md).
 """
 
 import functools
@@ -36,38 +38,42 @@ from breakout_ascii import COLUMNS, TOKENS
 from fast.bags import bag_sums, make_bags
 from fast.cuda_graphs import Compiled
 
-LINES = 3  # in a chunk, the unit that is shared: 243 characters nearly fill two of FlashAttention's blocks of 128
-CHUNK = LINES * COLUMNS
+LINES = 3  # in a chunk, whose 243 characters nearly fill two of FlashAttention's blocks of 128
+CHUNK = LINES * COLUMNS  # characters
 
 
 class PrefixTree(NamedTuple):
     """The distinct prefixes of the pages of a minibatch, of one chunk, of two, and so on up to whole pages of eight.
 
     A prefix adds one chunk to a prefix that is a chunk shorter, so there are as many chunks to compute as prefixes.
-    Both have the same numbers, and those of shorter prefixes come first. The path of a prefix is the list of its
-    chunks, from the top of the page down.
+    Chunk i is the last chunk of prefix i. Shorter prefixes come first. The path of a prefix is the list of its chunks,
+    from the top of the page down.
     """
 
     chunks: torch.Tensor  # (n, CHUNK) characters of each chunk
-    starts: torch.Tensor  # (n, 1) where on the page each chunk starts
+    starts: torch.Tensor  # (n, 1) the position on the page at which each chunk starts
     paths: list  # for each length J = 1, 2, ..., 8 the paths of all prefixes of J chunks, as `Bags` of J chunks each
-    pages: torch.Tensor  # (B,) the position of each page among the prefixes of full length
+    pages: torch.Tensor  # (B,) the place of each page among the prefixes of eight chunks
 
 
 def prefix_tree(index, lines, device="cpu"):
     """Return the `PrefixTree` of pages that a `LineIndex` has encoded as line ids, an int64 array (B, 24)."""
     order = np.lexsort(lines.T[::-1])  # pages that begin alike are next to each other
-    chunks = lines[order].reshape(len(order), -1, LINES)  # (B, 8, LINES)
-    is_new = np.ones(chunks.shape[:2], bool)  # (B, 8): whether the page before has another prefix of this length
-    is_new[1:] = np.logical_or.accumulate((chunks[1:] != chunks[:-1]).any(2), axis=1)
-    ends = is_new.sum(0).cumsum()  # how many prefixes there are up to each length
-    prefixes = is_new.cumsum(0) - 1 + np.append(0, ends[:-1])  # (B, 8): the number of each page's prefix of each length
-    paths = [make_bags(prefixes[is_new[:, i], : i + 1], end, device) for i, end in enumerate(ends)]
-    pieces = index.line_pieces().numpy()[chunks.swapaxes(0, 1)[is_new.T]]  # (n, LINES, 9)
-    characters = index.piece_pairs().numpy()[pieces].reshape(-1, CHUNK) // TOKENS
-    starts = is_new.T.nonzero()[0][:, None] * CHUNK
+    chunks = lines[order].reshape(len(order), -1, LINES).swapaxes(0, 1)  # (8, B, LINES)
+    # is_new (8, B): whether a page begins with another prefix of this length than the page before it.
+    is_new = np.ones(chunks.shape[:2], bool)
+    is_new[:, 1:] = np.logical_or.accumulate((chunks[:, 1:] != chunks[:, :-1]).any(2), axis=0)
+    # prefixes (8, B): the id of each page's prefix of each length. Every new prefix gets the next id.
+    prefixes = is_new.cumsum().reshape(is_new.shape) - 1
+    paths = []
+    for last, (new, ids) in enumerate(zip(is_new, prefixes)):
+        members = prefixes[: last + 1, new].T  # (number of prefixes, last + 1)
+        paths.append(make_bags(np.ascontiguousarray(members), int(ids[-1]) + 1, device))
+    pieces = index.line_pieces.rows.numpy()[chunks[is_new]]  # (n, LINES, 9)
+    characters = index.piece_pairs.rows.numpy()[pieces].reshape(-1, CHUNK) // TOKENS
+    starts = is_new.nonzero()[0][:, None] * CHUNK
     pages = np.empty_like(order)
-    pages[order] = prefixes[:, -1] - prefixes[0, -1]
+    pages[order] = prefixes[-1] - prefixes[-1, 0]
     characters, starts, pages = (torch.from_numpy(x).to(device) for x in (characters, starts, pages))
     return PrefixTree(characters, starts, paths, pages)
 
@@ -91,7 +97,7 @@ class Paths(torch.autograd.Function):
         dtype = torch.promote_types(gradients[0].dtype, torch.float32)  # bf16 would round after each length
         total = gradients[0].new_zeros(ctx.num_rows, gradients[0].size(1), dtype=dtype)
         for bags, gradient in zip(ctx.paths, gradients):
-            # Short paths have only chunks with low numbers.
+            # Short paths have only the first chunks.
             total[: len(bags.offsets)] += bag_sums(gradient, bags.order, bags.offsets)
         return total.to(gradients[0].dtype), None
 
@@ -99,7 +105,7 @@ class Paths(torch.autograd.Function):
 def lower_right_attention(q, kv, n_head):
     """Compute causal attention of the last T of S positions to all S.
 
-    Args: queries (B, T, C), keys and values (B, S, 2C).
+    Args: q (B, T, C), the queries, and kv (B, S, 2C), the keys and values.
     Returns: (B, T, C).
     """
     mask = None
@@ -116,32 +122,37 @@ def lower_right_attention(q, kv, n_head):
 def prefix_attention(q, kv, n_head, paths):
     """Compute attention of the last T positions of each prefix to its whole path.
 
-    Args: queries (n, T, C) of the prefixes on `paths`, keys and values (number of chunks, CHUNK, 2C) of all chunks.
-    Returns: (n, T, C).
+    Args:
+        q: (n, T, C), the queries of the prefixes in `paths`.
+        kv: (number of chunks, CHUNK, 2C), the keys and values of all chunks.
+        paths: of a `PrefixTree`, or some of them.
+
+    Returns:
+        (n, T, C).
     """
     queries = q.split([len(bags.members) for bags in paths])
     kvs = Paths.apply(kv.flatten(1), paths)
     ys = []
-    for q, path_kv in zip(queries, kvs):
-        ys.append(lower_right_attention(q, path_kv.view(len(q), -1, kv.size(2)), n_head))
+    for query, path_kv in zip(queries, kvs):  # one length after the other
+        ys.append(lower_right_attention(query, path_kv.view(len(query), -1, kv.size(2)), n_head))
     return torch.cat(ys)
 
 
 def before_attention(block, x):
-    """Compute the first half of a block: from x (..., C) the queries (..., C), and the keys and values (..., 2C)."""
+    """Compute the first half of a block. Returns queries (..., C), and keys and values (..., 2C), for x (..., C)."""
     x = block.ln_1(x)
     return [F.linear(x, w) for w in block.attn.c_attn.weight.split([x.size(-1), 2 * x.size(-1)])]
 
 
 def after_attention(block, x, y):
-    """Compute the second half of a block: from its input x and the output y of attention, both (..., C)."""
+    """Compute the second half of a block. Returns (..., C) for its input x and attention's output y, both (..., C)."""
     x = x + block.attn.c_proj(y)
     return x + block.mlp(block.ln_2(x))
 
 
 @functools.cache
 def compiled(f):
-    """Compile a function once for all blocks, and for any number of chunks, because every minibatch has another."""
+    """Compile a function once for all blocks, and for any number of chunks, because it differs in every minibatch."""
     return Compiled(f, dynamic=True)
 
 
@@ -155,14 +166,18 @@ def halves(compile_blocks):
 def prefix_features(gpt, tree, bf16=False, compile_blocks=False):
     """Do the work of `GPT.features` on a `PrefixTree`.
 
-    Args: whether the blocks compute in bf16, and whether they are compiled.
-    Returns: features (B, C).
+    Args:
+        bf16: whether the blocks compute in bf16.
+        compile_blocks: whether they are compiled.
+
+    Returns:
+        features (B, C).
     """
     *blocks, last_block = gpt.blocks
     num_pages = len(tree.paths[-1].members)
     with torch.autocast(gpt.device.type, torch.bfloat16, enabled=bf16):
         x = through_blocks(gpt, tree, blocks, compile_blocks)
-        # Only the last position of a page is read, so the last block needs keys and values of all, but one query.
+        # Only the last position of a page is read. So the last block needs one query, and keys and values of all.
         before, _ = halves(compile_blocks)
         q, kv = before(last_block, x)
         y = prefix_attention(q[-num_pages:, -1:], kv, gpt.config.n_head, tree.paths[-1:])
@@ -171,7 +186,7 @@ def prefix_features(gpt, tree, bf16=False, compile_blocks=False):
 
 
 def features_of_every_token(gpt, tree, bf16=False, compile_blocks=False):
-    """Compute the features of every position, (B, 1944, C), where `prefix_features` computes those of the last."""
+    """Return the features of every position, (B, 1944, C), not only of the last, so that they can be checked."""
     with torch.autocast(gpt.device.type, torch.bfloat16, enabled=bf16):
         x = gpt.ln_f(through_blocks(gpt, tree, gpt.blocks, compile_blocks))
     return x[tree.paths[-1].members[tree.pages]].flatten(1, 2)

@@ -214,7 +214,7 @@ def test_a_line_index_gives_every_distinct_line_one_id():
     again = index.encode(pages[::-1].copy())
     np.testing.assert_array_equal(again, first[::-1])
     assert len(index.lines) == known
-    pairs = index.piece_pairs()[index.line_pieces()[torch.from_numpy(first)]].reshape(len(pages), TOKENS)
+    pairs = index.piece_pairs.rows[index.line_pieces.rows[torch.from_numpy(first)]].reshape(len(pages), TOKENS)
     text = np.array([ord(c) for c in CHARACTERS])[pairs.numpy() // TOKENS]
     np.testing.assert_array_equal(text, pages)
     np.testing.assert_array_equal(pairs.numpy() % TOKENS, np.tile(np.arange(TOKENS), (len(pages), 1)))
