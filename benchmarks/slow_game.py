@@ -34,11 +34,14 @@ class SlowGame:
         x = self.x + self.dx
         y = self.y + self.dy
         if x <= 0:
-            x, self.dx = 0, -self.dx
+            x = 0
+            self.dx = -self.dx
         elif x >= 79:
-            x, self.dx = 79, -self.dx
+            x = 79
+            self.dx = -self.dx
         if y <= 0:
-            y, self.dy = 0, -self.dy
+            y = 0
+            self.dy = -self.dy
         elif y >= 23:
             self.lives -= 1
             if self.lives == 0:
@@ -46,7 +49,8 @@ class SlowGame:
             self.serve()
             return 0, False, True
         if y == 22 and x in range(self.px, self.px + 7):
-            y, self.dy = 21, -1
+            y = 21
+            self.dy = -1
             self.dx = -1 if x - self.px in (0, 1, 2, 3) else 1
         self.x = x
         self.y = y

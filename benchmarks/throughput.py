@@ -328,7 +328,7 @@ def clocks(trainer, evaluation):
     env = trainer.env
     buffer = trainer.buffer
     inner = []
-    rollout = [("rollout", trainer, "collect")]  # on a GPU its steps are one CUDA graph, elsewhere
+    rollout = [("rollout", trainer, "collect")]  # its steps may be one CUDA graph, whose parts no clock can see
     if not trainer.env_can.on_device:
         rollout = [
             ("game", env, "step"),
