@@ -162,7 +162,9 @@ def make_directory(path, exist_ok):
 
 
 def in_use(run_dir):
-    """Whether a directory holds more than a run leaves that was killed before its first checkpoint."""
+    """Whether a directory holds a file that is worth keeping. A run that was killed before its first checkpoint leaves
+    none.
+    """
     return any(map(worth_keeping, run_dir.iterdir()))
 
 
@@ -213,11 +215,8 @@ def is_replaced(run_dir, trainer):
 
 def check_begun(run_dir, constants):
     """Raises CommandLineError if a run with these constants can neither begin in a directory nor go on there."""
-    free = {
-        "RUN_DIR": "",
-        "RUN_ID": "",
-        "DEVICE": "",
-    }  # the device may differ: after a fault of the GPU the CPU goes on
+    # These may differ; the device does if the CPU has gone on with a run after a fault of the GPU.
+    free = {"RUN_DIR": "", "RUN_ID": "", "DEVICE": ""}
     begun = recorded_constants(run_dir)
     if begun is not None and constants | begun | free != constants | free:
         raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
@@ -284,17 +283,13 @@ def load_state(trainer, run):
     try:
         trainer.check_state(run.state)
         trainer.load_state_dict(run.state)
-    except (
-        Exception
-    ) as error:  # a value of the right type may still be none of a game, or of another library's generator
+    except Exception as error:  # games and other libraries' generators refuse values in ways of their own
         if out_of_memory(error):
             raise
         line = f"{run.directory}: does not fit this program ({one_line(error)}); resume another run"
         raise CheckpointError(line) from None
-    run_id = run.state.get("run_id")
-    trainer.metadata["run_id"] = (
-        run_id if isinstance(run_id, str) else None
-    )  # None in runs that are older than this number
+    run_id = run.state.get("run_id")  # older versions gave a run no number
+    trainer.metadata["run_id"] = run_id if isinstance(run_id, str) else None
     if trainer.global_step >= trainer.num_steps and not trainer.pending:
         done = f"{run.directory} has done {trainer.global_step:,} steps already"
         raise CommandLineError(f"{done}; to go on, give a larger --num_steps")
