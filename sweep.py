@@ -247,8 +247,11 @@ class Sweep:
         say(f"{ended} ended, {here} running here, {elsewhere} elsewhere, {left} to begin")
         for run in self.running:
             rows = self.report(run)
-            if scores := scores_of(rows):
-                say(f"    {run.directory.name}: {rows[-1]['global_step']:,} steps, score {scores[-1]:.5g}")
+            if rows:
+                scores = scores_of(rows)
+                score = f", score {scores[-1]:.5g}" if scores else ""
+                minutes = rows[-1]["seconds"] / 60
+                say(f"    {run.directory.name}: {rows[-1]['global_step']:,} steps in {minutes:.1f} minutes{score}")
 
     def prune(self):
         """Stop the runs whose scores are below the median of the others."""
@@ -318,7 +321,7 @@ def read_grid(words, training):
         if word.startswith("--"):
             name = word[2:].upper()
             if name not in training.constants or name == "RUN_DIR":
-                names = ", ".join(map(str.lower, training.constants))
+                names = ", ".join(name.lower() for name in training.constants if name != "RUN_DIR")
                 raise CommandLineError(f"{word}: is no constant to search; those are {names}")
             grid[name] = []
         elif name is None:
@@ -356,7 +359,7 @@ def check_runs(training, out, grid):
 
 def read_command_line(argv):
     """Return the options of a sweep, its training, and the values of its constants. Raises CommandLineError."""
-    parser = Parser("sweep.py", __doc__)
+    parser = Parser("sweep.py", __doc__, "python sweep.py TRAINING [--constant value ...] [option ...]")
     parser.add_argument("training", choices=TRAININGS, metavar="TRAINING", help=", ".join(TRAININGS))
     parser.add_argument("--out", type=given_path, help="default runs/sweep/TRAINING")
     at_least_1 = within("[1, inf)")

@@ -328,7 +328,7 @@ def test_runs_without_hope_are_pruned(tmp_path, made_up, monkeypatch, capsys):
         assert len(made_up) == 6 and [row["best"] for row in table_of(tmp_path)] == 5 * ["6"] + ["1"]
     output = capsys.readouterr().out
     assert "5 ended, 1 running here, 0 elsewhere, 0 to begin" in output
-    assert "    min_lr=0.0,lr=0.6: 60 steps, score 1\n" in output
+    assert "    min_lr=0.0,lr=0.6: 60 steps in 6.0 minutes, score 1\n" in output
     assert "min_lr=0.0,lr=0.6 was stopped early: best 1, last 1, steps 60, minutes 6" in output
 
 
