@@ -205,7 +205,7 @@ def main(argv=()):
         write(unfinished, steps(), args, path, policy, meta)
     for number, info in enumerate(ended, 1):
         left = f"{info['bricks']} of 91 bricks left" if info["bricks"] else "the wall is cleared"
-        print(f"game {number}: {info['score']} points, {left}, {info['lives']} lives left")
+        print(f"game {number}: {info['score']} points, {left}, lives left: {info['lives']}")
     print(f"wrote {printable(args.out)} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
     return 0
 

@@ -407,11 +407,12 @@ def train_epoch(agent):
 def main(argv=()):
     """Train, resume or evaluate. Returns the exit status."""
     parser = Parser(f"-m algorithms.{NAME}", __doc__)
-    parser.add_argument("config", nargs="?", type=given_path, default="config.json")
+    config_help = "a JSON file (default: config.json)"
+    parser.add_argument("config", nargs="?", type=given_path, default="config.json", metavar="CONFIG", help=config_help)
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run's directory, or a checkpoint in it")
     where = "where the run's directory is made (default: here)"
     parser.add_argument("--directory", type=given_path, default=".", help=where)
-    parser.add_argument("--evaluate", type=given_path, nargs="?", const=SHIPPED, metavar="CHECKPOINT")
+    parser.add_argument("--evaluate", type=given_path, nargs="?", const=SHIPPED, metavar="RUN", help="print its score")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # small networks
     if args.evaluate is not None:

