@@ -4,8 +4,8 @@
 `BreakoutAsciiVec`, a Gymnasium VectorEnv for training. `to_text` and `to_image` show a page to people, and
 `python breakout_ascii.py` lets you play.
 
-Only the direction of the serves is random, and with `varied_starts` also where a ball is served and which bricks there
-are. All of this is drawn before a game starts; the rules themselves draw no random numbers.
+A game is random in the directions of its serves and, with `varied_starts`, in where balls are served and which bricks
+are missing. All of this is drawn before the game starts; the rules themselves draw no random numbers.
 """
 
 import functools
@@ -23,7 +23,7 @@ from gymnasium.vector.utils import batch_space
 CHARACTERS = " #|_=O\n"  # a page contains no others
 ROWS, COLUMNS = 24, 81  # the last column is the newline
 TOKENS = ROWS * COLUMNS  # 1944, the length of an observation
-RIGHT_WALL, FLOOR = 79, 23  # the other two walls are column 0 and row 0
+RIGHT_WALL, FLOOR = 79, 23  # a column and a row; the left wall is column 0, the ceiling row 0
 BRICK, BRICK_TOP, BRICK_ROWS, BRICK_COLUMNS = "|____|", 5, 7, 13
 BRICK_WIDTH = len(BRICK)
 PADDLE, PADDLE_ROW = "=======", 22
@@ -49,7 +49,7 @@ def codes(lines):
 SOLID = "#" * 80 + "\n"
 HOLLOW = "#" + " " * 78 + "#\n"
 EMPTY_PAGE = codes([SOLID] + [HOLLOW] * (ROWS - 2) + [SOLID])  # (24, 81)
-PADDLE_LINES = codes(  # (73, 81), the line for each paddle_x
+PADDLE_LINES = codes(  # (73, 81), the line for each paddle_x; 0 does not occur
     [("#" + " " * (x - 1) + PADDLE).ljust(79) + "#\n" for x in range(PADDLE_MAX + 1)]
 )
 
@@ -77,11 +77,10 @@ class Games:
         "bricks_left": (0, BRICK_ROWS * BRICK_COLUMNS),
         "serves": (-1, RIGHT_WALL),
     }
-    STATE = list(LIMITS)  # the pages can be drawn from these arrays
+    STATE = list(LIMITS)  # without the pages, which can be drawn from these arrays
 
-    xp = (
-        np  # the array library; a subclass for another one (fast/gpu_games.py) has its own `array`, `draw` and `redraw`
-    )
+    # The array library. A subclass for another one (fast/gpu_games.py) has its own `array`, `draw` and `redraw`.
+    xp = np
 
     def __init__(self, num_games):
         for name in ("ball_x", "ball_y", "dx", "dy", "paddle_x", "lives", "score", "elapsed", "bricks_left"):
@@ -116,8 +115,7 @@ class Games:
         self.draw(mask)
 
     def step(self, actions):
-        """Play one step of every game with actions (N,) of 0, 1, 2. Returns rewards, terminated, life_lost, each
-        (N,)."""
+        """Play one step of every game. Takes actions (N,), and returns rewards, terminated, life_lost, each (N,)."""
         old_x = self.ball_x
         old_y = self.ball_y
         self.elapsed = self.elapsed + 1
@@ -139,7 +137,7 @@ class Games:
         self.paddle_x = self.xp.clip(self.paddle_x + self.paddle_moves[actions], 1, PADDLE_MAX)
 
     def bounce_off_walls(self):
-        """A ball stays on the left, right or top wall for one step and turns round."""
+        """A ball that reaches the left, right or top wall is in the wall's cell for one step, and turns round."""
         where = self.xp.where
         left = self.ball_x <= 0
         right = self.ball_x >= RIGHT_WALL
@@ -150,7 +148,7 @@ class Games:
         self.dy = where(top, -self.dy, self.dy)
 
     def lose_balls(self, old_x, old_y):
-        """A ball at the floor costs a life: the next is served, or the last one stays in the cell from which it came.
+        """A ball at the floor costs a life, and the next is served. The last ball stays where it was before the step.
 
         Returns life_lost (N,).
         """
@@ -164,7 +162,8 @@ class Games:
     def serve(self, mask):
         """Serve the next ball where mask (N,) is true."""
         where = self.xp.where
-        serve = self.serves[self.index, (LIVES - self.lives) % LIVES]  # (N, 3)
+        number = (LIVES - self.lives) % LIVES  # valid also without lives, where nothing is served
+        serve = self.serves[self.index, number]  # (N, 3)
         self.ball_x = where(mask, serve[:, 0], self.ball_x)
         self.ball_y = where(mask, SERVE_ROW, self.ball_y)
         self.dx = where(mask, serve[:, 1], self.dx)
@@ -175,7 +174,7 @@ class Games:
         """The left four cells of a paddle send the ball up and left, the right three up and right."""
         where = self.xp.where
         offset = self.ball_x - self.paddle_x
-        # A game that has just ended may show its ball in the paddle's row, although the ball was lost.
+        # The last ball of a lost game may lie in the paddle's row, and must not bounce there.
         hit = (self.ball_y == PADDLE_ROW) & (offset >= 0) & (offset < len(PADDLE)) & (self.lives > 0)
         self.ball_y = where(hit, SERVE_ROW, self.ball_y)
         self.dy = where(hit, -1, self.dy)
@@ -189,7 +188,7 @@ class Games:
         row = self.ball_y - BRICK_TOP
         column = (self.ball_x - 1) // BRICK_WIDTH
         inside = (row >= 0) & (row < BRICK_ROWS) & (column >= 0) & (column < BRICK_COLUMNS)
-        # valid indices everywhere, also where `inside` is false
+        # The index must be valid also where the ball is not inside the wall.
         row = row % BRICK_ROWS
         column = column % BRICK_COLUMNS
         whole = self.bricks[self.index, row, column]
@@ -248,7 +247,7 @@ class Games:
         """Update the pages after a step, before which the balls were at old_x, old_y. brick: from `break_bricks`."""
         hit, row, column = brick
         game = np.flatnonzero(hit)
-        self.pages[self.index, old_y, old_x] = EMPTY_PAGE[old_y, old_x]  # no ball ever stands on a whole brick
+        self.pages[self.index, old_y, old_x] = EMPTY_PAGE[old_y, old_x]  # right, because a ball is never on a brick
         cells = 1 + BRICK_WIDTH * column[game, None] + np.arange(BRICK_WIDTH)
         self.pages[game[:, None], BRICK_TOP + row[game, None], cells] = ord(" ")
         self.pages[:, PADDLE_ROW] = PADDLE_LINES[self.paddle_x]
@@ -312,14 +311,14 @@ def check_options(options, known):
     if not isinstance(options, dict):
         raise ValueError(f'options must be None or {{"{known[0]}": ...}}; got {options!r}')
     if set(options) - set(known):
-        raise ValueError(f"reset has no options but {' and '.join(known)}; got {', '.join(map(repr, options))}")
+        raise ValueError(f"the options of reset are {' and '.join(known)}; got {', '.join(map(repr, options))}")
     return options
 
 
 def reset_mask(options, num_games):
-    """Return which games reset starts anew, (num_games,) bool: those of options["reset_mask"], or without it all.
+    """Return which games reset starts anew, (num_games,) bool: those in options["reset_mask"], or all without it.
 
-    Raises ValueError for anything else than such a mask.
+    Raises ValueError if the option is no such mask.
     """
     if options.get("reset_mask") is None:
         return np.ones(num_games, bool)
@@ -335,7 +334,7 @@ def reset_mask(options, num_games):
 def generators(seeds, num_games):
     """Return {game: NumPy generator} for a list of seeds, one for each game, as `BreakoutAscii` seeds itself.
 
-    A game whose seed is None is left out. Raises ValueError for anything else than such a list.
+    A game whose seed is None is left out. Raises ValueError if seeds is no such list.
     """
     listed = list(seeds) if np.iterable(seeds) else []
     if len(listed) != num_games or not all(map(is_seed, listed)):
@@ -346,7 +345,7 @@ def generators(seeds, num_games):
 
 
 def is_seed(x):
-    return x is None or is_whole(x) and x >= 0
+    return x is None or (is_whole(x) and x >= 0)
 
 
 def is_whole(x):
@@ -454,12 +453,14 @@ class BreakoutAsciiVec(VectorEnv):
 
     def _seed(self, seed, mask):
         """Seed the generator that all games share, or a generator for each game, where mask (N,) is true."""
-        if not is_seed(seed):
-            own = generators(seed, self.num_envs)
-            self.seeded |= {game: own[game] for game in own if mask[game]}
-        elif seed is not None:
+        if seed is None:
+            return
+        if is_seed(seed):
             super().reset(seed=int(seed))
             self.seeded = {game: own for game, own in self.seeded.items() if not mask[game]}
+        else:
+            own = generators(seed, self.num_envs)
+            self.seeded |= {game: own[game] for game in own if mask[game]}
 
     def step(self, actions):
         """Play one step of every game. Raises ResetNeeded before the first reset, ValueError for a bad action."""
@@ -472,7 +473,7 @@ class BreakoutAsciiVec(VectorEnv):
         if done.any():
             infos = self._final(life_lost, done)
             self._new_games(done)
-            life_lost &= ~done
+            life_lost &= ~done  # from here on about the new games
         infos |= self._infos(life_lost, mask=np.ones(self.num_envs, bool))
         return self.observation(), rewards.astype(float), terminated, truncated, infos
 
@@ -535,7 +536,7 @@ class BreakoutAsciiVec(VectorEnv):
     def _new_games(self, mask, serves=None):
         """Start new games where mask (N,) is true, with these serves (N, 5, 3) or, for None, with random ones."""
         drawn_serves, bricks = new_games(self.random_numbers(mask), self.varied_starts)
-        row = np.cumsum(mask) - 1  # of each new game among those that were drawn; meaningless for the other games
+        row = np.cumsum(mask) - 1  # where a new game is in the arrays that were drawn; unused for the other games
         self.games.reset(mask, drawn_serves[row] if serves is None else serves, bricks[row])
 
     def random_numbers(self, mask):
@@ -548,8 +549,7 @@ class BreakoutAsciiVec(VectorEnv):
         return numbers
 
     def _infos(self, life_lost, mask):
-        """Return Gymnasium's form of infos: four arrays (N,) that are zero where mask (N,) is false, and a mask for
-        each."""
+        """Return infos as Gymnasium wants them: each array (N,) is zero where mask (N,) is false, and has a mask."""
         games = self.games
         values = {"score": games.score, "lives": games.lives, "bricks": games.bricks_left, "life_lost": life_lost}
         infos = {}
@@ -591,8 +591,7 @@ class BreakoutAscii(gym.Env):
         self._playing = False
 
     def reset(self, *, seed=None, options=None):
-        """Start a game. Returns observation and info. options={"serves": (5,) of -1 and +1} fixes the dx of its
-        serves."""
+        """Start a game. options={"serves": (5,) of -1 and +1} fixes the dx of its serves. Returns observation, info."""
         serves = fixed_serves(check_options(options, ("serves",)), 1)
         super().reset(seed=seed)
         drawn_serves, bricks = new_games(draw_numbers(self.np_random, 1))
@@ -604,8 +603,7 @@ class BreakoutAscii(gym.Env):
         return self._observation(), self._info(life_lost=False)
 
     def step(self, action):
-        """Play one step. Raises ResetNeeded before the first reset and after the end of a game, ValueError for a bad
-        action."""
+        """Play one step. Raises ResetNeeded if no game is going on, and ValueError for a bad action."""
         if not self._playing:
             raise ResetNeeded("call reset() first: no game has started, or the last one is over")
         rewards, terminated, life_lost = self.games.step(check_actions(action, ())[None])
@@ -636,7 +634,7 @@ class BreakoutAscii(gym.Env):
 
 
 def check_tokens(tokens, dimensions):
-    """Return tokens as an array. Raises ValueError unless its last axis is a page, with a page's characters."""
+    """Return tokens as an array of one of these numbers of dimensions. Raises ValueError unless they are pages."""
     tokens = np.asarray(tokens)
     if tokens.ndim not in dimensions or tokens.shape[-1] != TOKENS:
         expected = " or ".join({1: f"({TOKENS},)", 2: f"(B, {TOKENS})"}[n] for n in dimensions)
@@ -669,13 +667,13 @@ def to_image(tokens):
 
 @functools.cache
 def glyphs():
-    """Return the `glyph_atlas` of the game, in which solid things stand on a darker shade of their own colour."""
+    """Return the `glyph_atlas` of the game. Behind every character but the ball is a darker shade of its colour."""
     from viewer.drawing import glyph_atlas
 
     ink, paper = np.zeros((2, ROWS, 128, 3), np.uint8)
     for character, colour in COLOURS.items():
         ink[:, ord(character)] = colour
-    for character in BRICK.strip():
+    for character in BRICK:
         ink[BRICK_TOP : BRICK_TOP + BRICK_ROWS, ord(character)] = BRICK_COLOURS
     paper[:] = ink // 4
     paper[:, ord("O")] = 0
@@ -690,7 +688,7 @@ def rendered(tokens, mode):
 
 
 def untimed(**kwargs):
-    """Return a game for gym.make, without a limit of its own, because gym.make adds one (TimeLimit)."""
+    """Return a game for gym.make, which itself adds the limit on the steps (TimeLimit)."""
     return BreakoutAscii(max_episode_steps=None, **kwargs)
 
 

@@ -1,13 +1,15 @@
 """A GPT that reads a page of text and answers from its last position.
 
-The blocks are nanoGPT's: pre-LayerNorm, causal self-attention, GELU MLP. Four things differ. Only the last position is
-read. Heads for the policy, the value and a prediction take the place of one for the next token. A position is a row
-plus a column, so what is learned about a column holds in every row. And the weights start large enough for attention to
-find one character among 1944.
+The blocks are nanoGPT's: pre-LayerNorm, causal self-attention, GELU MLP. Four things differ:
 
-Left out: dropout, biases inside the blocks, weight tying, generation of text. This is the whole model, and it is slow:
-every token goes through every block. Up to rounding, fast/ computes the same: one layer thousands of times faster, six
-layers about twice.
+- Only the last position is read.
+- Instead of a head for the next token there are heads for the policy, the value and a prediction.
+- A position's embedding is the sum of a row's and a column's, so what is learned about a column holds in every row.
+- The initial weights are large enough for attention to find one character among 1944.
+
+Left out: dropout, biases inside the blocks, weight tying, generation of text. This is the whole model, and it is slow,
+because every token goes through every block. fast/ computes the same up to rounding, one layer thousands of times
+faster, six layers about twice as fast.
 """
 
 import math
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS
 
 UNKNOWN = len(CHARACTERS)
-CHARACTER_OF = torch.full((256,), UNKNOWN, dtype=torch.uint8)  # for each token, an ASCII code, its index in CHARACTERS
+CHARACTER_OF = torch.full((256,), UNKNOWN, dtype=torch.uint8)  # maps an ASCII code to its index in CHARACTERS
 CHARACTER_OF[list(CHARACTERS.encode())] = torch.arange(len(CHARACTERS), dtype=torch.uint8)
 
 
@@ -111,44 +113,38 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialise the weights large enough to see. With nanoGPT's std of 0.02 attention would be uniform, and
-        give the ball a weight of 1 in 1944."""
+        """Initialise the weights. With nanoGPT's std of 0.02 attention would be uniform: 1/1944 for the ball."""
         C = self.config.n_embd
         nn.init.normal_(self.wte.weight)
         self.wre.weight.copy_(sinusoids(ROWS, C))
-        self.wce.weight.copy_(sinusoids(COLUMNS, C).roll(C // 2, dims=1))  # the other half of the dimensions
+        self.wce.weight.copy_(sinusoids(COLUMNS, C).roll(C // 2, dims=1))  # in the other half of the dimensions
         for block in self.blocks:
-            # The attention scores of two characters differ by about ten nats; values keep their variance.
-            nn.init.normal_(block.attn.c_attn.weight[: 2 * C], std=3 / math.sqrt(C))
-            for weight in (
-                block.attn.c_attn.weight[2 * C :],
-                block.attn.c_proj.weight,
-                block.mlp.c_fc.weight,
-                block.mlp.c_proj.weight,
-            ):
-                nn.init.normal_(weight, std=1 / math.sqrt(weight.size(1)))
+            query_key, value = block.attn.c_attn.weight.split([2 * C, C])
+            nn.init.normal_(query_key, std=3 / math.sqrt(C))  # attention scores then differ by about ten
+            for weight in (value, block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight):
+                nn.init.normal_(weight, std=1 / math.sqrt(weight.size(1)))  # which keeps the variance
         for head, gain in ((self.policy_head, 0.01), (self.value_head, 1.0), (self.change_head, 0.1)):
             nn.init.normal_(head.weight, std=gain / math.sqrt(C))
             nn.init.zeros_(head.bias)
 
     def forward(self, tokens):
-        """Return action logits (B, A) and values (B,), float32, for tokens (B, 1944) uint8. Raises ValueError like
-        `encode`."""
+        """Return action logits (B, A) and values (B,), float32, for tokens (B, 1944), which `encode` checks."""
         return self.heads(self.features(self.encode(tokens)))
 
     def encode(self, tokens):
-        """Return the characters (B, 1944) uint8, 0..6, of tokens (B, 1944) uint8, ASCII codes in a tensor or an array.
+        """Turn tokens, which are ASCII codes, into indices in CHARACTERS, (B, 1944) uint8.
 
-        Raises ValueError for another shape or dtype, and for a token that is not in the character set.
+        tokens: (B, 1944) uint8, a tensor or an array. Raises ValueError for others, and for an unknown character.
         """
         check_pages(tokens)
         tokens = torch.as_tensor(tokens, device=self.device)
         characters = self.character_of[tokens.int()]
-        if (unknown := characters == UNKNOWN).any():
+        unknown = characters == UNKNOWN
+        if unknown.any():
             page, place = unknown.nonzero()[0].tolist()
             code = int(tokens[page, place])
-            where = f"of page {page}, position {place},"
-            raise ValueError(f"token {code} ({chr(code)!r}) {where} is not in the character set {CHARACTERS!r}")
+            token = f"token {code} ({chr(code)!r}) of page {page}, position {place},"
+            raise ValueError(f"{token} is not in the character set {CHARACTERS!r}")
         return characters
 
     def features(self, characters):
@@ -172,12 +168,14 @@ class GPT(nn.Module):
         return self.policy_head(features), self.value_head(features).squeeze(-1)
 
     def prepare_minibatches(self, characters):
-        """Prepare the characters (K, B, 1944) of K minibatches for `features`."""
+        """Prepare the characters (K, B, 1944) of K minibatches for `features`. Here nothing need be done."""
         return characters
 
     def inference_function(self):
-        """Return a function from encoded pages to logits and values, without gradients, valid until the weights
-        change."""
+        """Return a function that computes logits and values of encoded pages, without gradients.
+
+        It is valid until the weights change.
+        """
 
         @torch.no_grad()
         def act(characters):
@@ -186,8 +184,7 @@ class GPT(nn.Module):
         return act
 
     def changes(self, tokens, next_tokens):
-        """Return which rows and columns of pages (B, 1944) differ from the next pages, (B, 24 + 81) bool, for
-        change_head."""
+        """Return what change_head predicts: which rows and columns differ in the next pages, (B, 24 + 81) bool."""
         changed = (tokens != next_tokens).unflatten(1, (ROWS, COLUMNS))
         return torch.cat([changed.any(2), changed.any(1)], dim=1)
 

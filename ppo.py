@@ -3,9 +3,8 @@
 It trains any policy with discrete actions (see `Policy`) on any Gymnasium vector env with SAME_STEP autoreset. Left
 out: recurrent policies, continuous actions and observation normalisation.
 
-The two steps that repeat, `rollout_step` and `train_step`, take no arguments. They read and write tensors that keep
-their addresses, so that they run as they stand on any device, and a GPU can record them as CUDA graphs
-(fast/cuda_graphs.py).
+The two steps that repeat, `rollout_step` and `train_step`, take no arguments and return nothing. They read and write
+tensors that keep their addresses, so that a GPU can record them as CUDA graphs (fast/cuda_graphs.py).
 """
 
 import math
@@ -24,27 +23,20 @@ from harness.supervise import StopTraining
 from rollout_buffer import RolloutBuffer
 from trainer import Trainer, check_finite
 
-# --- losses -----------------------------------------------------------------------------------------------------------
+# --- losses: each returns a scalar tensor, and statistics as a dict of tensors ---------------------------------------
 
 
 def k3(log_ratio):
-    """Estimate KL(p, q) at each sample of p, from log q - log p (http://joschu.net/blog/kl-approx.html).
-
-    The estimate is never negative.
-    For a small x, exp(x) - 1 is rounded to a multiple of float32's 6e-8, and x^2 / 2 may be less than that; expm1(x) is
-    exact.
-    """
-    return log_ratio.expm1() - log_ratio
+    """Estimate KL(p, q) at each sample of p, from log q - log p (http://joschu.net/blog/kl-approx.html)."""
+    return log_ratio.expm1() - log_ratio  # never negative; exp(x) - 1 would be too coarse for a small x
 
 
 def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
-    """The negative clipped surrogate objective (Schulman et al. 2017, equation 7).
+    """Return the negative clipped surrogate objective (Schulman et al. 2017, equation 7), and statistics.
 
     Args:
         new_logprobs, old_logprobs: (M,) log-probabilities of the actions taken.
         advantages: (M,) normalised.
-
-    Returns the loss and a dict of statistics, tensors.
     """
     log_ratio = new_logprobs - old_logprobs
     ratio = log_ratio.exp()
@@ -57,12 +49,10 @@ def policy_loss(new_logprobs, old_logprobs, advantages, eps_clip):
 
 
 def value_loss(new_values, old_values, returns, value_clip=0.0):
-    """Half the mean squared error of the values; all arguments (M,).
+    """Return half the mean squared error of the values, and statistics. All arguments are (M,).
 
-    With value_clip > 0, a second error is that of the new value held within value_clip of the old one, in units of the
-    scaled return, and each sample counts with the larger of the two.
-
-    Returns the loss and a dict of statistics, tensors.
+    With value_clip > 0, each sample counts with the larger of two errors: its own, and what it would be if the new
+    value were at most value_clip away from the old one.
     """
     errors = (new_values - returns) ** 2
     if value_clip > 0:
@@ -73,30 +63,25 @@ def value_loss(new_values, old_values, returns, value_clip=0.0):
 
 
 def entropy_loss(all_logprobs):
-    """The negative mean entropy of the action distributions in nats, and a dict of statistics; all_logprobs (M, A)."""
+    """Return the negative mean entropy of the action distributions (M, A) in nats, and statistics."""
     entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
     return -entropy, {"entropy": entropy.detach()}
 
 
 def move_loss(all_logprobs):
-    """The mean probability of moving, that is of any action but the first. Also a dict of statistics.
-
-    all_logprobs: (M, A).
-    """
+    """Return the mean probability of moving, which is any action except the first, and statistics."""
     loss = 1 - all_logprobs[:, 0].exp().mean()
     return loss, {"move_loss": loss.detach()}
 
 
 def prediction_loss(logits, changes, has_next):
-    """The cross-entropy of predicting which parts of the observation change, summed over the parts and averaged over
-    the samples.
+    """Return the cross-entropy of predicting which parts of the observation change, and statistics.
+
+    It is summed over the parts and averaged over the samples.
 
     Args:
         logits, changes: (M, P), predicted and true.
-        has_next: (M,) bool. Where it is False, the next observation belongs to another episode and the sample counts as
-        0.
-
-    Returns the loss and a dict of statistics, tensors.
+        has_next: (M,) bool. A sample whose next observation belongs to another episode counts as 0.
     """
     errors = F.binary_cross_entropy_with_logits(logits, changes.to(logits.dtype), reduction="none").sum(1)
     loss = (errors * has_next).mean()
@@ -107,29 +92,27 @@ def prediction_loss(logits, changes, has_next):
 
 
 def explained_variance(values, returns):
-    """1 - Var(returns - values) / Var(returns), or nan if the returns do not vary."""
+    """Return 1 - Var(returns - values) / Var(returns), or nan if the returns do not vary."""
     variance = returns.var()
     return 1 - (returns - values).var() / variance if variance > 0 else torch.tensor(math.nan)
 
 
 def learning_rate(progress, lr, min_lr):
-    """The learning rate of an update: half a cosine that falls from lr, at progress 0, to min_lr, at progress 1.
+    """Return the learning rate of an update: half a cosine that falls from lr to min_lr.
 
-    progress is the share of the training's environment steps that were done before this update. The first update
-    therefore has lr, even if it is the only one. If K updates of equal length fill the training, the last has min_lr +
-    (lr - min_lr) * sin(pi / 2K)^2.
+    progress: the share of the training's environment steps that were done before this update; the first one has lr.
     """
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def gae_lambda(global_step, config):
-    """GAE's lambda, which rises linearly from lambd at the start to lambd_end at environment step lambd_steps."""
+    """Return GAE's lambda, which rises linearly from lambd at the start to lambd_end at step lambd_steps."""
     rise = min(global_step / config.lambd_steps, 1.0)
     return config.lambd + (config.lambd_end - config.lambd) * rise
 
 
 def lost_lives(infos):
-    """Where a life was lost in this step, (N,) bool, also if that ended the episode; False if the env has no lives."""
+    """Return where this step lost a life, (N,) bool, also if that ended the episode; False if an env has no lives."""
     return infos.get("life_lost", False) | infos.get("final_info", {}).get("life_lost", False)
 
 
@@ -137,8 +120,7 @@ def lost_lives(infos):
 
 
 class Policy(nn.Module):
-    """What PPO asks of a policy, with defaults. A subclass defines `forward(obs)`, which returns logits (B, A) and
-    values (B,).
+    """Defines what PPO asks of a policy. A subclass adds `forward(obs)`, which returns logits (B, A) and values (B,).
 
     To collect, PPO calls `inference_function()(encode(obs))`. The rollout buffer keeps the encoded observations, and the
     loss calls `heads(features(encoded))`. By default an observation passes unchanged through `encode` and `features`,
@@ -170,33 +152,11 @@ class Policy(nn.Module):
         return torch.no_grad()(self.forward)
 
 
-class EnvCapabilities:
-    """What PPO uses of a vector env beyond Gymnasium's API, and what it does if the env lacks it.
-
-    on_device: whether `step` takes and returns tensors on the policy's device. Such an env truncates episodes in
-    `start_rollout`.
-    has_pairs: whether the env has `pair()` and `in_sync()`, as BreakoutAsciiVec has.
-    """
-
-    def __init__(self, env):
-        self.env = env
-        self.on_device = getattr(env, "on_device", False)
-        self.has_pairs = hasattr(env, "pair")
-
-    def start_rollout(self, steps):
-        """Let the env prepare its next steps. Returns observations and which episodes it truncated (N,), or None."""
-        return self.env.start_rollout(steps) if hasattr(self.env, "start_rollout") else None
-
-    def state_dict(self):
-        """What the env needs to go on bit for bit (it then has `load_state_dict` too), or None."""
-        return self.env.state_dict() if hasattr(self.env, "state_dict") else None
-
-
 class EagerRunner:
-    """Runs PPO's functions as they stand.
+    """Calls PPO's functions as they are.
 
-    PPO calls the functions that repeat through its runner. fast/gpu_training.py has another runner, which compiles and
-    records them.
+    PPO calls the functions that repeat through its runner, because that of fast/gpu_training.py compiles and records
+    them.
     """
 
     def attach(self, ppo):
@@ -218,7 +178,7 @@ class EagerRunner:
 
 @dataclass
 class PPOConfig:
-    """The constants of train_ppo.py that concern PPO; it explains each. What has a default here is off or neutral."""
+    """Holds the constants of PPO, which train_ppo.py explains. A default here switches something off."""
 
     num_steps: int
     rollout_steps: int
@@ -243,11 +203,10 @@ class PPOConfig:
 
 
 def flatten_parameters(policy):
-    """Make one vector of the policy's trained parameters, and return it as a parameter whose gradient is one vector
-    too.
+    """Return one parameter that holds all trained parameters of the policy in a vector.
 
-    The policy's own parameters and gradients become views of the two vectors. Norm, clipping and optimizer then take
-    one kernel each instead of one per parameter. Clear gradients by `weights.grad.zero_()`, because after
+    The policy's own parameters and gradients become views of it and its gradient. Norm, clipping and optimizer then
+    take one kernel each instead of one per parameter. Clear gradients by `weights.grad.zero_()`, because after
     `policy.zero_grad()` a backward pass would write gradients outside the vector.
     """
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -264,50 +223,57 @@ def flatten_parameters(policy):
 
 
 class PPO(Trainer):
-    """`learn()` trains a policy on a vector env."""
+    """Trains a policy on a vector env, by `learn()`.
+
+    An env may have more than Gymnasium asks for:
+
+    state_dict(), load_state_dict(state)   to resume a run bit for bit
+    pair(), in_sync()                      for paired_envs, as in BreakoutAsciiVec
+    on_device = True                       its `step` takes and returns tensors on the policy's device
+    start_rollout(steps)                   prepares these steps; returns observations, and where it truncated episodes
+
+    Args:
+        policy: has what `Policy` has.
+        env: a Gymnasium vector env with SAME_STEP autoreset, or an env on the policy's device.
+        config: a `PPOConfig`.
+        callbacks, metadata: as in `Trainer`.
+        runner: by default an `EagerRunner`.
+    """
 
     def __init__(self, policy, env, config, callbacks=(), metadata=None, runner=None):
-        """
-        Args:
-            policy: has what `Policy` has.
-            env: a Gymnasium vector env with SAME_STEP autoreset, or an env on the policy's device (`EnvCapabilities`).
-            config: a `PPOConfig`.
-            callbacks: watch the training (callbacks.py).
-            metadata: plain values that go into every checkpoint.
-            runner: by default an `EagerRunner`.
-        """
         super().__init__(policy, callbacks, metadata)
         self.env = env
         self.config = config
-        self.env_can = EnvCapabilities(env)
-        if not self.env_can.on_device and env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+        self.on_device = getattr(env, "on_device", False)
+        if not self.on_device and env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
             raise ValueError(
                 "PPO needs a vector env that resets in the step that ends an episode: AutoresetMode.SAME_STEP"
             )
-        if config.paired_envs and not self.env_can.has_pairs:
+        if config.paired_envs and not hasattr(env, "pair"):
             raise ValueError("paired_envs needs an env with the methods pair() and in_sync(); set it to False")
         self.device = next(policy.parameters()).device
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.seed = config.seed + 100_003 * self.rank  # every rank plays its own games
         self.weights = flatten_parameters(policy)
         if self.ranks > 1:
             dist.broadcast(self.weights.detach(), 0)
-        # A tensor, so that a CUDA graph sees it change. CUDA's kernel needs float32.
+        # The learning rate is a tensor, so that a CUDA graph sees it change. Adam on CUDA needs float32.
         dtype = torch.float32 if self.device.type == "cuda" else torch.float64
         self.lr = torch.tensor(config.lr, dtype=dtype, device=self.device)
         self.optimizer = torch.optim.Adam([self.weights], lr=self.lr, eps=1e-5, fused=True)
-        self.generator = torch.Generator()  # of actions and minibatches
+        self.generator = torch.Generator()  # for actions and minibatches
         self.buffer = RolloutBuffer(config.rollout_steps, env.num_envs, self.device)
-        self.reset(config.seed + 100_003 * self.rank)  # every rank plays its own games
+        self.reset(self.seed)
         self.noise = torch.zeros(config.rollout_steps, env.num_envs, env.single_action_space.n, device=self.device)
         self.in_sync = torch.zeros(env.num_envs // 2, dtype=torch.bool, device=self.device)
         self.stat_names = []
-        self.step_stats = None  # (gradient steps of an epoch, statistics); keeps its address, for CUDA graphs
+        self.step_stats = None  # (gradient steps of an epoch, statistics), at a fixed address for CUDA graphs
         self.episode_returns = deque(maxlen=100)  # of the last episodes that ended
         self.runner = runner or EagerRunner()
         self.runner.attach(self)
 
     def reset(self, seed):
-        """Start new episodes and new random numbers."""
+        """Start new episodes, and seed the random numbers."""
         self.generator.manual_seed(seed)
         obs, _ = self.env.reset(seed=seed)
         self.obs = torch.as_tensor(obs, device=self.device).clone()
@@ -319,7 +285,7 @@ class PPO(Trainer):
 
     @property
     def samples_per_update(self):
-        """Of all ranks together."""
+        """The environment steps of an update, of all ranks together."""
         return self.config.rollout_steps * self.env.num_envs * self.ranks
 
     def collect_and_update(self):
@@ -349,11 +315,10 @@ class PPO(Trainer):
         self.act = self.policy.inference_function()  # maps encoded observations to logits and values
         self.buffer.clear()
         S, N, A = self.noise.shape
-        # Drawn step by step, so that a seed gives the same actions as torch.multinomial
+        # Drawn step by step, so that a seed gives the same actions as torch.multinomial would
         self.noise.copy_(torch.stack([torch.empty(N, A).exponential_(generator=self.generator) for _ in range(S)]))
-        started = self.env_can.start_rollout(S)
-        if started is not None:
-            obs, truncated = started
+        if hasattr(self.env, "start_rollout"):
+            obs, truncated = self.env.start_rollout(S)
             self.obs.copy_(obs)
             self.end_episodes(truncated.cpu().numpy())
         if self.config.paired_envs:
@@ -372,13 +337,12 @@ class PPO(Trainer):
         encoded = self.policy.encode(self.obs)
         logits, values = self.act(encoded)
         all_logprobs = F.log_softmax(logits, dim=-1)  # (N, A)
-        # With noise E ~ Exp(1) the argmax of p / E is a sample from p, as in torch.multinomial. Here E was drawn in
-        # advance.
+        # If E ~ Exp(1), argmax(p / E) is a sample from p. torch.multinomial does the same, but draws E when called.
         actions = (all_logprobs.exp() / self.noise.index_select(0, self.buffer.position)[0]).argmax(-1)
-        env_actions = actions if self.env_can.on_device else actions.cpu().numpy()
+        env_actions = actions if self.on_device else actions.cpu().numpy()
         next_obs, rewards, terminated, truncated, infos = self.env.step(env_actions)
         final_values = torch.zeros_like(values)
-        # an env on the device has none, so any() never makes the host wait
+        # An env on the device has no final_obs, so any() never makes the host wait for the GPU.
         if "final_obs" in infos and truncated.any():
             final_obs = np.stack(infos["final_obs"][truncated])
             check_finite(f"in update {self.update_count + 1}", observations=final_obs)
@@ -394,8 +358,7 @@ class PPO(Trainer):
             logprobs=all_logprobs.gather(1, actions.unsqueeze(1)).squeeze(1),
             values=values,
             rewards=self.tensor(rewards).float(),
-            # A lost life ends the return as the end of an episode does, but the next observation still follows from
-            # this one
+            # A lost life ends the return as the end of an episode does, yet the next observation follows from this one.
             terminated=terminated | self.tensor(lost_lives(infos)),
             truncated=truncated,
             final_values=final_values,
@@ -408,19 +371,18 @@ class PPO(Trainer):
         return torch.as_tensor(x, device=self.device)
 
     def check_rollout(self, last_obs):
-        """Raise FloatingPointError, in all ranks if in one, unless everything in the rollout is finite."""
+        """Raise FloatingPointError unless everything in the rollout is finite. If one rank raises it, all do."""
         fields = self.buffer.fields
         quantities = {"rewards": fields["rewards"]}
-        if last_obs.is_floating_point():  # numbers of tokens or of lines are always finite
+        if last_obs.is_floating_point():  # encoded text is integers
             quantities["observations"] = torch.cat([*fields["obs"], last_obs])
         quantities |= {"logits": fields["logprobs"], "values": fields["values"]}
         for name, x in quantities.items():
-            # A mean is finite only if every number is. The mean over all ranks stops all of them: none waits for
-            # another.
+            # A mean is finite only if every number is. With the mean over all ranks, no rank goes on alone and waits.
             check_finite(f"in update {self.update_count + 1}", **{name: self.average(x.double().mean())})
 
     def record_episode_returns(self):
-        """Record the episodes that ended in the rollout: undiscounted returns, in the environment's own rewards."""
+        """Record the undiscounted, unscaled returns of the episodes that ended in the rollout."""
         rewards_of_steps = self.buffer.fields["rewards"].cpu().numpy()
         has_next_of_steps = self.buffer.fields["has_next"].cpu().numpy()
         for rewards, has_next in zip(rewards_of_steps, has_next_of_steps):
@@ -436,15 +398,15 @@ class PPO(Trainer):
     def update(self):
         """Train on the rollout for `epochs` passes. Raises FloatingPointError.
 
-        Returns a dict of floats. Statistics of the gradient steps are means over all steps and ranks, except the
-        largest KL divergence. Statistics of the rollout and its episodes are those of this rank.
+        Returns a dict of floats: means over all gradient steps and ranks, the largest KL divergence of a step, and
+        statistics of this rank's rollout and episodes.
         """
         config = self.config
         self.lr.fill_(learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr))
-        # (gradient steps, statistics)
-        step_stats = self.average(torch.cat([self.epoch() for _ in range(config.epochs)]))
+        step_stats = torch.cat([self.epoch() for _ in range(config.epochs)])  # (gradient steps, statistics)
+        self.average(step_stats)
         self.check_step_stats(step_stats)
-        # Only now, because learning rate and lambda depend on the steps before this update
+        # These advance only now, because learning rate and lambda depend on the steps before this update.
         self.update_count += 1
         self.global_step += self.samples_per_update
         stats = dict(zip(self.stat_names, step_stats.mean(0).tolist()))
@@ -459,13 +421,13 @@ class PPO(Trainer):
 
     def check_step_stats(self, step_stats):
         """Raise FloatingPointError unless all statistics are finite."""
-        # The first bad step says what went wrong: it spoils the weights for the steps after it
+        # The first bad step names the cause, because it spoils the weights for the steps after it.
         first_bad = step_stats[~step_stats.isfinite().all(1)][:1]
-        losses = [name != "grad_norm" for name in self.stat_names]
+        losses = [name != "grad_norm" for name in self.stat_names]  # if all of these are finite, the gradient is not
         check_finite(f"in update {self.update_count + 1}", loss=first_bad[:, losses], gradient=first_bad)
 
     def epoch(self):
-        """Train on every sample once. Returns the statistics of the gradient steps (gradient steps, statistics)."""
+        """Train on every sample once. Returns statistics (gradient steps, statistics)."""
         batch_size = self.config.batch_size // self.ranks
         self.buffer.shuffle(batch_size, self.generator, self.policy.group_size, self.policy.prepare_minibatches)
         self.normalize_advantages()
@@ -486,7 +448,7 @@ class PPO(Trainer):
         """Take one gradient step on the next minibatch."""
         loss, stats = self.runner.loss(self.buffer.next_minibatch())
         grad = self.weights.grad
-        grad.zero_()  # this and the clipping below save a third of a millisecond against torch's functions
+        grad.zero_()  # this and the clipping below take a third of a millisecond less than torch's functions
         loss.backward()
         self.average(grad)
         stats["grad_norm"] = grad.norm()
@@ -502,10 +464,7 @@ class PPO(Trainer):
         self.step_stats.index_copy_(0, self.buffer.minibatch_position - 1, row)
 
     def loss(self, mb, policy=None):
-        """The loss of a `Minibatch`, and a dict of its terms and of further statistics; tensors.
-
-        policy: by default the one that is trained.
-        """
+        """Return the loss of a `Minibatch`, and a dict of statistics; by default for the policy that is trained."""
         config = self.config
         policy = self.policy if policy is None else policy
         features = policy.features(mb.obs)
@@ -513,32 +472,30 @@ class PPO(Trainer):
         all_logprobs = F.log_softmax(logits, dim=-1)  # (M, A)
         new_logprobs = all_logprobs.gather(1, mb.actions.unsqueeze(1)).squeeze(1)
 
-        loss = 0.0
-        stats = {}
+        prediction = 0.0
+        prediction_stats = {}
         if config.prediction_coef:
-            term, info = prediction_loss(policy.change_head(features), mb.changes, mb.has_next)
-            loss = loss + config.prediction_coef * term
-            stats = stats | info
-        term, info = policy_loss(new_logprobs, mb.old_logprobs, mb.advantages, config.eps_clip)
-        loss = loss + term
-        stats = stats | info
-        term, info = value_loss(new_values, mb.old_values, mb.returns, config.value_clip)
-        loss = loss + config.value_loss_coef * term
-        stats = stats | info
-        term, info = entropy_loss(all_logprobs)
-        loss = loss + config.entropy_coef * term
-        stats = stats | info
-        term, info = move_loss(all_logprobs)
-        loss = loss + config.move_coef * term
-        stats = stats | info
-        term, info = self.further_loss(mb, all_logprobs)
-        return loss + term, stats | info
+            prediction, prediction_stats = prediction_loss(policy.change_head(features), mb.changes, mb.has_next)
+        surrogate, policy_stats = policy_loss(new_logprobs, mb.old_logprobs, mb.advantages, config.eps_clip)
+        error, value_stats = value_loss(new_values, mb.old_values, mb.returns, config.value_clip)
+        entropy, entropy_stats = entropy_loss(all_logprobs)
+        moves, move_stats = move_loss(all_logprobs)
+        further, further_stats = self.further_loss(mb, all_logprobs)
+        loss = (
+            config.prediction_coef * prediction
+            + surrogate
+            + config.value_loss_coef * error
+            + config.entropy_coef * entropy
+            + config.move_coef * moves
+            + further
+        )
+        return loss, prediction_stats | policy_stats | value_stats | entropy_stats | move_stats | further_stats
 
     def further_loss(self, mb, all_logprobs):
-        """A term that a subclass adds to the loss, and its statistics. all_logprobs: (M, A)."""
+        """Return a term that a subclass adds to the loss, and its statistics. all_logprobs: (M, A)."""
         return 0.0, {}
 
-    # Several ranks: under torchrun each plays its own games, and all learn from the mean of their gradients
+    # Several ranks: under torchrun each plays its own games, and all learn from the mean of their gradients.
 
     def average(self, tensor):
         """Replace the tensor by its mean over all ranks, and return it."""
@@ -548,8 +505,7 @@ class PPO(Trainer):
         return tensor
 
     def stop_together(self):
-        """Between two updates, a stop that was requested of one rank stops all, so that none waits for another's
-        gradient.
+        """Stop all ranks between two updates if one was asked to, so that none waits for another's gradient.
 
         A single rank stops sooner, at the next step or minibatch.
         """
@@ -563,30 +519,30 @@ class PPO(Trainer):
     # The state that a resumed run needs
 
     def state_dict(self):
-        """Everything that `learn` needs to go on. Refers to tensors that it goes on changing; `to_plain` copies them."""
+        """Return everything that `learn` needs to go on. These are no copies: `learn` changes the tensors."""
         return self.training_state(
             optimizer=self.optimizer.state_dict(),
             generator=self.generator.get_state(),
-            env=self.env_can.state_dict(),
+            env=self.env.state_dict() if hasattr(self.env, "state_dict") else None,
             obs=self.obs,
             return_so_far=self.return_so_far,
             episode_returns=list(self.episode_returns),
         )
 
     def load_state_dict(self, state):
-        """Go on from a state_dict: bit for bit on the CPU if the env has a state_dict of its own.
+        """Go on from a state_dict, on the CPU bit for bit if the env has a state_dict too.
 
-        The state is that of rank 0. Other ranks start new games.
+        The state is rank 0's. Other ranks start new games.
         """
         self.load_training_state(state)
         load_optimizer(self.optimizer, state["optimizer"])
-        self.optimizer.param_groups[0]["lr"] = self.lr  # this tensor itself, not a copy
+        self.optimizer.param_groups[0]["lr"] = self.lr  # the tensor that `update` fills
         self.generator.set_state(state["generator"])
         if self.rank > 0:
-            self.reset(self.config.seed + 100_003 * self.rank + state["global_step"])
+            self.reset(self.seed + state["global_step"])
         elif state["env"] is not None:
             self.env.load_state_dict(to_numpy(state["env"]))
             self.obs.copy_(state["obs"])
             self.return_so_far = to_numpy(state["return_so_far"])
-            self.policy.encode(self.obs)  # raises ValueError if these are no observations
+            self.policy.encode(self.obs)  # raises ValueError unless these are observations
         self.episode_returns = deque(state["episode_returns"], maxlen=100)

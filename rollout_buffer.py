@@ -1,9 +1,10 @@
 """Stores a rollout of S steps of N environments, computes its advantages, and cuts it into minibatches.
 
-The tensors keep their addresses from rollout to rollout, and the position to be filled next is a tensor too, so that a
-CUDA graph can fill the buffer and read minibatches from it.
+The tensors keep their addresses from rollout to rollout, and the position of the next step is a tensor too. So a CUDA
+graph can fill the buffer and read minibatches from it.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -13,12 +14,12 @@ import torch
 def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lambd):
     """Compute advantages and returns by generalised advantage estimation (Schulman et al. 2016, equations 11 and 16).
 
-    Nothing follows a terminated step. Something follows a truncated step, and next_values has its value, but the next
-    row belongs to another episode; so the sum ends at both. A step that is both counts as terminated.
+    A terminated step does not bootstrap. A truncated step does, from the value of its final observation, but the next
+    row belongs to another episode. So the sum over later steps ends at both. A step that is both counts as terminated.
 
     Args:
         rewards, values: (S, N) float.
-        next_values: (S, N) float, the value of the observation after each step; after a truncation, of the final one.
+        next_values: (S, N) float, the value of the observation after each step, or of the final one if truncated.
         terminated, truncated: (S, N) bool.
 
     Returns:
@@ -37,10 +38,10 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lamb
 def paired_baseline(advantages, in_sync):
     """Subtract from each advantage a share of its partner's advantage, as a control variate (Glynn & Szechtman 2002).
 
-    The partner's advantage does not depend on this environment's action, so with a fixed share the expected policy
-    gradient is unchanged, but both contain the same error of the critic. The share that leaves the least mean square is
-    the (uncentred) correlation of the pairs, each taken in both orders. It is estimated on this rollout, which adds a
-    small bias, and is at least 0.
+    The partner's advantage does not depend on this environment's action, so subtracting a fixed share of it leaves the
+    expected policy gradient as it is. But both contain the same error of the critic, which it removes. The share c that
+    minimises the sum of (a - c b)^2 + (b - c a)^2 over all pairs a, b is their (uncentred) correlation. It is estimated
+    on this rollout, which adds a small bias, and is at least 0.
 
     Args:
         advantages: (S, N); environments i and N / 2 + i started the rollout in the same state and went on
@@ -58,23 +59,23 @@ def paired_baseline(advantages, in_sync):
 
 
 def random_order(obs, group_size, generator):
-    """Return a random order of encoded observations (n, ...), (n,) int64 on the CPU.
+    """Return a random order of n encoded observations, (n,) int64 on the CPU.
 
     With group_size > 1, observations (n, K) are sorted lexicographically and cut into groups of that size, and the
-    order of the groups is random. Neighbours then begin alike and can share work, yet a minibatch comes from all over
+    order of the groups is random. A group then begins alike and can share work, yet a minibatch comes from all over
     the rollout.
     """
     n = len(obs)
     if group_size == 1:
         return torch.randperm(n, generator=generator)
-    alike = torch.from_numpy(np.lexsort(obs.cpu().numpy().T[::-1]))
-    groups = torch.randperm(-(-n // group_size), generator=generator)
+    by_content = torch.from_numpy(np.lexsort(obs.cpu().numpy().T[::-1]))  # lexsort sorts by its last key first
+    groups = torch.randperm(math.ceil(n / group_size), generator=generator)
     order = (groups.unsqueeze(1) * group_size + torch.arange(group_size)).flatten()
-    return alike[order[order < n]]
+    return by_content[order[order < n]]
 
 
 class Minibatch(NamedTuple):
-    """M samples; also used for all samples of a rollout, and for K minibatches with a leading axis K."""
+    """Holds M samples: a minibatch, a whole rollout, or K minibatches with a leading axis K."""
 
     obs: torch.Tensor  # (M, ...) as the policy encoded them, or as its `prepare_minibatches` returned them
     actions: torch.Tensor  # (M,) int64
@@ -87,14 +88,17 @@ class Minibatch(NamedTuple):
 
 
 class RolloutBuffer:
-    """Holds one rollout: S calls of `add` fill it, `finish` computes the advantages, `shuffle` cuts it into
-    minibatches, and `next_minibatch` reads them."""
+    """Holds one rollout.
+
+    `add` fills it in S calls, `finish` computes the advantages, `shuffle` cuts it into minibatches, `next_minibatch`
+    reads them.
+    """
 
     def __init__(self, rollout_steps, num_envs, device="cpu"):
         self.rollout_steps = rollout_steps
         self.num_envs = num_envs
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the step to be added next
-        self.minibatch_position = torch.zeros(1, dtype=torch.int64, device=device)  # of the minibatch to be read next
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the next step
+        self.minibatch_position = torch.zeros(1, dtype=torch.int64, device=device)  # of the next minibatch
         self.fields = {}  # {name: tensor (S, N, ...)}
         self.samples = None  # `Minibatch` of all S * N, once finished
         self.minibatches = None  # `Minibatch` of K minibatches, once shuffled
@@ -111,7 +115,7 @@ class RolloutBuffer:
         obs, actions, logprobs, values, has_next  as in `Minibatch`
         rewards                                   in the environment's own units
         terminated, truncated                     as in `compute_gae`
-        final_values                              the values of the final observations, read only where truncated
+        final_values                              the values of the final observations; used only where truncated
         changes                                   only if the next observation is to be predicted
         in_sync                                   (N / 2,) as in `paired_baseline`, only if environments are paired
 
@@ -137,7 +141,7 @@ class RolloutBuffer:
         if filled != self.rollout_steps:
             raise RuntimeError(f"the rollout buffer holds {filled} of {self.rollout_steps} steps; add the rest first")
         f = self.fields
-        rewards = (f["rewards"].double() * reward_scale).float()
+        rewards = (f["rewards"].double() * reward_scale).float()  # rounded once: reward_scale is no float32
         following_values = torch.cat([f["values"][1:], last_values.unsqueeze(0)])
         next_values = torch.where(f["truncated"], f["final_values"], following_values)
         advantages, returns = compute_gae(
@@ -183,11 +187,11 @@ class RolloutBuffer:
         return minibatch
 
 
-# The following functions take tensors, or nested tuples of tensors.
+# The following functions take tensors or nested tuples of tensors, because `prepare_minibatches` may return a tuple.
 
 
 def copy_into(kept, new):
-    """Copy `new` into `kept`, whose addresses a CUDA graph knows, and return `kept`. If shapes differ, return `new`."""
+    """Copy `new` into `kept`, whose addresses a CUDA graph knows, and return it; or `new`, if the shapes differ."""
     if kept is None or shapes(kept) != shapes(new):
         return new
     for x, y in zip(kept, new):

@@ -1,6 +1,4 @@
-"""What every training has: counters, a clock, callbacks, evaluations, and a way to stop. See callbacks.py for who reads
-what.
-"""
+"""The loop that every training has: counters, a clock, callbacks, evaluations, and a way to stop."""
 
 import math
 import time
@@ -11,17 +9,15 @@ from harness.checkpoint import check_like, load_weights, to_plain
 from harness.supervise import InputNotFinite, StopTraining
 
 REMEDIES = {
-    "rewards": "mend what gives them, the environment or the reward's function or model",
-    "observations": "mend the environment",
+    "rewards": "check the environment, or the reward function or model",
+    "observations": "check the environment",
 }
 
 
 def check_finite(when, **quantities):
-    """Raise FloatingPointError for the first of these tensors, arrays or numbers that is not finite, and say what may
-    help.
+    """Raise FloatingPointError for the first of these tensors, arrays or numbers that is not finite.
 
-    List the quantities in the order in which one spoils the next, so that the error names the cause and not a
-    consequence.
+    List a cause before its consequences, so that the error names the cause. `when` says when it happened.
     """
     for name, x in quantities.items():
         if not torch.as_tensor(x).isfinite().all():
@@ -33,29 +29,32 @@ def check_finite(when, **quantities):
 
 
 class Trainer:
-    """The loop of a training.
+    """Runs the loop of a training.
 
     A subclass has `num_steps`, `state_dict()`, `load_state_dict()`, and `collect_and_update()`, which returns
     statistics and advances `global_step` and `update_count`.
+
+    Args:
+        callbacks: watch the training (callbacks.py).
+        metadata: plain values that go into every checkpoint.
     """
 
     def __init__(self, policy, callbacks=(), metadata=None):
-        """metadata: plain values that go into every checkpoint."""
         self.policy = policy
         self.callbacks = callbacks
         self.metadata = metadata or {}
         self.update_count = self.global_step = 0
         self.seconds = 0.0  # of training so far
         self.clock = time.perf_counter()  # when `seconds` was last updated
-        self.stats = {}  # of the last update
-        self.snapshot = None  # the state before the present update, from which an interrupted run goes on
+        self.stats = {}  # {name: float} of the last update, the same names in each
+        self.snapshot = None  # a copy of the state before this update, from which an interrupted run is resumed
         self.stop_requested = False
-        self.pending = []  # copies of policy_state() that a callback is evaluating
-        self.evaluated = None  # the last of them that was evaluated, with its "evaluation"
+        self.pending = []  # the policy states that are being evaluated
+        self.evaluated = None  # the policy state that was evaluated last, with its "evaluation"
         self.best_score = -math.inf
         self.is_best = False  # whether the last evaluation reached best_score
 
-    @torch.enable_grad()  # whatever a notebook has set
+    @torch.enable_grad()  # even if a notebook has disabled gradients
     def learn(self):
         """Train to the end.
 
@@ -77,11 +76,11 @@ class Trainer:
         self.emit("on_training_end")
 
     def keep_snapshot(self):
-        """Keep a copy of the present state. On the CPU it takes the memory of the copy before."""
+        """Keep a copy of the present state. On the CPU it takes over the memory of the previous copy."""
         state = self.state_dict()
-        pending = list(state.pop("evaluations"))  # these are copies already, which nobody changes
+        pending = list(state.pop("evaluations"))  # copies already, which nobody changes
         on_cpu = all(weights.device.type == "cpu" for weights in self.policy.parameters())
-        old = self.snapshot if on_cpu else None  # a GPU may fail while its tensors are copied
+        old = self.snapshot if on_cpu else None  # a GPU may fail in the middle, and then the previous copy is needed
         self.snapshot = to_plain(state, old) | {"evaluations": pending}
 
     def check_weights(self):
@@ -94,13 +93,13 @@ class Trainer:
             callback.hear(event, self)
 
     def tick(self):
-        """Update `seconds`: everything since `learn` started counts, also callbacks and waiting."""
+        """Update `seconds`. Everything since the start of `learn` counts, including callbacks and waiting."""
         now = time.perf_counter()
         self.seconds += now - self.clock
         self.clock = now
 
     def evaluation_end(self, state, evaluation):
-        """Take the result of evaluating `state`, an earlier policy_state(). The evaluation has at least a "score"."""
+        """Take the result of evaluating `state`, an earlier policy_state(): a dict with at least a "score"."""
         self.evaluated = state | {"evaluation": evaluation}
         self.is_best = evaluation["score"] > self.best_score
         self.best_score = max(self.best_score, evaluation["score"])
@@ -122,13 +121,11 @@ class Trainer:
         return {"update_count": self.update_count, "global_step": self.global_step, "seconds": self.seconds}
 
     def policy_state(self):
-        """A copy of what playing needs, on the CPU: weights, counters and metadata."""
+        """Return a copy of what playing needs, on the CPU: weights, counters and metadata."""
         return to_plain({**self.metadata, **self.counters(), "model": self.policy.state_dict()})
 
     def training_state(self, **more):
-        """What resuming any training needs, and `more`. Refers to tensors and arrays that the training goes on
-        changing.
-        """
+        """Return what resuming any training needs, and `more`. These are no copies: the training changes them."""
         return {
             **self.metadata,
             **self.counters(),
@@ -139,17 +136,15 @@ class Trainer:
         }
 
     def check_state(self, state):
-        """Raise ValueError, naming the place, unless `state`, from a file, is built as the state of this new trainer
-        is.
-        """
+        """Raise ValueError, naming the place, unless `state`, read from a file, has the structure of this trainer's."""
         own = to_plain(self.state_dict()) | {"evaluations": (self.policy_state(),)}
-        del own["optimizer"]  # it has no state before its first step; `load_optimizer` checks it
-        for name in self.metadata:  # of a file it is not used
+        del own["optimizer"]  # empty before the first step; `load_optimizer` checks it
+        for name in self.metadata:  # not read from the file
             del own[name], own["evaluations"][0][name]
         check_like(state, own)
 
     def load_training_state(self, state):
-        """Go on from what `training_state` returned, without `more`."""
+        """Load what `training_state` returned. The subclass loads `more`."""
         load_weights(self.policy, state["model"])
         self.pending = [saved | self.metadata for saved in state["evaluations"]]
         for name in ("update_count", "global_step", "seconds", "best_score"):

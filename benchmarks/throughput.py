@@ -329,7 +329,7 @@ def clocks(trainer, evaluation):
     buffer = trainer.buffer
     inner = []
     rollout = [("rollout", trainer, "collect")]  # its steps may be one CUDA graph, whose parts no clock can see
-    if not trainer.env_can.on_device:
+    if not trainer.on_device:
         rollout = [
             ("game", env, "step"),
             ("game", env, "pair"),

@@ -202,7 +202,7 @@ def test_a_signal_saves_whole_epochs(small, monkeypatch, signum, status):
 @pytest.mark.parametrize(
     "spoiled, message",
     [
-        ("reward_model", "the rewards are not finite in epoch 2; mend what gives them"),
+        ("reward_model", "the rewards are not finite in epoch 2; check the environment"),
         ("policy", "the logits are not finite in epoch 2; try a lower learning rate"),
         ("value", "the values are not finite in epoch 2; try a lower learning rate"),
     ],

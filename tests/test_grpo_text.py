@@ -710,7 +710,7 @@ def test_weights_and_biases_that_fail_end_no_training(monkeypatch, capsys, wandb
     [
         (
             lambda answer: math.nan,
-            "the rewards are not finite in step 1, for the answer .*; mend what gives them.*--resume [^ ]*run\n",
+            "the rewards are not finite in step 1, for the answer .*; check the environment.*--resume [^ ]*run\n",
         ),
         (lambda answer: math.inf, "the rewards are not finite in step 1"),
     ],

@@ -252,7 +252,7 @@ def spoil_weights(trainer, monkeypatch):
 def test_what_is_not_finite_is_named(module, small, result, tmp_path, monkeypatch, capsys):
     """No learning rate is advised for rewards; one is for what weights that are far too large lead to."""
     for spoil, message in (
-        (spoil_rewards, "the rewards are not finite in update 1; mend what gives them.*--resume [^ ]*spoil_rewards\n"),
+        (spoil_rewards, "the rewards are not finite in update 1; check the environment.*--resume [^ ]*spoil_rewards\n"),
         (spoil_weights, f"the {result} not finite in update 1; try a lower learning rate.*--lr"),
     ):
 
@@ -278,7 +278,7 @@ def test_observations_that_are_not_finite_are_named(module):
         return obs * np.float32(math.nan), *rest
 
     envs.step = spoiled
-    message = "the observations are not finite in update 1; mend the environment"
+    message = "the observations are not finite in update 1; check the environment"
     with pytest.raises(FloatingPointError, match=message):
         trainer.collect_and_update()
     if module is ppo_lunarlander:  # one that an episode ends with, at its time limit, is in no rollout

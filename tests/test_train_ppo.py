@@ -318,7 +318,7 @@ def test_a_reward_that_is_not_finite_ends_the_training(tmp_path, monkeypatch, ca
     monkeypatch.setattr(train_ppo.BreakoutAsciiVec, "step", spoiled)
     assert run(tmp_path, "run", "--paired_envs", "false") == 1
     printed = capsys.readouterr().err
-    assert re.search("the rewards are not finite in update 3; mend what gives them.*--resume .*run\n", printed)
+    assert re.search("the rewards are not finite in update 3; check the environment.*--resume .*run\n", printed)
     assert "--lr" not in printed
     assert load_checkpoint(tmp_path / "run")["update_count"] == 2
 
