@@ -1,21 +1,8 @@
-"""What watches a training: evaluation, progress, metrics.csv, TensorBoard, the learning curve, checkpoints.
+"""Watches a training: evaluation, progress, metrics.csv, TensorBoard, the learning curve, checkpoints.
 
-A trainer is anything that has this, most of which `Trainer` brings (trainer.py):
-
-    num_steps global_step update_count seconds  counters; seconds of training so far
-    stats                                       {name: float} of the last update, the same names in each; every one
-                                                becomes a column and a curve
-    evaluated best_score is_best                the last evaluated policy_state(), with its "evaluation", which has at
-                                                least a "score"
-    pending                                     the policy states that are being evaluated
-    policy_state()                              a copy of what playing needs, in plain types and tensors
-    keep_snapshot() snapshot                    makes a copy of what resuming needs; the last such copy
-    evaluation_end(state, evaluation)           takes the result of an evaluation, and emits on_evaluation_end
-    check_stop()                                raises StopTraining if somebody asked for it
-
-The trainer tells every callback of each event, in the order of its list, and `train` (harness/supervise.py) closes them
-at the end. No callback changes what is learned, and one that only draws, logs or prints never ends a training: any
-error becomes a warning. `Evaluation` and `Checkpoints` may end it.
+A `Trainer` (trainer.py) tells its callbacks of each event, in the order of its list, and `train` (harness/supervise.py)
+closes them at the end. No callback changes what is learned. An error in one that only draws, logs or prints becomes a
+warning; one in `RunDirectory`, `Evaluation` or `Checkpoints` ends the training.
 
 The order of the list matters. `Evaluation` comes before the callbacks that report, so that they hear of a result before
 they hear of the update that waited for it. `MetricsCSV` comes before `LearningCurve`, which draws its file, and before
@@ -52,12 +39,11 @@ PLAIN_INTERVAL = 10  # seconds between progress lines where no bar can be drawn
 class Callback:
     """Ignores every event; a subclass overrides the methods of those that it needs."""
 
-    cost = ""  # what is lost if it fails, for the warning; "" if a failure ends the training
-    warnings = ()  # those that have been printed already
+    cost = ""  # the warning's words for what is lost if it fails; "" if a failure ends the training
+    printed = ()  # the warnings so far
 
     def hear(self, event, *arguments):
-        """Call the method that is named after the event. If it fails and the callback has a `cost`, print a warning,
-        once for each reason."""
+        """Call the method with the event's name. If it fails, warn once for each reason, or raise without a `cost`."""
         try:
             getattr(self, event)(*arguments)
         except BaseException as error:
@@ -65,9 +51,9 @@ class Callback:
                 raise
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {one_line(error)}"
             warning = f"warning: {self.cost} ({reason}); training goes on"
-            if warning not in self.warnings:
+            if warning not in self.printed:
                 say(warning)
-                self.warnings = (*self.warnings, warning)
+                self.printed += (warning,)
 
     def on_training_start(self, trainer):
         pass
@@ -76,21 +62,20 @@ class Callback:
         pass
 
     def on_evaluation_end(self, trainer):
-        """`trainer.evaluated` is new: the policy after this update or an earlier one."""
+        """`trainer.evaluated` is new; it may be the policy of an earlier update."""
 
     def on_training_end(self, trainer):
-        """The training has done all its steps; this event does not come after an interruption."""
+        """The training has done all its steps. This event does not come if it is interrupted."""
 
     def close(self):
-        """Always the last event, however the training ends."""
+        """The training has ended in whatever way. This event is always the last."""
 
 
 class RunDirectory(Callback):
-    """Makes the directory of a run and its config.json again if somebody renames or removes them, so that the run can
-    be resumed.
+    """Makes a run's directory and its config.json anew if somebody has moved them, so that the run can be resumed.
 
-    If another run has taken the directory's place, the training ends. This is the first of all callbacks, because the
-    others write files there.
+    If something else has taken the directory's place, the training ends. This callback is the first, because the others
+    write files there.
     """
 
     def __init__(self, path):
@@ -105,7 +90,7 @@ class RunDirectory(Callback):
         say(f"warning: {self.path} was renamed or removed, or its config.json; it is made anew, and training goes on")
         with contextlib.suppress(OSError):  # `Checkpoints` says what cannot be saved
             write_config(self.path, trainer)
-        with contextlib.suppress(CommandLineError):  # only config.json was removed: the directory is still locked
+        with contextlib.suppress(CommandLineError):  # still locked, if only config.json was removed
             self.lock.enter_context(locked(self.path))
 
     def close(self):
@@ -117,9 +102,8 @@ class RunDirectory(Callback):
 class Evaluation(Callback):
     """Evaluates the policy in another process while training goes on, every `interval` updates and after the last.
 
-    At most `processes` evaluations run at once: when one more is due, training waits for the oldest. Where no other
-    process can be started, or it lacks memory, or may not share the GPU, training and evaluation take turns in this
-    one.
+    When one is due while `processes` are running, training waits for the oldest. If no other process can be started, or
+    it lacks memory, or may not share the GPU, training and evaluation take turns in this process.
 
     `trainer.pending` has the policy state for each of `self.futures`, so an evaluation that a stop interrupts is
     started again when the run is resumed.
@@ -138,7 +122,7 @@ class Evaluation(Callback):
         self.take_turns = False
 
     def on_training_start(self, trainer):
-        for state in trainer.pending[len(self.futures) :]:  # the resumed run was stopped while it evaluated them
+        for state in trainer.pending[len(self.futures) :]:  # a resumed run was stopped during these evaluations
             self.start(state)
 
     def on_update_end(self, trainer):
@@ -163,15 +147,14 @@ class Evaluation(Callback):
             self.report_finished(trainer)
 
     def report_finished(self, trainer):
-        """Give the trainer the results that have come, in the order in which the evaluations were started."""
+        """Give the trainer the results that are there, in the order in which the evaluations were started."""
         while self.futures and self.futures[0].done():
             evaluation = self.result(self.futures[0], trainer.pending[0])
             self.futures.popleft()
             trainer.evaluation_end(trainer.pending.pop(0), evaluation)
 
     def result(self, future, state):
-        """Return the result of a finished evaluation. If it lacked a process, memory or the GPU, evaluate the state
-        here."""
+        """Return the result of a finished evaluation. If it lacked a process, memory or the GPU, evaluate here."""
         try:
             return future.result()
         except Exception as error:
@@ -213,12 +196,11 @@ def format_duration(seconds):
 
 
 class ProgressBar(Callback):
-    """Shows a bar on a terminal, otherwise prints a line every few seconds; in both cases prints a line for each
-    evaluation.
+    """Prints a line for each evaluation. Between them it shows a bar on a terminal, and elsewhere prints more lines.
 
     Args:
         plan: text to print first, about what is going to happen.
-        first_is_slow: the first update has to compile, so its pace says nothing about the rest.
+        first_is_slow: the first update has to compile, so its rate says nothing about the rest.
     """
 
     cost = "the progress is not shown"
@@ -231,16 +213,15 @@ class ProgressBar(Callback):
     def on_training_start(self, trainer):
         if self.plan:
             say(self.plan)
-        self.start_measuring(trainer)
+        self.measure_from_here(trainer)
         self.printed_at = trainer.seconds
-        self.first_rates = []  # steps per second of the first two updates
         if sys.stderr.isatty():
             done = min(trainer.global_step, trainer.num_steps)
             self.bar = tqdm(total=trainer.num_steps, initial=done, unit=" steps", unit_scale=True, dynamic_ncols=True)
 
     def on_evaluation_end(self, trainer):
         state = trainer.evaluated
-        evaluation = trainer.evaluated["evaluation"]
+        evaluation = state["evaluation"]
         others = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.items() if name != "score")
         best = "  best" if trainer.is_best else ""
         score = format_score(evaluation["score"])
@@ -249,14 +230,15 @@ class ProgressBar(Callback):
         self.update_bar(trainer)
 
     def on_update_end(self, trainer):
-        elapsed = trainer.seconds - self.measured_from_seconds  # with callbacks and waiting
-        rate = (trainer.global_step - self.measured_from_step) / elapsed
-        left = format_duration(max(trainer.num_steps - trainer.global_step, 0) / rate)
-        if len(self.first_rates) < 2:
-            self.print_estimate(trainer, elapsed, rate, left)
-            self.start_measuring(trainer)  # the later rates are the mean since the second update
         self.update_bar(trainer)
-        if self.bar is None and trainer.seconds - self.printed_at >= PLAIN_INTERVAL:
+        if self.first_is_slow:
+            say(f"the first update took {format_duration(trainer.seconds - self.measured_from_seconds)}")
+            self.first_is_slow = False
+            self.measure_from_here(trainer)
+        elif self.bar is None and trainer.seconds - self.printed_at >= PLAIN_INTERVAL:
+            elapsed = trainer.seconds - self.measured_from_seconds  # including callbacks and waiting
+            rate = (trainer.global_step - self.measured_from_step) / elapsed
+            left = format_duration(max(trainer.num_steps - trainer.global_step, 0) / rate)
             steps = progress(trainer.global_step, trainer.seconds)
             say(f"{steps}  in training {training_score(trainer)}  {format_rate(rate)}  {left} left")
             self.printed_at = trainer.seconds
@@ -270,21 +252,10 @@ class ProgressBar(Callback):
         if self.bar is not None:
             self.bar.close()
 
-    def start_measuring(self, trainer):
+    def measure_from_here(self, trainer):
+        """Let the rate and the time that is left follow from the updates after this one."""
         self.measured_from_step = trainer.global_step
         self.measured_from_seconds = trainer.seconds
-
-    def print_estimate(self, trainer, elapsed, rate, left):
-        """Print how long the training will take, after the first update, and after the second if that was much
-        faster."""
-        if self.first_is_slow and not self.first_rates:
-            say(f"the first update took {format_duration(elapsed)}")
-            self.printed_at = trainer.seconds
-            rate = 0  # the second update gives the estimate
-        elif rate > 4 * sum(self.first_rates):
-            which = "second" if self.first_rates else "first"
-            say(f"the {which} update ran at {format_rate(rate)}: about {left} to go")
-        self.first_rates.append(rate)
 
     def update_bar(self, trainer):
         if self.bar is not None:
@@ -309,7 +280,7 @@ class MetricsCSV(Callback):
     A resumed run drops the rows after its checkpoint, and goes on as if it had never stopped.
 
     Args:
-        evaluation: the results of an evaluation that get a column, with `eval_` before their names.
+        evaluation: names of the results of an evaluation that get a column, `eval_<name>`.
     """
 
     def __init__(self, path, evaluation=("score",)):
@@ -346,7 +317,7 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard import SummaryWriter  # here, because a training runs without it too
 
         threading.excepthook = self.ignore_writer_thread
-        # A resumed run comes again to the updates after its checkpoint: what is logged of them already is hidden.
+        # A resumed run repeats the updates after its checkpoint: purge_step hides what was logged of them before.
         self.writer = SummaryWriter(self.run_dir, purge_step=trainer.global_step + 1)
 
     def on_update_end(self, trainer):
@@ -358,12 +329,11 @@ class TensorBoard(Callback):
             self.add("eval", name, value, trainer.evaluated["global_step"])
 
     def add(self, group, name, value, step):
-        if self.writer is not None:  # if it could not be made, one warning has said so
+        if self.writer is not None:  # otherwise a warning has said that it could not be made
             self.writer.add_scalar(f"{group}/{name}", value, step)
 
     def ignore_writer_thread(self, args):
-        """Print no traceback if the writer's thread fails: every later call of the writer raises the same error,
-        which we report."""
+        """Print no traceback if the writer's thread fails, because the writer's next call raises the same error."""
         if "tensorboard" not in type(args.thread).__module__:
             self.excepthook(args)
 
@@ -409,7 +379,7 @@ class LearningCurve(Callback):
             atomic_write(self.path, image.getvalue())
         finally:
             end = time.monotonic()
-            self.next_at = end + 20 * (end - start)  # on a GPU evaluations end faster than a curve is drawn
+            self.next_at = end + 20 * (end - start)  # on a GPU, evaluations come faster than curves can be drawn
 
 
 class Checkpoints(Callback):
@@ -418,7 +388,7 @@ class Checkpoints(Callback):
     Args:
         save_freq: updates between two checkpoints.
         keep: how many of `checkpoint_<update>` stay.
-        keep_stages: those before the first update and after a tenth of the training stay too, to show what was learned.
+        keep_stages: keep also those of the start and of a tenth of the training, to show what was learned.
     """
 
     def __init__(self, run_dir, save_freq, keep=3, keep_stages=False):
@@ -430,7 +400,7 @@ class Checkpoints(Callback):
 
     def on_training_start(self, trainer):
         if trainer.update_count == 0:
-            self.save(LAST, trainer.snapshot)  # something to resume after a kill before the first checkpoint
+            self.save(LAST, trainer.snapshot)  # a run that is killed early can be resumed too
             if self.keep_stages:
                 self.save(f"checkpoint_0{SUFFIX}", trainer.snapshot)
 
@@ -445,7 +415,7 @@ class Checkpoints(Callback):
             trainer.keep_snapshot()
             self.save(LAST, trainer.snapshot)
             self.save(f"checkpoint_{trainer.update_count}{SUFFIX}", trainer.snapshot)
-            self.prune(trainer)
+            self.delete_old(trainer)
 
     def on_training_end(self, trainer):
         """Raises CheckpointError if the result of the training cannot be saved."""
@@ -454,8 +424,8 @@ class Checkpoints(Callback):
         save_checkpoint(self.run_dir / LAST, trainer.snapshot)
 
     def save_best(self):
-        if self.unsaved_best and self.save(BEST, self.unsaved_best):  # if it fails, the next update tries again
-            self.unsaved_best = None
+        if self.unsaved_best and self.save(BEST, self.unsaved_best):
+            self.unsaved_best = None  # otherwise the next update tries again
 
     def save(self, name, state):
         """Save a checkpoint, or print a warning. Returns whether it worked."""
@@ -466,23 +436,20 @@ class Checkpoints(Callback):
             say(f"warning: {error}; training goes on")
             return False
 
-    def prune(self, trainer):
-        """Delete all of `checkpoint_<update>` except the newest and the stages.
+    def delete_old(self, trainer):
+        """Delete all of `checkpoint_<update>` up to this update, except the newest and the stages.
 
-        The newest are those written last: higher numbers may be left from before a resume. The one of this update stays
-        even if the clock has been set back.
+        Higher numbers may be left from before a resume. They are deleted once the training has reached them again.
         """
-        numbered = {}
+        stages = []
+        if self.keep_stages:
+            updates_in_all = trainer.update_count * trainer.num_steps / trainer.global_step
+            stages = [0, math.ceil(updates_in_all / 10 / self.save_freq) * self.save_freq]
+        old = {}
         for file in self.run_dir.glob(f"checkpoint_*{SUFFIX}"):
             number = file.stem.removeprefix("checkpoint_")
-            if number.isdecimal() and file.is_file():  # neither a directory nor a link to nothing
-                numbered[int(number)] = file
-        if self.keep_stages:
-            tenth = trainer.num_steps / trainer.global_step * trainer.update_count / 10  # in updates
-            for stage in (0, math.ceil(tenth / self.save_freq) * self.save_freq):
-                numbered.pop(stage, None)
-        newest = numbered.pop(trainer.update_count, None)
-        by_time = sorted(numbered, key=lambda update: (numbered[update].stat().st_mtime_ns, update), reverse=True)
-        for update in by_time[self.keep - (newest is not None) :]:
+            if number.isdecimal() and int(number) <= trainer.update_count and int(number) not in stages:
+                old[int(number)] = file
+        for update in sorted(old)[: -self.keep]:
             with contextlib.suppress(OSError):  # one file too many is no reason to stop
-                numbered[update].unlink()
+                old[update].unlink()

@@ -122,10 +122,10 @@ def lost_lives(infos):
 class Policy(nn.Module):
     """Defines what PPO asks of a policy. A subclass adds `forward(obs)`, which returns logits (B, A) and values (B,).
 
-    To collect, PPO calls `inference_function()(encode(obs))`. The rollout buffer keeps the encoded observations, and the
-    loss calls `heads(features(encoded))`. By default an observation passes unchanged through `encode` and `features`,
-    and `heads` is `forward`. To predict what changes in the next observation, a policy also has `changes(obs,
-    next_obs)` and `change_head(features)`, as in GPT.
+    To collect, PPO calls `inference_function()(encode(obs))`. The rollout buffer keeps the encoded observations, and
+    the loss calls `heads(features(encoded))`. By default `encode` and `features` change nothing, and `heads` is
+    `forward`. To predict what changes in the next observation, a policy also has `changes(obs, next_obs)` and
+    `change_head(features)`, as in GPT.
     """
 
     group_size = 1  # how many observations that begin alike should stay together in a minibatch
@@ -178,7 +178,7 @@ class EagerRunner:
 
 @dataclass
 class PPOConfig:
-    """Holds the constants of PPO, which train_ppo.py explains. A default here switches something off."""
+    """Holds the constants of PPO, which train_ppo.py explains. The defaults here are off or neutral."""
 
     num_steps: int
     rollout_steps: int
@@ -478,14 +478,14 @@ class PPO(Trainer):
             prediction, prediction_stats = prediction_loss(policy.change_head(features), mb.changes, mb.has_next)
         surrogate, policy_stats = policy_loss(new_logprobs, mb.old_logprobs, mb.advantages, config.eps_clip)
         error, value_stats = value_loss(new_values, mb.old_values, mb.returns, config.value_clip)
-        entropy, entropy_stats = entropy_loss(all_logprobs)
+        negative_entropy, entropy_stats = entropy_loss(all_logprobs)
         moves, move_stats = move_loss(all_logprobs)
         further, further_stats = self.further_loss(mb, all_logprobs)
         loss = (
             config.prediction_coef * prediction
             + surrogate
             + config.value_loss_coef * error
-            + config.entropy_coef * entropy
+            + config.entropy_coef * negative_entropy
             + config.move_coef * moves
             + further
         )
