@@ -26,7 +26,7 @@ from algorithms.parts.tictactoe import (
     over,
     picture,
     print_board,
-    wins,
+    results,
 )
 from algorithms.parts.training import Algorithm, check_lr, run_algorithm
 from harness.checkpoint import load_optimizer, load_weights, to_plain
@@ -138,7 +138,7 @@ class SelfPlay(Trainer):
             actions, values: (S, N).
             rewards: (S, N), 1 for a move after which the game was won, -1 for one after which it was lost.
             ends: (S, N) bool, True at the last move of a game.
-            played: (S, N) bool, False behind the end of a game.
+            played: (S, N) bool, False after the end of a game.
         """
         players = self.rng.choice((X, O), self.c.GAMES)  # the learner's side in each game
         self.opponent.load_state_dict(self.pool[self.rng.integers(len(self.pool))])
@@ -154,7 +154,7 @@ class SelfPlay(Trainer):
             boards[played, actions[played]] = players[played]
             self.move_opponents(boards, played & ~over(boards), -players)
             ends = played & over(boards)
-            rewards = (1.0 * wins(boards, players) - wins(boards, -players)) * ends
+            rewards = results(boards, players) * ends
             step = (obs, actions, rewards, values, ends, played)
             steps.append([torch.as_tensor(x, device=self.device) for x in step])
         return [torch.stack(quantity) for quantity in zip(*steps)]
@@ -182,7 +182,7 @@ class SelfPlay(Trainer):
         obs = torch.from_numpy(observations(boards[mask], players[mask])).to(self.device)
         at_random = torch.from_numpy(self.rng.random((len(obs), 1)) < self.c.RANDOM_MOVES).to(self.device)
         logprobs = self.opponent(obs)
-        allowed = logprobs > MASKED / 10
+        allowed = torch.from_numpy(boards[mask] == 0).to(self.device)
         logprobs = torch.where(at_random & allowed, 0.0, logprobs)  # all allowed moves become equally probable
         boards[mask, self.draw(logprobs)] = players[mask]
 
@@ -255,14 +255,14 @@ def build(c):
 
 
 def policy_of(state):
-    """The networks of a policy state."""
+    """The networks in what `Trainer.policy_state` returned."""
     policy = ActorCritic(state["constants"]["HIDDEN"])
     load_weights(policy, state["model"])
     return policy
 
 
 def greedy(policy):
-    """A function from boards (N, 9) and a player to the most probable moves (N,)."""
+    """Return a function that takes boards (N, 9) and a player, and returns the most probable moves (N,)."""
 
     @torch.no_grad()
     def choose(boards, player):
@@ -272,11 +272,11 @@ def greedy(policy):
 
 
 def evaluate(state, episodes=None, seed=None):
-    """Score the greedy policy exactly, by all games that it can get into as X and as O.
+    """Score the greedy policy exactly, by all games that it can get into as X and as O. Nothing is drawn.
 
     Returns a dict with
         score: the mean of as_X and as_O, minus 1 for each game that can be lost.
-        lost, lines: how many of these games are lost, and how many there are.
+        lost, lines: how many of all these games are lost, and how many there are.
         as_X, as_O: the expected result against random play, a win being 1 and a loss -1.
         optimum_as_X, optimum_as_O: the highest expected result that is possible.
     """
@@ -284,11 +284,10 @@ def evaluate(state, episodes=None, seed=None):
     result = {"score": 0.0, "lost": 0, "lines": 0}
     for player, name in ((X, "X"), (O, "O")):
         boards, probabilities = every_game(choose, player)
-        losses = wins(boards, -player)
-        results = 1.0 * wins(boards, player) - losses
-        result["lost"] += int(losses.sum())
+        outcomes = results(boards, player)
+        result["lost"] += int((outcomes == -1).sum())
         result["lines"] += len(boards)
-        result[f"as_{name}"] = float((probabilities * results).sum())
+        result[f"as_{name}"] = float((probabilities * outcomes).sum())
         result[f"optimum_as_{name}"] = optimal_score((0,) * 9, player, X)
     result["score"] = (result["as_X"] + result["as_O"]) / 2 - result["lost"]
     return result
@@ -326,12 +325,8 @@ def play_in_terminal(state, seed):
         if board is None:
             return
         print_board(board)
-        if wins(board[None], person)[0]:
-            print("You win.")
-        elif wins(board[None], -person)[0]:
-            print("It wins.")
-        else:
-            print("A draw.")
+        outcome = results(board[None], person)[0]
+        print({1: "You win.", -1: "It wins.", 0: "A draw."}[outcome])
         person = -person
 
 

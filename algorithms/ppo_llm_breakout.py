@@ -115,7 +115,7 @@ class BreakoutReader(LanguagePolicy):
 
     def encode(self, obs):
         texts = [text + SUFFIX for text in texts_of(obs)]
-        return self.encode_texts(texts, TEXT_LENGTH + len(SUFFIX))
+        return self.encode_texts(texts, TEXT_LENGTH + len(SUFFIX))  # a token has at least one character
 
 
 class NumberReader(Policy):
@@ -132,7 +132,10 @@ class NumberReader(Policy):
         nn.init.zeros_(self.actor.bias)
 
     def encode(self, obs):
-        """The numbers (N, 6), and the log-probabilities (N, A) of the reference, to which all actions are alike."""
+        """Return the numbers (N, 6), and log-probabilities (N, A) of a reference that chooses at random, side by side.
+
+        `BreakoutReader` has the log-probabilities of its reference in the same place.
+        """
         numbers = [numbers_of(text) for text in texts_of(obs)]
         numbers = torch.tensor(numbers, device=self.scales.device) / self.scales
         reference = numbers.new_full((len(numbers), len(ACTIONS)), -math.log(len(ACTIONS)))
@@ -144,9 +147,8 @@ class NumberReader(Policy):
 
 
 class LanguagePPO(PPO):
-    """PPO with a penalty on the divergence from a reference (Ziegler et al. 2019, section 2.2).
-
-    The weight of the penalty rises while the divergence is above its target, and falls while it is below.
+    """PPO with a penalty on the divergence from a reference, by a weight that aims at a target (Ziegler et al. 2019,
+    section 2.2).
     """
 
     def __init__(self, policy, env, config, kl_coef, kl_target, metadata):
@@ -155,6 +157,7 @@ class LanguagePPO(PPO):
         self.kl_target = kl_target
 
     def further_loss(self, mb, all_logprobs):
+        """The penalty. `encode` has put the reference's log-probabilities into the last A columns of an observation."""
         if not self.kl_coef:
             return super().further_loss(mb, all_logprobs)
         reference = mb.obs[:, -all_logprobs.shape[1] :]
@@ -167,15 +170,16 @@ class LanguagePPO(PPO):
         stats = super().update()
         if self.kl_coef:
             stats["kl_coef"] = self.kl_coef
+            # The weight rises while the divergence is above its target, and falls while it is below, by 2 % at most.
             error = stats["kl_reference"] / self.kl_target - 1
             self.kl_coef *= 1 + 0.1 * float(np.clip(error, -0.2, 0.2))
         return stats
 
     @torch.no_grad()
     def recompute_logprobs(self):
-        """Compute the old log-probabilities again, in batches of the size of a minibatch.
+        """Compute the old log-probabilities again, in batches as large as a minibatch.
 
-        In bfloat16 batches of another size are rounded differently, and the ratio would not be 1 at the start.
+        In bfloat16, a batch of another size is rounded differently, and the ratio would not start at 1.
         """
         samples = self.buffer.samples
         act = self.policy.inference_function()
@@ -234,14 +238,14 @@ def make_policy(c, device, saved_tokenizer=None):
 
 
 def models_of(c, policy):
-    """The name and the fingerprint of the model, as `check_models` takes them."""
+    """The name and the fingerprint of the model, as `check_models` takes them. A model made here needs only a name."""
     if c.MODEL in (TINY, MLP):
         return {"MODEL": [c.MODEL, c.MODEL]}
     return {"MODEL": [c.MODEL, base_model(policy.model).fingerprint]}
 
 
 def invented_texts():
-    """Texts as the game writes them, and the answers: what the tiny model's tokenizer is trained on."""
+    """Texts like the game's, the prefix and the answers, to train the tiny model's tokenizer on."""
     rng = random.Random(0)
     directions = ["UP LEFT", "UP RIGHT", "UP", "DOWN LEFT", "DOWN RIGHT", "DOWN", "LEFT", "RIGHT", "NOWHERE"]
     texts = []
@@ -257,7 +261,10 @@ def invented_texts():
 
 
 def policy_of(state):
-    """The policy of a policy state, on the device of its training if this machine has it, and the constants."""
+    """The policy in what `Trainer.policy_state` returned, on its training's device if this machine has it.
+
+    Also returns the constants of the training.
+    """
     c = Values(**state["constants"])
     c.KL_COEF = 0.0  # playing needs no reference
     c.MODEL = absolute_name(c.MODEL, NOT_FOLDERS)
@@ -268,7 +275,7 @@ def policy_of(state):
 
 
 def greedy(policy):
-    """A function from observations (N, TEXT_LENGTH) to the most probable actions (N,)."""
+    """Return a function that takes observations (N, TEXT_LENGTH) and returns the most probable actions (N,)."""
     act = policy.inference_function()
 
     def choose(obs):
@@ -332,7 +339,10 @@ def frames(state, episodes, seed, human):
 
 
 class Video(Callback):
-    """Draws a game of the policy as a gif every so many updates, in another process while training goes on."""
+    """Draws a game of the policy as a gif every `interval` updates, in another process while training goes on.
+
+    An update at which the previous gif is still being drawn is left out.
+    """
 
     def __init__(self, directory, interval):
         self.directory = directory
@@ -345,9 +355,8 @@ class Video(Callback):
         self.background = Background(draw_video)
 
     def on_update_end(self, trainer):
-        if not self.background or trainer.update_count % self.interval:
-            return
-        if self.under_way is None or self.under_way.done():
+        free = self.under_way is None or self.under_way.done()
+        if free and trainer.update_count % self.interval == 0:
             self.finish()
             self.directory.mkdir(exist_ok=True)
             path = self.directory / f"update_{trainer.update_count}.gif"

@@ -84,15 +84,15 @@ def mlp(hidden, outputs, last_gain):
 
 
 class Recorded(gym.Wrapper):
-    """Remembers how its episode came about, because the physics engine has no state that could be saved.
+    """Remembers what its episode follows from, because the physics engine has no state that could be saved.
 
-    It is deterministic, so the random numbers at the start of the episode and the actions since then reproduce it.
+    The engine is deterministic: the random state before the reset and the actions since then reproduce the episode.
     """
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.unwrapped.np_random, _ = gym.utils.seeding.np_random(seed)
-        self.start = self.unwrapped.np_random.bit_generator.state
+        self.start = self.unwrapped.np_random.bit_generator.state  # before the reset draws from it
         self.actions = []
         return self.env.reset(options=options)
 
@@ -105,7 +105,7 @@ class Recorded(gym.Wrapper):
         return {"start": self.start, "actions": np.array(self.actions, np.uint8)}
 
     def load_state_dict(self, state):
-        """Play the episode again. Raises ValueError for actions that are no episode."""
+        """Play the episode again. Raises ValueError for actions that no episode can have had."""
         self.unwrapped.np_random.bit_generator.state = state["start"]
         self.reset()
         over = False
@@ -147,7 +147,7 @@ def build(c):
 
 
 def greedy(state):
-    """A function from observations (N, 8) to the most probable actions (N,) of a policy state."""
+    """Return a function that takes observations (N, 8) and returns a policy's most probable actions (N,)."""
     policy = ActorCritic(state["constants"]["HIDDEN"])
     load_weights(policy, state["model"])
 

@@ -123,10 +123,10 @@ class Reinforce(Trainer):
             obs: (S, N, 4).
             actions, rewards: (S, N).
             ends: (S, N) bool, True at the last step of an episode.
-            played: (S, N) bool, False behind the end of an episode.
+            played: (S, N) bool, False after the end of an episode.
         """
         seed = int(torch.randint(2**31 - 1000, (), generator=self.generator))
-        obs, _ = self.envs.reset(seed=seed)
+        obs, _ = self.envs.reset(seed=seed)  # each environment with a seed of its own: seed, seed + 1, ...
         playing = np.ones(self.envs.num_envs, bool)
         steps = []
         while playing.any():
@@ -198,7 +198,10 @@ def build(c):
 
 
 def greedy(state):
-    """A function from observations (N, 4) to the most probable actions (N,) of a policy state."""
+    """Return a function that takes observations (N, 4) and returns a policy's most probable actions (N,).
+
+    state: what `Trainer.policy_state` returned, as in all functions below.
+    """
     policy = PolicyNetwork(state["constants"]["HIDDEN"])
     load_weights(policy, state["model"])
 

@@ -43,3 +43,14 @@ def without_processes(monkeypatch):
     import callbacks
 
     monkeypatch.setattr(callbacks, "Background", NoProcess)
+
+
+@pytest.fixture
+def short_runs(monkeypatch):
+    """Leave out two parts of a training that take longer than its few steps, and that other tests try."""
+    from algorithms.parts import training
+    from callbacks import Callback
+    from harness.options import Constants
+
+    monkeypatch.setattr(training, "LearningCurve", lambda *args: Callback())
+    monkeypatch.setattr(Constants, "unread", lambda constants: [])

@@ -14,6 +14,8 @@ from algorithms.actor_critic_tictactoe import ALGORITHM, greedy, policy_of
 from algorithms.parts.playing import load_policy_state
 from algorithms.parts.tictactoe import LINES, O, TicTacToe, X, every_game, optimal_score, over, wins
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 SMALL = "--games 8 --hidden 8 --pool 2 --pool_interval 2 --eval_interval 2 --lr 0.003 --min_lr 0.003 --save_freq 1"
 EMPTY = (0,) * 9
 

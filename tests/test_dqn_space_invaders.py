@@ -24,6 +24,8 @@ from harness import supervise
 from harness.checkpoint import CheckpointError, save_checkpoint
 from harness.options import CommandLineError
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 SMALL = (
     "--num_envs 2 --update_steps 24 --replay_size 100 --burn_in 40 --batch_size 4 --learn_every 3 --sync_every 3 "
     "--epsilon_end 0.5 --epsilon_decay 0.99 --eval_interval 0 --save_freq 1 --device cpu"

@@ -64,9 +64,11 @@ from algorithms.parts.language_model import (
     with_lora,
 )
 from algorithms.parts.language_policy import Writer, until_end
-from harness.checkpoint import load_checkpoint, save_checkpoint
+from harness.checkpoint import load_checkpoint
 from harness.options import CommandLineError
 from ppo import k3
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 SMALL = "--num_samples 3 --max_new_tokens 6 --lr 0.01 --eval_interval 0 --save_freq 1 --device cpu"
 
@@ -137,7 +139,7 @@ def test_logprobs_are_those_of_each_token_alone(kind, tokenizer):
             torch.testing.assert_close(fast[i, j], (logits / 0.7).log_softmax(-1)[token], rtol=0, atol=1e-4)
 
 
-def test_nothing_behind_the_end_is_drawn():
+def test_nothing_after_the_end_is_drawn():
     tokens = torch.tensor([[3, 0, 4, 0], [0, 0, 0, 0], [3, 4, 5, 6]])
     assert until_end(tokens, [0]).tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
     assert until_end(tokens, [0, 5]).tolist() == [
@@ -334,7 +336,7 @@ def test_a_model_without_a_tokenizer_and_one_that_is_too_short_are_refused(token
 
 
 def test_a_classifier_reads_as_many_tokens_as_it_has_positions_for(tmp_path, tokenizer):
-    """Some count positions from behind the number of their padding, and MPT has a name of its own for their number."""
+    """Some count positions from the one after their padding token, and MPT has its own name for how many there are."""
     for kind, settings, longest in (
         ("RoBERTa", dict(max_position_embeddings=40, pad_token_id=3), 36),
         ("MPT", dict(max_seq_len=40), 40),
@@ -439,13 +441,13 @@ def test_recurrent_models_that_ignore_the_mask_are_refused(tokenizer):
             writer.check(PROMPTS, 4)
             continue
         with pytest.raises(
-            CommandLineError, match="scores a text otherwise beside others than alone.*take another model$"
+            CommandLineError, match="scores a text differently beside others than alone.*take another model$"
         ):
             writer.check(PROMPTS, 4)
 
 
 def test_a_prompt_is_not_closed_before_its_answer(tokenizer):
-    """By a tokenizer that puts its end token before and behind all that it reads."""
+    """A tokenizer may put its end token before and after everything that it reads."""
     closing = wrapped(tokenizer, dict(pad_token="<pad>"), closing=True)
     assert closing("hi")["input_ids"][0] == closing("hi")["input_ids"][-1] == 0
     writer = Writer(small_model("Qwen3", tokenizer), closing)
@@ -487,7 +489,7 @@ def test_the_divergence_is_zero_at_the_start_and_the_ratio_moves_with_more_epoch
     assert stats["approx_kl"] > 1e-6 and stats["kl_reference"] > 1e-6
 
 
-def test_tokens_behind_the_end_change_nothing(tokenizer):
+def test_tokens_after_the_end_change_nothing(tokenizer):
     grpos = [small_grpo(tokenizer, None) for _ in range(2)]
     tokens = torch.randint(1, 200, (4, 9), generator=torch.Generator().manual_seed(0))
     tokens[:2, 6] = 0
@@ -807,34 +809,6 @@ def test_models_are_found_from_elsewhere_and_after_a_move(
     shutil.copytree(tmp_path / "other", tmp_path / "moved_base", dirs_exist_ok=True)
     with pytest.warns(UserWarning, match="moved_base has changed since the run began"):
         assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 4) == 0
-
-
-def test_runs_of_older_versions_go_on(tmp_path, folder, without_processes, monkeypatch):
-    """They know no fingerprints, and name folders as their users did."""
-    monkeypatch.chdir(folder.parent)
-    assert (
-        run(
-            ALGORITHM,
-            *SMALL.split(),
-            "--policy_model",
-            folder.name,
-            "--lora_rank",
-            2,
-            "--num_steps",
-            1,
-            "--run_dir",
-            tmp_path / "run",
-        )
-        == 0
-    )
-    state = load_checkpoint(tmp_path / "run")
-    del state["models"]
-    state["constants"]["POLICY_MODEL"] = folder.name
-    save_checkpoint(tmp_path / "run" / "last.safetensors", state)
-    assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2) == 0
-    save_checkpoint(tmp_path / "run" / "last.safetensors", state)
-    monkeypatch.chdir(tmp_path)
-    assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2, "--policy_model", folder) == 0
 
 
 def test_a_disk_that_is_full_when_the_model_is_written_is_one_line(

@@ -30,6 +30,8 @@ from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, NumberReader,
 from harness.checkpoint import load_checkpoint, load_weights
 from harness.options import CommandLineError
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 SMALL = (
     "--num_envs 2 --rollout_steps 8 --batch_size 8 --epochs 1 --eval_interval 0 --video_freq 0 --save_freq 1 "
     "--lr 0.001 --min_lr 0.001 --device cpu"
@@ -85,7 +87,7 @@ def small_model(kind, tokenizer):
 
 
 def slow_logprobs(policy, model, text, answers):
-    """Each answer behind the whole text in a forward pass of its own -> the normalised log-probabilities (A,)."""
+    """Return the normalised log-probabilities (A,) of the answers, from a forward pass of the text with each."""
     before, total = policy.prefix[0].tolist() + policy.tokens_of(text), []
     for answer in answers:
         tokens = policy.tokens_of(answer)
@@ -99,7 +101,7 @@ def test_answers_are_scored_as_one_by_one(kind, tokenizer):
     """Logits and gradients are those of one forward pass for each text and each answer of several tokens."""
     model = small_model(kind, tokenizer)
     policy = LanguagePolicy(model, tokenizer, "You play. ", ANSWERS)
-    assert len({len(policy.tokens_of(text)) for text in TEXTS}) == 3 and policy.later_tokens.shape[1] == 12
+    assert len({len(policy.tokens_of(text)) for text in TEXTS}) == 3 and policy.answer_tokens.shape[1] == 12
     encoded = policy.encode_texts(TEXTS, 64)
     logits, values = policy.heads(policy.features(encoded))
     slow = torch.stack([slow_logprobs(policy, model, text, ANSWERS) for text in TEXTS])
@@ -427,12 +429,8 @@ def test_play_evaluate_and_video(tmp_path, monkeypatch, capsys, without_processe
         lambda function: SimpleNamespace(submit=function, result=lambda future: future, close=lambda: None),
     )
     monkeypatch.setattr(ppo_llm_breakout, "frames", lambda *args, **kwargs: iter([np.zeros((4, 4, 3), np.uint8)] * 2))
-    assert (
-        run(
-            ALGORITHM, *SMALL.replace("--video_freq 0", "--video_freq 1").split(), "--num_steps", 16, "--run_dir", "run"
-        )
-        == 0
-    )
+    words = SMALL.replace("--video_freq 0", "--video_freq 1") + " --skip 20 --num_steps 16 --run_dir run"  # short games
+    assert run(ALGORITHM, *words.split()) == 0
     assert (tmp_path / "run" / "videos" / "update_1.gif").stat().st_size
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -460,17 +458,8 @@ def test_a_video_that_cannot_be_drawn_stops_nothing(tmp_path, monkeypatch, capsy
         "Background",
         lambda function: SimpleNamespace(submit=submit, close=lambda: None),
     )
-    assert (
-        run(
-            ALGORITHM,
-            *SMALL.replace("--video_freq 0", "--video_freq 1").split(),
-            "--num_steps",
-            48,
-            "--run_dir",
-            tmp_path / "run",
-        )
-        == 0
-    )
+    words = SMALL.replace("--video_freq 0", "--video_freq 1").split()
+    assert run(ALGORITHM, *words, "--num_steps", 48, "--run_dir", tmp_path / "run") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "no video" in line]
     assert len(lines) == 2 and "RuntimeError: out of memory" in lines[0] and "a process has died" in lines[1]
 
@@ -574,21 +563,8 @@ def test_a_folder_is_a_model_and_only_its_adapter_is_saved(tmp_path, without_pro
     tokenizer = load_tokenizer("tiny", invented_texts())
     load_model("tiny", tokenizer, torch.device("cpu")).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    assert (
-        run(
-            ALGORITHM,
-            *SMALL.split(),
-            "--model",
-            tmp_path / "model",
-            "--lora_rank",
-            2,
-            "--num_steps",
-            16,
-            "--run_dir",
-            tmp_path / "run",
-        )
-        == 0
-    )
+    words = f"{SMALL} --skip 20 --model {tmp_path / 'model'} --lora_rank 2 --num_steps 16 --run_dir {tmp_path / 'run'}"
+    assert run(ALGORITHM, *words.split()) == 0
     state = load_checkpoint(tmp_path / "run")
     assert all("lora_" in name or "value_head" in name for name in state["model"]) and "tokenizer" not in state
     policy, _ = ppo_llm_breakout.policy_of(state)

@@ -9,6 +9,8 @@ from PIL import Image
 from algorithms.ppo_lunarlander import ALGORITHM, ENV_ID, ActorCritic, Recorded, RecordedEnvs, make_env
 from harness.options import CommandLineError
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 SMALL = (
     "--num_envs 2 --rollout_steps 64 --batch_size 32 --epochs 1 --hidden 8 --eval_interval 0 --save_freq 1 "
     "--lr 0.001 --min_lr 0.001"

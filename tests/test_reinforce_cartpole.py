@@ -229,7 +229,7 @@ def nan_rewards(step):
 
 def spoil_rewards(trainer, monkeypatch):
     if isinstance(trainer, actor_critic_tictactoe.SelfPlay):
-        monkeypatch.setattr(actor_critic_tictactoe, "wins", lambda boards, player: np.full(len(boards), math.nan))
+        monkeypatch.setattr(actor_critic_tictactoe, "results", lambda boards, player: np.full(len(boards), math.nan))
     else:
         envs = trainer.env if hasattr(trainer, "env") else trainer.envs
         envs.step = nan_rewards(envs.step)

@@ -100,9 +100,9 @@ def is_adapter(name):
 
 
 def absolute_name(name, not_folders=()):
-    """The absolute path if a model's name is that of a folder, so that it is found from other directories too.
+    """Return the absolute path if this is the name of a folder, so that other directories find it; else the name.
 
-    Otherwise the name itself. not_folders: names that mean something else even if there is such a folder.
+    not_folders: names that mean something else even if there is such a folder.
     """
     is_folder = name not in not_folders and os.path.isdir(name)
     return os.path.abspath(name) if is_folder else name
@@ -118,7 +118,7 @@ def fingerprint(model):
     def without_volatile(settings):
         return {name: value for name, value in settings.items() if name not in volatile}
 
-    # Reading the configuration back from JSON applies the function at every depth.
+    # The configuration is nested, and json calls an object_hook for every dict in it.
     text = json.dumps(model.config.to_diff_dict(), default=str)
     settings = json.loads(text, object_hook=without_volatile)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -246,7 +246,7 @@ def base_model(model):
 
 
 def reference_of(model):
-    """A function that returns a context manager, which gives the model as it is before training.
+    """Return a function for `with reference() as model:`, where the model is as it was before training.
 
     This is the model without its adapters, or a frozen copy of a model that has none.
     """
@@ -332,7 +332,7 @@ def check_scores(model, difference):
         raise CommandLineError("the model gives numbers that are not finite; take another model")
     tolerance = 1e-3 if base_model(model).dtype == torch.float32 else 0.5  # steps of bfloat16 near 40 are 1/4
     if difference.abs().max() > tolerance:
-        reason = "scores a text otherwise beside others than alone, or in a way of its own"
+        reason = "scores a text differently beside others than alone, or in a way of its own"
         raise CommandLineError(f"the model {reason}; take another model")
 
 

@@ -22,15 +22,15 @@ from trainer import check_finite
 
 
 class LanguagePolicy(TrainedOnly, Policy):
-    """Chooses one of A answers to a text, which stands behind a prefix that never changes.
+    """Chooses one of A answers to a text, which follows a prefix that never changes.
 
     The logits (N, A) are the log-probabilities of the answers, up to a constant; the values are (N,). A subclass
-    defines `encode(obs)` by `encode_texts`, which gives (N, L + A) float32: the tokens of each text, padded with -1,
-    and the log-probabilities of the answers according to the reference, or 0 if there is none. There never is any
+    defines `encode(obs)` by `encode_texts`, which returns (N, L + A) float32: the tokens of each text, padded with -1,
+    and the log-probabilities of the answers according to the reference, or 0 if there is none. The model has no
     dropout, so that the policy that acts is the one that learns.
 
     The prefix is read once, and its keys and values are reused for every text. One forward pass scores all answers:
-    their later tokens stand behind the text, and each sees only the tokens of its own answer.
+    their tokens follow the text, and each of these tokens sees the text and its own answer, but no other answer.
     """
 
     def __init__(self, model, tokenizer, prefix, answers, reference=None):
@@ -55,13 +55,17 @@ class LanguagePolicy(TrainedOnly, Policy):
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.add_tokens("prefix", [start + self.tokens_of(prefix)])  # (1, P)
         self.add_tokens("first_tokens", [answer[0] for answer in self.answers])  # (A,)
-        # The hidden state of a token scores the token that follows it, so the last token of an answer is not read. For
-        # each of the E others: its answer, its place in it, its number, and the number of the token that follows.
-        later = []
-        for i, answer in enumerate(self.answers):
-            for place in range(len(answer) - 1):
-                later.append([i, place, answer[place], answer[place + 1]])
-        self.add_tokens("later_tokens", [list(column) for column in zip(*later)] or [[], [], [], []])  # (4, E)
+        # The hidden state of a token scores the token after it. So an answer's first token is scored by the last token
+        # of the text, and an answer's last token is never read. E tokens of all answers together are read. For each:
+        # which answer it belongs to, its place in that answer, the token itself, and the token after it.
+        places = [(i, place) for i, answer in enumerate(self.answers) for place in range(len(answer) - 1)]
+        answer_tokens = [
+            [i for i, place in places],
+            [place for i, place in places],
+            [self.answers[i][place] for i, place in places],
+            [self.answers[i][place + 1] for i, place in places],
+        ]
+        self.add_tokens("answer_tokens", answer_tokens)  # (4, E)
 
     def add_tokens(self, name, numbers):
         """Keep a tensor of token numbers that moves with the module to another device, and is not saved."""
@@ -103,7 +107,7 @@ class LanguagePolicy(TrainedOnly, Policy):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def padded(self, rows, longest):
-        """Lists of tokens as a tensor (N, longest), with -1 behind a shorter list."""
+        """Lists of tokens as a tensor (N, longest); shorter lists are filled up with -1."""
         return torch.tensor([row + [-1] * (longest - len(row)) for row in rows], device=self.prefix.device)
 
     @torch.no_grad()
@@ -123,18 +127,18 @@ class LanguagePolicy(TrainedOnly, Policy):
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def read(self, model, tokens, prefix):
-        """Read texts behind the prefix, and the later tokens of all answers behind each text.
+        """Read texts after the prefix, and the tokens of all answers after each text.
 
         Args:
             tokens: (B, L), padded with -1.
             prefix: what `read_prefix` returned.
 
-        Returns hidden states (B, 1 + E, C): of the last token of each text, and of the E tokens of `later_tokens`.
+        Returns hidden states (B, 1 + E, C): of the last token of each text, and of the E tokens of `answer_tokens`.
         """
-        answer, place, number, _ = self.later_tokens
+        _, place, answer_tokens, _ = self.answer_tokens
         lengths = (tokens >= 0).sum(1)
-        B, L, E = len(tokens), int(lengths.max()), len(answer)
-        P = prefix[0][0].shape[2]
+        B, L, E = len(tokens), int(lengths.max()), len(answer_tokens)
+        P = self.prefix.shape[1]
         cache = need("transformers").DynamicCache()
         for i, (keys, values) in enumerate(prefix):
             cache.update(keys.expand(B, -1, -1, -1), values.expand(B, -1, -1, -1), i)
@@ -142,8 +146,8 @@ class LanguagePolicy(TrainedOnly, Policy):
         hidden = run(
             model,
             cache,
-            input_ids=torch.cat([tokens[:, :L].clamp_min(0), number.expand(B, E)], 1),
-            attention_mask=self.attention_mask(lengths, L, P, dtype=prefix[0][0].dtype),
+            input_ids=torch.cat([tokens[:, :L].clamp_min(0), answer_tokens.expand(B, E)], 1),
+            attention_mask=self.attention_mask(lengths, L, P, dtype=keys.dtype),
             position_ids=P + torch.cat([at[:L].expand(B, L), lengths[:, None] + place], 1),
         )
         wanted = torch.cat([lengths[:, None] - 1, at[L:].expand(B, E)], 1)  # (B, 1 + E)
@@ -152,10 +156,10 @@ class LanguagePolicy(TrainedOnly, Policy):
     def attention_mask(self, lengths, L, P, dtype):
         """The mask (B, 1, L + E, P + L + E) that is added to attention scores: 0 where a token sees another.
 
-        Every token sees the prefix. A token of a text sees the text up to itself. A later token of an answer sees its
-        whole text, without the padding, and its own answer up to itself.
+        Every token sees the prefix. A token of a text sees the text up to itself. A token of an answer sees the whole
+        text, without the padding, and its own answer up to itself.
         """
-        answer, place, _, _ = self.later_tokens
+        answer, place, _, _ = self.answer_tokens
         B, E = len(lengths), len(answer)
         at = torch.arange(L, device=lengths.device)
         sees = torch.zeros(B, L + E, P + L + E, dtype=torch.bool, device=lengths.device)
@@ -171,23 +175,23 @@ class LanguagePolicy(TrainedOnly, Policy):
 
         The normaliser of the first token is left out, because it is the same for all answers.
         """
-        answer, _, _, following = self.later_tokens
+        answer, _, _, next_tokens = self.answer_tokens
         head = base_model(model).get_output_embeddings()
         logits = token_logits(head, hidden[:, 0], self.first_tokens)
         if not len(answer):
             return logits
         logprobs = F.log_softmax(token_logits(head, hidden[:, 1:]), dim=-1)  # (B, E, V)
-        logprobs = logprobs.gather(2, following.expand(len(hidden), -1)[:, :, None])[:, :, 0]  # (B, E)
+        logprobs = logprobs.gather(2, next_tokens.expand(len(hidden), -1)[:, :, None])[:, :, 0]  # (B, E)
         return logits.index_add(1, answer, logprobs)
 
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def check(self, texts):
-        """Check that the model reads these texts, and that it scores them together as it does alone.
+        """Check that the model can read these texts, and scores them side by side as it does each one alone.
 
         Raises CommandLineError for texts that the model cannot read, and for a model whose own forward pass of each
-        text scores the answers differently from `read` and `score`: one without a causal mask, or one that scales its
-        logits.
+        text scores the answers differently from `read` and `score`, for instance because it has no causal mask or
+        scales its logits.
 
         texts: of different lengths, the longest among them.
         """
@@ -205,7 +209,7 @@ class LanguagePolicy(TrainedOnly, Policy):
         check_scores(self.model, F.log_softmax(together, dim=-1) - F.log_softmax(alone, dim=-1))
 
     def logprobs_alone(self, before):
-        """The log-probabilities of the answers (A,) behind these tokens, by a forward pass of the model for each."""
+        """The log-probabilities of the answers (A,) after these tokens, by a forward pass of the model for each."""
         logprobs = []
         for answer in self.answers:
             inputs = torch.tensor([before + answer], device=self.prefix.device)
@@ -220,7 +224,7 @@ def longest_of(rows):
 
 
 def run(model, cache, **inputs):
-    """The hidden states behind the last layer (B, Q, C). `cache` takes in the keys and values."""
+    """The hidden states (B, Q, C) after the last layer. The keys and values are added to `cache`."""
     decoder = base_model(model).get_decoder()
     parameters = inspect.signature(decoder.forward).parameters
     name = "cache" if "cache" in parameters else "past_key_values"  # the latter is the older name
@@ -239,9 +243,9 @@ def token_logits(head, hidden, tokens=slice(None)):
 
 
 class Writer(TrainedOnly):
-    """A causal language model that draws answers to prompts, and gives the log-probabilities of their tokens.
+    """A causal language model that draws answers to prompts, and computes the log-probabilities of their tokens.
 
-    There never is any dropout, so that the model that writes is the one that learns.
+    The model has no dropout, so that the one that writes is the one that learns.
     """
 
     def __init__(self, model, tokenizer, temperature=1.0, top_p=1.0):
@@ -250,7 +254,7 @@ class Writer(TrainedOnly):
         self.model = model
         self.tokenizer = tokenizer
         self.temperature = temperature
-        ends = base_model(model).generation_config.eos_token_id  # it often has one more, that of a turn in a chat
+        ends = base_model(model).generation_config.eos_token_id  # often with the one that ends a turn in a chat
         if not isinstance(ends, list):
             ends = [ends]
         known = range(vocabulary_size(model))  # no other token can be drawn
@@ -269,8 +273,8 @@ class Writer(TrainedOnly):
 
         Returns:
             tokens: (N, P + T), the prompts, padded on the left, and the answers.
-            mask: (N, P + T) int64, 0 for padding before a prompt and for what stands behind the end of an answer.
-            drawn: (N, T) bool, the tokens of the answer up to its first end token, and that one.
+            mask: (N, P + T) int64, 0 for the padding before a prompt and for whatever follows the end of an answer.
+            drawn: (N, T) bool, True for the tokens of the answer up to and including its first end token.
         """
         tokens, mask = self.prompt_tokens(prompts)
         written = self.generate(tokens, mask, max_new_tokens, logits_processor=[check_logits])
@@ -295,7 +299,7 @@ class Writer(TrainedOnly):
             texts = [chat(self.tokenizer, prompt, **settings) for prompt in prompts]
             return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = self.tokenizer(prompts)["input_ids"]
-        # Some tokenizers append an end token to everything, and the answer would begin behind the end.
+        # Some tokenizers append an end token to every text, and the answer would begin after it.
         closing = {*self.ends, *self.tokenizer.all_special_ids}
         for row in rows:
             while len(row) > 1 and row[-1] in closing:
@@ -320,9 +324,10 @@ class Writer(TrainedOnly):
         return F.log_softmax(logits.float() / self.temperature, dim=-1).gather(2, tokens[:, :, None])[:, :, 0]
 
     def check(self, prompts, max_new_tokens):
-        """Check that the model reads these prompts, and that it draws and scores texts together as it does alone.
+        """Check that the model can read these prompts, and draws and scores texts side by side as it does each alone.
 
-        Raises CommandLineError if it does not: a recurrent model that ignores the mask, or one without a causal mask.
+        Raises CommandLineError if it does not, for instance because it is a recurrent model that ignores the mask, or
+        because it has no causal mask.
 
         prompts: all that there will be.
         """
@@ -331,9 +336,8 @@ class Writer(TrainedOnly):
         limit = longest_input(self.model)
         room = limit - longest_of(rows)
         if room < 1:
-            raise CommandLineError(
-                f"the model reads {limit} tokens at most, too few for the prompts; take another model"
-            )
+            reason = f"the model reads {limit} tokens at most, too few for the prompts"
+            raise CommandLineError(f"{reason}; take another model")
         if max_new_tokens > room:
             consequence = f"so MAX_NEW_TOKENS must be {room} or less, not {max_new_tokens}"
             raise CommandLineError(f"the model reads {limit} tokens at most, {consequence}")
@@ -366,6 +370,6 @@ def check_logits(tokens, logits):
 
 
 def until_end(answers, ends):
-    """Which tokens of answers (N, T) stand before the first end token or are it: (N, T) bool."""
+    """Which tokens of answers (N, T) come no later than the first end token: (N, T) bool."""
     ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).long()
     return ended.cumsum(1) - ended == 0

@@ -26,13 +26,13 @@ from trainer import check_finite
 
 
 def play_or_evaluate(algorithm, argv):
-    """Draw games, show them or score them, whichever the command line asks for. Returns the exit status."""
+    """Do what a command line with --play or --evaluate asks for. Returns the exit status."""
     args = read_arguments(algorithm, argv)
     state, path, why = load_policy_state(algorithm, args.checkpoint)
     for constant in algorithm.models:
-        folder = getattr(args, constant.lower())
-        if folder:
-            state["constants"][constant] = folder
+        moved_to = getattr(args, constant.lower())
+        if moved_to:
+            state["constants"][constant] = moved_to
     tell(f"{shown(path)}: trained for {state['global_step']:,} steps{why}")
     try:
         with memory_advice("does not fit into memory; try fewer --episodes"):
@@ -54,7 +54,7 @@ def play_or_evaluate(algorithm, argv):
 def read_arguments(algorithm, argv):
     """Parse and check a command line with --play or --evaluate.
 
-    Returns the options, and beside them `playing`, `in_terminal`, and `checkpoint`, which is None if none was named.
+    Returns the options, to which it adds `playing`, `in_terminal`, and `checkpoint`, which is None if none was named.
     """
     args = make_parser(algorithm).parse_args(argv)
     args.playing = args.play is not None
@@ -126,9 +126,10 @@ def show(algorithm, state, args):
 
 
 def load_policy_state(algorithm, name):
-    """Load the model to play: the run or checkpoint of this name, or for None the newest run or the shipped model.
+    """Load the run or checkpoint of this name. If it is None, load the newest run, or else the shipped model.
 
-    Returns its policy state, its path, and why it was taken. Raises CheckpointError.
+    Returns what `Trainer.policy_state` returned, the path, and a remark that says why it was taken. Raises
+    CheckpointError.
     """
     shipped = ALGORITHMS / "pretrained" / f"{algorithm.name}{SUFFIX}"
     path, why = model_to_play(name, shipped, lambda state: state.get("algorithm") == algorithm.name)
@@ -150,18 +151,16 @@ def check_algorithm(name, state, path):
 
 
 def check_models(state, models):
-    """Check that the pretrained models which a run is continued or played with are those that it began with.
+    """Check that a run is continued or played with the pretrained models that it began with.
 
     Args:
         state: the checkpoint of the run.
         models: {constant: [name, fingerprint]} of the pretrained models that are loaded now.
 
     Raises:
-        CommandLineError: another model was named. If the name is the same and the model is not, that is a warning,
+        CommandLineError: another model was named. A model that has changed under the same name is only warned of,
             because a later version of transformers may read the same files differently.
     """
-    if "models" not in state:  # a checkpoint of an older version
-        return
     try:
         check_like(state, {"models": models})
     except ValueError as error:

@@ -27,6 +27,14 @@ def wins(boards, player):
     return (boards[:, LINES] == np.reshape(player, (-1, 1, 1))).all(2).any(1)
 
 
+def results(boards, player):
+    """How each of these boards (N, 9) counts for a player: 1.0 if the player has won, -1.0 if the other has, else 0.0.
+
+    player: as in `wins`.
+    """
+    return 1.0 * wins(boards, player) - wins(boards, -player)
+
+
 def over(boards):
     """Whether the game has ended on each of these boards (N, 9): an array (N,) of bool."""
     return wins(boards, X) | wins(boards, O) | (boards != 0).all(1)
@@ -86,7 +94,7 @@ def optimal_score(board, player, turn):
     """
     boards = np.array([board], np.int8)
     if over(boards)[0]:
-        return float(wins(boards, player)[0]) - float(wins(boards, -player)[0])
+        return float(results(boards, player)[0])
     scores = []
     for cell in range(9):
         if board[cell] == 0:
@@ -130,9 +138,8 @@ class TicTacToe(gym.Env):
         self.board[action] = self.player
         if not over(self.board[None])[0]:
             self.board[self.opponent(self.board, -self.player)] = -self.player
-        boards = self.board[None]
-        reward = float(wins(boards, self.player)[0]) - float(wins(boards, -self.player)[0])
-        terminated = bool(over(boards)[0])
+        reward = float(results(self.board[None], self.player)[0])
+        terminated = bool(over(self.board[None])[0])
         return self.observation(), reward, terminated, False, self.info()
 
     def check_move(self, action):

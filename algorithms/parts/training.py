@@ -27,7 +27,8 @@ class Algorithm(NamedTuple):
     constants: Constants
     kept: tuple  # the constants that a resumed run must not change
 
-    # build(constants: Values) returns a Trainer whose metadata has "algorithm" and "constants".
+    # build(constants: Values) returns a Trainer whose metadata has "algorithm" and "constants", and, if `models` are
+    # named below, "models", as `check_models` takes them.
     build: Callable
     # evaluate(policy_state, episodes, seed) returns a dict with a "score".
     evaluate: Callable
@@ -69,7 +70,8 @@ def train_algorithm(algorithm, argv):
     with memory_advice("does not fit into memory; try a smaller model, or fewer games at once"):
         trainer = algorithm.build(c)
     if run.state:
-        check_models(run.state, trainer.metadata.get("models", {}))
+        if algorithm.models:
+            check_models(run.state, trainer.metadata["models"])
         load_state(trainer, run)
     run_dir = run.directory or new_run_dir(c.RUN_DIR, f"runs/{algorithm.name}")
     trainer.callbacks = callbacks_of(algorithm, c, run_dir)
