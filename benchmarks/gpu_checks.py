@@ -1,9 +1,9 @@
 """Check what this GPU computes:  python -m benchmarks.gpu_checks
 
 The first update of every training on a GPU makes the checks of fast/gpu_checks.py. This program prints them as a
-table, with every combination of the shortcuts that can be taken, each in a training of its own. It takes the
-constants of train_ppo.py, such as --n_layer 6, and with --resume RUN the weights of a run. With --device cpu the CPU
-does what a GPU would do, slowly: add --num_envs 16 --rollout_steps 16 --batch_size 64.
+table for every combination of the shortcuts that suit the GPU, each in a training of its own. It takes the constants
+of train_ppo.py, such as --n_layer 6, and with --resume RUN the weights of a run. With --device cpu the CPU does what
+a GPU would do, slowly, so add --num_envs 16 --rollout_steps 16 --batch_size 64.
 """
 
 import harness.start  # before the slow imports
@@ -26,7 +26,7 @@ from train_ppo import CONSTANTS, KEPT, check, check_ranks, gpt_config
 
 
 def gpu_training(c, device, shortcuts):
-    """The PPO that a GPU would run with these constants and shortcuts, on any device."""
+    """Return the PPO that a GPU would run with these constants and shortcuts, on any device."""
     torch.manual_seed(c.SEED)
     kind = DeviceGPT if c.N_LAYER == 1 else FastGPT
     policy = kind(gpt_config(c)).to(device)
@@ -52,8 +52,9 @@ def passes(c, device, state, shortcuts):
         failure = error
     except RuntimeError as error:
         raise GPUError(f"{one_line(error)}; nothing more can be tried in this process") from error
-    for c in ppo.runner.checks:
-        print(f"  {c.name:<44} {c.error:>9.2g} {c.tolerance:>9.2g}  {'ok' if c.passed else 'WRONG'}")
+    for result in ppo.runner.checks:
+        verdict = "ok" if result.passed else "WRONG"
+        print(f"  {result.name:<44} {result.error:>9.2g} {result.tolerance:>9.2g}  {verdict}")
     if failure is not None:
         print(f"  {failure}")
     return failure is None
@@ -69,11 +70,10 @@ def main(argv=()):
     print(f"\n  {'check':<44} {'error':>9} {'tolerance':>9}")
     with memory_advice(f"the model does not fit into the memory of {device}; try a smaller --n_embd or --n_layer"):
         suitable = shortcuts_for(gpu_training(c, device, [])) if device.type == "cuda" else []
-        passed = [
-            passes(c, device, run.state, combination)
-            for n in range(len(suitable) + 1)
-            for combination in itertools.combinations(suitable, n)
-        ]
+        passed = []
+        for n in range(len(suitable) + 1):
+            for shortcuts in itertools.combinations(suitable, n):
+                passed.append(passes(c, device, run.state, shortcuts))
     return 0 if all(passed) else 1
 
 

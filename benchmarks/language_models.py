@@ -1,8 +1,8 @@
-"""Measure what reading a prompt's fixed beginning once saves:  python -m benchmarks.language_models [--model smollm2]
+"""Measure the time saved by reading a prompt's beginning once:  python -m benchmarks.language_models [--model smollm2]
 
-Times the forward pass over the texts of 16 games, as in a rollout, with the beginning read once and with the
-beginning read before every text. The two alternate; medians are printed. --levels plays instead: 30 games of a rule
-that follows the ball, and as many at random.
+All prompts begin with the same text. A forward pass over the prompts of 16 games, as in a rollout, is timed with this
+beginning read once, and with the beginning read in every prompt. The two alternate, and medians are printed. With
+--levels the program plays instead: 30 games by a rule that follows the ball, and as many at random.
 """
 
 import harness.start  # before the slow imports
@@ -25,7 +25,7 @@ from harness.options import Parser, within
 from harness.supervise import run_script
 
 
-def prefix(name, device, turns):
+def seconds_of_passes(name, device, turns):
     """Return the seconds of a pass with the beginning read once, and with all but its first token read every time."""
     tokenizer = load_tokenizer(name, invented_texts())
     model = load_model(name, tokenizer, device)
@@ -47,7 +47,7 @@ def prefix(name, device, turns):
     return [statistics.median(times) for times in seconds]
 
 
-def levels(games):
+def scores_to_compare_with(games):
     """Return the scores of the rule and of random play, in games with the same seeds."""
     rng = np.random.default_rng(0)
     c = SimpleNamespace(**CONSTANTS)
@@ -75,11 +75,11 @@ def main(argv=()):
     )
     args = parser.parse_args(argv)
     if args.levels:
-        print(json.dumps(levels(args.levels)))
+        print(json.dumps(scores_to_compare_with(args.levels)))
         return
     device = choose_device(args.device)
     torch.manual_seed(0)
-    once, every = prefix(args.model, device, args.turns)
+    once, every = seconds_of_passes(args.model, device, args.turns)
     print(f"read once {once:.3f} s, before every text {every:.3f} s, ratio {every / once:.2f}")
 
 

@@ -1,9 +1,9 @@
 """Tabulate and draw how runs of train_ppo.py learned:  python -m benchmarks.learning [SWEEP or RUN ...]
 
 The default is runs/sweep/train_ppo, which `python sweep.py train_ppo --seed 0 1 2 3 4` leaves. Runs whose directories
-differ only in the seed are one variant, such as prediction_coef=0.0. Prints three tables: every seed, the medians of
-each variant, and the lowest and highest values. The first table is written to learning.csv too, and the first variant
-is drawn as learning.png.
+differ only in the seed are one variant, such as prediction_coef=0.0. The program prints three tables: every seed, the
+medians of each variant, and the lowest and highest values. It also writes the first table to learning.csv, and draws
+the first variant as learning.png.
 """
 
 import harness.start  # before the slow imports
@@ -48,7 +48,7 @@ def runs_in(paths):
 
 
 def variant_of(run_dir):
-    """Return the name of a run's directory without its seed: "" if it has no other constants."""
+    """Return the name of a run's directory without its seed, which is "" if no other constants are in it."""
     return re.sub(r"seed=\d+", "", run_dir.name).replace(",,", ",").strip(",")
 
 
@@ -65,7 +65,9 @@ def evaluations(run_dir):
     return np.array(curve)
 
 
-# --- tables: a row is a dict {column: number or text}, None stands for never ----------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+# A row is a dict {column: number or text}, in which None stands for never.
 
 
 def seed_row(variant, seed, curve):
@@ -109,7 +111,7 @@ def draw(curves):
         curves: {seed: `evaluations` of its run}.
     """
     figure = new_figure(12, 4.8)
-    shortest = min(map(len, curves.values()))  # a full disk may have cost one a row
+    shortest = min(map(len, curves.values()))  # a run may lack a row that a full disk refused
     data = np.array([curve[:shortest] for curve in curves.values()])  # (seeds, evaluations, 4)
     scores = data[:, :, 2].T  # (evaluations, seeds)
     drawn = np.random.default_rng(0).integers(len(data), size=(2000, len(data)))

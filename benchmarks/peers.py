@@ -1,16 +1,16 @@
 """Train beside Stable-Baselines3 and TRL:  python -m benchmarks.peers lunarlander|space_invaders|grpo [--seed 0]
 
-lunarlander     minutes and steps until the mean of 30 greedy episodes reaches 200, ours and SB3's PPO with the settings
-                of RL Baselines3 Zoo; evaluations do not count in either's time
-space_invaders  environment steps per second while learning, ours and SB3's DQN, with the same network, batch, game and
-                learning steps per step; the two alternate, medians; --float32 is ours without bfloat16
-grpo            reward of answers to held-out prompts before and after --steps steps, and seconds per step, ours and
-                TRL's GRPOTrainer, with the same model, prompts, reward and settings, in float32 on the CPU; one
-                training after the other
+lunarlander     Ours and SB3's PPO, which has the settings of RL Baselines3 Zoo: minutes and steps until the mean of 30
+                greedy episodes reaches 200. Evaluations do not count in the time of either.
+space_invaders  Ours and SB3's DQN, with the same network, batch, game and learning steps per step: environment steps
+                per second while learning, as medians. The two alternate. With --float32 ours has no bfloat16.
+grpo            Ours and TRL's GRPOTrainer, with the same model, prompts, reward and settings, in float32 on the CPU:
+                reward of answers to held-out prompts before and after --steps steps, and seconds per step. One
+                training runs after the other.
 
-A step of `grpo` is 8 answers and what is learned from them. Its time is a median, without evaluations, logs and
-checkpoints. Both trainings draw the answers of a step from the same random numbers, so they draw the same ones until
-their weights differ by more than rounding. Three differences remain. TRL divides by a standard deviation with
+A step of `grpo` draws 8 answers and learns from them. Its time is a median, without evaluations, logs and
+checkpoints. Both trainings use the same random numbers in a step, so they draw the same answers until their weights
+differ by more than rounding. Three differences remain. TRL divides by a standard deviation with
 Bessel's correction, so its advantages are 6 % smaller, which Adam undoes except for the clipping of gradients. Ours
 reads the answers once more, to measure the divergence from the model at the start. TRL measures entropies.
 
@@ -39,8 +39,9 @@ from callbacks import Callback
 from harness.options import Parser, within
 from harness.supervise import run_script
 
-EVERY, SOLVED = 81_920, 200.0  # steps between two evaluations; points
-STEPS = 1_500  # of a turn
+EVERY = 81_920  # LunarLander: environment steps between two evaluations
+SOLVED = 200.0  # LunarLander: the mean return to be reached
+STEPS = 1_500  # Space Invaders: environment steps in a turn
 
 
 def stable_baselines3():
@@ -57,7 +58,7 @@ def score(greedy):
     return float(np.mean(episode_returns(lander.make_env, greedy, 30, 1_000_000)))
 
 
-def ours_on_the_moon(seed, num_steps):
+def train_our_lander(seed, num_steps):
     """Train ours. Returns (steps, seconds, score) of each evaluation."""
     found = []
 
@@ -77,7 +78,7 @@ def ours_on_the_moon(seed, num_steps):
     return found
 
 
-def theirs_on_the_moon(seed, num_steps):
+def train_their_lander(seed, num_steps):
     """Train Stable-Baselines3's PPO. Returns (steps, seconds, score) of each evaluation."""
     sb3, quiet = stable_baselines3()
     model = sb3.PPO(
@@ -109,9 +110,10 @@ def report(name, steps, seconds, mean):
 
 
 def lunarlander(seed, num_steps):
+    """Train both, one after the other, and print when each was as good as SOLVED."""
     stable_baselines3()  # or say at once that it is missing
     torch.set_num_threads(1)
-    for name, train in (("ours", ours_on_the_moon), ("SB3", theirs_on_the_moon)):
+    for name, train in {"ours": train_our_lander, "SB3": train_their_lander}.items():
         found = train(seed, num_steps)
         solved = next(((steps, seconds) for steps, seconds, mean in found if mean >= SOLVED), None)
         when = f"{solved[0]:,} steps, {solved[1] / 60:.2f} minutes" if solved else "never"
@@ -135,34 +137,31 @@ def space_invaders(seed, turns, bf16):
     }
     c = SimpleNamespace(**constants)
     ours = dqn.build(c)
-    while not len(ours.replay) or ours.replay.added * c.NUM_ENVS < 600:
-        ours.act()
+    ours.burn_in()
     theirs = sb3.DQN(
         "CnnPolicy",
         gym.wrappers.FrameStackObservation(dqn.make_env(c), c.STACK),
         learning_rate=c.LR,
-        buffer_size=10_000,
-        learning_starts=600,
+        buffer_size=c.REPLAY_SIZE,
+        learning_starts=c.BURN_IN,
         batch_size=c.BATCH_SIZE,
         gamma=c.GAMMA,
         train_freq=c.LEARN_EVERY,
         gradient_steps=1,
-        target_update_interval=3 * c.SYNC_EVERY,
-        exploration_initial_eps=0.1,
-        exploration_final_eps=0.1,
+        target_update_interval=c.LEARN_EVERY * c.SYNC_EVERY,  # in environment steps
+        exploration_initial_eps=c.EPSILON,
+        exploration_final_eps=c.EPSILON,
         seed=seed,
         device="cpu",
     )
     theirs.set_logger(quiet)
-    theirs.learn(600, reset_num_timesteps=False)
-    c.UPDATE_STEPS = STEPS
-    ours.num_steps = 10**9
-    rates = {"ours": [], "SB3": []}
+    theirs.learn(c.BURN_IN, reset_num_timesteps=False)
+    c.UPDATE_STEPS = STEPS  # of ours.collect_and_update
+    ours.num_steps = 10**9  # which is never reached
+    learners = {"ours": ours.collect_and_update, "SB3": lambda: theirs.learn(STEPS, reset_num_timesteps=False)}
+    rates = {name: [] for name in learners}
     for turn in range(turns):
-        for name, run in (
-            ("ours", ours.collect_and_update),
-            ("SB3", lambda: theirs.learn(STEPS, reset_num_timesteps=False)),
-        ):
+        for name, run in learners.items():
             clock = time.perf_counter()
             run()
             rates[name].append(STEPS / (time.perf_counter() - clock))
@@ -175,7 +174,7 @@ def space_invaders(seed, turns, bf16):
 # GRPO
 
 
-def ours_in_words(c):
+def train_our_writer(c):
     """Train ours. Returns the weights at the end, and the seconds and the prompt of each step."""
     trainer = grpo.build(c)
     seconds = []
@@ -191,21 +190,23 @@ def ours_in_words(c):
     return trainer.policy.state_dict(), seconds, prompts
 
 
-def theirs_in_words(c, prompts):
+def train_their_writer(c, prompts):
     """Train TRL's on these prompts. Returns the weights at the end, and the seconds of each step."""
-    trl, transformers, datasets = need("trl", "trl"), need("transformers"), need("datasets", "trl")
+    trl = need("trl", "trl")
+    transformers = need("transformers")
+    datasets = need("datasets", "trl")
     writer = grpo.make_writer(c, torch.device("cpu"))
-    score = grpo.make_reward(c.REWARD_MODEL, torch.device("cpu"))
-    seconds = []
+    rewards_of = grpo.make_reward(c.REWARD_MODEL, torch.device("cpu"))
     chat = bool(writer.tokenizer.chat_template)
-    rows = [
-        {"question": prompt, "prompt": [{"role": "user", "content": prompt}] if chat else prompt} for prompt in prompts
-    ]
-    rewards = None
+    rows = []
+    for prompt in prompts:
+        rows.append({"question": prompt, "prompt": [{"role": "user", "content": prompt}] if chat else prompt})
+    seconds = []
+    rewards = None  # of the answers of the last step
 
     def reward(completions, question, **_):
         nonlocal rewards
-        rewards = score(question, [answer[0]["content"] if chat else answer for answer in completions])
+        rewards = rewards_of(question, [answer[0]["content"] if chat else answer for answer in completions])
         return rewards.tolist()
 
     class Steps(transformers.TrainerCallback):
@@ -264,29 +265,29 @@ def tell(name, seconds, rewards, more=""):
     print(f"{name}: step {len(seconds)}, reward {rewards.mean():.4f}, {seconds[-1]:.2f} s{more}", flush=True)
 
 
-def in_words(seed, num_steps, model):
+def writers(seed, num_steps, model):
+    """Train both on the same prompts, one after the other, and print what each has reached."""
     need("trl", "trl")  # or say at once that it is missing
     grpo.check(SimpleNamespace(POLICY_MODEL=model))
-    c = SimpleNamespace(
-        **{
-            **grpo.CONSTANTS,
-            "POLICY_MODEL": model,
-            "SEED": seed,
-            "NUM_STEPS": num_steps,
-            "DEVICE": "cpu",
-            "LORA_RANK": 0,
-            "PROMPTS_PER_STEP": 1,
-            "EPOCHS": 1,
-        }
-    )
+    constants = {
+        **grpo.CONSTANTS,
+        "POLICY_MODEL": model,
+        "SEED": seed,
+        "NUM_STEPS": num_steps,
+        "DEVICE": "cpu",
+        "LORA_RANK": 0,
+        "PROMPTS_PER_STEP": 1,
+        "EPOCHS": 1,
+    }
+    c = SimpleNamespace(**constants)
 
     def score_of(weights):
         return grpo.evaluate({"constants": vars(c), "model": weights})
 
     before = score_of(grpo.make_writer(c, torch.device("cpu")).state_dict())
-    weights, seconds, prompts = ours_in_words(c)
+    weights, seconds, prompts = train_our_writer(c)
     results = {"ours": (score_of(weights), seconds)}
-    weights, seconds = theirs_in_words(c, prompts)
+    weights, seconds = train_their_writer(c, prompts)
     results["TRL"] = (score_of(weights), seconds)
     start = f"{before['score']:.3f} (standard error {before['error']:.3f}) before"
     for name, (after, seconds) in results.items():
@@ -311,7 +312,7 @@ def main(argv=()):
     if args.what == "lunarlander":
         lunarlander(args.seed, args.num_steps)
     elif args.what == "grpo":
-        in_words(args.seed, args.steps, args.model)
+        writers(args.seed, args.steps, args.model)
     else:
         space_invaders(args.seed, args.turns, not args.float32)
 

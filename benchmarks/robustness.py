@@ -5,10 +5,10 @@ random serves   every serve starts anywhere on its row, with the paddle under th
 random layouts  a random share of the bricks; standard serves
 sticky actions  one action in ten is replaced by the action before it
 
-MODEL is a checkpoint or a run. Prints a markdown table. Where games are drawn, "score" has its standard error. "of
-possible" is the score as a share of all points of a game. A game that is neither cleared nor lost was "caught in a
-cycle" until it was truncated. All players get the same serves and layouts. To choose among models, give them all with
-one --seed, and score the chosen one with another.
+MODEL is a checkpoint or a run. The program prints a markdown table. Where games are drawn at random, "score" has its
+standard error. "of possible" is the score as a share of all points of a game. A game that is neither cleared nor lost
+was "caught in a cycle" until it was truncated. All players get the same serves and layouts. To choose among models,
+give them all with one --seed, and score the chosen one with another.
 """
 
 import harness.start  # before the slow imports
@@ -44,11 +44,11 @@ def conditions(num_games, seed, deterministic):
     numbers = draw_numbers(np.random.default_rng(seed), num_games)
     serves, whole = new_games(numbers)
     varied_serves, layouts = new_games(numbers, 1.0)
-    standard = (
-        (standard_serves(SERVES), np.ones((len(SERVES), *whole.shape[1:]), bool)) if deterministic else (serves, whole)
-    )
+    standard_games = serves, whole
+    if deterministic:  # then there are no other games than these
+        standard_games = standard_serves(SERVES), np.ones((len(SERVES), *whole.shape[1:]), bool)
     return {
-        "standard": (*standard, 0.0),
+        "standard": (*standard_games, 0.0),
         "random serves": (varied_serves, whole, 0.0),
         "random layouts": (serves, layouts, 0.0),
         "sticky actions": (serves, whole, STICKY),

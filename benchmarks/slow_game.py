@@ -1,4 +1,4 @@
-"""The rules of Breakout once more, as plainly as possible: a reference for tests, and a baseline for speed."""
+"""The rules of Breakout again, as plain as possible, as a reference for tests and as a baseline for speed."""
 
 
 class SlowGame:

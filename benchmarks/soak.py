@@ -1,9 +1,9 @@
 """Test whether a long training keeps its pace and leaks nothing:  python -m benchmarks.soak [--minutes 30]
 
-Trains with the constants of train_ppo.py in a process of its own, with the evaluations beside it. Once a second it
-reads how much memory and how many open files the training has. Prints these, and the steps per second, for the second
-tenth of the time and for the last. The exit status is 1 if memory grew by more than 2 %, if files stayed open, or if
-the pace fell by more than 10 %. Linux only, because it reads /proc.
+A training with the constants of train_ppo.py runs in a process of its own, with its evaluations beside it. Once a
+second this program reads how much memory and how many open files the training has. It prints these, and the steps per
+second, for the second tenth of the time and for the last. The exit status is 1 if memory grew by more than 2 %, if
+files stayed open, or if the pace fell by more than 10 %. This works on Linux only, because it reads /proc.
 """
 
 import harness.start  # before the slow imports
@@ -22,7 +22,7 @@ from harness.runs import ROOT
 from harness.supervise import run_script, start_program
 
 
-def look(pid):
+def memory_and_files(pid):
     """Return how many megabytes a process has in memory, and how many files it has open."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir(f"/proc/{pid}/fd"))
@@ -34,7 +34,7 @@ def soak(minutes, arguments):
         command = [sys.executable, ROOT / "train_ppo.py", *arguments]
         command += ["--num_steps", 10**12, "--run_dir", f"{folder}/run"]
         process = start_program(command, stdout=subprocess.DEVNULL)
-        looks = []
+        samples = []
         end = time.monotonic() + 60 * minutes
         try:
             while time.monotonic() < end:
@@ -43,11 +43,11 @@ def soak(minutes, arguments):
                     raise CommandLineError(
                         f"the training has ended with status {process.returncode}; its reason stands above"
                     )
-                looks.append(look(process.pid))
+                samples.append(memory_and_files(process.pid))
         finally:
             process.terminate()
             process.wait()
-        return looks, [row["steps_per_second"] for row in read_metrics(f"{folder}/run/metrics.csv")]
+        return samples, [row["steps_per_second"] for row in read_metrics(f"{folder}/run/metrics.csv")]
 
 
 def ends(values):
@@ -60,11 +60,11 @@ def main(argv=()):
     parser = Parser("-m benchmarks.soak", __doc__)
     parser.add_argument("--minutes", type=within("[0.01, 10_000.0]"), default=30.0, help="default 30")
     args, arguments = parser.parse_known_args(argv)
-    looks, speeds = soak(args.minutes, arguments)
-    if len(looks) < 2 or len(speeds) < 2:
+    samples, speeds = soak(args.minutes, arguments)
+    if len(samples) < 2 or len(speeds) < 2:
         raise CommandLineError("too short to tell; give more --minutes")
-    memory = ends([x for x, _ in looks])
-    files = ends([x for _, x in looks])
+    memory = ends([megabytes for megabytes, _ in samples])
+    files = ends([open_files for _, open_files in samples])
     speed = ends(speeds)
     for name, (first, last), unit in (("memory", memory, "MB"), ("open files", files, ""), ("speed", speed, "steps/s")):
         print(f"{name:<10} {first:>12,.0f} -> {last:>12,.0f} {unit}")

@@ -1,13 +1,16 @@
 """Measure speed beside a plain baseline:  python -m benchmarks.throughput [--tables 1 2 3 4 5]
 
-1 speed beside a plain baseline   2 training: end to end, and where its time goes
-3 cost as games grow   4 cost as layers grow   5 cost as the share of changed characters grows
+Table 1  speed of the game and of the GPT beside plain baselines
+Table 2  speed of a training from end to end, and where its time goes
+Table 3  speed of rollouts, for more and more games
+Table 4  speed of the GPT, for more and more layers
+Table 5  speed of the GPT, for pages with more and more random characters
 
-The plain baseline of the game is one Python object for each game, with a page that is drawn character by character.
-That of the GPT is `model.GPT` with the same weights: every token through every block, in float32. Ours and the
-baseline run by turns; a speed is the median of the repetitions, a ratio the median of their ratios. On CUDA ours is
-compiled, deeper models run in bf16 too, and a second baseline is compiled and runs in bf16 as well. All read the
-pages of one minibatch, made from a rollout as training makes it.
+The game's plain baseline is one Python object for each game, which draws its page character by character. The GPT's
+is `model.GPT` with the same weights, with every token in every block, in float32. Ours and the baseline run by turns.
+A speed is the median of the repetitions, and a ratio the median of their ratios. On CUDA ours is compiled. Deeper
+models run in bf16 there too, and have a second baseline that is compiled and runs in bf16. All GPTs read the pages of
+one minibatch, which is made from a rollout as in training.
 """
 
 import harness.start  # before the slow imports
@@ -37,12 +40,11 @@ from harness.checkpoint import load_checkpoint
 from harness.device import choose_device, set_threads
 from harness.options import CommandLineError, Parser, within
 from harness.runs import ROOT
-from harness.supervise import begin, run_script
+from harness.supervise import StopTraining, begin, run_script
 from model import GPT, GPTConfig
 from policies import SHIPPED, load_policy, make_gpt
 from rollout_buffer import random_order, select
 from train_ppo import CONSTANTS, build, check, evaluation_of, watch
-from trainer import StopTraining
 
 C = SimpleNamespace(**CONSTANTS)
 RANDOM_ACTIONS = {"random": 1.0, "middling": 0.5, "expert": 0.0}  # their share in each level of play
@@ -51,7 +53,8 @@ SPLIT_STEPS = 400_000  # environment steps in which table 2 finds where the time
 GAMES = (2, 8, 32, 128, 512, 2048)  # in table 3
 DEEP = {"n_layer": 6, "n_embd": 96, "n_head": 6, "mlp_expansion": 1}  # the size of the public attempt
 SPEED = "what", "ours", "plain baseline", "ratio", "relative error"  # the columns of most tables
-# In a process of its own, because the peak of a child counts what its parent held when it started.
+# This program prints the peak memory of its children. It is a process of its own, because a child's peak includes the
+# memory that its parent held when it started.
 PEAK_OF = """import resource, signal, subprocess, sys
 process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -65,22 +68,30 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
 
 def timed(f, *args, **kwargs):
     """Call f(*args, **kwargs). Returns its result, and the seconds it took."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    synchronize()
+    wait_for_gpu()
     start = time.perf_counter()
     result = f(*args, **kwargs)
-    synchronize()
+    wait_for_gpu()
     return result, time.perf_counter() - start
 
 
+def wait_for_gpu():
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def race(repetitions, *contenders):
-    """Run contenders, (function, its samples), by turns. Returns samples per second, (contenders, repetitions)."""
+    """Run contenders by turns. Each is a pair of a function and the number of samples that a call takes.
+
+    Returns samples per second, (contenders, repetitions).
+    """
     for f, _ in contenders:
         f()  # warm up
     return np.array([[samples / timed(f)[1] for f, samples in contenders] for _ in range(repetitions)]).T
 
 
 def speed(speeds, unit):
+    """Return the median of speeds (repetitions,) as text."""
     return f"{number(np.median(speeds))} {unit}"
 
 
@@ -139,7 +150,7 @@ def as_trained(policy):
 
 
 def plain_gpt(policy, strengthened=False):
-    """Return a GPT that puts every token through every block. strengthened: compiled and in bf16."""
+    """Return a GPT that puts every token through every block. strengthened: whether it is compiled and in bf16."""
     gpt = GPT(policy.config).to(policy.device)
     gpt.load_state_dict(policy.state_dict())
     if strengthened:
@@ -154,12 +165,12 @@ def batch_sizes(policy):
     return ours, 32 if cuda else 2  # more are slower on a CPU
 
 
-def work(gpt, pages):
-    """Return the two functions that are timed.
+def functions_to_time(gpt, pages):
+    """Return two functions without arguments.
 
     Returns:
         forward: reads the pages, and returns (logits,).
-        forward_backward: starts from what a rollout keeps of the pages, and returns the gradients of a loss.
+        forward_backward: starts from the encoded pages, as an update does, and returns the gradients of a loss.
     """
     tokens = torch.from_numpy(pages).to(gpt.device)
     minibatches = gpt.prepare_minibatches(gpt.encode(pages).unsqueeze(0))
@@ -179,21 +190,24 @@ def work(gpt, pages):
 
 # --- the tables -------------------------------------------------------------------------------------------------------
 
+# Each of these functions returns a title, the header and the rows.
+
 
 def speed_table(policy, args):
     rows = [game_row(args.repetitions)]
     deep = make_gpt(GPTConfig(**DEEP), policy.device)
     for level in RANDOM_ACTIONS:
         rows += model_rows(f"one layer, {level} play", policy, training_pages(policy, level), args.repetitions)
-        rows += model_rows(
-            f"six layers, {level} play", deep, training_pages(policy, level, deep.group_size), args.repetitions
-        )
+        deep_pages = training_pages(policy, level, deep.group_size)
+        rows += model_rows(f"six layers, {level} play", deep, deep_pages, args.repetitions)
     return "speed", SPEED, rows
 
 
 def game_row(repetitions, num_envs=256, num_plain=4, steps=500):
-    """Return the row of the game, with random actions. The first few games are played by the plain baseline too, and
-    compared page by page."""
+    """Return the row of the game, with random actions.
+
+    The plain baseline plays the first few games too, and all of its pages are compared.
+    """
     env = BreakoutAsciiVec(num_envs)
     rng = np.random.default_rng(0)
     speeds = []
@@ -226,16 +240,17 @@ def game_row(repetitions, num_envs=256, num_plain=4, steps=500):
 def model_rows(label, policy, pages, repetitions):
     """Yield the rows of the GPT: forward, and forward + backward, beside each baseline."""
     if policy.device.type == "cuda":
-        torch.compiler.reset()  # else the ninth GPT would not be compiled
+        torch.compiler.reset()  # because torch compiles a function at most eight times
     size, few = batch_sizes(policy)
     ours = as_trained(policy)
     baselines = {"": plain_gpt(policy)}
     if policy.device.type == "cuda" and policy.config.n_layer > 1:
         baselines[", baseline in bf16, compiled"] = plain_gpt(policy, strengthened=True)
     tasks = ("forward", "pages/s"), ("forward + backward", "samples/s")
-    contenders = [work(gpt, pages[:few]) for gpt in baselines.values()]
-    own_work = zip(work(ours, pages[:size]), work(ours, pages[:few]))
-    for (task, unit), (own, own_few), *plain in zip(tasks, own_work, *contenders):
+    own_functions = functions_to_time(ours, pages[:size])
+    own_on_few_pages = functions_to_time(ours, pages[:few])
+    plain_functions = [functions_to_time(gpt, pages[:few]) for gpt in baselines.values()]
+    for (task, unit), own, own_few, *plain in zip(tasks, own_functions, own_on_few_pages, *plain_functions):
         error = f"{relative_error(own_few(), plain[0]()):.0e}"
         own_speeds, *speeds = race(repetitions, (own, size), *[(f, few) for f in plain])
         for baseline, plain_speeds in zip(baselines, speeds):
@@ -244,7 +259,7 @@ def model_rows(label, policy, pages, repetitions):
 
 def training_table(policy, args):
     steps_per_second, peak = training(args.num_steps, policy.device)
-    steps, seconds, parts = split(policy, SPLIT_STEPS)
+    steps, seconds, parts = seconds_of_parts(policy, SPLIT_STEPS)
     rows = [
         (f"end to end, a whole training of {args.num_steps:,} steps", speed(steps_per_second, "steps/s")),
         ("peak memory of its larger process", f"{peak:.2f} GB"),
@@ -277,9 +292,11 @@ def training(num_steps, device):
     return last["global_step"] / last["seconds"], peak / 1e9
 
 
-def endless(policy, **constants):
-    """Return the trainer of train_ppo.py with these weights, and a learning rate that leaves them as they are; and its
-    constants."""
+def endless_trainer(policy, **constants):
+    """Return a trainer of train_ppo.py that leaves the policy's weights as they are, and its constants.
+
+    The learning rate is nearly 0, and num_steps is never reached.
+    """
     size = {name: getattr(policy.config, name.lower()) for name in ("N_LAYER", "N_HEAD", "N_EMBD", "MLP_EXPANSION")}
     c = SimpleNamespace(**vars(C) | size | {"NUM_STEPS": 10**12, "LR": 1e-9, "MIN_LR": 1e-9} | constants)
     trainer = build(c, policy.device)
@@ -287,15 +304,17 @@ def endless(policy, **constants):
     return trainer, c
 
 
-def split(policy, num_steps):
-    """Train a trained policy for about num_steps, whole intervals between evaluations, and without the last evaluation.
+def seconds_of_parts(policy, num_steps):
+    """Train a trained policy for about num_steps, and time the parts of the training.
+
+    It trains for whole intervals between evaluations, without the last evaluation.
 
     Returns:
         the steps, the seconds, and the seconds of each part as a dict
     """
     interval = C.EVAL_INTERVAL * C.ROLLOUT_STEPS * C.NUM_ENVS
     silence = io.StringIO()
-    trainer, c = endless(policy)
+    trainer, c = endless_trainer(policy)
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(silence),
@@ -313,7 +332,9 @@ def split(policy, num_steps):
 
 
 def learn_until(trainer, step):
-    def stop_together():  # asked before every update
+    """Train until the trainer has done this many environment steps."""
+
+    def stop_together():  # which `learn` calls before every update
         if trainer.global_step >= step:
             raise StopTraining
 
@@ -323,13 +344,13 @@ def learn_until(trainer, step):
 
 @contextlib.contextmanager
 def clocks(trainer, evaluation):
-    """Give a dict that counts the seconds of each part of a training, without those of the parts that it calls."""
+    """Yield a dict that counts the seconds of each part of a training, without those of other parts that it calls."""
     policy = trainer.policy
     env = trainer.env
     buffer = trainer.buffer
-    inner = []
-    rollout = [("rollout", trainer, "collect")]  # its steps may be one CUDA graph, whose parts no clock can see
-    if not trainer.on_device:
+    if trainer.on_device:
+        rollout = [("rollout", trainer, "collect")]  # its steps may be one CUDA graph, whose parts no clock can see
+    else:
         rollout = [
             ("game", env, "step"),
             ("game", env, "pair"),
@@ -347,15 +368,17 @@ def clocks(trainer, evaluation):
     )
     methods = (*rollout, *rest)
     parts = {part: 0.0 for part, *_ in methods}
+    inner = []  # for each part that is running, the seconds of the parts that it has called
 
     def clocked(part, f):
         def run(*args, **kwargs):
-            inner.append(0.0)  # seconds of the parts that this one calls
+            inner.append(0.0)
             result, seconds = timed(f, *args, **kwargs)
             parts[part] += seconds - inner.pop()
             if inner:
                 inner[-1] += seconds
-            return clocked(part, result) if callable(result) else result  # as `inference_function` returns one
+            # The function that `inference_function` returns is a part of the forward pass too.
+            return clocked(part, result) if callable(result) else result
 
         return run
 
@@ -368,12 +391,12 @@ def clocks(trainer, evaluation):
 def games_table(policy, args):
     rows = []
     for num_envs in GAMES:
-        trainer, _ = endless(policy, NUM_ENVS=num_envs)
+        trainer, _ = endless_trainer(policy, NUM_ENVS=num_envs)
         for _ in range(-(-SPREAD_STEPS // C.ROLLOUT_STEPS)):
             trainer.collect()
         seconds = np.array([timed(trainer.collect)[1] for _ in range(args.repetitions)])
         rows.append((f"{num_envs:,}", speed(num_envs * C.ROLLOUT_STEPS / seconds, "steps/s")))
-    return "rollouts as games grow: learned play", ("games", "speed"), rows
+    return "speed of rollouts for more and more games: learned play", ("games", "speed"), rows
 
 
 def layers_table(policy, args):
@@ -382,7 +405,7 @@ def layers_table(policy, args):
         gpt = make_gpt(GPTConfig(**DEEP | {"n_layer": n}), policy.device)
         pages = training_pages(policy, "random", gpt.group_size)
         rows += model_rows(f"{n} layers", gpt, pages, args.repetitions)
-    return "cost as layers grow: C = 96, 6 heads, random play", SPEED, rows
+    return "speed for more and more layers: C = 96, 6 heads, random play", SPEED, rows
 
 
 def changes_table(policy, args):
@@ -394,7 +417,7 @@ def changes_table(policy, args):
         changed[:, -1] = False  # the last character stays the newline
         pages[changed] = rng.choice(list(CHARACTERS.encode()), size=changed.sum())
         rows += model_rows(f"{100 * share:g} % changed", policy, pages, args.repetitions)
-    return "cost as the share of changed characters grows: middling play", SPEED, rows
+    return "speed for more and more random characters: middling play", SPEED, rows
 
 
 TABLES = {1: speed_table, 2: training_table, 3: games_table, 4: layers_table, 5: changes_table}

@@ -47,7 +47,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def table(text):
-    """A markdown table -> its header and rows, lists of str."""
+    """Return the header and the rows of a markdown table, as lists of str."""
     header, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]
@@ -96,7 +96,7 @@ def play_one(serves):
 
 
 def test_every_game_of_a_condition_is_played_to_its_end(monkeypatch):
-    """The first game too, and it makes no difference how many are played at once."""
+    """This holds for the first game too, and however many are played at once."""
     serves, bricks, sticky = robustness.conditions(1, 0, True)["standard"]
     results = robustness.play(still, serves, bricks, sticky, 0, True)
     np.testing.assert_array_equal(np.stack(results, 1), [play_one(dx) for dx in SERVES])
@@ -129,8 +129,8 @@ def test_the_conditions_differ_in_one_thing_each():
 
 
 def test_a_sticky_action_is_played_again(monkeypatch):
-    """The player goes right and left by turns. It moves as chosen if the action is heard, or if it is not and the move
-    before was not as chosen: a share p = (1 - 0.25) + 0.25 (1 - p)."""
+    """The player goes right and left by turns. A move is as chosen if the action is not replaced, or if it is replaced
+    by the move before and that was not as chosen. So a share p = (1 - 0.25) + 0.25 (1 - p) of moves are as chosen."""
     monkeypatch.setattr(robustness, "STICKY", 0.25)
     serves, bricks, sticky = robustness.conditions(300, 0, False)["sticky actions"]
     paddles = []
@@ -146,11 +146,11 @@ def test_a_sticky_action_is_played_again(monkeypatch):
 
 
 def test_the_table_of_robustness(tmp_path, monkeypatch, capsys):
-    """Models come in the order given, then the tracker and random play, once each."""
+    """Models are in the given order, and after them the tracker and random play, once each."""
     play_games = robustness.play_games
 
     def play(player, *arguments, **options):
-        """Only the tracker's games are played to their end."""
+        """Play only the tracker's games to their end."""
         return play_games(player, *arguments, **options, max_steps=2000 if player is robustness.tracker else 100)
 
     monkeypatch.setattr(robustness, "play_games", play)
@@ -183,7 +183,7 @@ MARKS = [f"{mark}: {unit}" for mark in (300, 600, 900, 960) for unit in ("M step
 
 
 def leave_run(run_dir, seed, curve):
-    """Write what learning.py reads of a run. Some rows are of an update without evaluation, or lack a number."""
+    """Write the files that learning.py reads of a run. Three more rows have no evaluation, or a damaged one."""
     run_dir.mkdir(parents=True)
     (run_dir / "config.json").write_text(json.dumps({"SEED": seed, "NUM_STEPS": 4_000_000}))
     rows = [",".join(map(str, (i, *evaluation))) for i, evaluation in enumerate(curve, start=1)]
@@ -192,7 +192,7 @@ def leave_run(run_dir, seed, curve):
 
 
 def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):
-    """Every seed of every variant, the default constants first; then medians, then ranges."""
+    """The first table has every seed of every variant, the default constants first. Then come medians, then ranges."""
     for seed, curve in CURVES.items():
         leave_run(tmp_path / f"seed={seed}", seed, curve)
     leave_run(tmp_path / "gamma=0.9,seed=0,paired_envs=False", 0, CURVES[0][:1])
@@ -233,7 +233,7 @@ def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):
 
 
 def test_which_runs_learning_reads(tmp_path):
-    """Runs themselves, and those in a directory; nothing deeper."""
+    """It reads runs that are named, and the runs in a directory that is named, but nothing deeper."""
     for name in ("a/seed=0", "a/seed=1", "b", "a/seed=0/old"):
         leave_run(tmp_path / name, 0, CURVES[0])
     assert learning.runs_in([tmp_path / "a", tmp_path / "b"]) == [tmp_path / x for x in ("a/seed=0", "a/seed=1", "b")]
@@ -254,13 +254,12 @@ def test_the_interquartile_mean():
 
 
 def test_small_weights_are_those_of_nanogpt(tmp_path, monkeypatch):
-    """A training begins with them, and whoever plays its model need not know of them."""
+    """A training begins with them, and its model is played without them."""
     monkeypatch.setattr(GPT, "init_weights", GPT.init_weights)  # restored at the end
     monkeypatch.setattr(train_ppo, "evaluation_of", lambda c, device: None)
-    small = (
-        "--num_envs 4 --rollout_steps 8 --batch_size 16 --epochs 1 --n_head 2 --n_embd 8 --device cpu --num_steps 32"
-    )
-    assert small_weights.main([*small.split(), "--run_dir", str(tmp_path / "run")]) == 0
+    training = "--num_envs 4 --rollout_steps 8 --batch_size 16 --epochs 1 --num_steps 32"
+    small = f"{training} --n_head 2 --n_embd 8 --device cpu --run_dir {tmp_path / 'run'}"
+    assert small_weights.main(small.split()) == 0
     for name, p in make_gpt().named_parameters():
         std = 0.02 / math.sqrt(2) if "c_proj" in name else 0.02
         if p.dim() > 1:
@@ -303,7 +302,7 @@ def test_a_small_baseline(tmp_path, baseline, capsys):
 
 
 def test_stable_baselines3_weighs_the_losses_as_ours_does(baseline, monkeypatch):
-    """Its coefficients times its own losses are ours. Its value loss is the whole squared error, ours half of it."""
+    """Its coefficients times its losses equal ours. Its value loss is the whole squared error, ours is half of it."""
     given = {}
 
     class Recorded(baseline.PPO):
@@ -323,7 +322,7 @@ def test_stable_baselines3_weighs_the_losses_as_ours_does(baseline, monkeypatch)
 
 
 def test_the_games_as_stable_baselines3_sees_them(baseline):
-    """A lost life ends a return, a truncation says what it cut off, and rewards are scaled."""
+    """A lost life ends a return, a truncation has the final observation, and rewards are scaled."""
     ours, env = BreakoutAsciiVec(8, max_episode_steps=60), BreakoutAsciiVec(8, max_episode_steps=60)
     games, rng, seen = baseline.Games(env), np.random.default_rng(0), np.zeros(3, int)
     games.seed(1)
@@ -338,9 +337,8 @@ def test_the_games_as_stable_baselines3_sees_them(baseline):
         lost = our_infos["life_lost"] | our_infos.get("final_info", {}).get("life_lost", False)
         np.testing.assert_array_equal(dones, terminated | truncated | lost)
         cut = np.array(["TimeLimit.truncated" in info for info in infos])
-        assert (cut <= truncated).all() and all(
-            info["terminal_observation"].shape == (TOKENS,) for info in infos if info
-        )
+        assert (cut <= truncated).all()
+        assert all(info["terminal_observation"].shape == (TOKENS,) for info in infos if info)
         seen += (points > 0).sum(), lost.sum(), cut.sum()
     assert (seen > 0).all()
 
@@ -350,7 +348,7 @@ def test_the_games_as_stable_baselines3_sees_them(baseline):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Make the constants small. Gives a GPT of that size."""
+    """Make the constants small, and return a GPT of that size."""
     constants = dict(NUM_ENVS=4, ROLLOUT_STEPS=16, BATCH_SIZE=8, EVAL_INTERVAL=1, N_HEAD=2, N_EMBD=8, MLP_EXPANSION=1)
     constants |= dict(PAIRED_ENVS=True, PREDICTION_COEF=0.1, VARIED_STARTS=0.7)
     for name, value in constants.items():
@@ -428,16 +426,22 @@ def test_the_table_of_games(small):
 
 def test_where_the_time_goes(small, monkeypatch):
     """The weights stay as they are, though the constants of the training ask for a model of another size."""
-    trainers, endless = [], throughput.endless
+    trainers = []
+
+    def endless_trainer(policy):
+        trainer, c = original(policy)
+        trainers.append(trainer)
+        return trainer, c
+
+    original = throughput.endless_trainer
     monkeypatch.setattr(throughput, "evaluation_of", lambda c, device: Callback())
-    monkeypatch.setattr(throughput, "endless", lambda policy: trainers.append(endless(policy)) or trainers[-1])
+    monkeypatch.setattr(throughput, "endless_trainer", endless_trainer)
     monkeypatch.setattr(throughput.C, "N_EMBD", 16)
-    steps, seconds, parts = throughput.split(small, 3 * 64)
+    steps, seconds, parts = throughput.seconds_of_parts(small, 3 * 64)
     assert steps == 3 * 64
-    for name, x in trainers[0][0].policy.state_dict().items():
-        torch.testing.assert_close(
-            x, small.state_dict()[name], rtol=0, atol=1e-4
-        )  # steps of Adam, of at most a few times the rate of 1e-9
+    for name, x in trainers[0].policy.state_dict().items():
+        # A step of Adam is at most a few times the learning rate of 1e-9.
+        torch.testing.assert_close(x, small.state_dict()[name], rtol=0, atol=1e-4)
     assert list(parts) == [
         "game",
         "forward",
@@ -453,10 +457,10 @@ def test_where_the_time_goes(small, monkeypatch):
 
 
 def test_a_part_does_not_count_the_parts_it_calls(small, monkeypatch):
-    """By a clock that ticks once for each reading."""
+    """Time is read from a clock that ticks once for each reading."""
     readings = iter(range(10**6))
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(readings)))
-    trainer, _ = throughput.endless(small)
+    trainer, _ = throughput.endless_trainer(small)
     trainer.callbacks = [Callback(), Callback()]
     with throughput.clocks(trainer, trainer.callbacks[0]) as parts:
         trainer.emit("on_update_end")
@@ -464,7 +468,7 @@ def test_a_part_does_not_count_the_parts_it_calls(small, monkeypatch):
 
 
 def test_speed_and_memory_of_a_whole_training(monkeypatch):
-    """The run's own clock, and the peak in the kilobytes of Linux."""
+    """The speed is by the run's own clock. Linux gives the peak in kilobytes."""
 
     class Process:
         returncode = 0
@@ -491,16 +495,13 @@ def test_speed_and_memory_of_a_whole_training(monkeypatch):
 
 
 def test_throughput_from_the_command_line(small, monkeypatch, capsys):
-    monkeypatch.setattr(
-        throughput, "C", SimpleNamespace(**CONSTANTS | {"ROLLOUT_STEPS": 8})
-    )  # the shipped model is not small
+    # The sizes that `small` sets are not those of the shipped model, which is read here.
+    monkeypatch.setattr(throughput, "C", SimpleNamespace(**CONSTANTS | {"ROLLOUT_STEPS": 8}))
     throughput.main("--tables 3 --repetitions 1 --device cpu".split())
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        lines[0].startswith("torch ")
-        and lines[2] == "Table 3: rollouts as games grow: learned play"
-        and len(lines) == 7
-    )
+    assert lines[0].startswith("torch ")
+    assert lines[2] == "Table 3: speed of rollouts for more and more games: learned play"
+    assert len(lines) == 7
 
 
 @pytest.mark.parametrize("constants, kinds", [("--n_layer 1 --n_head 2", "ABCD"), ("--n_layer 2 --n_head 2", "DE")])
@@ -514,10 +515,8 @@ def test_the_gpu_checks_print_every_check(capsys, constants, kinds):
 
 def test_the_gpu_checks_say_what_is_wrong(capsys, monkeypatch):
     monkeypatch.setattr(TensorGames, "bounce_off_walls", lambda self: None)
-    assert (
-        gpu_checks.main("--device cpu --n_embd 8 --n_head 2 --num_envs 16 --rollout_steps 4 --batch_size 8".split())
-        == 1
-    )
+    small = "--device cpu --n_embd 8 --n_head 2 --num_envs 16 --rollout_steps 4 --batch_size 8"
+    assert gpu_checks.main(small.split()) == 1
     *_, row, line = capsys.readouterr().out.splitlines()
     assert row.endswith("WRONG") and line.startswith("  wrong results on cpu, torch 2.")
 
@@ -535,7 +534,7 @@ def test_the_gpu_checks_take_no_run_of_several_ranks(tmp_path):
 
 @pytest.mark.slow
 def test_peers_small(monkeypatch, capsys):
-    """Both learn from the same games; what they reach in so few steps says nothing."""
+    """Both run. The scores that they reach in so few steps say nothing."""
     pytest.importorskip("stable_baselines3")
     monkeypatch.setattr(peers, "EVERY", 4096)
     monkeypatch.setattr(peers, "SOLVED", -1e9)
@@ -558,8 +557,8 @@ def test_a_task_names_the_peer_it_lacks(monkeypatch, task, package):
 
 
 def test_grpo_learns_what_trl_does(monkeypatch, capsys, tmp_path):
-    """The answers are the same in every step, and so are the weights at the end except for Bessel's correction. If the
-    loss were averaged over answers the cosine would be 0.98, with a linear schedule 0.99."""
+    """The answers are the same in every step, and the weights at the end differ only by Bessel's correction. If the
+    loss were averaged over answers the cosine would be 0.98, and with a linear schedule 0.99."""
     pytest.importorskip("trl")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["hello world"])
@@ -604,7 +603,7 @@ def test_levels_to_compare_with(capsys):
 
 
 def test_the_pages_name_constants_and_margins_that_there_are():
-    """The ablations by which options they are measured again, and how far a GPU may differ from the CPU."""
+    """The pages name options that measure the ablations again, and the errors that a GPU may have."""
     docs = ROOT / "docs"
     page = (docs / "results.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| [^|]+ \| `(--[a-z_]+ [^`|]+)` \| \d \|", page, re.M)
