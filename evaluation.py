@@ -1,8 +1,8 @@
 """Measures how well a policy plays.
 
-Only the direction of the serves is random, so a greedy policy plays at most 2^5 = 32 different games, and `exact` plays
-them all. However, each of them starts with one of two serves, so one changed action can change 16 scores at once;
-`returned` varies less.
+Only the directions of the five serves are random, so a greedy policy plays at most 2^5 = 32 different games, and
+`exact` plays them all. The score still jumps during a training: half of these games begin with the same serve, so one
+changed action can change 16 scores. `returned` varies less.
 
 A player is a function that takes pages, (n, 1944) uint8 tokens, and returns actions (n,).
 """
@@ -33,8 +33,8 @@ from breakout_ascii import (
 
 SERVES = np.array(list(itertools.product((-1, 1), repeat=LIVES)))  # (32, 5), the dx of the serves
 RANDOM_SCORE = 82  # random play: 81.6 with a standard error of 0.5 in 12,000 games
-CLEARED_SCORE = 960  # every brick; `tracker` reaches it
-METRICS = ("score", "min", "max", "cleared", "length", "returned")  # what varies in an evaluation; "games" is always 32
+CLEARED_SCORE = 960  # the highest score, for a cleared wall; `tracker` reaches it
+METRICS = ("score", "min", "max", "cleared", "length", "returned")  # of `evaluate`, without "games", which is always 32
 GAMES_AT_ONCE = 1024
 
 
@@ -53,14 +53,16 @@ def evaluate(policy):
 
 
 def exact(policy, max_episode_steps=MAX_EPISODE_STEPS):
-    """Play all 32 games of greedy play, and return their `summary`."""
+    """Let a policy play all 32 games greedily. Returns their `summary`."""
     bricks = np.ones((len(SERVES), BRICK_ROWS, BRICK_COLUMNS), bool)
     return summary(play_games(greedy(policy), standard_serves(SERVES), bricks, max_episode_steps, deterministic=True))
 
 
 def sampled(policy, num_games, seed):
-    """Play standard games with actions sampled from the policy. Returns their `summary`, and the score's standard
-    "error"."""
+    """Play standard games with actions sampled from the policy.
+
+    Returns their `summary`, and as "error" the standard error of the score.
+    """
     player = sampling(policy, seed)
     rng = np.random.default_rng(seed)
     parts = []
@@ -72,13 +74,12 @@ def sampled(policy, num_games, seed):
 
 
 def standard_error(scores):
-    """Return the standard error of the mean of independent scores, or 0 for a single score, which does not show it."""
+    """Return the standard error of the mean of independent scores; 0 for a single score."""
     return float(np.std(scores) / max(len(scores) - 1, 1) ** 0.5)
 
 
 def summary(results):
-    """Return mean, lowest and highest score, how many of how many games cleared the wall, and the mean length in
-    steps."""
+    """Return the mean score, the lowest and the highest, how many games cleared the wall, and the mean length."""
     return {
         "score": float(results.scores.mean()),
         "min": int(results.scores.min()),
@@ -90,8 +91,7 @@ def summary(results):
 
 
 def returned(policy, starts=256, steps=300):
-    """Return the share of falling balls that the paddle returns, 0..1, in games from varied starts, always the same
-    ones."""
+    """Return the share of falling balls that the paddle returns, 0..1, in games from the same varied starts always."""
     player = greedy(policy)
     env = BreakoutAsciiVec(starts, varied_starts=1.0)
     obs, _ = env.reset(seed=0)
@@ -99,9 +99,10 @@ def returned(policy, starts=256, steps=300):
     for _ in range(steps):
         falling = env.games.dy == 1
         obs, _, terminated, _, infos = env.step(player(obs))
-        lost = infos["life_lost"].copy()
+        lost = infos["life_lost"]
         if terminated.any():
-            lost[terminated] = infos["final_info"]["bricks"][terminated] > 0
+            lost = lost | infos["final_info"]["life_lost"]
+        # Where a game terminated there is a new game already, whose ball was served and not returned.
         returned_now = falling & ~lost & ~terminated & (env.games.dy == -1) & (env.games.ball_y == SERVE_ROW)
         misses += int(lost.sum())
         hits += int(returned_now.sum())
@@ -151,7 +152,7 @@ def sampling(policy, seed):
 
 
 def tracker(tokens):
-    """Play by moving whenever the ball is more than one column from the paddle's centre; this is a player itself."""
+    """Move whenever the ball is more than one column from the paddle's centre. This function itself is a player."""
     pages = tokens.reshape(-1, ROWS, COLUMNS)
     ball = (pages == ord("O")).any(1).argmax(1)
     centre = (pages[:, PADDLE_ROW] == ord("=")).argmax(1) + len(PADDLE) // 2
@@ -168,9 +169,9 @@ def play_games(player, serves, bricks, max_steps=MAX_EPISODE_STEPS, *, sticky=0.
         serves, bricks: (n, 5, 3) and (n, 7, 13) bool, as `Games.reset` takes them.
         sticky: the probability that a game repeats its previous action, which is "stay" at first.
         seed: of the random numbers for this.
-        deterministic: the player always answers a page in the same way, and nothing is sticky. A game that comes back
-            to an earlier state is then caught in a cycle: it keeps its score until truncation, which need not be
-            played.
+        deterministic: says that the player always answers a page in the same way, and nothing is sticky. A game that
+            comes back to an earlier state is then in a cycle. It would keep its score until truncation, so it is not
+            played on.
 
     Returns:
         `Results`
@@ -184,7 +185,7 @@ def play_games(player, serves, bricks, max_steps=MAX_EPISODE_STEPS, *, sticky=0.
     actions = np.zeros(n, int)
     results = Results(*np.zeros((4, n), int))
     for step in range(1, max_steps + 1):
-        # Drawn for all n games, so that no game's numbers depend on which others are still going on.
+        # Drawn for all n games, so that no game's numbers depend on how long others last.
         repeated = rng.random(n) < sticky
         chosen = player(games.pages.reshape(n, TOKENS)[playing])
         actions[playing] = np.where(repeated[playing], actions[playing], chosen)
@@ -193,16 +194,19 @@ def play_games(player, serves, bricks, max_steps=MAX_EPISODE_STEPS, *, sticky=0.
             result[playing] = now[playing]
         playing &= ~terminated
         if deterministic:
-            caught = playing & in_a_state_again(games, seen)
-            results.lengths[caught] = max_steps
-            playing &= ~caught
+            in_cycle = playing & in_a_state_again(games, seen)
+            results.lengths[in_cycle] = max_steps
+            playing &= ~in_cycle
         if not playing.any():
             break
     return results
 
 
 def in_a_state_again(games, seen):
-    """Return which games are in a state in which they were before, (n,) bool. seen: the set of states, which grows."""
+    """Return which games are in a state in which they were before, (n,) bool.
+
+    A state is a page and how its ball moves. seen: the set of all states so far, to which these are added.
+    """
     motion = np.column_stack([games.dx + 1, games.dy + 1, games.lives + 1]).astype(np.uint8)
     states = [hash((i, x.tobytes(), page.tobytes())) for i, (x, page) in enumerate(zip(motion, games.pages))]
     again = np.array([state in seen for state in states])

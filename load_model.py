@@ -1,8 +1,9 @@
 """Watch a trained GPT play:  python load_model.py
 
-Plays the best model of the newest run, or the shipped one if there is no run, and draws what it reads as a gif. Name a
-checkpoint or a run directory to play another. --out replay.html writes a page for the browser that replays the game
-with the model's attention and lets one edit what it reads. --evaluate plays all 32 possible games and prints the score.
+This plays the best model of the newest run, or the shipped one if there is no run, and draws what it reads as a gif.
+Name a checkpoint or a run directory to play another. --out replay.html writes a page for the browser, which replays the
+game with the model's attention and lets you edit what it reads. --evaluate plays all 32 possible games and prints the
+score.
 """
 
 import harness.start  # before the slow imports
@@ -35,22 +36,22 @@ from viewer.replay.pictures import attention_pictures
 from viewer.replay.recording import record
 
 FRAME_MS = 40  # 25 frames a second
-HTML_LIMITS = {"steps": 10_000, "episodes": 2}  # 10,000 steps make a page of 0.7 MB, enough to watch
+HTML_LIMITS = {"steps": 10_000, "episodes": 2}  # more than anybody watches; 10,000 steps make a page of 0.7 MB
 
 
 class Step(NamedTuple):
-    """One step of a game that is played."""
+    """Holds one step of a game."""
 
-    page: np.ndarray  # (1944,) uint8, what was read
+    page: np.ndarray  # (1944,) uint8, the page before the action
     action: int
     next_page: np.ndarray  # (1944,) uint8, the page after the action
-    info: dict  # what the environment says after the action
+    info: dict  # from the environment, after the action
     over: bool  # whether the game ends here
     last: bool  # whether the game or the playing ends here
 
 
 def play(policy, steps=1000, episodes=None, seed=0, sample=False):
-    """Play so many steps, or so many whole games (episodes) instead, and yield each `Step`."""
+    """Play a number of steps, or with `episodes` a number of whole games instead. Yields each `Step`."""
     player = sampling(policy, seed) if sample else greedy(policy)
     env = BreakoutAscii()
     page, _ = env.reset(seed=seed)
@@ -60,7 +61,10 @@ def play(policy, steps=1000, episodes=None, seed=0, sample=False):
         next_page, _, terminated, truncated, info = env.step(action)
         over = terminated or truncated
         games += over
-        done = games == episodes if episodes else step == steps
+        if episodes:
+            done = games == episodes
+        else:
+            done = step == steps
         yield Step(page, action, next_page, info, over, over or done)
         if done:
             return
@@ -68,21 +72,20 @@ def play(policy, steps=1000, episodes=None, seed=0, sample=False):
 
 
 def write_mp4(path, pictures):
-    """Write a video. Raises OSError if it is not whole, because imageio does not check how ffmpeg has ended."""
+    """Write a video. Raises OSError if it is incomplete, which imageio does not notice."""
     import imageio  # here, because a gif does not need it
     import imageio_ffmpeg
 
     frames = 0
     as_mp4 = ["-f", "mp4"]  # the file may have another suffix, if a link points to it
+    options = dict(format="mp4", output_params=as_mp4, fps=1000 / FRAME_MS, macro_block_size=2)
     try:
-        with imageio.get_writer(
-            path, format="mp4", output_params=as_mp4, fps=1000 / FRAME_MS, macro_block_size=2
-        ) as writer:
+        with imageio.get_writer(path, **options) as writer:
             for picture in pictures:
                 writer.append_data(picture)
                 frames += 1
     except OSError as error:
-        if error.errno is None:  # imageio raises this with all that ffmpeg wrote
+        if error.errno is None:  # from imageio, with everything that ffmpeg printed
             raise OSError(errno.EIO, "ffmpeg ended early") from None
         raise
     try:
@@ -94,17 +97,23 @@ def write_mp4(path, pictures):
 
 
 def stages(path, policy, meta):
-    """Return a `Stage` for the start of training and for a tenth of it, as far as a run has them, and for the model."""
+    """Return a `Stage` for the start of the training and for a tenth of it, if the run has them, and for the model."""
     steps = meta.get("global_step", 0)
-    earlier = {}
+    earlier = {}  # {environment steps: policy}
     for file in path.parent.glob(f"checkpoint_*{SUFFIX}"):
         with contextlib.suppress(CheckpointError):
-            stage, its_meta = load_policy(file)
-            if its_meta.get("global_step", 0) < steps and stage.config == policy.config:
-                earlier[its_meta.get("global_step", 0)] = stage
-    tenth = min((step for step in earlier if step), key=lambda step: abs(step - steps / 10), default=0)
-    shown = {step: stage for step, stage in sorted(earlier.items()) if step in (0, tenth)} | {steps: policy}
-    return [Stage(f"{step:,} steps" if step else "start", stage) for step, stage in shown.items()]
+            earlier_policy, earlier_meta = load_policy(file)
+            earlier_steps = earlier_meta.get("global_step", 0)
+            if earlier_steps < steps and earlier_policy.config == policy.config:
+                earlier[earlier_steps] = earlier_policy
+    chosen = []
+    untrained = earlier.pop(0, None)
+    if untrained is not None:
+        chosen.append(Stage("start", untrained))
+    if earlier:
+        nearest = min(earlier, key=lambda step: abs(step - steps / 10))
+        chosen.append(Stage(f"{nearest:,} steps", earlier[nearest]))
+    return [*chosen, Stage(f"{steps:,} steps" if steps else "start", policy)]
 
 
 def read_command_line(argv):
@@ -139,7 +148,7 @@ def read_command_line(argv):
 
 
 def check_output(args):
-    """Raises CommandLineError for an output that cannot be written."""
+    """Raise CommandLineError for an output that cannot be written."""
     out = Path(args.out)
     if args.suffix not in (".gif", ".html", ".mp4"):
         raise CommandLineError(f"--out must end in .gif, .html or .mp4, not {args.out!r}")
@@ -149,10 +158,11 @@ def check_output(args):
         raise CommandLineError(f"--out: there is no directory {out.parent}")
     if args.suffix == ".mp4" and not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
         raise CommandLineError("an .mp4 needs one more package: pip install imageio imageio-ffmpeg; or write a .gif")
-    for option, most in HTML_LIMITS.items() if args.suffix == ".html" else ():
-        value = getattr(args, option)
-        if value is not None and value > most:
-            raise CommandLineError(f"--{option} must be at most {most} for an .html, not {value}")
+    if args.suffix == ".html":
+        for option, most in HTML_LIMITS.items():
+            value = getattr(args, option)
+            if value is not None and value > most:
+                raise CommandLineError(f"--{option} must be at most {most} for an .html, not {value}")
 
 
 def print_score(args, policy):
@@ -160,6 +170,14 @@ def print_score(args, policy):
     result = sampled(policy, args.episodes or 1000, args.seed) if args.sample else exact(policy)
     names = ("score", "error", "min", "max", "cleared", "games")
     print(json.dumps({name: result[name] for name in names if name in result}))
+
+
+def watched(steps, total, ended):
+    """Yield the steps while a progress bar shows them. Appends to `ended` the info of every game's last step."""
+    for step in tqdm(steps, total=total, unit=" frames", disable=None):  # None: no bar unless on a terminal
+        if step.last:
+            ended.append(step.info)
+        yield step
 
 
 def write(out, steps, args, path, policy, meta):
@@ -191,18 +209,11 @@ def main(argv=()):
         return 0
     if args.head is not None and not 0 <= args.head < policy.config.n_head:
         raise CommandLineError(f"--head must be from 0 to {policy.config.n_head - 1}, not {args.head}")
-    ended = []  # what the environment said at the end of each game
-
-    def steps():
-        played = play(policy, args.steps, args.episodes, args.seed, args.sample)
-        total = None if args.episodes else args.steps
-        for step in tqdm(played, total=total, unit=" frames", disable=None):  # None: no bar unless on a terminal
-            if step.last:
-                ended.append(step.info)
-            yield step
-
-    with replacing(args.out) as unfinished:  # an old picture stays whole until the new one is
-        write(unfinished, steps(), args, path, policy, meta)
+    ended = []
+    played = play(policy, args.steps, args.episodes, args.seed, args.sample)
+    steps = watched(played, None if args.episodes else args.steps, ended)
+    with replacing(args.out) as unfinished:  # an older file stays until the new one is complete
+        write(unfinished, steps, args, path, policy, meta)
     for number, info in enumerate(ended, 1):
         left = f"{info['bricks']} of 91 bricks left" if info["bricks"] else "the wall is cleared"
         print(f"game {number}: {info['score']} points, {left}, lives left: {info['lives']}")

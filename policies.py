@@ -1,4 +1,4 @@
-"""From a configuration or a checkpoint to a GPT. Only this file knows whether `fast/` is there."""
+"""Makes GPTs from configurations and checkpoints. Only this file knows whether `fast/` is there."""
 
 import importlib
 from dataclasses import asdict
@@ -16,7 +16,7 @@ fast = importlib.import_module("fast") if (HERE / "fast" / "__init__.py").exists
 
 
 def make_gpt(config, device):
-    """An untrained GPT on the device. If `fast/` is there, it is the class that is fastest on this device."""
+    """Return an untrained GPT on the device, of the class that is fastest there if `fast/` exists."""
     gpt = fast.gpt_for(config, device) if fast else GPT(config)
     return gpt.to(device)
 
@@ -38,11 +38,10 @@ def load_policy(path, device="cpu"):
 
 
 def policy_of(state, device="cpu"):
-    """The GPT, in eval mode, in the state of a checkpoint. Raises ValueError if there is none."""
+    """Return the GPT, in eval mode, in the state of a checkpoint. Raises ValueError if there is none."""
     check_like(state, {"gpt_config": asdict(GPTConfig()), "model": {}})
     config = GPTConfig(**{name: state["gpt_config"][name] for name in asdict(GPTConfig())})
-    # torch.compile and DistributedDataParallel put prefixes before the names of a policy that somebody has wrapped by
-    # them
+    # Somebody may have wrapped the policy by torch.compile or DistributedDataParallel, which put these before names.
     weights = {str(name).removeprefix("_orig_mod.").removeprefix("module."): x for name, x in state["model"].items()}
     size = sum(x.numel() for x in weights.values() if isinstance(x, torch.Tensor))
     if config.n_action != GPTConfig.n_action:
@@ -60,8 +59,7 @@ def evaluate_state(state, device="cpu"):
 
 
 def find_model(name):
-    """Find the checkpoint to play: the file or run that was named, else the newest run of a GPT, else the shipped
-    model.
+    """Find the checkpoint to play: the one that was named, else the newest run's, else the shipped one.
 
     Returns its path, and a remark on why it was taken, or "".
     """

@@ -85,6 +85,7 @@ def check(c):
 
 
 def gpt_config(c):
+    """Return the sizes of the GPT. Raises CommandLineError if they do not fit together."""
     try:
         return GPTConfig(n_layer=c.N_LAYER, n_head=c.N_HEAD, n_embd=c.N_EMBD, mlp_expansion=c.MLP_EXPANSION)
     except ValueError as error:
@@ -92,7 +93,7 @@ def gpt_config(c):
 
 
 def check_memory(c, device):
-    """Raise CommandLineError if the GPT or a rollout does not fit into memory. Announce a GPT that is slow to build."""
+    """Raise CommandLineError if the GPT or a rollout does not fit into memory; announce a GPT that is slow to build."""
     parameters = gpt_config(c).num_parameters
     needed = 16 * parameters  # weights, gradients and Adam's two moments, of 4 bytes each
     available = memory_of(device)
@@ -104,14 +105,15 @@ def check_memory(c, device):
     if needed > 1e9 and RANK == 0:
         say(f"Building a GPT of {parameters:,} parameters; training needs {needed / 1e9:,.0f} GB or more.")
     samples = c.NUM_ENVS * c.ROLLOUT_STEPS // RANKS
-    check_free_memory(500 * samples, device, f"a rollout of {samples:,} samples", "lower --num_envs or --rollout_steps")
+    needed = 500 * samples  # or more: encoded pages, targets of the prediction, and a shuffled copy of both
+    check_free_memory(needed, device, f"a rollout of {samples:,} samples", "lower --num_envs or --rollout_steps")
 
 
 def check_ranks(run, c):
-    """Raise CommandLineError if another number of ranks began the run: rank 0 saved the pages of its own games only."""
+    """Raise CommandLineError if a run was begun with another number of ranks, because only rank 0's games are saved."""
     pages = run.state.get("obs") if run.state else None
     if not isinstance(pages, torch.Tensor) or pages.dim() == 0 or len(pages) == 0:
-        return  # a new run; or `load_state` says what is wrong
+        return  # a new run, or a damaged state, for which `load_state` has an error
     ranks = c.NUM_ENVS // len(pages)
     if ranks != RANKS:
         raise CommandLineError(
@@ -121,12 +123,12 @@ def check_ranks(run, c):
 
 
 def trains_on_gpu(device):
-    """Whether a training on this device uses the shortcuts of `fast/` for GPUs, and checks itself."""
+    """Return whether a training on this device uses the shortcuts of `fast/` for GPUs, and checks itself."""
     return fast is not None and device.type == "cuda"
 
 
 def build(c, device):
-    """The PPO that trains, without callbacks."""
+    """Return the PPO that trains, without callbacks."""
     torch.manual_seed(c.SEED)
     config = gpt_config(c)
     policy = make_gpt(config, device)
@@ -142,7 +144,7 @@ def build(c, device):
 
 
 def plan(c, ppo, run_dir):
-    """What is about to happen, in two or three lines."""
+    """Return two or three lines that say what is about to happen."""
     parameters = sum(p.numel() for p in ppo.policy.parameters())
     layers = "one layer" if c.N_LAYER == 1 else f"{c.N_LAYER} layers"
     lines = [
@@ -157,19 +159,19 @@ def plan(c, ppo, run_dir):
 
 
 def evaluation_of(c, device):
-    """The callback that evaluates the policy in processes of its own while training goes on, or None."""
+    """Return the callback that evaluates the policy in other processes while training goes on, or None."""
     if c.EVAL_INTERVAL == 0:
         return None
     one_layer = c.N_LAYER == 1
     evaluate = functools.partial(evaluate_state, device="cpu" if one_layer else str(device))
     processes = 1
-    if one_layer and device.type == "cuda":  # a training that is faster than one process can evaluate
+    if one_layer and device.type == "cuda":  # this trains faster than one process evaluates
         processes = min(max(available_cores() - 1, 1), 8)
     return Evaluation(evaluate, c.EVAL_INTERVAL, processes)
 
 
 def watch(ppo, c, run_dir, evaluation):
-    """The callbacks of rank 0, in the order in which they are called."""
+    """Return the callbacks of rank 0, in the order in which they are called."""
     csv = run_dir / "metrics.csv"
     levels = {"the whole wall, as a simple tracker plays it": CLEARED_SCORE, "random play": RANDOM_SCORE}
     callbacks = [
@@ -185,10 +187,9 @@ def watch(ppo, c, run_dir, evaluation):
 
 
 def advice(c, constants):
-    """{exception: options that may help a run that ended with it}."""
-    largest_first = ["ROLLOUT_STEPS", "BATCH_SIZE"]
-    if c.BATCH_SIZE > c.NUM_ENVS:
-        largest_first.reverse()
+    """Return {exception: options that may help a run that ended with it}."""
+    # A minibatch that is smaller than one step of all games is not what filled the memory.
+    largest_first = ["BATCH_SIZE", "ROLLOUT_STEPS"] if c.BATCH_SIZE > c.NUM_ENVS else ["ROLLOUT_STEPS", "BATCH_SIZE"]
     return {
         MemoryError: less_memory(constants, largest_first, CONSTANTS, check),
         FloatingPointError: f" --lr {c.LR / 2:g} --min_lr {min(c.MIN_LR, c.LR / 2):g}",
@@ -196,9 +197,9 @@ def advice(c, constants):
 
 
 def main(argv=()):
-    """Train as the words of a command line say, and return the exit status.
+    """Train as this command line asks, and return the exit status.
 
-    Raises CommandLineError, DeviceError or CheckpointError if they are wrong.
+    Raises CommandLineError, DeviceError or CheckpointError.
     """
     run = read_run(argv, "train_ppo.py", __doc__, CONSTANTS, KEPT, check)
     c = Values(**run.constants)
