@@ -361,7 +361,7 @@ ALGORITHM = Algorithm(
     play_in_terminal=play_in_terminal,
     frame_ms=1000,
     check=check_lr,
-    memory=("GAMES",),
+    memory_constants=("GAMES",),
 )
 
 

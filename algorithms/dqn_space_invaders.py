@@ -25,7 +25,7 @@ from algorithms.parts.training import Algorithm, run_algorithm
 from harness.checkpoint import load_optimizer, load_weights, to_numpy
 from harness.device import choose_device
 from harness.options import CommandLineError, Constants, Values
-from harness.supervise import check_free_memory, memory_advice, run_script
+from harness.supervise import check_free_memory, run_script
 from trainer import Trainer, check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,7 +42,6 @@ NUM_ENVS = 6  # [1, 1024] games side by side
 UPDATE_STEPS = 3_000  # [1, inf) steps between two rows of metrics.csv, which count as one update
 # memory
 REPLAY_SIZE = 100_000  # [1, 1_000_000_000] transitions in the replay memory, 7 KB each
-MEMORY_FACTOR = 1.0  # (0.0, 1000.0] scales REPLAY_SIZE
 BURN_IN = 10_000  # [1, inf) steps before learning starts, not in NUM_STEPS; again after a resume unless KEEP_REPLAY
 KEEP_REPLAY: bool = False  # save the memory too, for exact resumes: 700 MB a checkpoint, three times that in RAM
 # learning
@@ -64,7 +63,7 @@ SAVE_FREQ = 67  # [1, inf) updates between two checkpoints; 67 updates are 200,0
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-KEPT = "ENV_ID ACTIONS STICKY SKIP STACK NUM_ENVS REPLAY_SIZE MEMORY_FACTOR KEEP_REPLAY SEED RUN_DIR".split()
+KEPT = "ENV_ID ACTIONS STICKY SKIP STACK NUM_ENVS REPLAY_SIZE KEEP_REPLAY SEED RUN_DIR".split()
 EVAL_EPSILON = 0.01  # share of random actions in an evaluation
 EVAL_ENVS = 30  # games side by side in an evaluation, at most
 
@@ -145,10 +144,9 @@ class DQN(Trainer):
         # A large eps, because Adam would amplify noise where gradients are tiny (Hessel et al. 2018).
         self.optimizer = torch.optim.Adam(self.policy.parameters(), c.LR, eps=1.5e-4, fused=True)
         self.rng = np.random.default_rng(c.SEED)
-        with memory_advice("a replay memory of this size does not fit into memory; lower --replay_size in a new run"):
-            self.replay = Replay(round(c.REPLAY_SIZE * c.MEMORY_FACTOR), c.NUM_ENVS, c.STACK)
+        self.replay = Replay(c.REPLAY_SIZE, c.NUM_ENVS, c.STACK)
         self.learning_steps = 0
-        self.unanswered = 0  # environment steps since the last learning step
+        self.steps_since_learning = 0  # environment steps since the last learning step
         self.episode_returns = deque(maxlen=100)
         self.start_games(c.SEED)
 
@@ -174,9 +172,9 @@ class DQN(Trainer):
             self.check_stop()
             self.act()
             self.global_step += self.c.NUM_ENVS
-            self.unanswered += self.c.NUM_ENVS
-            while self.unanswered >= self.c.LEARN_EVERY:
-                self.unanswered -= self.c.LEARN_EVERY
+            self.steps_since_learning += self.c.NUM_ENVS
+            while self.steps_since_learning >= self.c.LEARN_EVERY:
+                self.steps_since_learning -= self.c.LEARN_EVERY
                 loss, value = self.learning_step()
                 losses.append(loss)
                 values.append(value)
@@ -239,7 +237,7 @@ class DQN(Trainer):
             "target": self.target.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "learning_steps": self.learning_steps,
-            "unanswered": self.unanswered,
+            "steps_since_learning": self.steps_since_learning,
             "rng": self.rng.bit_generator.state,
             "episode_returns": list(self.episode_returns),
         }
@@ -260,7 +258,7 @@ class DQN(Trainer):
         self.rng.bit_generator.state = state["rng"]
         self.episode_returns = deque(state["episode_returns"], maxlen=100)
         self.learning_steps = state["learning_steps"]
-        self.unanswered = min(state["unanswered"], self.c.LEARN_EVERY)
+        self.steps_since_learning = min(state["steps_since_learning"], self.c.LEARN_EVERY)  # which may be smaller now
         if "replay" not in state:
             self.start_games(self.c.SEED + state["global_step"])  # other games than at the start
             return
@@ -280,8 +278,8 @@ def mean_of(tensors):
 
 def build(c):
     """The trainer that these constants describe. Raises CommandLineError for a memory that is too large or small."""
-    copies = 4 if c.KEEP_REPLAY else 1  # saving a checkpoint takes three more
-    needed = copies * c.REPLAY_SIZE * c.MEMORY_FACTOR * (SIZE * SIZE + 8)
+    copies = 4 if c.KEEP_REPLAY else 1  # saving one takes three more
+    needed = copies * c.REPLAY_SIZE * (SIZE * SIZE + 8)
     advice = "lower --replay_size in a new run"
     if c.KEEP_REPLAY:
         advice = f"leave --keep_replay out, or {advice}"
@@ -297,7 +295,7 @@ def build(c):
 
 
 def policy_of(state, num_actions):
-    """The network of a policy state, on the CPU, for a game with so many actions."""
+    """The network in what `Trainer.policy_state` returned, on the CPU, for a game with so many actions."""
     policy = QNetwork(state["constants"]["STACK"], num_actions)
     load_weights(policy, state["model"])
     return policy
@@ -313,8 +311,8 @@ def evaluate(state, episodes=30, seed=0):
     stacks = Stacks(frames, c.STACK)
     score_so_far = np.zeros(envs.num_envs)
     scores = []
-    # The games that begin first count. If the first to end did, they would be the short ones.
-    games = np.arange(envs.num_envs)
+    # The games that begin first count. If those that end first did, they would be the short ones.
+    games = np.arange(envs.num_envs)  # the number of the game that each env plays
     started = envs.num_envs
     while (games < episodes).any():
         actions = epsilon_greedy(policy, stacks.frames, EVAL_EPSILON, rng)
@@ -361,7 +359,7 @@ ALGORITHM = Algorithm(
     frames=frames,
     episodes=30,
     frame_ms=60,
-    memory=("BATCH_SIZE",),
+    memory_constants=("BATCH_SIZE",),
 )
 
 

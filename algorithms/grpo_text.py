@@ -4,10 +4,10 @@ Group relative policy optimisation (Shao et al. 2024): the model draws several a
 scores each. The advantage of an answer is how much better it is than the others of its group, so that no value function
 is needed. The tokens of good answers become more probable.
 
-Answers are drawn at TEMPERATURE, and log-probabilities are those at this temperature. With TOP_P below 1, only the most
-probable tokens are drawn, but the log-probabilities remain those of the whole distribution. The ratio of new to old
-probabilities is still right, and 1 at the start, but the gradient is that of a policy from which nobody draws: tokens
-that are never drawn are never judged. Keep TOP_P at 1 unless the answers are nonsense.
+Answers are drawn at TEMPERATURE, and log-probabilities are computed at the same temperature. With TOP_P below 1, only
+the most probable tokens are drawn, but the log-probabilities remain those of the whole distribution. The gradient is
+then that of a policy from which nobody draws, and tokens that are never drawn are never judged. Keep TOP_P at 1 unless
+the answers are nonsense.
 
 --play [RUN] prints answers to prompts that no training has seen, --evaluate [RUN] their mean reward.
 """
@@ -178,7 +178,7 @@ class GRPO(Trainer):
         Args:
             writer: the policy, a `Writer`.
             reward: gives rewards (N,) for lists of prompts and answers.
-            reference: a function that returns a context manager for the model before training.
+            reference: what `reference_of` returned, for the model as it was before training.
         """
         super().__init__(writer, metadata=metadata)
         self.reward = reward
@@ -229,8 +229,8 @@ class GRPO(Trainer):
     def update(self, tokens, mask, drawn, advantages):
         """EPOCHS gradient steps on drawn answers. Returns statistics; raises FloatingPointError if it diverges.
 
-        Each token that was drawn has the same weight. Shao et al. average over each answer first, so that a token of a
-        long answer has less.
+        Every token that was drawn has the same weight. In Shao et al. every answer has the same weight, so that a token
+        of a long answer has less.
 
         Args:
             tokens, mask, drawn: as `Writer.write` returns them.
@@ -310,12 +310,13 @@ class SavePretrained(Callback):
         if self.merged:  # in float32, because small changes would be lost in bfloat16
             model = copy.deepcopy(model).cpu().float().merge_and_unload()
         try:
-            # Written to a temporary folder first, so that a full disk neither keeps nor replaces half a model.
+            # It is written to a temporary folder first. A full disk then leaves no half of a model, and an older model
+            # stays whole.
             with tempfile.TemporaryDirectory(prefix=".", dir=self.directory.parent) as folder:
                 unfinished = Path(folder, self.directory.name)
                 model.save_pretrained(unfinished)
                 trainer.policy.tokenizer.save_pretrained(unfinished)
-                shutil.copytree(unfinished, self.directory, dirs_exist_ok=True, copy_function=os.replace)
+                shutil.copytree(unfinished, self.directory, dirs_exist_ok=True, copy_function=os.replace)  # moves them
         except Exception as error:  # safetensors raises errors of its own
             reason = f"{shown(self.directory)}: not written ({shortened(error, 60)})"
             steps = trainer.num_steps + 1  # a run is only resumed if there is a step left
@@ -349,9 +350,9 @@ class WeightsAndBiases(Callback):
 
 def callbacks_of(c, run_dir):
     """The callbacks of this training, in addition to those that all have."""
-    # A second adapter would be of no use without the first one, which has been merged into the model.
-    second_adapter = c.LORA_RANK > 0 and is_adapter(c.POLICY_MODEL)
-    callbacks = [Answers(), SavePretrained(run_dir / "model", merged=second_adapter)]
+    # An adapter to a model that is itself an adapter would be of no use alone, so the whole model is saved.
+    merged = c.LORA_RANK > 0 and is_adapter(c.POLICY_MODEL)
+    callbacks = [Answers(), SavePretrained(run_dir / "model", merged)]
     if c.WANDB:
         callbacks.append(WeightsAndBiases(c.WANDB, dict(vars(c))))
     return callbacks
@@ -372,7 +373,7 @@ def build(c):
 def make_models(c, device):
     """The policy, the reward, and the names and fingerprints of both, as `check_models` takes them.
 
-    The names of folders in `c` become absolute paths.
+    Names of folders in `c` are replaced by absolute paths, so that the run finds them from any directory.
     """
     c.POLICY_MODEL = absolute_name(c.POLICY_MODEL, [SMOLLM2])
     c.REWARD_MODEL = absolute_name(c.REWARD_MODEL, REWARDS)
@@ -412,7 +413,10 @@ AT_ONCE = 64  # answers drawn side by side
 
 
 def answers_to(state, prompts, seed):
-    """The answers of a policy state to prompts, and their rewards (N,). torch's random numbers remain as they were."""
+    """Draw answers to prompts, and return them with their rewards (N,). torch's random state remains as it was.
+
+    state: what `Trainer.policy_state` returned.
+    """
     c = Values(**state["constants"])
     answers = []
     with torch.random.fork_rng():
@@ -429,7 +433,7 @@ def answers_to(state, prompts, seed):
 
 
 def evaluate(state, episodes=64, seed=0):
-    """Draw answers to the held-out prompts in turn, `episodes` in all. Returns statistics of their rewards."""
+    """Draw `episodes` answers to the held-out prompts, in turn. Returns statistics of their rewards."""
     prompts = [HELD_OUT[i % len(HELD_OUT)] for i in range(episodes)]
     _, rewards = answers_to(state, prompts, seed)
     return {
@@ -459,8 +463,8 @@ ALGORITHM = Algorithm(
     episodes=64,
     check=check,
     callbacks=callbacks_of,
-    models=("POLICY_MODEL", "REWARD_MODEL"),
-    memory=("NUM_SAMPLES", "MAX_NEW_TOKENS"),
+    model_constants=("POLICY_MODEL", "REWARD_MODEL"),
+    memory_constants=("NUM_SAMPLES", "MAX_NEW_TOKENS"),
 )
 
 

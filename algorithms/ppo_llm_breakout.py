@@ -423,8 +423,8 @@ ALGORITHM = Algorithm(
     levels={"following the ball": 62, "random play": 1.7},
     check=check_ppo,
     callbacks=callbacks_of,
-    models=("MODEL",),
-    memory=("BATCH_SIZE", "ROLLOUT_STEPS"),
+    model_constants=("MODEL",),
+    memory_constants=("BATCH_SIZE", "ROLLOUT_STEPS"),
 )
 
 

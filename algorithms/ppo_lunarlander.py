@@ -180,7 +180,7 @@ ALGORITHM = Algorithm(
     frame_ms=20,
     levels={"solved": 200},
     check=check_ppo,
-    memory=("BATCH_SIZE", "ROLLOUT_STEPS"),
+    memory_constants=("BATCH_SIZE", "ROLLOUT_STEPS"),
 )
 
 

@@ -233,7 +233,7 @@ ALGORITHM = Algorithm(
     frame_ms=20,
     levels={"maximum": 500, "solved": 475, "random play": 22},
     check=check_lr,
-    memory=("EPISODES",),
+    memory_constants=("EPISODES",),
 )
 
 

@@ -51,10 +51,10 @@ def test_every_algorithm_names_what_takes_less_memory(name):
     """The option that is advised halves a constant, fits the others, and may change on a resume."""
     algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
     constants = algorithm.constants | ({"POLICY_MODEL": "folder"} if name == "grpo_text" else {})
-    option, smaller = less_memory(constants, algorithm.memory, algorithm.constants, algorithm.check).split()
+    option, smaller = less_memory(constants, algorithm.memory_constants, algorithm.constants, algorithm.check).split()
     lowered = constants | {option[2:].upper(): int(smaller)}
     algorithm.constants.check(lowered)
-    first = algorithm.memory[0]
+    first = algorithm.memory_constants[0]
     assert lowered[first] == constants[first] // 2 and first not in algorithm.kept
 
 

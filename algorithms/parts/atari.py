@@ -169,7 +169,7 @@ class Replay:
         self.ends = np.zeros((rows, num_envs), bool)  # the return ends here: nothing follows
         self.unfinished = np.zeros((rows, num_envs), bool)  # the game was cut off: what follows is not in the memory
         self.age = np.zeros((rows, num_envs), np.uint8)  # frames of the same game before this one, at most stack - 1
-        self.back = np.arange(stack)[::-1]  # [3, 2, 1, 0]: how far the frames of a stack lie behind its last
+        self.back = np.arange(stack)[::-1]  # [3, 2, 1, 0]: how many steps before the last each frame of a stack is
         self.added = 0  # rows, ever
 
     def add(self, frames, first, actions, rewards, ends, unfinished):
@@ -229,12 +229,11 @@ class Replay:
         return self.frames[rows, env[:, None]]
 
     def state_dict(self):
-        return {**vars(self), "back": None}
+        return {name: value for name, value in vars(self).items() if name != "back"}
 
     def load_state_dict(self, state, num_actions):
-        """Raises ValueError for a memory that no game with so many actions has filled."""
+        """Go on with a memory. Raises ValueError for one that no game with so many actions has filled."""
         if state["actions"].max() >= num_actions or state["unfinished"].all():
             raise ValueError("the replay memory is that of another game")
-        for name in vars(self):
-            if name != "back":
-                setattr(self, name, state[name])
+        for name in self.state_dict():
+            setattr(self, name, state[name])

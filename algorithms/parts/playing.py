@@ -29,7 +29,7 @@ def play_or_evaluate(algorithm, argv):
     """Do what a command line with --play or --evaluate asks for. Returns the exit status."""
     args = read_arguments(algorithm, argv)
     state, path, why = load_policy_state(algorithm, args.checkpoint)
-    for constant in algorithm.models:
+    for constant in algorithm.model_constants:
         moved_to = getattr(args, constant.lower())
         if moved_to:
             state["constants"][constant] = moved_to
@@ -82,7 +82,7 @@ def make_parser(algorithm):
     parser.add_argument("--seed", type=within("[0, 2_147_483_647]"), default=1_000_000, help=seed_help)
     parser.add_argument("--out", type=given_path, help=f"default {algorithm.name}.gif")
     parser.add_argument("--human", action="store_true", help="play in a window, or against you in the terminal")
-    for constant in algorithm.models:
+    for constant in algorithm.model_constants:
         moved = "the folder that this model of the run has moved to"
         parser.add_argument(f"--{constant.lower()}", type=given_path, metavar="FOLDER", help=moved)
     return parser

@@ -20,15 +20,18 @@ from ppo import PPOConfig
 
 
 class Algorithm(NamedTuple):
-    """What a file of this folder says about itself, so that `run_algorithm` can train, play and evaluate it."""
+    """What a file of this folder says about itself, so that `run_algorithm` can train, play and evaluate it.
+
+    A `policy_state` is what `Trainer.policy_state` returned.
+    """
 
     name: str  # of the module, without the package
     doc: str  # what --help shows
     constants: Constants
     kept: tuple  # the constants that a resumed run must not change
 
-    # build(constants: Values) returns a Trainer whose metadata has "algorithm" and "constants", and, if `models` are
-    # named below, "models", as `check_models` takes them.
+    # build(constants: Values) returns a Trainer whose metadata has "algorithm" and "constants", and with model_constants
+    # also "models", as `check_models` takes them.
     build: Callable
     # evaluate(policy_state, episodes, seed) returns a dict with a "score".
     evaluate: Callable
@@ -44,8 +47,8 @@ class Algorithm(NamedTuple):
     episodes: int = 100  # of an evaluation
     frame_ms: int = 40  # between two frames of a gif
     levels: dict = {}  # {label: score}: lines to compare with in the learning curve
-    memory: tuple = ()  # the constants to lower if memory runs out, the most effective one first
-    models: tuple = ()  # the constants that name a pretrained model, whose folder may have moved since the training
+    memory_constants: tuple = ()  # the constants to lower if memory runs out, the most effective one first
+    model_constants: tuple = ()  # the constants that name a pretrained model; its folder may move after the training
 
 
 def run_algorithm(algorithm, argv):
@@ -70,14 +73,14 @@ def train_algorithm(algorithm, argv):
     with memory_advice("does not fit into memory; try a smaller model, or fewer games at once"):
         trainer = algorithm.build(c)
     if run.state:
-        if algorithm.models:
+        if algorithm.model_constants:
             check_models(run.state, trainer.metadata["models"])
         load_state(trainer, run)
     run_dir = run.directory or new_run_dir(c.RUN_DIR, f"runs/{algorithm.name}")
     trainer.callbacks = callbacks_of(algorithm, c, run_dir)
     advice = {
         FloatingPointError: lower_learning_rate(c),
-        MemoryError: less_memory(run.constants, algorithm.memory, algorithm.constants, algorithm.check),
+        MemoryError: less_memory(run.constants, algorithm.memory_constants, algorithm.constants, algorithm.check),
     }
     return train(trainer, run_dir, program, advice)
 
@@ -122,6 +125,6 @@ def check_ppo(c):
 
 
 def ppo_config(c):
-    """The `PPOConfig` of a training that has a constant lambda. What it has no constant for keeps its default."""
+    """The `PPOConfig` of a training with a constant lambda. Fields without a constant of their name keep their default."""
     given = {name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__ if hasattr(c, name.upper())}
     return PPOConfig(**given, lambd_end=c.LAMBD, lambd_steps=1)
