@@ -64,7 +64,7 @@ class Games:
     pages                             (N, 24, 81) uint8 ASCII codes, up to date from the first reset on
     """
 
-    LIMITS = {  # the lowest and the highest value of each array that makes up a state
+    LIMITS = {  # the arrays that make up a state, and the lowest and highest value that `load_state_dict` accepts
         "ball_x": (0, RIGHT_WALL),
         "ball_y": (0, FLOOR - 1),
         "dx": (-1, 1),
@@ -98,7 +98,7 @@ class Games:
     def reset(self, mask, serves, bricks):
         """Start new games with these serves (N, 5, 3) and bricks (N, 7, 13) where mask (N,) is true.
 
-        Raises ValueError for a mask that is not boolean, such as the numbers of games.
+        Raises ValueError for a mask that is not boolean, such as indices of games.
         """
         if mask.dtype != self.xp.bool or mask.shape != self.index.shape:
             raise ValueError(
@@ -210,7 +210,11 @@ class Games:
         for name, x in values.items():
             shape = tuple(getattr(self, name).shape)
             low, high = self.LIMITS[name]
-            kinds, expected = ("b", "bool") if name == "bricks" else ("iu", f"integers from {low} to {high}")
+            kinds = "iu"
+            expected = f"integers from {low} to {high}"
+            if name == "bricks":
+                kinds = "b"
+                expected = "bool"
             if x.shape != shape:
                 raise ValueError(f"state[{name!r}] must have shape {shape} with this num_envs; got {x.shape}")
             if x.dtype.kind not in kinds or not low <= x.min() <= x.max() <= high:
@@ -260,7 +264,7 @@ def standard_serves(dx):
 
 
 class RandomNumbers(NamedTuple):
-    """The random numbers from which `new_games` makes n games; arrays of one library with one row per game."""
+    """Holds the random numbers from which `new_games` makes n games, in arrays of one library, a row for each game."""
 
     right: np.ndarray  # (n, 5) 0 or 1: 1 serves to the right
     varied: np.ndarray  # (n, 5) in [0, 1): a serve is varied where this is below varied_starts
@@ -431,15 +435,14 @@ class BreakoutAsciiVec(VectorEnv):
         """Start N new games. Returns observations and infos.
 
         Args:
-            seed: an integer for all games together, or a list with a seed for each game. A game with a seed of its own,
-                and the games that follow it, are those of a `BreakoutAscii` with that seed, whatever the other games
-                are. None in the list does not seed a game.
-            options: {"serves": (5,) or (N, 5) of -1 and +1} fixes the dx of the serves, the first serve first, and
-                makes them standard serves; a game that follows by itself is drawn at random again. {"reset_mask": (N,)
-                bool} starts only these games anew, and only these have infos.
+            seed: an integer for all games together, or a list with a seed or None for each game. With a seed of its
+                own, a game and those that follow it are the ones that a `BreakoutAscii` with this seed plays.
+            options: {"serves": (5,) or (N, 5) of -1 and +1} makes all serves standard ones with these dx, in their
+                order; games that start later are random again. {"reset_mask": (N,) bool} starts only these games
+                anew, and only they have infos.
 
         Raises:
-            ValueError: the seed or an option is of another kind.
+            ValueError: the seed or an option is none of these.
         """
         options = check_options(options, ("serves", "reset_mask"))
         mask = reset_mask(options, self.num_envs)

@@ -2,7 +2,7 @@
 
 A `Trainer` (trainer.py) tells its callbacks of each event, in the order of its list, and `train` (harness/supervise.py)
 closes them at the end. No callback changes what is learned. An error in one that only draws, logs or prints becomes a
-warning; one in `RunDirectory`, `Evaluation` or `Checkpoints` ends the training.
+warning, and so does a checkpoint that cannot be saved, except at the end. Other errors end the training.
 
 The order of the list matters. `Evaluation` comes before the callbacks that report, so that they hear of a result before
 they hear of the update that waited for it. `MetricsCSV` comes before `LearningCurve`, which draws its file, and before
@@ -195,6 +195,16 @@ def format_duration(seconds):
     return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
+def progress(step, seconds):
+    """Return the beginning of a progress line."""
+    return f"{step:>11,} steps  {format_duration(seconds):>6}"
+
+
+def training_score(trainer):
+    """Return the mean return of the last training episodes, as text."""
+    return format_score(trainer.stats.get("episode_return", math.nan))
+
+
 class ProgressBar(Callback):
     """Prints a line for each evaluation. Between them it shows a bar on a terminal, and elsewhere prints more lines.
 
@@ -264,16 +274,6 @@ class ProgressBar(Callback):
             self.bar.update(min(trainer.global_step, trainer.num_steps) - self.bar.n)
 
 
-def progress(step, seconds):
-    """Return the beginning of a progress line."""
-    return f"{step:>11,} steps  {format_duration(seconds):>6}"
-
-
-def training_score(trainer):
-    """Return the mean return of the last training episodes, as text."""
-    return format_score(trainer.stats.get("episode_return", math.nan))
-
-
 class MetricsCSV(Callback):
     """Writes a row for each update, and the results of an evaluation into the row of the update that was evaluated.
 
@@ -299,9 +299,8 @@ class MetricsCSV(Callback):
 
     def on_evaluation_end(self, trainer):
         evaluation = trainer.evaluated["evaluation"]
-        self.file.change(
-            trainer.evaluated["update_count"], {f"eval_{name}": evaluation[name] for name in self.evaluation}
-        )
+        columns = {f"eval_{name}": evaluation[name] for name in self.evaluation}
+        self.file.change(trainer.evaluated["update_count"], columns)
 
 
 class TensorBoard(Callback):
@@ -418,7 +417,7 @@ class Checkpoints(Callback):
             self.delete_old(trainer)
 
     def on_training_end(self, trainer):
-        """Raises CheckpointError if the result of the training cannot be saved."""
+        """Save the result of the training. Raises CheckpointError if that is impossible."""
         self.save_best()
         trainer.keep_snapshot()
         save_checkpoint(self.run_dir / LAST, trainer.snapshot)

@@ -39,7 +39,7 @@ GAMES_AT_ONCE = 1024
 
 
 class Results(NamedTuple):
-    """The results of n games; each array is (n,) int."""
+    """Holds the results of n games; each array is (n,) int."""
 
     scores: np.ndarray
     bricks: np.ndarray  # bricks left; 0: the wall is cleared
@@ -91,7 +91,7 @@ def summary(results):
 
 
 def returned(policy, starts=256, steps=300):
-    """Return the share of falling balls that the paddle returns, 0..1, in games from the same varied starts always."""
+    """Return the share of falling balls that the paddle returns, 0..1, always from the same varied starts."""
     player = greedy(policy)
     env = BreakoutAsciiVec(starts, varied_starts=1.0)
     obs, _ = env.reset(seed=0)

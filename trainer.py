@@ -52,7 +52,7 @@ class Trainer:
         self.pending = []  # the policy states that are being evaluated
         self.evaluated = None  # the policy state that was evaluated last, with its "evaluation"
         self.best_score = -math.inf
-        self.is_best = False  # whether the last evaluation reached best_score
+        self.is_best = False  # whether the last evaluation was better than all before
 
     @torch.enable_grad()  # even if a notebook has disabled gradients
     def learn(self):
@@ -76,7 +76,7 @@ class Trainer:
         self.emit("on_training_end")
 
     def keep_snapshot(self):
-        """Keep a copy of the present state. On the CPU it takes over the memory of the previous copy."""
+        """Keep a copy of the current state. On the CPU it takes over the memory of the previous copy."""
         state = self.state_dict()
         pending = list(state.pop("evaluations"))  # copies already, which nobody changes
         on_cpu = all(weights.device.type == "cpu" for weights in self.policy.parameters())
