@@ -299,8 +299,8 @@ def test_mp4(checkpoint, tmp_path):
 
 
 def test_on_the_command_line(tmp_path):
-    """A fresh clone in a place with a space and an umlaut, no home, only ASCII for the output, and no imageio: the shipped model plays.
-    A bad file is one line, though the output is closed."""
+    """A fresh clone in a place with a space and an umlaut, no home, only ASCII for the output, and no imageio: the
+    shipped model plays. A bad file is one line, though the output is closed."""
     tmp_path = tmp_path / "a f\u00fc"
     tmp_path.mkdir()
     for file in ROOT.glob("*.py"):

@@ -64,7 +64,7 @@ def test_a_warning_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit), warnings.catch_warnings():
         warnings.simplefilter("always")
         monkeypatch.setattr(warnings, "showwarning", write_warning)
-        run_script(lambda argv: warnings.warn("no compiler:\n" + "x" * 1000), "a.py")
+        run_script(lambda argv: warnings.warn("no compiler:\n" + "x" * 1000, stacklevel=1), "a.py")
     line = capsys.readouterr().err
     assert re.fullmatch(r"warning: no compiler: x+ \.\.\.\n", line) and len(line) < 320
 

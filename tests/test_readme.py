@@ -213,7 +213,8 @@ def test_the_gif_of_the_readme_is_a_whole_game_that_clears_the_wall():
 def test_messages_that_troubleshooting_explains_are_provoked():
     """The tests contain the text of every message on the page, apart from the backslashes of regular expressions."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    others = {"externally-managed-environment", "No module named torch"}  # These are Python's and pip's.
+    # These are Python's and pip's.
+    others = {"externally-managed-environment", "No module named torch", "No module named harness"}
     tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py")).replace("\\", "")
     leads = re.findall(r"^- \*\*(.*?)\*\*", page, re.M)
     messages = {message for lead in leads for message in re.findall("`([^-`][^`]*)`", lead)} - others
