@@ -162,7 +162,7 @@ def give_up(error, received, trainer, run_dir, prog, advice):
         reason = one_line(error)
         no_defects = {GPUError: " --device cpu", InputNotFinite: "", CheckpointError: "", CommandLineError: ""}
         options = (advice | no_defects).get(kind)
-        defect = options is None and not isinstance(error, ChildProcessError)
+        defect = options is None
         options = options or ""
     if RANK == 0:
         continues = isinstance(error, GPUError) and RANKS == 1 and not stopped
