@@ -252,7 +252,8 @@ class PPO(Trainer):
         if config.paired_envs and not hasattr(env, "pair"):
             raise ValueError("paired_envs needs an env with the methods pair() and in_sync(); set it to False")
         self.device = next(policy.parameters()).device
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.seed = config.seed + 100_003 * self.rank  # every rank plays its own games
         self.weights = flatten_parameters(policy)
         if self.ranks > 1:

@@ -27,11 +27,20 @@ class FakeTrainer:
     def __init__(
         self, callbacks, updates=UPDATES, start=0, seconds_per_update=1.5, delay=0, scores=SCORES, stats=STATS
     ):
-        self.callbacks, self.num_steps, self.seconds_per_update = callbacks, 100 * updates, seconds_per_update
-        self.scores, self.stats_names = scores, stats
-        self.delay, self.evaluating = delay, None
-        self.update_count, self.global_step, self.seconds = start, 100 * start, start * 1.5
-        self.evaluated, self.stats, self.is_best, self.pending = None, {}, False, []
+        self.callbacks = callbacks
+        self.num_steps = 100 * updates
+        self.seconds_per_update = seconds_per_update
+        self.scores = scores
+        self.stats_names = stats
+        self.delay = delay
+        self.evaluating = None
+        self.update_count = start
+        self.global_step = 100 * start
+        self.seconds = start * 1.5
+        self.evaluated = None
+        self.stats = {}
+        self.is_best = False
+        self.pending = []
         self.best_score = max([score for update, score in scores.items() if update <= start], default=-math.inf)
 
     def emit(self, event):
@@ -53,7 +62,8 @@ class FakeTrainer:
         return self
 
     def update(self, update):
-        self.update_count, self.global_step = update, 100 * update
+        self.update_count = update
+        self.global_step = 100 * update
         self.seconds += self.seconds_per_update
         self.stats = {name: update / (i + 3) for i, name in enumerate(self.stats_names)}
         self.stats["steps_per_second"] = 1 / self.seconds
@@ -75,7 +85,9 @@ class FakeTrainer:
 
     def finish_evaluation(self):
         if self.evaluating:
-            self.evaluated, self.evaluating, self.pending = self.evaluating, None, []
+            self.evaluated = self.evaluating
+            self.evaluating = None
+            self.pending = []
             score = self.evaluated["evaluation"]["score"]
             self.is_best = score > self.best_score
             self.best_score = max(self.best_score, score)

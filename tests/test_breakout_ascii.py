@@ -55,9 +55,11 @@ def compare_with_reference(env, policy, steps):
             reward, over, lost = game.step(actions[i])
             cut = not over and game.elapsed >= env.max_episode_steps
             assert (rewards[i], terminated[i], truncated[i]) == (reward, over, cut)
-            page, info = observations[i], infos
+            page = observations[i]
+            info = infos
             if over or cut:
-                page, info = infos["final_obs"][i], infos["final_info"]
+                page = infos["final_obs"][i]
+                info = infos["final_info"]
                 slow[i] = SlowGame(env.games.serves[i], env.games.bricks[i])
                 assert to_text(observations[i]) == slow[i].page()
             assert to_text(page) == game.page()
@@ -85,7 +87,8 @@ def test_good_play_equals_the_reference_until_the_wall_is_cleared():
 
 
 def test_careless_play_from_varied_starts_with_truncation_equals_the_reference():
-    rng, share = np.random.default_rng(1), np.repeat([0.25, 1.0], 4)
+    rng = np.random.default_rng(1)
+    share = np.repeat([0.25, 1.0], 4)
     env = BreakoutAsciiVec(8, varied_starts=0.7, max_episode_steps=300)
     seen = compare_with_reference(env, lambda games: careless(games, rng, share), 700)
     assert seen["truncated"] and seen["terminated"] and seen["lost"] > 5
@@ -232,12 +235,16 @@ def play_all_serves(dead_zone):
     """Play the game of each sequence of serves. Returns final score, steps, truncated, each (32,)."""
     env = BreakoutAsciiVec(32)
     env.reset(options={"serves": ALL_SERVES})
-    score, steps, cut = np.zeros(32), np.zeros(32), np.zeros(32, bool)
+    score = np.zeros(32)
+    steps = np.zeros(32)
+    cut = np.zeros(32, bool)
     for t in range(1, 5001):
         *_, truncated, infos = env.step(tracker(env.games, dead_zone))
         if "final_info" in infos:
             new = infos["_final_info"] & (steps == 0)
-            score[new], steps[new], cut[new] = infos["final_info"]["score"][new], t, truncated[new]
+            score[new] = infos["final_info"]["score"][new]
+            steps[new] = t
+            cut[new] = truncated[new]
         if steps.all():
             return score, steps, cut
     raise AssertionError("a game of more than 5000 steps")
@@ -254,7 +261,9 @@ def test_baseline_a_ball_chaser_is_caught_in_a_cycle():
 
 
 def test_baseline_random_play():
-    env, rng, scores = BreakoutAsciiVec(256), np.random.default_rng(0), []
+    env = BreakoutAsciiVec(256)
+    rng = np.random.default_rng(0)
+    scores = []
     env.reset(seed=0)
     for _ in range(1500):
         infos = env.step(rng.integers(3, size=256))[-1]
@@ -269,7 +278,8 @@ def comes_back(x, dx):
     games = Games(72)
     corner = np.tile(np.eye(1, 91, dtype=bool).reshape(7, 13), (72, 1, 1))
     games.reset(np.ones(72, bool), standard_serves(np.ones((72, 5), int)), corner)
-    games.ball_x[:], games.dx[:] = x, dx
+    games.ball_x[:] = x
+    games.dx[:] = dx
     for _ in range(42):  # up and down again
         games.step(np.zeros(72, int))
     assert (games.ball_y == 21).all() and (games.dy == 1).all() and (games.bricks_left == 1).all()
@@ -292,7 +302,8 @@ def assert_same(a, b, path="infos"):
     """Compare keys, types, dtypes and values at every level."""
     assert type(a) is type(b), path
     if isinstance(a, tuple):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
+        a = dict(enumerate(a))
+        b = dict(enumerate(b))
     if isinstance(a, dict):
         assert set(a) == set(b), path
         for key in a:
@@ -313,14 +324,16 @@ def test_steps_infos_and_autoresets_are_those_of_gymnasiums_sync_vector_env():
     ours = BreakoutAsciiVec(4, max_episode_steps=170)
     options = {"serves": [1, -1, 1, 1, -1]}
     assert_same(ours.reset(options=options), theirs.reset(options=options))
-    rng, finished = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    finished = []
     for _ in range(700):
         actions = rng.integers(3, size=4)
         assert_same(a := ours.step(actions), theirs.step(actions))
         finished.append((a[2] | a[3]).sum())
         for i in np.flatnonzero(a[2] | a[3]):  # the serves of the next game are drawn: give both the same
             games = theirs.envs[i].games
-            ours.games.serves[i], ours.games.dx[i] = games.serves[0], games.dx[0]
+            ours.games.serves[i] = games.serves[0]
+            ours.games.dx[i] = games.dx[0]
     assert sum(finished) > 15 and 1 in finished
     assert ours.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
     for space in ("observation_space", "action_space", "single_observation_space", "single_action_space"):
@@ -330,8 +343,12 @@ def test_steps_infos_and_autoresets_are_those_of_gymnasiums_sync_vector_env():
 def test_seeds_for_each_game_and_partial_resets_are_those_of_gymnasiums_sync_vector_env():
     """This includes games that follow by themselves, and does not depend on the number of games."""
     theirs = SyncVectorEnv([lambda: BreakoutAscii(max_episode_steps=130)] * 5, autoreset_mode=AutoresetMode.SAME_STEP)
-    ours, fewer = BreakoutAsciiVec(5, max_episode_steps=130), BreakoutAsciiVec(2, max_episode_steps=130)
-    seeds, rng, resets, ends = [7, 3, 3, 0, 2**40], np.random.default_rng(0), 0, 0
+    ours = BreakoutAsciiVec(5, max_episode_steps=130)
+    fewer = BreakoutAsciiVec(2, max_episode_steps=130)
+    seeds = [7, 3, 3, 0, 2**40]
+    rng = np.random.default_rng(0)
+    resets = 0
+    ends = 0
     assert_same(ours.reset(seed=seeds), theirs.reset(seed=seeds))
     fewer.reset(seed=np.array(seeds[1:3]))
     for step in range(600):
@@ -341,7 +358,8 @@ def test_seeds_for_each_game_and_partial_resets_are_those_of_gymnasiums_sync_vec
         if step < 300:
             assert (fewer.step(actions[1:3])[0] == a[0][1:3]).all()
         elif rng.random() < 0.1:
-            mask, before = rng.random(5) < 0.5, ours.observation()
+            mask = rng.random(5) < 0.5
+            before = ours.observation()
             mask[rng.integers(5)] = True
             seeds = [None if rng.random() < 0.5 else int(rng.integers(9)) for _ in range(5)]
             arguments = dict(seed=seeds if rng.random() < 0.7 else None)
@@ -355,7 +373,8 @@ def test_seeds_for_each_game_and_partial_resets_are_those_of_gymnasiums_sync_vec
 
 
 def test_a_seed_for_all_ends_those_of_each():
-    one, other = BreakoutAsciiVec(16), BreakoutAsciiVec(16)
+    one = BreakoutAsciiVec(16)
+    other = BreakoutAsciiVec(16)
     one.reset(seed=list(range(16)))
     assert (serves_of(one, seed=3) == serves_of(other, seed=3)).all() and (serves_of(one) == serves_of(other)).all()
 
@@ -426,7 +445,8 @@ def test_truncation_comes_when_asked(make, limit):
 
 
 def test_paired_games_start_alike_and_are_in_sync_until_their_balls_part():
-    env, rng = BreakoutAsciiVec(12, varied_starts=1.0), np.random.default_rng(0)
+    env = BreakoutAsciiVec(12, varied_starts=1.0)
+    rng = np.random.default_rng(0)
     env.reset(seed=0)
     for _ in range(50):
         env.step(rng.integers(3, size=12))
@@ -436,11 +456,16 @@ def test_paired_games_start_alike_and_are_in_sync_until_their_balls_part():
     for name in Games.STATE:
         one, other = np.split(getattr(env.games, name), 2)
         np.testing.assert_array_equal(one, other)
-    alike, moved, parted = 0, 0, 0
+    alike = 0
+    moved = 0
+    parted = 0
     for _ in range(400):  # one runs left, the other right: the pages differ in the paddle, later in the ball
-        in_sync, rows = env.in_sync(), (env.games.pages[:6] != env.games.pages[6:]).any(2)  # (6,), (6, 24)
+        in_sync = env.in_sync()
+        rows = (env.games.pages[:6] != env.games.pages[6:]).any(2)  # (6,), (6, 24)
         assert in_sync.tolist() == [set(np.flatnonzero(x)) <= {22} for x in rows]
-        alike, moved, parted = alike + in_sync.sum(), moved + (in_sync & rows.any(1)).sum(), parted + (~in_sync).sum()
+        alike += in_sync.sum()
+        moved += (in_sync & rows.any(1)).sum()
+        parted += (~in_sync).sum()
         env.step(np.repeat([1, 2], 6))
     assert alike > moved > 0 and parted > 0
     env.pair()
@@ -536,7 +561,8 @@ def test_what_becomes_of_random_numbers():
 
 def test_numpy_and_torch_make_the_same_games():
     numbers = draw_numbers(np.random.default_rng(0), 5000)
-    ours, theirs = new_games(numbers, 0.7), new_games(RandomNumbers(*map(torch.from_numpy, numbers)), 0.7, torch)
+    ours = new_games(numbers, 0.7)
+    theirs = new_games(RandomNumbers(*map(torch.from_numpy, numbers)), 0.7, torch)
     assert [x.shape for x in ours] == [(5000, 5, 3), (5000, 7, 13)]
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one, other.numpy(), strict=True)  # shapes and types too
@@ -548,7 +574,8 @@ def serves_of(env, **kwargs):
 
 
 def test_seeds():
-    first, second = BreakoutAsciiVec(16), BreakoutAsciiVec(16)
+    first = BreakoutAsciiVec(16)
+    second = BreakoutAsciiVec(16)
     assert (serves_of(first, seed=3) == serves_of(second, seed=3)).all()
     assert (serves_of(first) == serves_of(second)).all()  # and so on, without a seed
     assert (serves_of(first, seed=4) != serves_of(second, seed=3)).any()
@@ -572,7 +599,8 @@ def test_varied_starts():
     env = BreakoutAsciiVec(4000, varied_starts=0.7)
     x, dx, paddle = np.moveaxis(serves_of(env, seed=0), -1, 0)
     assert (env.games.ball_x == x[:, 0]).all() and (env.games.paddle_x == paddle[:, 0]).all()
-    varied, share = x != 40, env.games.bricks.mean((1, 2))
+    varied = x != 40
+    share = env.games.bricks.mean((1, 2))
     assert x.min() == 1 and x.max() == 78 and (env.games.ball_y == 21).all()
     assert (paddle[varied] == np.clip(x[varied] - 3, 1, 72)).all() and np.isin(paddle[~varied], (36, 37)).all()
     # Within 5 standard deviations of what is expected: of 78 columns one looks standard, of 92 numbers of bricks one is
@@ -583,7 +611,8 @@ def test_varied_starts():
 
 
 def test_no_varied_starts_never_varies():
-    env, rng = BreakoutAsciiVec(16, max_episode_steps=100), np.random.default_rng(0)
+    env = BreakoutAsciiVec(16, max_episode_steps=100)
+    rng = np.random.default_rng(0)
     env.reset(seed=0)
     for _ in range(500):
         infos = env.step(rng.integers(3, size=16))[-1]
@@ -803,7 +832,8 @@ def test_recording_a_video_names_the_package_that_it_needs(tmp_path, monkeypatch
 
 def test_render_modes(capsys):
     for mode, kind in (("ansi", str), ("rgb_array", np.ndarray), (None, type(None))):
-        single, vec = BreakoutAscii(render_mode=mode), BreakoutAsciiVec(2, render_mode=mode)
+        single = BreakoutAscii(render_mode=mode)
+        vec = BreakoutAsciiVec(2, render_mode=mode)
         tokens, _ = single.reset(seed=0)
         vec.reset(seed=0)
         assert isinstance(single.render(), kind)

@@ -50,7 +50,9 @@ class Futures:
     """Stands in for Background; the test sets the results."""
 
     def __init__(self, evaluate, processes):
-        self.processes, self.asked, self.exits = processes, [], 0
+        self.processes = processes
+        self.asked = []
+        self.exits = 0
 
     def submit(self, state):
         self.asked.append((state, Future()))
@@ -64,7 +66,10 @@ class Trainer:
     """Has as much of a trainer as `Evaluation` needs; `update()` is one update."""
 
     def __init__(self, evaluation, num_updates=5):
-        self.callback, self.pending, self.ends, self.stopped = evaluation, [], [], False
+        self.callback = evaluation
+        self.pending = []
+        self.ends = []
+        self.stopped = False
         self.update_count = self.global_step = 0
         self.num_steps = num_updates
         evaluation.on_training_start(self)
@@ -98,18 +103,24 @@ def waits(monkeypatch):
         state, future = next((state, future) for state, future in evaluations[-1].background.asked if not future.done())
         future.set_result({"score": state["update_count"]})
 
-    monkeypatch.setattr(
-        callbacks, "time", SimpleNamespace(sleep=give)
-    )  # not time.sleep itself, which other threads call too
-    evaluations, init = [], Evaluation.__init__
-    monkeypatch.setattr(Evaluation, "__init__", lambda self, *args: (init(self, *args), evaluations.append(self))[0])
+    # Not time.sleep itself, which other threads call too.
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(sleep=give))
+    evaluations = []
+    init = Evaluation.__init__
+
+    def recorded_init(self, *args):
+        init(self, *args)
+        evaluations.append(self)
+
+    monkeypatch.setattr(Evaluation, "__init__", recorded_init)
     return waited
 
 
 def test_training_goes_on_while_it_is_evaluated(waits):
     """Training waits for a result only when the next evaluation is due; the last update is always evaluated."""
     evaluation = Evaluation(None, 2)
-    trainer, under_way = Trainer(evaluation), []
+    trainer = Trainer(evaluation)
+    under_way = []
     for _ in range(5):
         trainer.update()
         under_way.append(trainer.under_way())
@@ -119,8 +130,10 @@ def test_training_goes_on_while_it_is_evaluated(waits):
 
 
 def test_several_evaluations_at_once_end_in_order(waits):
+    """A result that comes early is reported only after those of earlier evaluations."""
     evaluation = Evaluation(None, 1, 2)
-    trainer, under_way = Trainer(evaluation), []
+    trainer = Trainer(evaluation)
+    under_way = []
     for _ in range(5):
         trainer.update()
         under_way.append(trainer.under_way())
@@ -131,6 +144,7 @@ def test_several_evaluations_at_once_end_in_order(waits):
 
 
 def test_a_result_that_is_there_is_taken_without_waiting(waits):
+    """The next update reports it, although no evaluation is due."""
     evaluation = Evaluation(None, 2)
     trainer = Trainer(evaluation)
     trainer.update()
@@ -141,6 +155,7 @@ def test_a_result_that_is_there_is_taken_without_waiting(waits):
 
 
 def test_what_was_being_evaluated_is_evaluated_again_in_a_resumed_run(waits):
+    """A stop lost these results, so `pending` has their policy states."""
     evaluation = Evaluation(None, 2)
     trainer = Trainer(evaluation, 6)
     trainer.pending = [{"update_count": 2}, {"update_count": 4}]  # of more processes than there are now
@@ -152,6 +167,7 @@ def test_what_was_being_evaluated_is_evaluated_again_in_a_resumed_run(waits):
 
 
 def test_a_stop_while_waiting_loses_no_evaluation(waits):
+    """It stays pending, and goes on if the same program trains further."""
     evaluation = Evaluation(None, 1)
     trainer = Trainer(evaluation)
     trainer.update()
@@ -166,6 +182,7 @@ def test_a_stop_while_waiting_loses_no_evaluation(waits):
 
 
 def test_an_evaluation_that_fails_stays_under_way(waits):
+    """The training ends with its error, and a resumed run evaluates the policy again."""
     with contextlib.closing(Evaluation(None, 1)) as evaluation:
         trainer = Trainer(evaluation)
         trainer.update()
@@ -185,6 +202,7 @@ def test_an_evaluation_that_fails_stays_under_way(waits):
     ],
 )
 def test_where_another_process_cannot_evaluate_they_take_turns(waits, capsys, error):
+    """One warning says so, and no process is asked again."""
     evaluation = Evaluation(lambda state: {"score": 10 * state["update_count"]}, 2)
     trainer = Trainer(evaluation, 6)
     trainer.update()
@@ -202,6 +220,7 @@ def test_where_another_process_cannot_evaluate_they_take_turns(waits, capsys, er
 
 
 def test_of_several_that_cannot_each_is_evaluated_here(waits, capsys):
+    """Every evaluation that was under way is done again, after a single warning."""
     evaluation = Evaluation(lambda state: {"score": 10 * state["update_count"]}, 1, 2)
     trainer = Trainer(evaluation)
     trainer.update()
@@ -217,16 +236,22 @@ def test_of_several_that_cannot_each_is_evaluated_here(waits, capsys):
 
 
 def test_callbacks_do_not_touch_the_training(tmp_path):
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    """Neither random numbers nor the trainer's state depend on the callbacks."""
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    watched, alone = FakeTrainer(all_callbacks(tmp_path)).learn(), FakeTrainer([Callback()]).learn()
+    watched = FakeTrainer(all_callbacks(tmp_path)).learn()
+    alone = FakeTrainer([Callback()]).learn()
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
-    watched.callbacks, watched.snapshot = alone.callbacks, alone.snapshot
+    watched.callbacks = alone.callbacks
+    watched.snapshot = alone.snapshot
     assert watched.evaluated.pop("model").keys() == alone.evaluated.pop("model").keys()
     assert vars(watched) == vars(alone)
 
 
 def test_files_of_a_run(tmp_path):
+    """A run leaves these files."""
     FakeTrainer(all_callbacks(tmp_path)).learn()
     names = {name for name in os.listdir(tmp_path) if not name.startswith("events")}
     assert names == {
@@ -240,6 +265,7 @@ def test_files_of_a_run(tmp_path):
 
 
 def test_a_full_disk_during_training_costs_files_only(tmp_path, monkeypatch, capsys):
+    """Every file that is lost has a warning, but without the last checkpoint the training fails."""
     ppo = FakeTrainer(all_callbacks(tmp_path))
     monkeypatch.setattr(os, "replace", disk_full)
     ppo.learn(until=8)
@@ -282,9 +308,12 @@ def test_what_only_draws_or_logs_ends_no_training(tmp_path, monkeypatch, capsys,
 
 
 def test_a_stop_and_a_failing_checkpoint_end_the_training():
+    """Only other errors of callbacks with a `cost` become warnings."""
+
     class Raising(Callback):
         def __init__(self, error, cost):
-            self.error, self.cost = error, cost
+            self.error = error
+            self.cost = cost
 
         def on_update_end(self, trainer):
             raise self.error
@@ -295,11 +324,15 @@ def test_a_stop_and_a_failing_checkpoint_end_the_training():
 
 
 def test_another_reason_is_another_warning(capsys):
-    watching = type(
-        "Watching",
-        (Callback,),
-        {"cost": "nothing is drawn", "on_update_end": lambda self, error: (_ for _ in ()).throw(error)},
-    )()
+    """The same reason is printed once."""
+
+    class Watching(Callback):
+        cost = "nothing is drawn"
+
+        def on_update_end(self, error):
+            raise error
+
+    watching = Watching()
     for error in (
         OSError(errno.ENOSPC, "No space left on device"),
         SystemExit(1),
@@ -329,6 +362,7 @@ def test_an_evaluation_belongs_to_the_row_of_its_update(tmp_path, delay, capsys)
 
 
 def test_durations():
+    """At most two units are shown."""
     durations = {0: "0s", 42.9: "42s", 60: "1m00s", 102: "1m42s", 3599: "59m59s", 3600: "1h00m", 7500: "2h05m"}
     assert {seconds: format_duration(seconds) for seconds in durations} == durations
 
@@ -378,11 +412,13 @@ def test_a_first_update_that_compiles_does_not_count_for_the_rate(capsys):
 
 
 def test_episode_return_not_known_yet(capsys):
+    """A hyphen stands for it."""
     FakeTrainer([ProgressBar()], seconds_per_update=20, updates=1).learn()
     assert "in training -  5 steps/s  0s left" in capsys.readouterr().out
 
 
 def test_bar_on_a_terminal(monkeypatch, capsys):
+    """A resumed training starts its bar where it stopped, and still prints a line for each evaluation."""
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -417,6 +453,7 @@ def eval_scores(run_dir):
 
 
 def test_tensorboard(tmp_path):
+    """A resumed run logs every update once, under the group of its name."""
     killed = FakeTrainer([TensorBoard(tmp_path)]).learn(until=5)  # its last checkpoint is of update 3
     close_as_older(killed.callbacks[0])
     FakeTrainer([TensorBoard(tmp_path)], start=3).learn()
@@ -451,6 +488,7 @@ def test_a_run_that_begins_again_hides_what_it_logged_before(tmp_path):
 
 
 def test_without_matplotlib(tmp_path, monkeypatch, capsys):
+    """Only the curve is missing, and one warning names the package."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     FakeTrainer(
         [MetricsCSV(tmp_path / "metrics.csv"), LearningCurve(tmp_path / "curve.png", tmp_path / "metrics.csv")]
@@ -461,6 +499,7 @@ def test_without_matplotlib(tmp_path, monkeypatch, capsys):
 
 
 def test_without_tensorboard(tmp_path, monkeypatch, capsys):
+    """Only the event files are missing, and one warning names the package."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     FakeTrainer([TensorBoard(tmp_path)]).learn()
     out = capsys.readouterr().out
@@ -469,6 +508,7 @@ def test_without_tensorboard(tmp_path, monkeypatch, capsys):
 
 
 def test_tensorboard_on_a_full_disk(tmp_path, capsys):
+    """There is one warning, although every value of every update fails."""
     ppo = FakeTrainer([TensorBoard(tmp_path)])
     ppo.emit("on_training_start")
     ppo.callbacks[0].writer = SimpleNamespace(add_scalar=disk_full, close=disk_full)
@@ -483,12 +523,18 @@ def test_tensorboard_on_a_full_disk(tmp_path, capsys):
 
 
 def test_learning_curve_is_drawn_when_its_evaluation_is_in_the_file(tmp_path, monkeypatch):
-    seen, real = [], callbacks.learning_curve
-    monkeypatch.setattr(
-        callbacks, "learning_curve", lambda rows, levels: (seen.append(len(rows)), real(rows, levels))[1]
-    )
+    """Each curve shows the evaluation that it is drawn after."""
+    seen = []
+    real = callbacks.learning_curve
+
+    def counting(rows, levels):
+        seen.append(len(rows))
+        return real(rows, levels)
+
+    monkeypatch.setattr(callbacks, "learning_curve", counting)
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: 0.0)  # a machine that draws in no time
-    csv, png = tmp_path / "metrics.csv", tmp_path / "learning_curve.png"
+    csv = tmp_path / "metrics.csv"
+    png = tmp_path / "learning_curve.png"
     FakeTrainer([MetricsCSV(csv, EVALUATED), LearningCurve(png, csv)]).learn()
     assert seen == [2, 4, 6, 8, 8]
     data = png.read_bytes()
@@ -500,7 +546,8 @@ def test_learning_curve_is_drawn_when_its_evaluation_is_in_the_file(tmp_path, mo
 
 def test_learning_curve_is_not_drawn_all_the_time(tmp_path, monkeypatch):
     """Drawing takes a second here, so the next curve is drawn after 20 more seconds, or when training is stopped."""
-    clock, drawn = [0.0], []
+    clock = [0.0]
+    drawn = []
 
     def slow(rows, levels):
         clock[0] += 1
@@ -521,6 +568,7 @@ def test_learning_curve_is_not_drawn_all_the_time(tmp_path, monkeypatch):
 
 
 def test_learning_curve_of_nothing(tmp_path):
+    """A run without rows gets an empty picture."""
     LearningCurve(tmp_path / "curve.png", tmp_path / "missing.csv").draw()
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
@@ -534,6 +582,7 @@ def updates(run_dir):
 
 
 def test_checkpoints(tmp_path):
+    """`last` and the newest two are there to resume, and the best model, which is smaller, to play."""
     ppo = FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=2)])
     ppo.learn(until=6)
     assert updates(tmp_path) == {
@@ -558,6 +607,7 @@ def test_stages_of_a_training_stay(tmp_path):
 
 
 def test_the_newest_three_checkpoints_stay_and_without_evaluations_there_is_no_best_model(tmp_path):
+    """Three is the default of `keep`."""
     FakeTrainer([Checkpoints(tmp_path, save_freq=1)], updates=5, scores={}).learn()
     assert updates(tmp_path) == {
         "last.safetensors": 5,
@@ -568,11 +618,13 @@ def test_the_newest_three_checkpoints_stay_and_without_evaluations_there_is_no_b
 
 
 def test_last_is_saved_at_the_end(tmp_path):
+    """It is, even if no checkpoint is due."""
     FakeTrainer([Checkpoints(tmp_path, save_freq=5)], updates=7).learn()
     assert updates(tmp_path) == {"last.safetensors": 7, "checkpoint_5.safetensors": 5, "best_model.safetensors": 4}
 
 
 def test_there_is_something_to_resume_from_the_start(tmp_path):
+    """A kill in the first update loses nothing."""
     FakeTrainer([Checkpoints(tmp_path, save_freq=100)]).learn(until=1)
     assert updates(tmp_path) == {"last.safetensors": 0}
 
@@ -614,6 +666,7 @@ def test_links_to_nothing_and_directories_among_the_checkpoints_stop_nothing(tmp
 
 
 def test_a_full_disk_keeps_the_old_files(tmp_path, monkeypatch, capsys):
+    """Warnings are all that comes of it, and files are written again once there is room."""
     ppo = FakeTrainer([Checkpoints(tmp_path, save_freq=1, keep=1)])
     ppo.learn(until=2)
     with monkeypatch.context() as patch:

@@ -69,9 +69,17 @@ def test_exact_equals_games_played_one_by_one(slack, limit):
 
 
 def test_a_cycle_is_noticed_before_truncation(monkeypatch):
-    steps, step = [], Games.step
-    monkeypatch.setattr(Games, "step", lambda *args: steps.append(0) or step(*args))
-    assert exact(Tracker(0))["length"] == 5000 and len(steps) < 4500
+    """The games count as 5000 steps long, though they are not played that far."""
+    step = Games.step
+    steps = 0
+
+    def counted(*args):
+        nonlocal steps
+        steps += 1
+        return step(*args)
+
+    monkeypatch.setattr(Games, "step", counted)
+    assert exact(Tracker(0))["length"] == 5000 and steps < 4500
 
 
 def test_a_paddle_that_stands_still():
@@ -84,6 +92,7 @@ def test_a_paddle_that_stands_still():
 
 
 def test_sampled_games_follow_their_seed():
+    """The same seed gives the same results, and another seed others."""
     results = [sampled(Still(0), 4, seed) for seed in (0, 0, 1)]
     assert results[0] == results[1] != results[2]
     assert results[0]["games"] == 4 and results[0]["min"] <= results[0]["score"] <= results[0]["max"]
@@ -91,12 +100,15 @@ def test_sampled_games_follow_their_seed():
 
 
 def test_the_score_of_random_play():
-    rng, numbers = np.random.default_rng(0), draw_numbers(np.random.default_rng(1), 2000)
+    """The constant that figures and tables quote is right."""
+    rng = np.random.default_rng(0)
+    numbers = draw_numbers(np.random.default_rng(1), 2000)
     scores = play_games(lambda tokens: rng.integers(3, size=len(tokens)), *new_games(numbers)).scores
     assert scores.mean() == pytest.approx(RANDOM_SCORE, abs=4 * standard_error(scores)) and standard_error(scores) < 1.5
 
 
 def test_the_standard_error_is_how_much_means_differ():
+    """Means of five scores spread as much as it says."""
     scores = np.random.default_rng(0).exponential(55, (4000, 5))
     expected = scores.mean(1).std()
     assert np.mean([standard_error(few) ** 2 for few in scores]) == pytest.approx(expected**2, rel=0.1)
@@ -104,20 +116,23 @@ def test_the_standard_error_is_how_much_means_differ():
 
 
 def test_many_games_are_played_a_few_at_a_time(monkeypatch):
+    """Memory does not grow with the number of games."""
     sizes = []
     monkeypatch.setattr(evaluation, "GAMES_AT_ONCE", 3)
-    monkeypatch.setattr(
-        evaluation,
-        "play_games",
-        lambda player, serves, bricks: sizes.append(len(serves)) or play_games(player, serves, bricks, 20),
-    )
+
+    def short_games(player, serves, bricks):
+        sizes.append(len(serves))
+        return play_games(player, serves, bricks, 20)
+
+    monkeypatch.setattr(evaluation, "play_games", short_games)
     assert sampled(Still(0), 8, seed=0)["games"] == 8 and sizes == [3, 3, 2]
 
 
 def test_players():
     """Two of three pages are the same, so the policy reads two. Sampling follows the probabilities."""
     pages = np.stack([BreakoutAscii().reset(seed=0)[0]] * 3)
-    pages[1, 21 * 81 + 40], pages[1, 21 * 81 + 10] = 32, ord("O")
+    pages[1, 21 * 81 + 40] = 32
+    pages[1, 21 * 81 + 10] = ord("O")
     asked = []
 
     class Asked(Tracker):
@@ -134,7 +149,8 @@ def test_players():
 def test_sticky_actions_repeat_the_one_before():
     """The player always wants left. The paddle goes left at once without stickiness, and never if every action is
     repeated."""
-    bricks, serves = np.ones((2, 7, 13), bool), standard_serves(np.ones((2, 5), int))
+    bricks = np.ones((2, 7, 13), bool)
+    serves = standard_serves(np.ones((2, 5), int))
     seen = []
 
     def left(tokens):
@@ -152,7 +168,8 @@ def test_sticky_actions_repeat_the_one_before():
 
 def test_a_cycle_is_one_game_alone_in_a_state_again():
     """Of 1024 games side by side in the same states, none is taken for another one that was there before."""
-    bricks, serves = np.ones((1024, 7, 13), bool), standard_serves(np.ones((1024, 5), int))
+    bricks = np.ones((1024, 7, 13), bool)
+    serves = standard_serves(np.ones((1024, 5), int))
     results = play_games(tracker, serves, bricks, 60, deterministic=True)
     assert (results.lengths == 60).all() and len(np.unique(results.scores)) == 1
 

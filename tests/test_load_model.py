@@ -46,7 +46,8 @@ def test_load_policy(checkpoint):
 
 
 def test_models_of_wrapped_policies_load(checkpoint, tmp_path):
-    state, page = load_checkpoint(checkpoint), BreakoutAscii().reset(seed=0)[0][None]
+    state = load_checkpoint(checkpoint)
+    page = BreakoutAscii().reset(seed=0)[0][None]
     expected = load_policy(checkpoint)[0](page)[0]
     for prefix in ("_orig_mod.", "module."):
         save_checkpoint(
@@ -81,7 +82,8 @@ def test_gif_shows_every_step(checkpoint, tmp_path, capsys):
 
 def test_a_gif_that_the_disk_has_no_room_for(checkpoint, tmp_path):
     """One line, and the old gif stays: no file may grow beyond 1000 bytes."""
-    resource, out = pytest.importorskip("resource"), tmp_path / "old.gif"
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "old.gif"
     out.write_bytes(b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -109,7 +111,8 @@ def test_an_unfinished_gif_leaves_the_old_one(checkpoint, tmp_path, monkeypatch)
 def test_the_shipped_model(tmp_path, capsys):
     """It scores what its README says, on every CPU: its closest decision is wider than what float32 may round."""
     policy, meta = load_policy(SHIPPED)
-    weight, margins = policy.policy_head.weight, []
+    weight = policy.policy_head.weight
+    margins = []
 
     @torch.no_grad()
     def player(tokens):
@@ -156,7 +159,8 @@ def test_the_newest_run_of_a_gpt_else_the_shipped_model(tmp_path, monkeypatch, c
     """Whatever it has of a model, wherever it lies, and whoever else has written a run since."""
     monkeypatch.chdir(tmp_path)
     assert find_model(None) == (SHIPPED, " (the shipped model, because there is no run)")
-    gpt, pole = load_checkpoint(checkpoint), {"algorithm": "reinforce_cartpole", "global_step": 1}
+    gpt = load_checkpoint(checkpoint)
+    pole = {"algorithm": "reinforce_cartpole", "global_step": 1}
     runs = {
         "b/best_model.safetensors": gpt,
         "a/best_model.safetensors": gpt,
@@ -273,7 +277,9 @@ def test_mp4_without_its_package(checkpoint, tmp_path, monkeypatch):
 
 def test_mp4(checkpoint, tmp_path):
     """And one that the disk has no room for leaves the old one."""
-    ffmpeg, resource, out = pytest.importorskip("imageio_ffmpeg"), pytest.importorskip("resource"), tmp_path / "x.mp4"
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "x.mp4"
     main([str(checkpoint), "--out", str(out), "--steps", "30"])
     whole = out.read_bytes()
     assert ffmpeg.count_frames_and_secs(str(out))[0] == 30
@@ -299,8 +305,10 @@ def test_mp4(checkpoint, tmp_path):
 
 
 def test_on_the_command_line(tmp_path):
-    """A fresh clone in a place with a space and an umlaut, no home, only ASCII for the output, and no imageio: the
-    shipped model plays. A bad file is one line, though the output is closed."""
+    """The shipped model plays in a fresh clone whose path has a space and an umlaut, with no home and no imageio.
+
+    The output takes only ASCII. A bad file is one line, though the output is closed.
+    """
     tmp_path = tmp_path / "a f\u00fc"
     tmp_path.mkdir()
     for file in ROOT.glob("*.py"):

@@ -12,7 +12,8 @@ from model import GPTConfig, sinusoids
 
 def test_one_layer_equals_attention_written_out():
     """The reference is written in NumPy float64, one head and one position at a time."""
-    gpt, page = make_gpt(n_head=4, n_embd=16).double(), late_game()[:1]
+    gpt = make_gpt(n_head=4, n_embd=16).double()
+    page = late_game()[:1]
     w = {name: p.detach().numpy() for name, p in gpt.named_parameters()}
 
     def norm(x, g):
@@ -53,7 +54,9 @@ def test_attention_is_causal():
 
 
 def test_every_character_counts():
-    gpt, page = make_gpt(n_head=4, n_embd=16), random_play()[:1]
+    """A change of any character changes the features."""
+    gpt = make_gpt(n_head=4, n_embd=16)
+    page = random_play()[:1]
     for position in (0, 81 * 3 + 40, 81 * 22 + 79):
         other = page.copy()
         other[0, position] = ord("O")
@@ -62,6 +65,7 @@ def test_every_character_counts():
 
 
 def test_answers():
+    """`forward` and `inference_function` agree, and only the first has gradients."""
     gpt = make_gpt(n_head=4, n_embd=16)
     logits, values = gpt(torch.from_numpy(random_play()))
     assert logits.shape == (3, 3) and values.shape == (3,) and logits.dtype == values.dtype == torch.float32
@@ -71,7 +75,9 @@ def test_answers():
 
 
 def test_changed_rows_and_columns():
-    gpt, pages = make_gpt(n_head=2, n_embd=8), torch.from_numpy(random_play())
+    """One changed character changes one row and one column."""
+    gpt = make_gpt(n_head=2, n_embd=8)
+    pages = torch.from_numpy(random_play())
     after = pages.clone()
     after[1, 3 * COLUMNS + 40] += 1
     changes = gpt.changes(pages, after)
@@ -80,6 +86,7 @@ def test_changed_rows_and_columns():
 
 @pytest.mark.parametrize("wrong", [{"n_layer": 0}, {"n_head": 7}, {"n_embd": 30, "n_head": 15}])
 def test_wrong_configurations_are_refused(wrong):
+    """Sizes must be at least 1 and fit together."""
     with pytest.raises(ValueError):
         GPTConfig(**wrong)
 
@@ -103,6 +110,7 @@ def test_initial_attention_finds_one_ball():
 
 
 def test_no_two_positions_look_alike():
+    """The sums of row and column embeddings lie far apart."""
     positions = (sinusoids(ROWS, 64).unsqueeze(1) + sinusoids(COLUMNS, 64).roll(32, dims=1)).flatten(0, 1)
     distances = torch.cdist(positions, positions) + 9 * torch.eye(TOKENS)
     assert distances.min() > 0.1

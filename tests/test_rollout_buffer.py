@@ -22,6 +22,7 @@ def test_gae_by_hand():
 
 
 def test_truncation_bootstraps_and_still_ends_the_sum():
+    """The first step is truncated, so nothing of the second reaches it."""
     rewards, values, next_values = tensors([1, 1], [0, 0], [10, 20])
     truncated = torch.tensor([[True], [False]])
     advantages, _ = compute_gae(rewards, values, next_values, ~truncated & False, truncated, 0.9, 0.8)
@@ -46,6 +47,7 @@ def slow_gae(rewards, values, next_values, terminated, truncated, gamma, lambd):
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("lambd", [0.0, 0.5, 1.0])
 def test_gae_against_the_definition(gamma, lambd):
+    """The recursion gives the sum of equation 16."""
     g = torch.Generator().manual_seed(0)
     rewards, values, next_values = torch.randn(3, 20, 5, generator=g, dtype=torch.float64)
     terminated, truncated = torch.rand(2, 20, 5, generator=g) < 0.15
@@ -66,6 +68,7 @@ def test_paired_baseline_by_hand():
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
 def test_pairs_take_off_what_they_share_and_no_more(correlation):
+    """The variance falls, while what an action gains stays."""
     g = torch.Generator().manual_seed(0)
     shared = torch.randn(100, 20, generator=g)
     own = torch.randn(100, 40, generator=g)
@@ -80,6 +83,7 @@ def test_pairs_take_off_what_they_share_and_no_more(correlation):
 
 
 def test_pairs_whose_fortunes_oppose_are_left_alone():
+    """A negative correlation counts as none."""
     advantages = torch.tensor([[1.0, -1.0]])
     after, correlation = paired_baseline(advantages, torch.tensor([[True]]))
     assert correlation == 0 and after.tolist() == [[1.0, -1.0]]
@@ -92,7 +96,8 @@ class Shared(NamedTuple):
 
 def row(N, number, **columns):
     """Return one step of N environments, all of whose numbers follow from `number` (N,)."""
-    none, zeros = torch.zeros(N, dtype=torch.bool), torch.zeros(N)
+    none = torch.zeros(N, dtype=torch.bool)
+    zeros = torch.zeros(N)
     return {
         **dict(
             obs=torch.stack([number, number], 1),
@@ -121,6 +126,7 @@ def read(buffer):
 
 
 def test_minibatches_hold_every_sample_once_and_whole():
+    """Shuffling moves all fields of a sample together."""
     buffer = filled()
     buffer.finish(torch.zeros(3), 0.9, 0.9)
     buffer.shuffle(4, torch.Generator().manual_seed(0))
@@ -161,7 +167,8 @@ def test_tensors_keep_their_addresses():
     generator = torch.Generator().manual_seed(0)
     buffer = filled()
     buffer.finish(torch.zeros(3), 0.9, 0.9)
-    first, minibatches = places(prepare), buffer.minibatches
+    first = places(prepare)
+    minibatches = buffer.minibatches
     order = torch.cat([mb.actions for mb in read(buffer)])
     buffer.clear()
     for t in range(4):
@@ -207,13 +214,16 @@ def test_finish_takes_the_value_of_what_follows():
 
 
 def test_pairs_in_sync_are_compared():
-    buffer, in_sync = RolloutBuffer(1, 4), torch.tensor([True, False])
+    """`finish` subtracts the baseline where `in_sync` says so."""
+    buffer = RolloutBuffer(1, 4)
+    in_sync = torch.tensor([True, False])
     buffer.add(**row(4, torch.zeros(4, dtype=torch.int64), rewards=torch.tensor([1.0, 2.0, 1.0, 5.0]), in_sync=in_sync))
     buffer.finish(torch.zeros(4), 1.0, 0.0)
     assert buffer.samples.advantages.tolist() == [0.0, 2.0, 0.0, 5.0] and buffer.pair_correlation == 1
 
 
 def test_misuse_is_an_error():
+    """Calls in the wrong order, and sizes that do not fit, are refused."""
     buffer = filled()
     with pytest.raises(IndexError):  # it is full
         buffer.add(**row(3, torch.arange(3)))
