@@ -12,6 +12,7 @@ from model import GPT, GPTConfig
 
 HERE = Path(__file__).parent
 SHIPPED = HERE / "pretrained" / f"breakout{SUFFIX}"
+# Not "try: import fast", which would hide an error in it.
 fast = importlib.import_module("fast") if (HERE / "fast" / "__init__.py").exists() else None
 
 

@@ -38,6 +38,7 @@ def checkpoint(tmp_path):
 
 
 def test_load_policy(checkpoint):
+    """The GPT is ready to play, and the dict has everything but its weights."""
     policy, meta = load_policy(checkpoint)
     assert not policy.training and policy.config.n_embd == 16 and meta["global_step"] == 5 and "model" not in meta
     obs, _ = BreakoutAscii().reset(seed=0)
@@ -46,6 +47,7 @@ def test_load_policy(checkpoint):
 
 
 def test_models_of_wrapped_policies_load(checkpoint, tmp_path):
+    """Prefixes that wrappers put before the names of weights are ignored."""
     state = load_checkpoint(checkpoint)
     page = BreakoutAscii().reset(seed=0)[0][None]
     expected = load_policy(checkpoint)[0](page)[0]
@@ -58,6 +60,7 @@ def test_models_of_wrapped_policies_load(checkpoint, tmp_path):
 
 
 def test_gif_shows_every_step(checkpoint, tmp_path, capsys):
+    """Its frames are the pages after each action, for 40 ms each, with their exact colours."""
     out = tmp_path / "small.gif"
     main([str(checkpoint), "--steps", "150", "--out", str(out), "--sample", "--seed", "3"])
     policy, _ = load_policy(checkpoint)
@@ -98,6 +101,7 @@ def test_a_gif_that_the_disk_has_no_room_for(checkpoint, tmp_path):
 
 
 def test_an_unfinished_gif_leaves_the_old_one(checkpoint, tmp_path, monkeypatch):
+    """An interruption replaces no file and leaves no half of one."""
     (tmp_path / "old.gif").write_bytes(b"old")
     monkeypatch.setattr(load_model, "to_image", lambda page: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -135,6 +139,7 @@ def test_the_shipped_model(tmp_path, capsys):
 
 
 def test_episodes_are_whole_games(checkpoint):
+    """Two games are played to their ends."""
     policy, _ = load_policy(checkpoint)
     played = list(play(policy, episodes=2, sample=True))
     ends = [step for step in played if step.last]
@@ -142,12 +147,14 @@ def test_episodes_are_whole_games(checkpoint):
 
 
 def test_the_seed_decides_what_is_played(checkpoint):
+    """The same seed gives the same pages, and another seed others."""
     policy, _ = load_policy(checkpoint)
     frames = [np.stack([step.page for step in play(policy, 200, seed=seed, sample=True)]) for seed in (0, 0, 1)]
     assert np.array_equal(frames[0], frames[1]) and not np.array_equal(frames[0], frames[2])
 
 
 def test_evaluate_prints_json_last(checkpoint, capsys):
+    """The last line of the output can be read by a program."""
     main([str(checkpoint), "--evaluate"])
     exact = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(exact) == ["score", "min", "max", "cleared", "games"] and exact["games"] == 32
@@ -212,6 +219,7 @@ def test_no_way_leads_to_the_model_from_the_working_directory(tmp_path, monkeypa
 
 
 def test_a_path_that_is_empty_or_begins_with_the_home_directory(tmp_path, monkeypatch, checkpoint):
+    """Paths are understood as a shell would, and an empty one is refused."""
     monkeypatch.setenv("HOME", str(tmp_path))
     main([f"~/{checkpoint.relative_to(tmp_path)}", "--steps", "1", "--out=~/a.gif"])
     assert (tmp_path / "a.gif").exists()
@@ -221,6 +229,7 @@ def test_a_path_that_is_empty_or_begins_with_the_home_directory(tmp_path, monkey
 
 
 def test_files_that_are_no_model(tmp_path, checkpoint):
+    """Each is refused in one line that names the file."""
     for name, content in (
         ("empty.safetensors", b""),
         ("text.safetensors", b"hello"),
@@ -265,11 +274,13 @@ def test_files_that_are_no_model(tmp_path, checkpoint):
     ],
 )
 def test_wrong_arguments(arguments, message):
+    """Each is refused before anything is played."""
     with pytest.raises(CommandLineError, match=re.escape(message)):
         main(arguments.split())
 
 
 def test_mp4_without_its_package(checkpoint, tmp_path, monkeypatch):
+    """The error says how to install it."""
     monkeypatch.setattr(load_model.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CommandLineError, match="pip install imageio imageio-ffmpeg"):
         main([str(checkpoint), "--out", str(tmp_path / "x.mp4")])
@@ -342,6 +353,7 @@ def test_on_the_command_line(tmp_path):
 
 
 def test_weights_that_are_finite_but_far_too_large(checkpoint):
+    """Logits that are not finite are an error, greedy or sampled."""
     policy, _ = load_policy(checkpoint)
     policy.policy_head.weight.data.fill_(3e38)
     for sample in (False, True):
