@@ -11,10 +11,11 @@ from harness.checkpoint import load_checkpoint
 
 
 class NoProcess:
-    """Stands in for Background: evaluates here and at once."""
+    """Stands in for Background: evaluates in this process and at once."""
 
     def __init__(self, evaluate, processes):
-        self.evaluate, self.processes = evaluate, processes
+        self.evaluate = evaluate
+        self.processes = processes
 
     def submit(self, state):
         return Done(self.evaluate(state))
@@ -24,6 +25,8 @@ class NoProcess:
 
 
 class Done:
+    """An evaluation that has ended, with the methods of a Future."""
+
     def __init__(self, evaluation):
         self.evaluation = evaluation
 
@@ -35,12 +38,13 @@ class Done:
 
 
 def durations(path):
-    """How many milliseconds a gif shows each of its frames."""
+    """Return for how many milliseconds a gif shows each of its frames."""
     with Image.open(path) as gif:
         return [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
 
 
 def run(algorithm, *words):
+    """Run a training with these words of a command line, and return the exit status."""
     return run_algorithm(algorithm, words)
 
 
@@ -56,27 +60,33 @@ def states_of_a_straight_and_a_resumed_run(algorithm, small, tmp_path, steps, st
 
 
 def plain(state):
+    """Return a state without what two equal runs may differ in."""
     return {name: x for name, x in state.items() if name not in ("seconds", "constants", "best_score", "run_id")}
 
 
 def logged(run_dir):
+    """Return the rows of metrics.csv, without what two equal runs may differ in."""
     with open(run_dir / "metrics.csv") as file:
-        return [
-            {name: x for name, x in row.items() if name not in ("seconds", "steps_per_second", "eval_score")}
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["seconds"], row["steps_per_second"], row["eval_score"]
+    return rows
 
 
 def same(a, b):
+    """Return whether two states are equal, bit for bit; NaN equals NaN."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or a != a and b != b
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    both_nan = a != a and b != b
+    return a == b or both_nan
 
 
 def evaluated(algorithm, model, capsys, *words):
-    """What --evaluate prints."""
+    """Evaluate a model, by default the one that `--evaluate` finds, and return the JSON that it prints."""
     capsys.readouterr()
     assert run(algorithm, "--evaluate", *([model] if model else []), *words) == 0
     return json.loads(capsys.readouterr().out)

@@ -3,7 +3,7 @@
 import os
 import signal
 
-# As many tests run side by side as there are cores. This has to be set before torch is imported.
+# The processes that a test starts share the cores, so each takes one. This has to be set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 if "ATEN_CPU_CAPABILITY" in os.environ:
     torch.backends.cuda.enable_flash_sdp(False)  # In spite of its name this is the switch for CPUs too.
 
-# A process in the background, or under nohup, ignores some signals, and so would all processes that the tests start.
+# A process in the background or under nohup ignores some signals. Processes that the tests start would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for signal_name in ("SIGHUP", "SIGQUIT"):
     if hasattr(signal, signal_name):
@@ -23,9 +23,7 @@ for signal_name in ("SIGHUP", "SIGQUIT"):
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the learning tests too (minutes)")
     parser.addoption("--browser", action="store_true", help="run the tests that need Chromium and playwright too")
-    parser.addoption(
-        "--faults", action="store_true", help="run the long tests of kills and damaged files too (minutes)"
-    )
+    parser.addoption("--faults", action="store_true", help="run the tests of kills and damaged files too (minutes)")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,4 +1,4 @@
-"""Damages and forges many files and kills trainings at random moments; this takes long, so it runs with --faults."""
+"""Damaged and forged files, and trainings that are killed at random moments. They take minutes and need --faults."""
 
 import copy
 import functools
@@ -46,7 +46,7 @@ def damaged(data, rng):
 
 
 def test_a_thousand_damaged_checkpoints(tmp_path):
-    """Every damaged file is refused in one line, or still contains what was saved."""
+    """Every damaged file is refused in one line, unless the damage changes nothing of what was saved."""
     save_checkpoint(tmp_path / "new.safetensors", example() | {"score": 0.5})
     rng, refused = random.Random(0), 0
     for source in (tmp_path / "new.safetensors", ROOT / "pretrained" / "breakout.safetensors"):
@@ -65,7 +65,11 @@ def test_a_thousand_damaged_checkpoints(tmp_path):
 
 def places(value, path=()):
     """Yield the path of keys to every value in a state."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = []
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
     for key, item in items:
         yield (*path, key)
         yield from places(item, (*path, key))
@@ -99,7 +103,7 @@ SMALL_RUNS = {
 
 
 @pytest.mark.parametrize("training", SMALL_RUNS)
-def test_a_stranger_value_anywhere_in_a_checkpoint(training, tmp_path, without_processes, capsys):
+def test_a_strange_value_anywhere_in_a_checkpoint(training, tmp_path, without_processes, capsys):
     """One line says what is wrong with a forged file whose checksum is right, unless nobody reads the forged value."""
     if training == "train_ppo":
         main = train_ppo.main
@@ -183,7 +187,7 @@ def test_a_training_that_is_killed_fifty_times(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     kills, leftovers = map(int, done.stdout.split()[-2:])
-    # Otherwise it ended too early, or no kill fell into a write.
+    # With fewer, the training ended too early; without leftovers, no kill fell into a write.
     assert kills == 50 and leftovers > 0, done.stdout
     states = [load_checkpoint(tmp_path / name) for name in ("straight", "killed")]
     for state in states:
@@ -230,13 +234,13 @@ def test_trainings_save_and_end_with_the_program_that_started_them(tmp_path, pro
     process.wait(60)
     runs = [path.parent for path in tmp_path.glob("*/metrics.csv")]
     wait_until(lambda: all(free(run) for run in runs))
-    # Nothing but the stop has saved them after the start.
+    # After their start they were saved only because they were stopped.
     assert all(load_checkpoint(run)["update_count"] > 0 for run in runs)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there a process does not learn that its parent has ended")
 def test_a_sweep_goes_on_with_the_runs_of_one_that_was_killed(tmp_path):
-    """A second sweep joins, has nothing to do while the first trains everything, and takes over when it is killed."""
+    """A second sweep joins, waits while the first trains all there is to train, and takes over when that is killed."""
     command = ["sweep.py", "train_ppo", *ENDLESS.split(), "--seed", 0, "--out", tmp_path]
     first = start(tmp_path / "first", *command)
     wait_until(lambda: list(tmp_path.glob("*/metrics.csv")))

@@ -1,4 +1,4 @@
-"""pyproject.toml names what is there."""
+"""pyproject.toml agrees with the files and options that exist."""
 
 import tomllib
 from pathlib import Path
@@ -8,7 +8,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def test_every_module_is_packaged():
-    """An editable install offers all modules that lie at the top."""
+    """After an editable install, all modules at the top can be imported from any directory."""
     assert sorted(PROJECT["tool"]["setuptools"]["py-modules"]) == sorted(file.stem for file in ROOT.glob("*.py"))
 
 
