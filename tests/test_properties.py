@@ -99,13 +99,12 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, state):
 @given(states, st.data())
 def test_a_changed_number_is_noticed(tmp_path, state, data):
     """The checksum notices what another program has edited in a saved file."""
-    save_checkpoint(
-        tmp_path / "last.safetensors", {**state, "edited": data.draw(st.floats(allow_nan=False, allow_infinity=False))}
-    )
+    number = data.draw(st.floats(allow_nan=False, allow_infinity=False))
+    save_checkpoint(tmp_path / "last.safetensors", {"state": state, "edited": number})
     with safe_open(tmp_path / "last.safetensors", "pt") as file:
         tensors, metadata = file.get_tensors(), file.metadata()
     found = json.loads(metadata["state"])
-    metadata["state"] = json.dumps(found | {"edited": math.nextafter(found["edited"], math.inf)})
+    metadata["state"] = json.dumps(found | {"edited": math.nextafter(number, math.inf)})
     save_file(tensors, tmp_path / "last.safetensors", metadata)
     with pytest.raises(CheckpointError, match="checksum differs"):
         load_checkpoint(tmp_path)
