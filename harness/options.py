@@ -207,8 +207,9 @@ def is_name(node, context):
 
 def project_files():
     """The source files of this project that are loaded now, without packages that are installed below its directory."""
-    files = {Path(file).resolve() for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))}
-    return {file for file in files if ROOT in file.parents and "site-packages" not in file.parts and file.is_file()}
+    paths = [getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]]
+    files = {Path(path).resolve() for path in paths if path and "site-packages" not in path}
+    return {file for file in files if ROOT in file.parents and file.is_file()}
 
 
 class Parser(argparse.ArgumentParser):
