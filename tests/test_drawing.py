@@ -1,4 +1,4 @@
-"""Pages become pictures, and pictures become gifs."""
+"""Pages become pictures, and pictures become gifs that show the same."""
 
 import weakref
 
@@ -31,7 +31,8 @@ def test_only_pages_have_pictures(tokens):
 
 def decoded(path):
     """Return the pictures of a gif, and how many milliseconds each is shown."""
-    pictures, durations = [], []
+    pictures = []
+    durations = []
     with Image.open(path) as gif:
         for i in range(gif.n_frames):
             gif.seek(i)
@@ -42,12 +43,13 @@ def decoded(path):
 
 
 def test_a_gif_shows_exactly_what_it_was_given(tmp_path):
-    """Try late colours, single pixels at the edges, 255 colours in a picture, pictures that repeat, and one that
-    returns."""
+    """The pictures have new colours late, single pixels at the edges, and 255 colours. Some repeat, and one returns."""
     rng = np.random.default_rng(0)
     still = np.full((9, 31, 3), 7, np.uint8)
-    dot, corner = still.copy(), still.copy()
-    dot[4, 5], corner[8, 30] = (255, 0, 1), (0, 3, 255)
+    dot = still.copy()
+    dot[4, 5] = 255, 0, 1
+    corner = still.copy()
+    corner[8, 30] = 0, 3, 255
     noise = [rng.integers(0, 256, (255, 3), np.uint8)[rng.integers(0, 255, (9, 31))] for _ in range(5)]
     pictures = [still, still, dot, corner, *noise, still, corner, corner, corner]
     write_gif(tmp_path / "x.gif", iter(pictures), 20)
@@ -66,8 +68,10 @@ def test_a_gif_of_more_colours_than_it_can_hold_is_close(tmp_path):
 
 
 def test_a_gif_keeps_no_picture(tmp_path):
-    """Only the shown picture, the one before it and the one after it are in memory; the others are in the file."""
-    alive, most, written = weakref.WeakSet(), 0, []
+    """Only the present picture and its neighbours are in memory. All earlier ones are in the file already."""
+    alive = weakref.WeakSet()
+    most = 0  # pictures that were alive at once
+    written = []  # the size of the file whenever a picture was made
     rng = np.random.default_rng(0)
 
     class Picture(np.ndarray):
@@ -93,8 +97,7 @@ def test_a_gif_keeps_no_picture(tmp_path):
 
 
 def test_a_picture_may_stay_longer_than_a_frame_can(tmp_path):
-    """A gif counts the hundredths of a second of a frame in two bytes, which is 11 minutes; this picture stays for
-    20."""
+    """A gif counts the hundredths of a second of a frame in two bytes, up to 11 minutes. This picture stays for 20."""
     picture = np.full((3, 3, 3), 9, np.uint8)
     write_gif(tmp_path / "x.gif", (picture for _ in range(30_000)), 40)
     assert sum(decoded(tmp_path / "x.gif")[1]) == 30_000 * 40

@@ -100,14 +100,22 @@ def test_a_wrong_sum_would_be_noticed():
 def test_pages_far_apart_in_one_head(monkeypatch, spread, rescaled):
     """A head is rescaled if some characters of one page have much larger scores than any of another page."""
     torch.manual_seed(0)
-    table, rstd = torch.randn(120, 1 + 3, 2), 0.5 + torch.rand(40)  # 40 pairs, each of three rows of its own
-    table[:12:3, 0, 0] += spread  # bits, for the first four pairs in the first head
-    table.requires_grad_(), rstd.requires_grad_()
+    # 40 pairs, each of which is the sum of three rows of its own
+    table = torch.randn(120, 1 + 3, 2)
+    rstd = 0.5 + torch.rand(40)
+    table[:12:3, 0, 0] += spread  # the scores of the first four pairs in the first head
+    table.requires_grad_()
+    rstd.requires_grad_()
     pages = np.stack([np.arange(0, 20), np.arange(20, 40), np.arange(10, 30)])
     shared = SharedPages(torch.arange(40), make_bags(np.arange(120).reshape(40, 3), 120), [make_bags(pages, 40)])
-    heads = []
+    heads = []  # how many heads each call computes
     apply = SharedAttention.apply
-    monkeypatch.setattr(SharedAttention, "apply", lambda *args: heads.append(args[0].size(2)) or apply(*args))
+
+    def counted(table, *args):
+        heads.append(table.size(2))
+        return apply(table, *args)
+
+    monkeypatch.setattr(SharedAttention, "apply", counted)
     y = shared_attention(table, rstd, shared)
     assert heads == ([2, 1] if rescaled else [2])
     rows = table.view(40, 3, 4, 2).sum(1) * rstd.view(-1, 1, 1)
@@ -146,13 +154,14 @@ def test_the_inference_function_rescales_the_pages_that_need_it(monkeypatch):
     obs, _ = env.reset(seed=0)
     for _ in range(30):
         obs, *_ = env.step(np.arange(32) % 3)
-    rescaled = []
+    rescaled = []  # how many pages each call reads
     share_pages = fast.shared_attention.share_pages
-    monkeypatch.setattr(
-        fast.shared_attention,
-        "share_pages",
-        lambda index, lines: rescaled.append(len(lines)) or share_pages(index, lines),
-    )
+
+    def counted(index, lines):
+        rescaled.append(len(lines))
+        return share_pages(index, lines)
+
+    monkeypatch.setattr(fast.shared_attention, "share_pages", counted)
     act, lines = gpt.inference_function(), gpt.encode(obs)
     ours = act(lines)
     assert [0 < n < 32 for n in rescaled] == [True]

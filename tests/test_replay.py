@@ -1,3 +1,5 @@
+"""A replay shows the game as it was played, and what its model computes, also in JavaScript."""
+
 import json
 import re
 import shutil
@@ -48,7 +50,7 @@ def random_pages(n, seed=0):
 
 @pytest.mark.parametrize("n_layer", [1, 2])
 def test_attention_is_what_the_model_computes(n_layer):
-    """The features follow from it when it takes the place of scaled_dot_product_attention in the last block."""
+    """With these weights in place of scaled_dot_product_attention in the last block, the features are the model's."""
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=8)).double()
     pages = random_pages(2)
@@ -86,12 +88,11 @@ def test_heads_are_named_by_what_they_look_at():
     np.testing.assert_allclose(attention_shares(gpt, page), np.tile(counts / 1944, (4, 1)), atol=1e-6)
     looks = np.zeros((3, len(THINGS)))
     looks[0, [1, 2, 3, 6]] = 0.2, 0.2, 0.2, 0.4
-    looks[1, 6], looks[2, 0] = 1, 1
-    assert [main_thing(head) for head in looks] == [
-        ("paddle", pytest.approx(0.6)),
-        ("empty space", 1),
-        ("ball", 1),
-    ] and order_of_heads(looks) == [2, 0, 1]
+    looks[1, 6] = 1
+    looks[2, 0] = 1
+    expected = [("paddle", pytest.approx(0.6)), ("empty space", 1), ("ball", 1)]
+    assert [main_thing(head) for head in looks] == expected
+    assert order_of_heads(looks) == [2, 0, 1]
 
 
 @pytest.mark.parametrize("length, seen", [(1, 1), (500, 500), (501, 251), (1351, 451)])
@@ -101,8 +102,8 @@ def test_heads_are_measured_on_at_most_500_pages_spread_evenly(length, seen):
 
 
 def test_the_file_holds_the_game(monkeypatch):
-    """It has every frame, with the last page of each game. No hostile name becomes markup or a template's
-    placeholder."""
+    """It has every frame, with the last page of each game. A hostile name becomes neither markup nor a placeholder of a
+    template."""
     monkeypatch.setattr(viewer.replay.attention, "MEASURED", 20)  # the attention takes most of the time
     policy, _ = load_policy(SHIPPED)
     steps = list(play(policy, episodes=2, sample=True, seed=1))
@@ -110,20 +111,18 @@ def test_the_file_holds_the_game(monkeypatch):
     hostile = "</script><img src=x onerror=alert(1)>$data ${script}"
     text = replay_html(frames, [Stage(hostile, policy)], hostile, hostile)
     data = data_of(text)
-    assert (
-        len(frames) == len(steps) + 2 == len(data["frames"]) and data["name"] == data["stages"][0]["label"] == hostile
-    )
+    assert len(frames) == len(steps) + 2 == len(data["frames"])
+    assert data["name"] == data["stages"][0]["label"] == hostile
     assert "<img" not in text and text.count("</script>") == 3
     ends = [frame for frame in data["frames"] if frame[3] < 0]
     assert [end[3:] for end in ends] == [[-1, step.info["score"], step.info["lives"]] for step in steps if step.last]
     assert [frame[3] for frame in data["frames"] if frame[3] >= 0] == [step.action for step in steps]
-    assert len(text) < 3_000_000 and "http" not in re.sub(
-        r"<script[^>]*application/json.*?</script>|http-equiv", "", text, flags=re.S
-    )  # nothing is fetched
+    assert len(text) < 3_000_000
+    page = re.sub(r"<script[^>]*application/json.*?</script>|http-equiv", "", text, flags=re.S)
+    assert "http" not in page  # nothing is fetched
+    pages = np.stack([frame.page for frame in frames])
     with torch.no_grad():
-        values = torch.cat(
-            [policy(np.stack([f.page for f in frames[i : i + 500]]))[1] for i in range(0, len(frames), 500)]
-        )
+        values = torch.cat([policy(pages[i : i + 500])[1] for i in range(0, len(pages), 500)])
     np.testing.assert_allclose(data["stages"][0]["values"], values, atol=1e-3)
 
 
@@ -173,9 +172,8 @@ def test_pictures_show_attention(tmp_path):
     picture = one[20][14:]
     assert picture.shape == (264, 480, 3)
     hot = picture[row * 11 : row * 11 + 11, column * 6 : column * 6 + 6].astype(int)
-    assert (hot[..., 0] - hot[..., 2] > 100).mean() > 0.5 and (
-        picture[..., 0].astype(int) - picture[..., 2] > 100
-    ).sum() < 2 * 66
+    assert (hot[..., 0] - hot[..., 2] > 100).mean() > 0.5
+    assert (picture[..., 0].astype(int) - picture[..., 2] > 100).sum() < 2 * 66  # pixels of two characters
     assert next(attention_pictures(gpt, frames[:1])).shape == (4 * (132 + 14), 4 * 240, 3)
     main([str(SHIPPED), "--attention", "--steps", "5", "--out", str(tmp_path / "heads.gif")])
     with Image.open(tmp_path / "heads.gif") as gif:
@@ -235,9 +233,7 @@ def opened(chromium, replay):
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
-        page.on(
-            "request", lambda request: problems.append(request.url) if not request.url.startswith("file:") else None
-        )
+        page.on("request", lambda request: problems.extend([] if request.url.startswith("file:") else [request.url]))
         page.goto(path.as_uri() + place)
         pages.append(page)
         return page
@@ -257,8 +253,7 @@ def numbers(policy, pages):
 
 
 def wait_for(page, expression):
-    """Wait until an expression is true. Playwright's own function evaluates a string, which the page's policy
-    forbids."""
+    """Wait until an expression is true. Playwright's own function would evaluate a string, which the page forbids."""
     for _ in range(600):
         if page.evaluate(expression):
             return
@@ -313,10 +308,8 @@ def test_keys_slider_and_address(opened, replay):
     _, frames, _ = replay
     page = opened("#frame=10&head=3")
     shown = page.locator("#status")
-    assert (
-        shown.text_content().startswith("Step 10 of 1000")
-        and page.locator("[data-head='3']").get_attribute("aria-checked") == "true"
-    )
+    assert shown.text_content().startswith("Step 10 of 1000")
+    assert page.locator("[data-head='3']").get_attribute("aria-checked") == "true"
     page.keyboard.press("ArrowRight")
     assert shown.text_content().startswith("Step 11 ")
     page.locator("#slider").fill("500")
@@ -327,18 +320,15 @@ def test_keys_slider_and_address(opened, replay):
     point = next(i for i in range(501, 1001) if frames[i].score > frames[i - 1].score)
     assert shown.text_content().startswith(f"Step {point} ")
     page.keyboard.press("Shift+P")
-    assert shown.text_content().startswith(
-        f"Step {max(i for i in range(1, point) if frames[i].score > frames[i - 1].score)} "
-    )
+    point_before = max(i for i in range(1, point) if frames[i].score > frames[i - 1].score)
+    assert shown.text_content().startswith(f"Step {point_before} ")
     page.keyboard.press("End")
     assert f"score {frames[-1].score} · lives {frames[-1].lives} · the recording ends here" in shown.text_content()
     wait_for(page, "location.hash.includes('frame=1000')")  # once nothing has moved for a while
     for key in "lpp":
         page.keyboard.press(key)
-    assert (
-        shown.text_content().endswith("the recording ends here · no further point")
-        and page.locator("#said").text_content() == "no further point"
-    )
+    assert shown.text_content().endswith("the recording ends here · no further point")
+    assert page.locator("#said").text_content() == "no further point"
     assert page.locator("[data-event=lost]").is_disabled()
     page.keyboard.press("Home")
     page.keyboard.press("h")
@@ -424,9 +414,8 @@ def test_text_that_wraps_starts_nothing_anew(opened):
     wait_for(page, "element('cell').textContent.includes('With the ball here')")
     task = page.evaluate("mapTask")
     page.wait_for_timeout(500)
-    assert page.evaluate("mapTask") == task and page.evaluate(
-        "element('cell').textContent.includes('With the ball here')"
-    )
+    assert page.evaluate("mapTask") == task
+    assert page.evaluate("element('cell').textContent.includes('With the ball here')")
 
 
 @pytest.mark.browser
@@ -447,9 +436,8 @@ def test_stages_and_looks(opened, replay, tmp_path):
     _, frames, policies = replay
     page = opened("#frame=300")
     page.locator("#stages button").first.click()
-    np.testing.assert_allclose(
-        page.evaluate("answer.probabilities"), numbers(policies[0], frames[300].page[None])[0][0], atol=1e-4
-    )
+    probabilities, _, _ = numbers(policies[0], frames[300].page[None])
+    np.testing.assert_allclose(page.evaluate("answer.probabilities"), probabilities[0], atol=1e-4)
     assert "<img" in page.locator("#about").text_content()
     for scheme in ("light", "dark"):
         for width in (1280, 400):

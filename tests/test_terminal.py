@@ -1,4 +1,4 @@
-"""The game is played with a stand-in for the screen, then as a whole program with a pseudo-terminal and without one."""
+"""The game is played on a stand-in for the screen, and as a whole program in a pseudo-terminal and without one."""
 
 import os
 import signal
@@ -15,15 +15,17 @@ curses = pytest.importorskip("curses")
 
 
 class Screen:
-    """Has as much of a curses window as `play` needs. Each frame ends with one of the keys, and its lines are kept.
+    """A stand-in for a curses window. In each frame one of the keys is pressed, and the lines of the frame are kept.
 
     A key may also be (rows, columns), which changes the size of the terminal.
     """
 
-    now = 0.0  # seconds; they pass only in `getch`
+    now = 0.0  # the time in seconds, which passes only in `getch`
 
     def __init__(self, keys):
-        self.keys, self.shown, self.size = list(keys), [], (26, 80)
+        self.keys = list(keys)
+        self.shown = []
+        self.size = (26, 80)
 
     def getmaxyx(self):
         return self.size
@@ -45,7 +47,8 @@ class Screen:
         Screen.now += self.milliseconds / 1000
         key = self.keys.pop(0)
         if isinstance(key, tuple):
-            self.size, key = key, curses.KEY_RESIZE
+            self.size = key
+            return curses.KEY_RESIZE
         return key
 
 
@@ -66,7 +69,9 @@ def test_the_game_waits_while_the_terminal_is_too_small():
     screen = Screen([(25, 80), curses.KEY_RIGHT, (27, 81), ord("Q")])
     assert viewer.terminal.play(screen, fps=1000) is None
     before, *small, after = screen.shown
-    assert small == [["too small"]] * 2 and before[22] == after[22] and before[21] != after[21]  # the ball flies on
+    assert small == [["too small"]] * 2
+    assert before[22] == after[22]  # the paddle has not moved
+    assert before[21] != after[21]  # the ball goes on once there is room
 
 
 def test_a_game_that_is_over_stays_on_the_screen():
@@ -99,11 +104,10 @@ def test_play_without_a_terminal_is_one_line():
 
 @pytest.mark.parametrize("name", ["stdin", "stdout"])
 def test_input_or_output_that_is_closed_is_no_terminal(monkeypatch, name):
-    """After <&- or >&- in a shell, Python has None in its place."""
+    """After <&- or >&- in a shell, Python's stdin or stdout is None."""
     terminal = SimpleNamespace(isatty=lambda: True)
-    monkeypatch.setattr(
-        viewer.terminal, "sys", SimpleNamespace(**{"stdin": terminal, "stdout": terminal} | {name: None})
-    )
+    streams = {"stdin": terminal, "stdout": terminal} | {name: None}
+    monkeypatch.setattr(viewer.terminal, "sys", SimpleNamespace(**streams))
     assert viewer.terminal.terminal_problem() == "input and output must be a terminal"
 
 
@@ -115,11 +119,8 @@ def test_play_without_curses(monkeypatch):
 def test_windows_has_no_description_of_its_terminal(monkeypatch):
     terminal = SimpleNamespace(isatty=lambda: True)
     monkeypatch.setattr(viewer.terminal, "sys", SimpleNamespace(stdin=terminal, stdout=terminal))
-    monkeypatch.setattr(
-        viewer.terminal,
-        "curses",
-        SimpleNamespace(setupterm=lambda: None, tigetstr=lambda name: None, error=curses.error),
-    )
+    unknown = SimpleNamespace(setupterm=lambda: None, tigetstr=lambda name: None, error=curses.error)
+    monkeypatch.setattr(viewer.terminal, "curses", unknown)
     for name, able in (("posix", False), ("nt", True)):
         monkeypatch.setattr(viewer.terminal, "os", SimpleNamespace(name=name))
         assert (viewer.terminal.terminal_problem() is None) == able
@@ -133,9 +134,8 @@ def play_in_a_terminal(keys, rows=26, columns=80, term="xterm"):
         # Whoever imports readline leaves LINES and COLUMNS behind, and curses would believe them.
         environment = {key: os.environ[key] for key in os.environ if key not in ("LINES", "COLUMNS")}
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # tests started in the background ignore it, and so would the program
+        # Tests that run in the background ignore this signal, and so would the program.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.alarm(60)  # a program that does not end fails the test, instead of halting it
         command = [sys.executable, breakout_ascii.__file__, "--fps", "100"]
         os.execve(sys.executable, command, environment | {"TERM": term})

@@ -4,8 +4,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.GifImagePlugin import getdata, getheader
 
-PALETTE = 255  # the colours of a frame of a gif; one more means "as before"
-LONGEST_MS = 600_000  # for which a frame of a gif may stay; the format ends at 655,350
+PALETTE = 255  # colours in a frame of a gif; the 256th means "as before"
+LONGEST_MS = 600_000  # a frame of a gif stays at most so long; the format allows 655,350
 
 
 def glyph_atlas(ink, paper):
@@ -50,12 +50,12 @@ def write_gif(path, pictures, frame_ms):
         frame_ms: how long each picture is shown, a multiple of 10, because a gif counts hundredths of a second.
             Browsers slow down what is below 20.
     """
-    before = None  # every pixel differs from this
+    before = None  # from which every pixel of the first picture differs
     with open(path, "wb") as file:
         for picture, duration in with_durations(pictures, frame_ms):
             red, green, blue = np.moveaxis(picture != before, 2, 0)
             changed = red | green | blue  # four times as fast as any(2)
-            changed[0, 0] |= not changed.any()  # nothing moved for LONGEST_MS
+            changed[0, 0] |= not changed.any()  # a frame needs a pixel, even if nothing has moved for LONGEST_MS
             colours, indices = palette_of(picture[changed])
             frame = np.full(changed.shape, len(colours), np.uint8)  # the colour after the last one means "as before"
             frame[changed] = indices
@@ -67,15 +67,17 @@ def write_gif(path, pictures, frame_ms):
             image.putpalette(colours.tobytes() + b"\0\0\0")
             if before is None:
                 file.writelines(getheader(image, info={"loop": 0})[0])
-            its_own = {"duration": duration, "transparency": len(colours), "include_color_table": True}
-            file.writelines(getdata(image, (left, top), **its_own))
+            options = {"duration": duration, "transparency": len(colours), "include_color_table": True}
+            file.writelines(getdata(image, (left, top), **options))
             before = picture
         file.write(b";")  # the end of a gif
 
 
 def with_durations(pictures, frame_ms):
-    """Yield each picture that differs from the one before, and for how many milliseconds it stays, at most
-    LONGEST_MS."""
+    """Yield each picture that differs from the one before, and the milliseconds for which it stays.
+
+    A picture that stays longer than LONGEST_MS is yielded several times.
+    """
     shown = None
     duration = 0
     for picture in pictures:
@@ -90,10 +92,9 @@ def with_durations(pictures, frame_ms):
 
 
 def palette_of(pixels):
-    """Return the colours of pixels (K, 3) uint8, at most PALETTE of them, and each pixel's index (K,) among the
-    colours.
+    """Return at most PALETTE colours for pixels (K, 3) uint8, and the index of each pixel's colour, (K,).
 
-    This is exact if the pixels have no more colours than that.
+    Only if the pixels have more colours than that does a pixel get another colour, a similar one.
     """
     colours, indices = np.unique(pixels @ [1 << 16, 1 << 8, 1], return_inverse=True)
     if len(colours) > PALETTE:

@@ -12,13 +12,12 @@ except ImportError:
 
 from breakout_ascii import COLUMNS, ROWS, BreakoutAscii, to_text
 
-# the page, the score, a line of help
-SCREEN_ROWS = ROWS + 2
-SCREEN_COLUMNS = COLUMNS - 1
+SCREEN_ROWS = ROWS + 2  # the page, the score and a line of help
+SCREEN_COLUMNS = COLUMNS - 1  # without the newline
 
 
 def last_key(screen, seconds):
-    """Wait so many seconds, then return the last key pressed meanwhile, or -1."""
+    """Wait for this many seconds, and return the last key that was pressed meanwhile, or -1."""
     key = -1
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
@@ -41,11 +40,11 @@ def show(screen, lines):
 
 
 def play(screen, fps):
-    """Play until q is pressed. Returns None, or one line that says why it is impossible."""
+    """Let somebody play until q is pressed. Returns None, or one line that says why one cannot play here."""
 
     def fits():
-        rows, cols = screen.getmaxyx()
-        return rows >= SCREEN_ROWS and cols >= SCREEN_COLUMNS
+        rows, columns = screen.getmaxyx()
+        return rows >= SCREEN_ROWS and columns >= SCREEN_COLUMNS
 
     if not fits():
         return f"the terminal is smaller than {SCREEN_COLUMNS}x{SCREEN_ROWS}: enlarge it and start again"
@@ -75,13 +74,13 @@ def play(screen, fps):
 
 
 def terminal_problem():
-    """Return None if one can play here, or one line that says why not."""
+    """Return one line that says why one cannot play here, or None."""
     if curses is None:
         return "Python's curses module is missing (on Windows: pip install windows-curses)"
     if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):  # a closed stream is None
         return "input and output must be a terminal"
     if os.name == "nt":
-        return None  # curses knows no descriptions of terminals there
+        return None  # there curses has no descriptions of terminals to look at
     try:
         curses.setupterm()
         able = curses.tigetstr("cup")  # the command that moves the cursor

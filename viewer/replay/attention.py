@@ -1,4 +1,4 @@
-"""Measures where a GPT looks: the attention of its last position, in its last block, and its shares over a game."""
+"""Measures where a GPT looks: the attention of the last position in the last block, on a page and over a game."""
 
 import itertools
 
@@ -7,8 +7,8 @@ import torch
 
 from model import GPT
 
-PAGES_AT_ONCE = 32  # their keys take 16 MB
-MEASURED = 500  # pages are enough to measure shares of attention
+PAGES_AT_ONCE = 32  # whose keys take 16 MB
+MEASURED = 500  # pages, which are enough to measure shares of attention
 THINGS = (
     "ball", "paddle's left end", "paddle's middle", "paddle's right end", "bricks", "walls", "empty space", "line ends",
 )  # fmt: skip
@@ -50,7 +50,7 @@ def things_on(pages):
     paddle = pages == ord("=")
     left = paddle & (np.cumsum(paddle, 1) == 1)
     right = paddle & (np.cumsum(paddle[:, ::-1], 1)[:, ::-1] == 1)
-    are = [  # in the order of THINGS, without the last, the line ends
+    masks = [  # in the order of THINGS, without the last one, the line ends
         pages == ord("O"),
         left,
         paddle & ~left & ~right,
@@ -59,16 +59,16 @@ def things_on(pages):
         pages == ord("#"),
         pages == ord(" "),
     ]
-    return np.select(are, range(len(are)), len(are))
+    return np.select(masks, range(len(masks)), default=len(masks))
 
 
 def evenly_spaced(pages):
-    """Return at most MEASURED of the pages (n, 1944), at equal distances."""
+    """Return at most MEASURED of the pages (n, 1944), evenly spaced."""
     return pages[:: -(-len(pages) // MEASURED)]
 
 
 def attention_shares(gpt, pages):
-    """Return the share of its attention that each head gives to each of THINGS, over all pages (n, 1944).
+    """Measure the share of its attention that each head gives to each of THINGS, over all pages (n, 1944).
 
     Returns:
         (H, things) float64; each row adds up to 1.
@@ -80,23 +80,26 @@ def attention_shares(gpt, pages):
 
 
 def main_thing(shares):
-    """Return the thing that a head looks at most, and its share, such as ("ball", 0.97), from the head's shares
-    (things,).
+    """Return the thing that a head looks at most, and its share of the attention, such as ("ball", 0.97).
 
     The parts of the paddle count as one thing.
+
+    Args:
+        shares: (things,), a row of `attention_shares`.
     """
-    whole = {"paddle": sum(shares[THINGS.index(thing)] for thing in PADDLE_THINGS)}
-    whole |= {thing: share for thing, share in zip(THINGS, shares) if thing not in PADDLE_THINGS}
-    return max(whole.items(), key=lambda item: item[1])
+    share_of = {"paddle": sum(shares[THINGS.index(thing)] for thing in PADDLE_THINGS)}
+    share_of |= {thing: share for thing, share in zip(THINGS, shares) if thing not in PADDLE_THINGS}
+    return max(share_of.items(), key=lambda item: item[1])
 
 
 def order_of_heads(shares):
-    """Return the heads of shares (H, things) in the order of their main things, the most attentive first."""
-    order = ["ball", "paddle", *THINGS[4:]]
+    """Return the heads of shares (H, things), those that look at the ball first, then those that look at the paddle,
+    and so on. Among heads that look at the same thing, the most attentive is first."""
+    things = ["ball", "paddle", *THINGS[4:]]
     main_things = [main_thing(of_head) for of_head in shares]
 
     def rank(head):
         thing, share = main_things[head]
-        return order.index(thing), -share
+        return things.index(thing), -share
 
     return sorted(range(len(shares)), key=rank)

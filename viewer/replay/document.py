@@ -1,5 +1,4 @@
-"""Writes one HTML file that replays games with the model's attention, and computes what the model makes of an edited
-page."""
+"""Writes one HTML file, which replays games with the model's attention and computes its answer to an edited page."""
 
 import base64
 import json
@@ -45,7 +44,7 @@ PAGES_AT_ONCE = 256
 
 
 class Stage(NamedTuple):
-    """A model at some point of its training; the browser lets one choose between several."""
+    """A model at some point of its training. The page in the browser has a button for each."""
 
     label: str
     policy: torch.nn.Module  # a GPT
@@ -74,14 +73,14 @@ def replay_html(frames, stages, name, about):
     }
     # Without "<" no text from a checkpoint can end the script element that holds the data, or begin another one.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {"style": "page.css", "gpt": "gpt.js", "script": "page.js"}
-    parts = {part: (HERE / file).read_text(encoding="utf-8") for part, file in parts.items()}
-    return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(parts, data=text)
+    page, style, gpt, script = (
+        (HERE / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "gpt.js", "page.js")
+    )
+    return Template(page).substitute(style=style, gpt=gpt, script=script, data=text)
 
 
 def stage_data(stage, pages):
-    """Return what page.js shows of a stage: its weights as base64, its value of every page, and what its heads look
-    at."""
+    """Return what page.js shows of a stage: its weights, its value of every page, and what its heads look at."""
     gpt = plain_gpt(stage.policy)
     weights = np.concatenate([weight.numpy().ravel() for weight in gpt.state_dict().values()]).astype("<f4")
     shares = attention_shares(gpt, evenly_spaced(pages))

@@ -1,44 +1,57 @@
-// The GPT of model.py in plain JavaScript: a page in; logits, value, predicted changes and attention out.
+// The GPT of model.py in plain JavaScript. It reads a page, and returns logits, value, predicted changes and attention.
 //
-// Only the last position is read, so the last block computes one query. With one layer that query is the same on every page,
-// and keys and values depend on character and position alone: each such pair is computed once.
+// Only the last position is read, so the last block computes one query. With one layer that query is the same on every
+// page, and keys and values depend only on a character and its position. Each such pair is computed once.
 "use strict";
 
 class GPT {
-  // config: n_layer, n_head, n_embd, n_action; weights: {name in model.py: Float32Array}; game: characters, rows, columns
+  // config has n_layer, n_head, n_embd and n_action, game has characters, rows and columns, and weights are
+  // {name in model.py: Float32Array}.
   constructor(config, weights, game) {
     this.config = config;
     this.weights = weights;
     this.game = game;
-    this.pairs = []; // [character * 1944 + token], with one layer
+    this.pairs = []; // at index character * 1944 + position, the score and value of the pair, with one layer
     this.query = null; // of the last position; with one layer it is always the same
     this.block = `blocks.${config.n_layer - 1}.`; // the last one, which computes one query
   }
 
-  // page: characters as their places in game.characters, an array of 1944
-  // -> {logits, probabilities, value, changes: of rows, then of columns, 0..1; attention: [head][token]}
+  // Read a page, an array of 1944 indices in game.characters. Returns {logits, probabilities, value, changes,
+  // attention}: changes are the probabilities of rows and then of columns, and attention is [head][position].
   read(page) {
-    const sums = this.sum(page), { n_head, n_embd: C } = this.config;
+    const sums = this.sum(page);
+    const { n_head, n_embd: C } = this.config;
     const attention = sums.weights.map((weights, h) => weights.map((weight) => weight / sums.weight[h]));
-    return { ...this.answer(sums.last, sums.value.map((sum, c) => sum / sums.weight[Math.floor((c * n_head) / C)])), attention };
+    const attended = sums.value.map((sum, c) => sum / sums.weight[Math.floor((c * n_head) / C)]);
+    return { ...this.answer(sums.last, attended), attention };
   }
 
-  // Like read, without the attention, for a page of which the sums are known (one layer) but for one token
+  // Do the work of `read` without the attention, for a page that differs in one position from the page of these sums.
+  // This works for one layer only.
   readChanged(sums, t, character) {
-    const { n_head, n_embd: C } = this.config, D = C / n_head, value = new Float64Array(C);
-    const before = this.pair(sums.page[t], t), now = this.pair(character, t);
+    const { n_head, n_embd: C } = this.config;
+    const D = C / n_head;
+    const value = new Float64Array(C);
+    const before = this.pair(sums.page[t], t);
+    const now = this.pair(character, t);
     for (let h = 0; h < n_head; h++) {
-      const less = sums.weights[h][t], more = Math.exp(now.scores[h] - sums.max[h]);
-      if (less > 0.999 * sums.weight[h] || more > 1e300) return this.read(sums.page.with(t, character)); // all rounding, or too large
+      const less = sums.weights[h][t];
+      const more = Math.exp(now.scores[h] - sums.max[h]);
+      // Too little would be left but rounding, or the new weight is too large.
+      if (less > 0.999 * sums.weight[h] || more > 1e300) return this.read(sums.page.with(t, character));
       const weight = sums.weight[h] - less + more;
-      for (let c = h * D; c < (h + 1) * D; c++) value[c] = (sums.value[c] - less * before.value[c] + more * now.value[c]) / weight;
+      for (let c = h * D; c < (h + 1) * D; c++) {
+        value[c] = (sums.value[c] - less * before.value[c] + more * now.value[c]) / weight;
+      }
     }
     return this.answer(sums.last, value);
   }
 
-  // The sums that a softmax divides: of each head's weights, and of the values that they weigh
+  // Return what a softmax divides: for each head the sum of its weights, and the sum of the weighted values.
   sum(page) {
-    const { n_layer, n_head, n_embd: C } = this.config, T = page.length, D = C / n_head;
+    const { n_layer, n_head, n_embd: C } = this.config;
+    const T = page.length;
+    const D = C / n_head;
     let x = null;
     if (n_layer > 1) {
       x = this.hidden(page);
@@ -49,12 +62,14 @@ class GPT {
     const tokens = Array.from(page, (character, t) => (x ? this.scoreAndValue(x[t]) : this.pair(character, t)));
     const sums = { page, last, max: [], weight: [], weights: [], value: new Float64Array(C) };
     for (let h = 0; h < n_head; h++) {
-      let max = -Infinity, sum = 0;
+      let max = -Infinity;
+      let sum = 0;
       for (const { scores } of tokens) if (scores[h] > max) max = scores[h];
       const weights = new Float64Array(T);
       for (let t = 0; t < T; t++) {
-        const { scores, value } = tokens[t], less = max - scores[h];
-        if (less > 40) continue; // lost in rounding, and that is most of a page
+        const { scores, value } = tokens[t];
+        const less = max - scores[h];
+        if (less > 40) continue; // such a weight is lost in rounding, as most of a page is
         const weight = weights[t] = Math.exp(-less);
         sum += weight;
         for (let c = h * D; c < (h + 1) * D; c++) sums.value[c] += weight * value[c];
@@ -66,7 +81,7 @@ class GPT {
     return sums;
   }
 
-  // What the last position makes of what its heads bring
+  // Compute the rest of the last block and the outputs, from the last position's input and its heads' attention.
   answer(last, attended) {
     const out = this.mlp(add(last, this.linear(this.block + "attn.c_proj", attended)), this.block);
     return this.heads(layerNorm(out, this.weights["ln_f.weight"]));
@@ -74,7 +89,8 @@ class GPT {
 
   heads(features) {
     const logits = this.linear("policy_head", features);
-    const most = Math.max(...logits), powers = Array.from(logits, (logit) => Math.exp(logit - most));
+    const most = Math.max(...logits);
+    const powers = Array.from(logits, (logit) => Math.exp(logit - most));
     const total = powers.reduce((a, b) => a + b);
     return {
       logits,
@@ -85,27 +101,35 @@ class GPT {
   }
 
   embedding(character, t) {
-    const { n_embd: C } = this.config, { columns } = this.game, x = new Float64Array(C);
+    const { n_embd: C } = this.config;
+    const { columns } = this.game;
+    const x = new Float64Array(C);
     const places = [["wte", character], ["wre", Math.floor(t / columns)], ["wce", t % columns]];
     for (const [name, i] of places) for (let c = 0; c < C; c++) x[c] += this.weights[name + ".weight"][i * C + c];
     return x;
   }
 
-  // What the last position asks each token, folded into the key's weights: (heads, C), scaled
+  // Return the query of the last position times the weights of the keys, (heads, C), scaled. A score is then the
+  // product of a row with a normalised input, so that no key is computed.
   queryOf(last) {
-    const { n_head, n_embd: C } = this.config, D = C / n_head, W = this.weights[this.block + "attn.c_attn.weight"];
+    const { n_head, n_embd: C } = this.config;
+    const D = C / n_head;
+    const W = this.weights[this.block + "attn.c_attn.weight"];
     const q = matrixTimes(W.subarray(0, C * C), layerNorm(last, this.weights[this.block + "ln_1.weight"]));
     const folded = [];
     for (let h = 0; h < n_head; h++) {
       const row = new Float64Array(C);
-      for (let d = h * D; d < (h + 1) * D; d++) for (let c = 0; c < C; c++) row[c] += (q[d] * W[(C + d) * C + c]) / Math.sqrt(D);
+      for (let d = h * D; d < (h + 1) * D; d++) {
+        for (let c = 0; c < C; c++) row[c] += (q[d] * W[(C + d) * C + c]) / Math.sqrt(D);
+      }
       folded.push(row);
     }
     return folded;
   }
 
   scoreAndValue(x) {
-    const { n_embd: C } = this.config, normal = layerNorm(x, this.weights[this.block + "ln_1.weight"]);
+    const { n_embd: C } = this.config;
+    const normal = layerNorm(x, this.weights[this.block + "ln_1.weight"]);
     const scores = this.query.map((row) => dot(row, normal));
     return { scores, value: matrixTimes(this.weights[this.block + "attn.c_attn.weight"].subarray(2 * C * C), normal) };
   }
@@ -115,18 +139,21 @@ class GPT {
     return (this.pairs[place] ??= this.scoreAndValue(this.embedding(character, t)));
   }
 
-  // Every position behind all blocks but the last; slow, and needed for more than one layer only
+  // Return every position after all blocks except the last. This is slow, and needed only with more than one layer.
   hidden(page) {
-    const { n_layer, n_head, n_embd: C } = this.config, D = C / n_head;
+    const { n_layer, n_head, n_embd: C } = this.config;
+    const D = C / n_head;
     let x = Array.from(page, (character, t) => this.embedding(character, t));
     for (let layer = 0; layer < n_layer - 1; layer++) {
       const block = `blocks.${layer}.`;
-      const qkv = x.map((row) => matrixTimes(this.weights[block + "attn.c_attn.weight"], layerNorm(row, this.weights[block + "ln_1.weight"])));
+      const normal = x.map((row) => layerNorm(row, this.weights[block + "ln_1.weight"]));
+      const qkv = normal.map((row) => matrixTimes(this.weights[block + "attn.c_attn.weight"], row));
       x = x.map((row, t) => {
         const y = new Float64Array(C);
         for (let h = 0; h < n_head; h++) {
           const scores = new Float64Array(t + 1);
-          let max = -Infinity, sum = 0;
+          let max = -Infinity;
+          let sum = 0;
           for (let s = 0; s <= t; s++) {
             let score = 0;
             for (let d = h * D; d < (h + 1) * D; d++) score += qkv[t][d] * qkv[s][C + d];
@@ -134,7 +161,9 @@ class GPT {
             if (scores[s] > max) max = scores[s];
           }
           for (let s = 0; s <= t; s++) sum += scores[s] = Math.exp(scores[s] - max);
-          for (let s = 0; s <= t; s++) for (let d = h * D; d < (h + 1) * D; d++) y[d] += (scores[s] / sum) * qkv[s][2 * C + d];
+          for (let s = 0; s <= t; s++) {
+            for (let d = h * D; d < (h + 1) * D; d++) y[d] += (scores[s] / sum) * qkv[s][2 * C + d];
+          }
         }
         return this.mlp(add(row, this.linear(block + "attn.c_proj", y)), block);
       });
@@ -148,7 +177,8 @@ class GPT {
   }
 
   linear(name, x) {
-    const y = matrixTimes(this.weights[name + ".weight"], x), bias = this.weights[name + ".bias"];
+    const y = matrixTimes(this.weights[name + ".weight"], x);
+    const bias = this.weights[name + ".bias"];
     return bias ? add(y, bias) : y;
   }
 }
@@ -159,7 +189,7 @@ function dot(a, b) {
   return sum;
 }
 
-// A matrix, its rows one behind the other, times a vector
+// Multiply a matrix, given as its rows one after the other, by a vector.
 function matrixTimes(matrix, x) {
   const y = new Float64Array(matrix.length / x.length);
   for (let i = 0; i < y.length; i++) {
@@ -173,7 +203,8 @@ function matrixTimes(matrix, x) {
 const add = (a, b) => Float64Array.from(a, (x, i) => x + b[i]);
 
 function layerNorm(x, weight) {
-  let mean = 0, variance = 0;
+  let mean = 0;
+  let variance = 0;
   for (const value of x) mean += value / x.length;
   for (const value of x) variance += (value - mean) ** 2 / x.length;
   const scale = 1 / Math.sqrt(variance + 1e-5);
@@ -182,9 +213,10 @@ function layerNorm(x, weight) {
 
 const gelu = (x) => 0.5 * x * (1 + erf(x / Math.SQRT2));
 
-// Within 1.5e-7 (Abramowitz and Stegun, 7.1.26)
+// The error function, to within 1.5e-7 (Abramowitz and Stegun, 7.1.26).
 function erf(x) {
   const t = 1 / (1 + 0.3275911 * Math.abs(x));
-  const tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))) * Math.exp(-x * x);
+  const polynomial = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
+  const tail = polynomial * Math.exp(-x * x);
   return x < 0 ? tail - 1 : 1 - tail;
 }

@@ -10,9 +10,9 @@ from breakout_ascii import COLUMNS, ROWS, TOKENS, to_image
 from viewer.replay.attention import attention_of_pages, attention_shares, evenly_spaced, main_thing
 
 HOT = np.array([255, 140, 0])  # RGB of a weight of 1; the page itself is grey
-LABEL_HEIGHT = 14
-LABELLED_BY = 1000  # the first pages of a replay decide what the label says about a head
-HEIGHT, WIDTH = 264, 480  # of the picture of a page; a character has 11 by 6 pixels
+LABEL_HEIGHT = 14  # pixels
+LABELLED_BY = 1000  # so many pages at the start of a replay decide what the label says about a head
+HEIGHT, WIDTH = 264, 480  # pixels of the picture of a page; a character is 11 high and 6 wide
 
 
 def attention_pictures(gpt, frames, head=None):
@@ -23,9 +23,14 @@ def attention_pictures(gpt, frames, head=None):
         frames: an iterable of `Frame`.
         head: the number of the head; None for all heads, at half the size.
     """
-    heads = range(gpt.config.n_head) if head is None else [head]
-    smaller = 2 if head is None else 1
-    ink = 255 if head is None else 90
+    if head is None:
+        heads = range(gpt.config.n_head)
+        smaller = 2  # the factor by which a page is smaller
+        ink = 255  # at half the size no character becomes black
+    else:
+        heads = [head]
+        smaller = 1
+        ink = 90
     pages = (frame.page for frame in frames)
     first_pages = list(itertools.islice(pages, LABELLED_BY))
     labels = head_labels(gpt, np.stack(first_pages), heads, WIDTH // smaller)
@@ -42,8 +47,10 @@ def attention_pictures(gpt, frames, head=None):
 
 
 def head_labels(gpt, pages, heads, width):
-    """Return for each of the heads a picture (LABEL_HEIGHT, width, 3) uint8 of its number and its main thing on
-    these pages."""
+    """Return a label for each of the heads, with its number and its main thing on these pages.
+
+    Each label is a picture (LABEL_HEIGHT, width, 3) uint8.
+    """
     shares = attention_shares(gpt, evenly_spaced(pages))
     labels = []
     for head in heads:
@@ -58,14 +65,14 @@ def head_labels(gpt, pages, heads, width):
 def grey_picture(page, smaller):
     """Return the picture of a page (1944,) in grey, (HEIGHT / smaller, WIDTH / smaller, 1) uint8."""
     brightest = to_image(page).max(2).reshape(HEIGHT // smaller, smaller, WIDTH // smaller, smaller)
-    return brightest.max((1, 3))[..., None] // 4 * 3  # the brightest pixel stays, so that thin strokes do
+    return brightest.max((1, 3))[..., None] // 4 * 3  # the brightest pixel is kept, so that thin strokes are
 
 
 def heat_of(weights):
     """Return the heat of each character, (24, 80, 1) from 0 to 1, for attention weights (1944,) that add up to 1.
 
-    It is the logarithm of the weight, and 0 where the weight is the mean or less. So the scale is the same for all
-    pages and heads.
+    It is the logarithm of the weight, scaled to be 1 for a weight of 1, and 0 where the weight is the mean or less. So
+    the scale is the same for all pages and heads.
     """
     heat = 1 + np.log(np.maximum(weights, 1e-12)) / math.log(TOKENS)
     return np.clip(heat, 0, 1).reshape(ROWS, COLUMNS)[:, :-1, None]
@@ -80,7 +87,7 @@ def heated(grey, heat, ink):
 
 
 def side_by_side(tiles):
-    """Return pictures of one size as one picture, in a square of rows and columns whose rest is black."""
+    """Return pictures of one size as one picture, in as many columns as rows or one more. The rest is black."""
     across = math.ceil(math.sqrt(len(tiles)))
     tiles = tiles + [np.zeros_like(tiles[0])] * (-len(tiles) % across)
     rows = [np.concatenate(tiles[i : i + across], axis=1) for i in range(0, len(tiles), across)]

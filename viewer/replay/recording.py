@@ -29,7 +29,7 @@ class Frame(NamedTuple):
 
 
 def record(steps):
-    """Yield a `Frame` for each of the steps that load_model.play yields, and one for the last page of each game."""
+    """Yield a `Frame` for each of the steps that load_model.play yields, and another for the last page of a game."""
     score = 0
     lives = LIVES
     for step in steps:
@@ -52,8 +52,11 @@ def ball_and_paddle(page):
 
 
 def changed_walls(pages):
-    """Return {index of a page: its bricks row by row, as text of 0 and 1} for each page (n, 1944) with another wall
-    than before."""
+    """Find the pages (n, 1944) whose wall differs from that of the page before.
+
+    Returns:
+        {index of such a page: its bricks row by row, as text of 0 and 1}; the first page is always there.
+    """
     rows = slice(BRICK_TOP, BRICK_TOP + BRICK_ROWS)
     left_ends = slice(1, 1 + BRICK_COLUMNS * BRICK_WIDTH, BRICK_WIDTH)
     cells = pages.reshape(-1, ROWS, COLUMNS)[:, rows, left_ends]
