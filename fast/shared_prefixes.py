@@ -60,15 +60,17 @@ def prefix_tree(index, lines, device="cpu"):
     """Return the `PrefixTree` of pages that a `LineIndex` has encoded as line ids, an int64 array (B, 24)."""
     order = np.lexsort(lines.T[::-1])  # pages that begin alike are next to each other
     chunks = lines[order].reshape(len(order), -1, LINES).swapaxes(0, 1)  # (8, B, LINES)
-    # is_new (8, B): whether a page begins with another prefix of this length than the page before it.
+    # is_new (8, B): whether a page begins with another prefix of this length than the page before it, which it does if
+    # any chunk so far differs.
     is_new = np.ones(chunks.shape[:2], bool)
     is_new[:, 1:] = np.logical_or.accumulate((chunks[:, 1:] != chunks[:, :-1]).any(2), axis=0)
     # prefixes (8, B): the id of each page's prefix of each length. Every new prefix gets the next id.
     prefixes = is_new.cumsum().reshape(is_new.shape) - 1
     paths = []
-    for last, (new, ids) in enumerate(zip(is_new, prefixes)):
-        members = prefixes[: last + 1, new].T  # (number of prefixes, last + 1)
-        paths.append(make_bags(np.ascontiguousarray(members), int(ids[-1]) + 1, device))
+    for length, (new, ids) in enumerate(zip(is_new, prefixes), start=1):
+        members = prefixes[:length, new].T  # (number of prefixes of this length, length)
+        num_chunks = int(ids[-1]) + 1  # of prefixes up to this length
+        paths.append(make_bags(np.ascontiguousarray(members), num_chunks, device))
     pieces = index.line_pieces.rows.numpy()[chunks[is_new]]  # (n, LINES, 9)
     characters = index.piece_pairs.rows.numpy()[pieces].reshape(-1, CHUNK) // TOKENS
     starts = is_new.nonzero()[0][:, None] * CHUNK
