@@ -152,6 +152,30 @@ class Policy(nn.Module):
         return torch.no_grad()(self.forward)
 
 
+class EnvCapabilities:
+    """Lists what PPO uses of an env beyond Gymnasium's API, with a default for each thing that the env lacks.
+
+    Attributes:
+        on_device: whether `step` takes and returns tensors on the policy's device; by default False.
+        can_pair: whether the env has `pair()` and `in_sync()`, which `paired_envs` needs; see BreakoutAsciiVec.
+    """
+
+    def __init__(self, env):
+        self.env = env
+        self.on_device = getattr(env, "on_device", False)
+        self.can_pair = hasattr(env, "pair") and hasattr(env, "in_sync")
+
+    def start_rollout(self, steps):
+        """Let the env prepare its next steps. Returns observations and where it truncated episodes; by default None."""
+        if hasattr(self.env, "start_rollout"):
+            return self.env.start_rollout(steps)
+
+    def state_dict(self):
+        """What `load_state_dict` of the env needs to go on bit for bit; by default None: a resumed run starts anew."""
+        if hasattr(self.env, "state_dict"):
+            return self.env.state_dict()
+
+
 class EagerRunner:
     """Calls PPO's functions as they are.
 
@@ -225,16 +249,9 @@ def flatten_parameters(policy):
 class PPO(Trainer):
     """Trains a policy on a vector env, by `learn()`.
 
-    An env may have more than Gymnasium asks for:
-
-    state_dict(), load_state_dict(state)   to resume a run bit for bit
-    pair(), in_sync()                      for paired_envs, as in BreakoutAsciiVec
-    on_device = True                       its `step` takes and returns tensors on the policy's device
-    start_rollout(steps)                   prepares these steps; returns observations, and where it truncated episodes
-
     Args:
         policy: has what `Policy` has.
-        env: a Gymnasium vector env with SAME_STEP autoreset, or an env on the policy's device.
+        env: a Gymnasium vector env with SAME_STEP autoreset; what else it may have, `EnvCapabilities` lists.
         config: a `PPOConfig`.
         callbacks, metadata: as in `Trainer`.
         runner: by default an `EagerRunner`.
@@ -244,12 +261,12 @@ class PPO(Trainer):
         super().__init__(policy, callbacks, metadata)
         self.env = env
         self.config = config
-        self.on_device = getattr(env, "on_device", False)
-        if not self.on_device and env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+        self.env_can = EnvCapabilities(env)
+        if not self.env_can.on_device and env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
             raise ValueError(
                 "PPO needs a vector env that resets in the step that ends an episode: AutoresetMode.SAME_STEP"
             )
-        if config.paired_envs and not hasattr(env, "pair"):
+        if config.paired_envs and not self.env_can.can_pair:
             raise ValueError("paired_envs needs an env with the methods pair() and in_sync(); set it to False")
         self.device = next(policy.parameters()).device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -318,8 +335,9 @@ class PPO(Trainer):
         S, N, A = self.noise.shape
         # Drawn step by step, so that a seed gives the same actions as torch.multinomial would
         self.noise.copy_(torch.stack([torch.empty(N, A).exponential_(generator=self.generator) for _ in range(S)]))
-        if hasattr(self.env, "start_rollout"):
-            obs, truncated = self.env.start_rollout(S)
+        prepared = self.env_can.start_rollout(S)
+        if prepared is not None:
+            obs, truncated = prepared
             self.obs.copy_(obs)
             self.end_episodes(truncated.cpu().numpy())
         if self.config.paired_envs:
@@ -340,7 +358,7 @@ class PPO(Trainer):
         all_logprobs = F.log_softmax(logits, dim=-1)  # (N, A)
         # If E ~ Exp(1), argmax(p / E) is a sample from p. torch.multinomial does the same, but draws E when called.
         actions = (all_logprobs.exp() / self.noise.index_select(0, self.buffer.position)[0]).argmax(-1)
-        env_actions = actions if self.on_device else actions.cpu().numpy()
+        env_actions = actions if self.env_can.on_device else actions.cpu().numpy()
         next_obs, rewards, terminated, truncated, infos = self.env.step(env_actions)
         final_values = torch.zeros_like(values)
         # An env on the device has no final_obs, so any() never makes the host wait for the GPU.
@@ -524,7 +542,7 @@ class PPO(Trainer):
         return self.training_state(
             optimizer=self.optimizer.state_dict(),
             generator=self.generator.get_state(),
-            env=self.env.state_dict() if hasattr(self.env, "state_dict") else None,
+            env=self.env_can.state_dict(),
             obs=self.obs,
             return_so_far=self.return_so_far,
             episode_returns=list(self.episode_returns),

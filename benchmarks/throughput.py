@@ -348,7 +348,7 @@ def clocks(trainer, evaluation):
     policy = trainer.policy
     env = trainer.env
     buffer = trainer.buffer
-    if trainer.on_device:
+    if trainer.env_can.on_device:
         rollout = [("rollout", trainer, "collect")]  # its steps may be one CUDA graph, whose parts no clock can see
     else:
         rollout = [
