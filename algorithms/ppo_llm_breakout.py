@@ -147,9 +147,7 @@ class NumberReader(Policy):
 
 
 class LanguagePPO(PPO):
-    """PPO with a penalty on the divergence from a reference, by a weight that aims at a target (Ziegler et al. 2019,
-    section 2.2).
-    """
+    """PPO with a penalty on the divergence from a reference (Ziegler et al. 2019, section 2.2)."""
 
     def __init__(self, policy, env, config, kl_coef, kl_target, metadata):
         super().__init__(policy, env, config, metadata=metadata)
@@ -223,16 +221,16 @@ def make_policy(c, device, saved_tokenizer=None):
     """
     if c.MODEL == MLP:
         return NumberReader().to(device)
+    texts = invented_texts()
     if saved_tokenizer:
         tokenizer = tokenizer_from(saved_tokenizer)
     else:
-        tokenizer = load_tokenizer(c.MODEL, invented_texts())
+        tokenizer = load_tokenizer(c.MODEL, texts)
     model = load_model(c.MODEL, tokenizer, device)
     if c.MODEL != TINY:
         model = with_lora(model, c.LORA_RANK)
     reference = reference_of(model) if c.KL_COEF else None
     policy = BreakoutReader(model, tokenizer, reference).to(device)
-    texts = invented_texts()
     policy.check([min(texts, key=len), max(texts, key=len)])
     return policy
 

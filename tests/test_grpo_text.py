@@ -122,7 +122,7 @@ def folder(tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["Qwen3", "GPT-2"])
 def test_logprobs_are_those_of_each_token_alone(kind, tokenizer):
-    """Padding of shorter prompts on the left and of shorter answers on the right changes nothing, at a temperature."""
+    """At a temperature, padding shorter prompts on the left and shorter answers on the right changes nothing."""
     writer = Writer(small_model(kind, tokenizer), tokenizer, temperature=0.7)
     prompts, answers = ["hi", "hello world, hello"], [[5, 9, 7, 0], [8, 6, 0]]
     tokens, mask = writer.prompt_tokens(prompts)
@@ -151,7 +151,7 @@ def test_nothing_after_the_end_is_drawn():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_answers_are_drawn_as_they_are_scored(temperature, tokenizer, monkeypatch):
-    """Whatever settings came with the model, and up to whichever of its end tokens comes first."""
+    """This holds whatever settings came with the model. An answer ends with the first of the model's end tokens."""
     model = small_model("Qwen3", tokenizer)
     model.generation_config.update(
         eos_token_id=[0, 5, 6, 7, 8, 9],
@@ -352,7 +352,7 @@ def test_a_classifier_reads_as_many_tokens_as_it_has_positions_for(tmp_path, tok
 
 
 def test_a_classifier_that_fails_is_one_line(tmp_path, tokenizer):
-    """At the start, or in the middle of a training, which is saved."""
+    """It may fail at the start, or in the middle of a training, which is then saved."""
     save_classifier(tmp_path, tokenizer)
     reward = RewardModel(str(tmp_path), torch.device("cpu"), ["hi"])
     reward.model.forward = fails
@@ -414,7 +414,7 @@ def test_a_policy_that_cannot_learn_is_refused_in_one_line(kind, message, tmp_pa
 
 
 def test_an_adapter_of_the_hub_is_an_adapter(folder, tokenizer, tmp_path, monkeypatch):
-    """Or the weights below it would be trained, and not saved. What the hub holds, a cache has."""
+    """Otherwise the weights below it would be trained, and not saved. A cache stands for the hub."""
     snapshot = tmp_path / "models--somebody--adapter" / "snapshots" / "1"
     with_lora(AutoModelForCausalLM.from_pretrained(folder), 2).save_pretrained(snapshot)
     (snapshot.parents[1] / "refs").mkdir()
@@ -426,7 +426,7 @@ def test_an_adapter_of_the_hub_is_an_adapter(folder, tokenizer, tmp_path, monkey
 
 
 def test_recurrent_models_that_ignore_the_mask_are_refused(tokenizer):
-    """Beside a longer prompt they read another text; the others of their kind learn."""
+    """Beside a longer prompt they would read another text. Recurrent models that heed the mask are accepted."""
     size = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, eos_token_id=0, bos_token_id=0)
     models = {
         True: MambaForCausalLM(MambaConfig(state_size=4, pad_token_id=0, **size)),
@@ -549,22 +549,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, folder, without_process
 
 
 def test_a_resumed_run_takes_its_new_learning_rate(tmp_path, folder, without_processes):
-    """And what an evaluation draws in this process leaves the training's random numbers alone."""
-    assert (
-        run(
-            ALGORITHM,
-            *SMALL.split(),
-            "--policy_model",
-            folder,
-            "--lora_rank",
-            2,
-            "--num_steps",
-            1,
-            "--run_dir",
-            tmp_path / "run",
-        )
-        == 0
-    )
+    """Its first step is as small as the new rate says. What an evaluation draws in the same process changes nothing."""
+    words = f"{SMALL} --policy_model {folder} --lora_rank 2 --num_steps 1 --run_dir {tmp_path / 'run'}"
+    assert run(ALGORITHM, *words.split()) == 0
     before = load_checkpoint(tmp_path / "run" / "last.safetensors")
     assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2, "--lr", 1e-9) == 0
     after = load_checkpoint(tmp_path / "run" / "last.safetensors")
@@ -577,21 +564,8 @@ def test_a_resumed_run_takes_its_new_learning_rate(tmp_path, folder, without_pro
 
 def test_an_adapter_goes_on_as_part_of_the_model(tmp_path, folder, without_processes, tokenizer):
     trained = tmp_path / "run" / "model"
-    assert (
-        run(
-            ALGORITHM,
-            *SMALL.split(),
-            "--policy_model",
-            folder,
-            "--lora_rank",
-            2,
-            "--num_steps",
-            2,
-            "--run_dir",
-            tmp_path / "run",
-        )
-        == 0
-    )
+    words = f"{SMALL} --policy_model {folder} --lora_rank 2 --num_steps 2 --run_dir {tmp_path / 'run'}"
+    assert run(ALGORITHM, *words.split()) == 0
     c = SimpleNamespace(**load_checkpoint(tmp_path / "run")["constants"])
     writer = grpo_text.make_writer(c, torch.device("cpu"))
     tokens = torch.randint(1, 200, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -620,21 +594,8 @@ def test_an_adapter_goes_on_as_part_of_the_model(tmp_path, folder, without_proce
 
 
 def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys):
-    assert (
-        run(
-            ALGORITHM,
-            *SMALL.split(),
-            "--policy_model",
-            folder,
-            "--lora_rank",
-            0,
-            "--num_steps",
-            1,
-            "--run_dir",
-            tmp_path / "run",
-        )
-        == 0
-    )
+    words = f"{SMALL} --policy_model {folder} --lora_rank 0 --num_steps 1 --run_dir {tmp_path / 'run'}"
+    assert run(ALGORITHM, *words.split()) == 0
     state = load_checkpoint(tmp_path / "run")
     assert "model.model.embed_tokens.weight" in state["model"] and (tmp_path / "run" / "model" / "config.json").exists()
     result = evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 16)
@@ -740,7 +701,7 @@ def test_logits_that_are_not_finite_are_named_before_anything_is_drawn_from_them
 def test_a_model_that_comes_with_code_is_refused_in_one_line_and_runs_nothing(
     kind, tmp_path, folder, tokenizer, monkeypatch
 ):
-    """Even if somebody answers transformers' question with y."""
+    """This holds even if somebody answers transformers' question with y."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
     evil = tmp_path / "evil"

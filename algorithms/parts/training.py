@@ -30,8 +30,8 @@ class Algorithm(NamedTuple):
     constants: Constants
     kept: tuple  # the constants that a resumed run must not change
 
-    # build(constants: Values) returns a Trainer whose metadata has "algorithm" and "constants", and with model_constants
-    # also "models", as `check_models` takes them.
+    # build(constants: Values) returns a Trainer whose metadata has "algorithm" and "constants". If there are
+    # model_constants, it also has "models", as `check_models` takes them.
     build: Callable
     # evaluate(policy_state, episodes, seed) returns a dict with a "score".
     evaluate: Callable
@@ -125,6 +125,7 @@ def check_ppo(c):
 
 
 def ppo_config(c):
-    """The `PPOConfig` of a training with a constant lambda. Fields without a constant of their name keep their default."""
+    """The `PPOConfig` of a training that has a constant lambda."""
+    # A field without a constant of its name keeps its default.
     given = {name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__ if hasattr(c, name.upper())}
     return PPOConfig(**given, lambd_end=c.LAMBD, lambd_steps=1)
