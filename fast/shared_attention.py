@@ -3,9 +3,9 @@
 The softmax over a page can be computed from parts of the page (Milakov & Gimelshein 2018; Dao et al. 2022,
 FlashAttention). Here scores are for powers of 2. A part keeps for each head the maximum m of its scores s, and two
 sums over its characters: the denominator, which is the sum of 2^(s - m), and the numerator, which is the sum of
-2^(s - m) v with values v. Parts with the same m are combined by adding their sums; others are first rescaled to the largest m. For
-example, one part has two characters with scores 3 and 3 and values 5 and 7. Another has one character with score 1 and
-value 9:
+2^(s - m) v with values v. Parts with the same m are combined by adding their sums; others are first rescaled to the
+largest m. For example, one part has two characters with scores 3 and 3 and values 5 and 7. Another has one character
+with score 1 and value 9:
 
 >>> m = torch.tensor([[3.0], [1.0]])  # (parts, heads)
 >>> sums = torch.tensor([[[2.0], [5.0 + 7.0]], [[1.0], [9.0]]])  # (parts, denominator and numerator, heads)
