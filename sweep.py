@@ -11,6 +11,7 @@ At the end it prints a table of the runs, the best first, and writes it to sweep
 
 import harness.start  # before the slow imports
 
+import argparse
 import contextlib
 import importlib
 import itertools
@@ -105,12 +106,8 @@ def scores_of(rows):
 
 def fresh_scores(training, run_dir, episodes):
     """Score the best model of a run in games that no evaluation has played. Raises CheckpointError."""
-    state, path, _ = load_policy_state(training.algorithm, run_dir / BEST)
-    try:
-        result = training.algorithm.evaluate(state, episodes, FRESH_SEED)
-    except ValueError as error:
-        advice = "move its directory away to train it again"
-        raise CheckpointError(f"{path}: does not fit this program ({error}); {advice}") from None
+    state, _, _ = load_policy_state(training.algorithm, run_dir / BEST)
+    result = training.algorithm.evaluate(state, episodes, FRESH_SEED)
     columns = {"fresh": "score", "fresh error": "error", "fresh min": "min"}
     return {column: result[key] for column, key in columns.items() if key in result}
 
@@ -264,18 +261,16 @@ class Sweep:
     def end(self, run, pruned=False):
         """Tell the study the result of a run that does not go on, and let go of it."""
         rows = self.report(run)
+        scores = scores_of(rows)
         complete = is_finished(run.directory)
         result = None
-        scores = scores_of(rows)
-        if complete and not scores:
-            how = "has lost its metrics.csv; delete its directory to train it again"
-        elif not complete and not pruned:
-            how = f"has not finished; see {shown(run.directory)}.log"
-        else:
+        if scores and (complete or pruned):
             result = {"best": max(scores), "last": scores[-1], "steps": rows[-1]["global_step"]}
             result["minutes"] = round(rows[-1]["seconds"] / 60, 2)
             values = ", ".join(f"{name} {x:,.5g}" for name, x in result.items())
             how = f"{'has finished' if complete else 'was stopped early'}: {values}"
+        else:
+            how = f"has no result; see {shown(run.directory)}.log"
         with self.lock:  # otherwise another process could take the trial between its result and its release
             if result is None:
                 self.failed[run.trial.number] = run.directory
@@ -314,28 +309,19 @@ def open_study(out, name):
 
 
 def read_grid(words, training):
-    """["--lr", "1e-3", "1e-2", "--seed", "0"] -> {"LR": [0.001, 0.01], "SEED": [0]}, checked."""
+    """Return {name: values} for the constants and values that a command line names, all checked."""
+    constants = training.constants
+    parser = Parser("sweep.py", "", "python sweep.py TRAINING --constant value ...")
+    for name in constants.keys() - {"RUN_DIR"}:
+        parser.add_argument(f"--{name.lower()}", dest=name, nargs="+", default=argparse.SUPPRESS)
     grid = {}
-    name = None
-    for word in words:
-        if word.startswith("--"):
-            name = word[2:].upper()
-            if name not in training.constants or name == "RUN_DIR":
-                names = ", ".join(name.lower() for name in training.constants if name != "RUN_DIR")
-                raise CommandLineError(f"{word}: is no constant to search; those are {names}")
-            grid[name] = []
-        elif name is None:
-            raise CommandLineError(f"{word!r} stands before any constant; name one first, as --seed {word}")
-        else:
-            grid[name].append(training.constants.convert(name, word))
+    for name, texts in vars(parser.parse_args(words)).items():
+        grid[name] = list(dict.fromkeys(constants.convert(name, text) for text in texts))  # without repetitions
+        for value in grid[name]:
+            constants.check({name: value})
     if not grid:
         raise CommandLineError("name at least one constant and its values, as --seed 0 1 2")
-    for name, values in grid.items():
-        if not values:
-            raise CommandLineError(f"--{name.lower()} needs at least one value")
-        for value in values:
-            training.constants.check({name: value})
-    return {name: list(dict.fromkeys(values)) for name, values in grid.items()}
+    return grid
 
 
 def combinations(grid):
@@ -375,9 +361,8 @@ def read_command_line(argv):
         raise CommandLineError(f"--fresh: {args.training} cannot be scored in fresh games; leave it out")
     if args.search and (args.map or max(map(len, grid.values())) < 2):
         raise CommandLineError("--search needs a constant with two values or more, and no --map, which draws a grid")
-    if missing := [name.lower() for name in args.map if name not in grid]:
-        names = ", ".join(map(str.lower, grid))
-        raise CommandLineError(f"--map {missing[0]}: is not searched; the grid has {names}")
+    if not set(args.map) <= grid.keys():
+        raise CommandLineError(f"--map takes two of the constants of the grid: {', '.join(grid).lower()}")
     return args, training, grid
 
 

@@ -210,6 +210,13 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args, namespace=None):
         return super().parse_known_args(list(map(str, args)), namespace)
 
+    def parse_args(self, args):
+        parsed, unknown = self.parse_known_args(args)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.4)
+            raise CommandLineError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        return parsed
+
     def error(self, message):
         raise CommandLineError(message)
 
@@ -226,11 +233,7 @@ def read_command_line(argv, prog, doc, constants):
     for name, default in constants.items():
         text = f"{constants.comments[name]} (default {default!r})".strip().replace("%", "%%")
         parser.add_argument(f"--{name.lower()}", metavar=constants.kind(name).__name__, help=text)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        names = [f"--{name.lower()}" for name in constants] + ["--resume"]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1, cutoff=0.4)
-        raise CommandLineError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    args = parser.parse_args(argv)
     given = {name: text for name in constants if (text := getattr(args, name.lower())) is not None}
     return args.resume, {name: constants.convert(name, text) for name, text in given.items()}
 

@@ -140,24 +140,19 @@ def give_up(error, received, trainer, run_dir, prog, advice):
     end.
     """
     stopped = isinstance(error, StopTraining) or bool(received)  # a signal to the whole group may end a child first
+    no_defects = {GPUError: " --device cpu", InputNotFinite: "", CheckpointError: "", CommandLineError: ""}
+    options = (advice | no_defects).get(MemoryError if out_of_memory(error) else type(error))
+    defect = options is None and not stopped
+    status = 1
+    reason = one_line(error)
     if stopped:
         status = 128 + (received[0] if received else signal.SIGTERM)  # without a signal, another rank was told to stop
         reason = "stopped"
         options = ""
-        defect = False
-    else:
-        status = 1
-        kind = MemoryError if out_of_memory(error) else type(error)
-        reason = one_line(error)
-        no_defects = {GPUError: " --device cpu", InputNotFinite: "", CheckpointError: "", CommandLineError: ""}
-        options = (advice | no_defects).get(kind)
-        defect = options is None
-        options = options or ""
     if RANK == 0:
         continues = isinstance(error, GPUError) and RANKS == 1 and not stopped
-        saved, next_step = save_snapshot(
-            trainer, run_dir, prog, "going on with" if continues else "go on with", options
-        )
+        go_on = "going on with" if continues else "go on with"
+        saved, next_step = save_snapshot(trainer, run_dir, prog, go_on, options or "")
         status = status if saved else 1
         tell(f"\n{reason}{next_step}")
     elif not stopped:

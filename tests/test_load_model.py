@@ -269,7 +269,7 @@ def test_files_that_are_no_model(tmp_path, checkpoint):
         ("--out x.png", "must end in .gif, .html or .mp4"),
         ("--out nowhere/x.gif", "no directory nowhere"),
         ("--evaluate --episodes 5", "--episodes goes with --sample"),
-        ("--step 3", "unrecognized arguments: --step"),
+        ("--step 3", "unknown argument --step; did you mean --steps"),
         ("--seed x", "--seed: must be an integer in [0, 4_294_967_295], not 'x'"),
     ],
 )

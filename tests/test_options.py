@@ -283,7 +283,7 @@ def test_a_program_may_give_numbers_and_paths(tmp_path):
     parser.add_argument("folder", type=given_path)
     parser.add_argument("--seeds", type=int, nargs="+")
     assert vars(parser.parse_args([tmp_path, "--seeds", 3, np.int64(4)])) == {"folder": str(tmp_path), "seeds": [3, 4]}
-    with pytest.raises(CommandLineError, match="unrecognized arguments: --fold"):
+    with pytest.raises(CommandLineError, match="unknown argument --fold; did you mean"):
         parser.parse_args([tmp_path, "--fold"])
 
 
