@@ -5,20 +5,11 @@ model gives its reward, and the episode is over. The critic learns the mean rewa
 better than that; one optimizer serves both networks. The best action of the reward model is known, so the result is
 compared with the best that is possible.
 
-CONFIG (config.json by default) is a JSON file. If there is none, it is written with the defaults:
-
-    input_dim      10    numbers in a state, independent and standard normal
-    output_dim     2     actions; at most input_dim
-    hidden_dim     256   units of the hidden layer of each network
-    learning_rate  1e-4  of Adam
-    batch_size     32    states in a gradient step
-    num_epochs     100   of 200 gradient steps
-    seed           42    of states, weights, rewards and actions
+CONFIG (config.json by default) is a JSON file. If there is none, it is written with the constants below.
 
 A run leaves a directory checkpoints_YYYYMMDD_HHMMSS with training.log and, as safetensors, epoch_<n> after every tenth
-epoch and final.
---evaluate [RUN] prints how good a run is, by default the shipped one. --resume RUN continues a run bit for bit. RUN is
-such a directory, or a checkpoint in it.
+epoch and final. --evaluate [RUN] prints how good a run is, by default the shipped one. --resume RUN continues a run bit
+for bit. RUN is such a directory, or a checkpoint in it.
 """
 
 import harness.start  # before the slow imports
@@ -355,7 +346,9 @@ def train_epoch(agent):
 
 def main(argv=()):
     """Train, resume or evaluate. Returns the exit status."""
-    parser = Parser(f"-m algorithms.{NAME}", __doc__)
+    names = [f"    {name.lower():15}{CONSTANTS.comments[name]} (default {CONSTANTS[name]})" for name in CONSTANTS]
+    doc = "\n".join([__doc__ or "", "The names in CONFIG, and the range of each:\n", *names])
+    parser = Parser(f"-m algorithms.{NAME}", doc)
     config_help = "a JSON file (default: config.json)"
     parser.add_argument("config", nargs="?", type=given_path, default="config.json", metavar="CONFIG", help=config_help)
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run's directory, or a checkpoint in it")
