@@ -29,7 +29,8 @@ from harness.figures import learning_curve
 from harness.files import atomic_write
 from harness.messages import one_line, say
 from harness.metrics_file import MetricsFile, read_metrics
-from harness.runs import write_config
+from harness.options import CommandLineError
+from harness.runs import is_replaced, locked, write_config
 from harness.supervise import StopTraining
 
 CHARTS = ("lr", "steps_per_second", "episode_return")  # TensorBoard shows these under charts/, all others under losses/
@@ -74,18 +75,27 @@ class Callback:
 class RunDirectory(Callback):
     """Makes a run's directory and its config.json anew if somebody has moved them, so that the run can be resumed.
 
-    This callback is the first, because the others write files there.
+    If something else has taken the directory's place, the training ends. This callback is the first, because the others
+    write files there.
     """
 
     def __init__(self, path):
         self.path = Path(path)
+        self.lock = contextlib.ExitStack()
 
     def ensure(self, trainer):
+        if is_replaced(self.path, trainer):
+            raise CheckpointError(f"something else is at {self.path} now, which was the directory of this run")
         if (self.path / "config.json").exists():
             return
         say(f"warning: {self.path} was renamed or removed, or its config.json; it is made anew, and training goes on")
         with contextlib.suppress(OSError):  # `Checkpoints` says what cannot be saved
             write_config(self.path, trainer)
+        with contextlib.suppress(CommandLineError):  # still locked, if only config.json was removed
+            self.lock.enter_context(locked(self.path))
+
+    def close(self):
+        self.lock.close()
 
     on_update_end = on_evaluation_end = on_training_end = ensure
 

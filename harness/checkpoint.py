@@ -20,6 +20,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from harness.device import memory_of
 from harness.files import atomic_write
 from harness.messages import one_line, shortened
 
@@ -122,6 +123,10 @@ def _read(path):
     if path.suffix == ".pt":
         raise ValueError("is a .pt file, which older versions read (see `git log -1 -- pretrained/breakout.pt`)")
     try:
+        size = path.stat().st_size
+        memory = memory_of(torch.device("cpu"))
+        if size > memory:
+            raise ValueError(f"has {size / 1e9:,.0f} GB, and this machine {memory / 1e9:,.0f} GB of memory")
         # With pread the file is opened once. A training may put another file in its place at any moment.
         with safetensors.safe_open(path, "pt", backend="pread") as file:
             metadata = file.metadata() or {}

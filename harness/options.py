@@ -35,8 +35,15 @@ class CommandLineError(ValueError):
     """A mistake of the user, described in one line."""
 
 
+class MissingConstant(CommandLineError, AttributeError):
+    """A script reads a constant that it does not assign."""
+
+
 class Values(SimpleNamespace):
     """The values of a run's constants as attributes, such as `c.NUM_STEPS`."""
+
+    def __getattr__(self, name):  # Python calls this only for a name that is not there
+        raise MissingConstant(f"{name} is missing among the constants at the top of the script; put it back")
 
 
 class Interval:
@@ -81,10 +88,7 @@ class Constants(Mapping):
         self.ranges = {}
         self.annotated = {}
         self.words = set()  # what the script mentions, to find constants that nothing reads
-        if "__file__" not in script:  # its text was pasted into a notebook, or run by `exec`
-            sys.exit(NOT_FROM_ITS_FILE)
-        with tokenize.open(script["__file__"]) as source:  # in the encoding that it declares
-            text = source.read()
+        text = source_of(script)
         comments = comments_of(text)
         for statement in ast.parse(text).body:
             names = assigned_names(statement)
@@ -172,6 +176,14 @@ class Constants(Mapping):
         return [name for name in self if not {name, name.lower()} & words]
 
 
+def source_of(script):
+    """The text of a script, whose globals() these are, in the encoding that it declares."""
+    if "__file__" not in script:  # its text was pasted into a notebook, or run by `exec`
+        sys.exit(NOT_FROM_ITS_FILE)
+    with tokenize.open(script["__file__"]) as source:
+        return source.read()
+
+
 def words_of(text):
     return set(re.findall(r"\w+", text))
 
@@ -231,6 +243,9 @@ def read_command_line(argv, prog, doc, constants):
     parser = Parser(prog, doc, f"python {prog} [--resume RUN] [--constant value ...]")
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="go on with this run directory or checkpoint")
     for name, default in constants.items():
+        if name in ("HELP", "RESUME"):
+            problem = f"{name} among the constants at the top of the script would hide --{name.lower()}"
+            raise CommandLineError(f"{problem}; give it another name")
         text = f"{constants.comments[name]} (default {default!r})".strip().replace("%", "%%")
         parser.add_argument(f"--{name.lower()}", metavar=constants.kind(name).__name__, help=text)
     args = parser.parse_args(argv)

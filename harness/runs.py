@@ -3,11 +3,17 @@
 import contextlib
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import filelock
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from harness.checkpoint import BEST, LAST, SUFFIX, CheckpointError, find_checkpoint, load_checkpoint
 from harness.device import RANK, out_of_memory
@@ -57,7 +63,7 @@ def read_run(argv, prog, doc, known, kept=(), check=lambda c: None):
 
 def read_resumed(name, given, known, kept):
     """The `Run` to resume from a run directory or checkpoint, with the constants `given` on the command line."""
-    path = find_checkpoint(name)
+    path = find_run(name)
     state = load_resumable(path)
     recorded = state.get("constants")
     if not isinstance(recorded, dict):
@@ -83,7 +89,22 @@ def load_resumable(path):
     if not in_a_run:
         problem = "lies outside its run (there is no config.json beside it)"
         raise CheckpointError(f"{path}: {problem}; resume it in its run directory")
+    run_id = recorded_id(path.parent)
+    if run_id and state.get("run_id", run_id) != run_id:  # metrics.csv would mix the rows of two runs
+        problem = "is of another run than the config.json beside it"
+        raise CheckpointError(f"{path}: {problem}; resume it in its own run directory")
     return state
+
+
+def find_run(name):
+    """The checkpoint to resume from.
+
+    Raises CommandLineError for a run that has no checkpoint yet, CheckpointError if there is nothing at all.
+    """
+    if (Path(name) / "config.json").exists() and not in_use(Path(name)):
+        advice = f"begin it again with --run_dir {quoted(name)}"
+        raise CommandLineError(f"{name} was stopped before its first checkpoint; {advice}")
+    return find_checkpoint(name)
 
 
 def constants_of(path, recorded, known, given=()):
@@ -120,24 +141,38 @@ def new_run_dir(name, parent="runs"):
     stem = name or time.strftime(f"{parent}/%Y-%m-%d_%H-%M-%S")
     candidates = [stem] if name else [stem, *(f"{stem}-{number}" for number in range(2, 100))]
     for run_dir in map(Path, candidates):
-        try:
-            run_dir.mkdir(parents=True, exist_ok=bool(name))
-        except OSError as error:
-            if isinstance(error, FileExistsError) and not name:  # a run that began in the same second has this name
-                continue
-            raise CommandLineError(f"{run_dir} cannot be made ({error.strerror}); name another --run_dir") from None
-        if not in_use(run_dir):
+        if make_directory(run_dir, exist_ok=bool(name)) and not in_use(run_dir):
             return run_dir
     go_on = f", or --resume {quoted(run_dir)}" if (run_dir / LAST).exists() else ""
     raise CommandLineError(f"{run_dir} is in use already; name another --run_dir{go_on}")
 
 
+def make_directory(path, exist_ok):
+    """Make a directory. Returns False if the name is taken. Raises CommandLineError if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
+        return True
+    except FileExistsError:  # a file, a directory that must be new, or a link to nothing
+        if path.exists():
+            return False
+        reason = ": a link in this path leads nowhere"
+    except (OSError, ValueError) as error:  # a null byte in a name is a ValueError
+        reason = f" ({getattr(error, 'strerror', error)})"
+    raise CommandLineError(f"{path} cannot be made{reason}; name another --run_dir")
+
+
 def in_use(run_dir):
-    """Whether a directory holds more than a run writes before its first checkpoint. If it does not, the run was killed
-    then, and may begin again."""
-    written = ("config.json", "config.json.tmp", f"{LAST}.tmp", LOCK)
-    names = [file.name for file in run_dir.iterdir()]
-    return any(name not in written and not name.startswith("events.out.tfevents.") for name in names)
+    """Whether a directory holds a file that is worth keeping. A run that was killed before its first checkpoint leaves
+    none.
+    """
+    return any(map(worth_keeping, run_dir.iterdir()))
+
+
+def worth_keeping(file):
+    """Whether a file is not one of those that a run writes before its first checkpoint."""
+    if file.name == "config.json":  # other programs have one too
+        return '"RUN_DIR"' not in file.read_text(encoding="utf-8", errors="replace")
+    return not (file.name in ("config.json.tmp", f"{LAST}.tmp", LOCK) or file.name.startswith("events.out.tfevents."))
 
 
 # --- what a directory says about its run ------------------------------------------------------------------------------
@@ -146,8 +181,8 @@ def in_use(run_dir):
 def write_config(run_dir, trainer):
     """Write a run's config.json, without which nothing can be resumed there. Makes the directory if need be."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    constants = trainer.metadata["constants"]
-    atomic_write(run_dir / "config.json", (json.dumps(constants, indent=2) + "\n").encode())
+    config = trainer.metadata["constants"] | {"RUN_ID": trainer.metadata["run_id"]}
+    atomic_write(run_dir / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def recorded_constants(run_dir):
@@ -164,13 +199,27 @@ def recorded_constants(run_dir):
     return found
 
 
+def recorded_id(run_dir):
+    """The RUN_ID in a run's config.json, which its checkpoints have too. None if the run is older than this number."""
+    with contextlib.suppress(OSError, CommandLineError, AttributeError):
+        run_id = recorded_constants(run_dir).get("RUN_ID")
+        return run_id if isinstance(run_id, str) else None
+    return None
+
+
+def is_replaced(run_dir, trainer):
+    """Whether something else has taken the place of a run's directory: a file, a dangling link, or another run."""
+    no_directory = os.path.lexists(run_dir) and not run_dir.is_dir()
+    return no_directory or recorded_id(run_dir) not in (None, trainer.metadata.get("run_id"))
+
+
 def check_begun(run_dir, constants):
     """Raises CommandLineError if a run with these constants can neither begin in a directory nor go on there."""
-    begun = recorded_constants(run_dir) or {}
-    for name, value in constants.items():
-        # The device may differ, because after a fault of the GPU the CPU goes on.
-        if name not in ("RUN_DIR", "DEVICE") and begun.get(name, value) != value:
-            raise CommandLineError(f"{run_dir} was begun with another {name}; name another --out")
+    # These may differ; the device does if the CPU has gone on with a run after a fault of the GPU.
+    free = {"RUN_DIR": "", "RUN_ID": "", "DEVICE": ""}
+    begun = recorded_constants(run_dir)
+    if begun is not None and constants | begun | free != constants | free:
+        raise CommandLineError(f"{run_dir} was begun with other constants; name another --out")
     if run_dir.exists() and not (run_dir / LAST).exists() and in_use(run_dir):
         problem = f"is in use already, and has no {LAST} to go on from"
         raise CommandLineError(f"{run_dir} {problem}; move it away, or name another --out")
@@ -182,16 +231,38 @@ def check_begun(run_dir, constants):
 @contextlib.contextmanager
 def locked(run_dir):
     """Keep other processes from training in a directory. Raises CommandLineError if one does, or if it cannot write."""
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as locks:
         try:
-            stack.enter_context(filelock.FileLock(run_dir / LOCK, timeout=0))
-        except filelock.Timeout:
+            locks.enter_context(filelock.FileLock(run_dir / LOCK, timeout=0))
+            locks.enter_context(directory_locked(run_dir))
+        except (filelock.Timeout, BlockingIOError):
             advice = "stop that one first, or name another run"
             raise CommandLineError(f"{run_dir}: another process is training this run; {advice}") from None
         except OSError as error:
             advice = "check its permissions, or name another run"
             raise CommandLineError(f"{run_dir} cannot be written ({error.strerror}); {advice}") from None
         yield
+
+
+@contextlib.contextmanager
+def directory_locked(run_dir):
+    """Lock the directory itself, because somebody may delete the lock file in it. Raises BlockingIOError.
+
+    Windows and some network drives cannot lock a directory. Windows does not delete an open file either.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def delete_unfinished(run_dir):
@@ -217,6 +288,8 @@ def load_state(trainer, run):
             raise
         line = f"{run.directory}: does not fit this program ({one_line(error)}); resume another run"
         raise CheckpointError(line) from None
+    run_id = run.state.get("run_id")  # older versions gave a run no number
+    trainer.metadata["run_id"] = run_id if isinstance(run_id, str) else None
     if trainer.global_step >= trainer.num_steps and not trainer.pending:
         done = f"{run.directory} has done {trainer.global_step:,} steps already"
         raise CommandLineError(f"{done}; to go on, give a larger --num_steps")

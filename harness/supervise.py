@@ -8,13 +8,23 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 import warnings
 
 from harness.checkpoint import LAST, CheckpointError, save_checkpoint
 from harness.device import RANK, RANKS, UNDER_TORCHRUN, DeviceError, GPUError, free_memory, out_of_memory
 from harness.messages import no_more_processes, one_line, printable, shortened, tell
 from harness.options import CommandLineError, Values
-from harness.runs import ROOT, delete_unfinished, locked, resume_command, write_config
+from harness.runs import (
+    ROOT,
+    delete_unfinished,
+    is_replaced,
+    locked,
+    new_run_dir,
+    recorded_id,
+    resume_command,
+    write_config,
+)
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 PARENT = "STOP_WITH_PARENT"  # an environment variable: the process id of the program that has started this one
@@ -120,6 +130,7 @@ def begin(trainer, run_dir):
     written.
     """
     trainer.metadata["constants"]["RUN_DIR"] = str(run_dir)
+    trainer.metadata["run_id"] = recorded_id(run_dir) or trainer.metadata.get("run_id") or uuid.uuid4().hex
     write_config(run_dir, trainer)
     delete_unfinished(run_dir)
 
@@ -174,17 +185,20 @@ def save_snapshot(trainer, run_dir, prog, go_on, options):
     """
     if trainer.snapshot is None:  # the training has not begun, so nothing is lost
         return False, f"; try{options}" if options else ""
+    place = run_dir
     remark = ""
     try:
-        if not (run_dir / "config.json").exists():
-            write_config(run_dir, trainer)
+        if is_replaced(run_dir, trainer):
+            place = new_run_dir("", run_dir.parent)
+        if not (place / "config.json").exists():
+            write_config(place, trainer)
             remark = f"{run_dir} was renamed or removed; "
-        save_checkpoint(run_dir / LAST, trainer.snapshot)
+        save_checkpoint(place / LAST, trainer.snapshot)
         saved = True
     except Exception as failure:  # it must not hide the reason for the end
         remark = f"{one_line(failure)}; then "
         saved = False
-    return saved, f"; {remark}{go_on}: {resume_command(prog, run_dir, RANKS)}{options}"
+    return saved, f"; {remark}{go_on}: {resume_command(prog, place, RANKS)}{options}"
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

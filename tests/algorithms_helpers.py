@@ -61,7 +61,7 @@ def states_of_a_straight_and_a_resumed_run(algorithm, small, tmp_path, steps, st
 
 def plain(state):
     """Return a state without what two equal runs may differ in."""
-    return {name: x for name, x in state.items() if name not in ("seconds", "constants", "best_score")}
+    return {name: x for name, x in state.items() if name not in ("seconds", "constants", "best_score", "run_id")}
 
 
 def logged(run_dir):

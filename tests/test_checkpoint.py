@@ -433,6 +433,24 @@ def test_the_newest_good_checkpoint_is_named(tmp_path):
         load_checkpoint(tmp_path)
 
 
+def test_a_file_larger_than_the_memory_is_not_read(tmp_path):
+    """Such a file is not read either to find a good checkpoint beside one that is missing."""
+    save_checkpoint(tmp_path / "good.safetensors", {"optimizer": {}})
+    os.utime(tmp_path / "good.safetensors", (1e9, 1e9))
+    tensor = {"dtype": "U8", "shape": [10**13], "data_offsets": [0, 10**13]}
+    start = file_bytes({"__metadata__": {"format_version": "2", "sha256": "", "state": "{}"}, "x": tensor})
+    with open(tmp_path / "large.safetensors", "wb") as file:
+        file.write(start)
+        file.truncate(len(start) + 10**13)  # a sparse file: it needs no space
+    for name, reason in (
+        ("large.safetensors", r"has 10,000 GB, and this machine .*newest good one here is .*good.safetensors"),
+        ("larg.safetensors", "good.safetensors"),
+    ):
+        with pytest.raises(CheckpointError, match=reason) as caught:
+            load_checkpoint(tmp_path / name)
+        assert_one_line(caught.value, tmp_path / name)
+
+
 # --- comparing with what a program has --------------------------------------------------------------------------------
 
 

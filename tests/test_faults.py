@@ -191,7 +191,7 @@ def test_a_training_that_is_killed_fifty_times(tmp_path):
     assert kills == 50 and leftovers > 0, done.stdout
     states = [load_checkpoint(tmp_path / name) for name in ("straight", "killed")]
     for state in states:
-        assert state.pop("seconds") > 0 and state["constants"].pop("RUN_DIR")
+        assert state.pop("seconds") > 0 and state.pop("run_id") and state["constants"].pop("RUN_DIR")
     assert states[0]["update_count"] == 200 and same(*states)
     assert len(logged(tmp_path / "straight")) == 200 and logged(tmp_path / "straight") == logged(tmp_path / "killed")
 

@@ -14,7 +14,9 @@ from harness.options import (
     CommandLineError,
     Constants,
     Interval,
+    MissingConstant,
     Parser,
+    Values,
     given_path,
     read_command_line,
     within,
@@ -162,6 +164,25 @@ def test_a_default_that_is_edited_wrongly_is_named(monkeypatch, constant, value,
     monkeypatch.setattr(train_ppo, constant, value)
     with pytest.raises(CommandLineError, match=re.escape(message)):
         train_ppo.main([])
+
+
+def test_a_constant_that_is_deleted_or_renamed_is_named(monkeypatch):
+    """Reading a constant that is not there costs one line that names it."""
+    left = {name: comment for name, comment in train_ppo.CONSTANTS.comments.items() if name != "MIN_LR"}
+    monkeypatch.setattr(train_ppo.CONSTANTS, "comments", left)
+    with pytest.raises(CommandLineError, match="^MIN_LR is missing among the constants at the top of the script"):
+        train_ppo.main([])
+    values = Values(STEPS=3)
+    assert not hasattr(values, "LR") and values.STEPS == 3
+    with pytest.raises(MissingConstant):
+        values.LR  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["RESUME", "HELP"])
+def test_a_constant_that_would_hide_an_option_is_named(tmp_path, name):
+    """A constant must not take the name of an option that every training has."""
+    with pytest.raises(CommandLineError, match=f"{name} among the constants .* would hide --{name.lower()}"):
+        read("", script_constants(tmp_path, f"{name} = True\n"))
 
 
 def test_a_constant_of_no_type_that_an_option_can_have(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from helpers import script_constants
 from harness import runs
 from harness.checkpoint import CheckpointError, save_checkpoint
 from harness.options import CommandLineError, read_command_line
-from harness.runs import check_begun, new_run_dir, read_run, resume_command
+from harness.runs import check_begun, locked, new_run_dir, read_run, resume_command
 
 
 def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
@@ -23,16 +24,39 @@ def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
 
 
 def test_a_directory_is_free_if_it_has_only_what_a_run_without_a_checkpoint_leaves(tmp_path):
-    """Any other file makes it a directory in use."""
+    """Any other file, or another program's config.json, makes it a directory in use."""
     for name in ("config.json", "run.lock", "last.safetensors.tmp", "events.out.tfevents.7"):
         (tmp_path / name).write_text('{"RUN_DIR": "runs/a"}')
     assert new_run_dir(str(tmp_path)) == tmp_path
     check_begun(tmp_path, {"RUN_DIR": "runs/b"})
-    (tmp_path / "metrics.csv").touch()
-    with pytest.raises(CommandLineError, match="is in use already"):
-        new_run_dir(tmp_path)
-    with pytest.raises(CommandLineError, match="is in use already"):
-        check_begun(tmp_path, {"RUN_DIR": "runs/b"})
+    for name, text in (("metrics.csv", ""), ("config.json", '{"seed": 42}')):
+        before = (tmp_path / "config.json").read_text()
+        (tmp_path / name).write_text(text)
+        for check in (
+            lambda: new_run_dir(tmp_path),
+            lambda: check_begun(tmp_path, json.loads((tmp_path / "config.json").read_text())),
+        ):
+            with pytest.raises(CommandLineError, match="is in use already"):
+                check()
+        (tmp_path / "metrics.csv").unlink(missing_ok=True)
+        (tmp_path / "config.json").write_text(before)
+
+
+def test_a_directory_that_no_system_can_make(tmp_path):
+    """A name with a null byte costs one line."""
+    with pytest.raises(CommandLineError, match=r"cannot be made \(.*null.*\); name another --run_dir"):
+        new_run_dir(f"{tmp_path}/a\0b")  # "runs\0" is meant as a Windows path
+
+
+def test_a_path_through_a_link_that_leads_nowhere(tmp_path, monkeypatch):
+    """A dangling link on the way costs one line, and nothing is made at its end."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink("gone", "runs")
+    for name in ("", "runs", "runs/a"):
+        message = "^runs.* cannot be made: a link in this path leads nowhere; name another --run_dir"
+        with pytest.raises(CommandLineError, match=message):
+            new_run_dir(name)
+    assert not os.path.exists("gone")
 
 
 @pytest.mark.parametrize("name", ["run", "-run", "a b", 'it\'s; $(rm) `x` \\ "q"', "über", "a\nb"])
@@ -53,6 +77,18 @@ def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, name, 
     with pytest.raises(CommandLineError, match="is in use already") as error:
         new_run_dir(name)
     assert Path(shlex.split(str(error.value).partition("; ")[2])[-1]) == Path(name)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a file that is open cannot be deleted")
+def test_a_run_stays_locked_without_its_lock_file(tmp_path):
+    """Deleting the lock file lets no second process in."""
+    with locked(tmp_path):
+        (tmp_path / "run.lock").unlink()
+        for _ in range(2):
+            with pytest.raises(CommandLineError, match="another process is training this run"), locked(tmp_path):
+                pass
+    with locked(tmp_path):
+        pass
 
 
 BLOCK = """NUM_STEPS = 100  # [1, inf) steps

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ import callbacks
 import ppo
 import train_ppo
 from fast import DeviceBreakout
-from harness import supervise
+from harness import runs, supervise
 from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.device import DeviceError
 from harness.options import CommandLineError, Values
@@ -123,7 +124,7 @@ def assert_the_same_run(straight, other):
     """Assert that parameters, optimizer, random states and rows are the same, bit for bit."""
     states = [load_checkpoint(run_dir) for run_dir in (straight, other)]
     for state in states:
-        assert state.pop("seconds") > 0 and state["constants"].pop("RUN_DIR")
+        assert state.pop("seconds") > 0 and state.pop("run_id") and state["constants"].pop("RUN_DIR")
     assert states[0]["update_count"] == 6 and same(*states)
     assert len(logged(straight)) == 6 and logged(straight) == logged(other)
 
@@ -253,12 +254,13 @@ def test_another_process_in_the_same_run_is_refused_until_it_dies(straight, tmp_
 
 
 def test_a_run_killed_before_its_first_checkpoint_can_be_begun_again(straight, tmp_path):
-    """There is nothing to resume, but its directory is free."""
+    """There is nothing to resume, so the error says how to begin again in the same directory."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     for name in ("config.json", "run.lock", "events.out.tfevents.1", "last.safetensors.tmp"):
         (run_dir / name).write_bytes(b'{"RUN_DIR": "run"}')
-    with pytest.raises(CheckpointError, match="has no last.safetensors in it"):
+    wanted = f"was stopped before its first checkpoint; begin it again with --run_dir {run_dir}"
+    with pytest.raises(CommandLineError, match=wanted):
         main(["--resume", str(run_dir)])
     assert run(tmp_path, "run") == 0
     assert_the_same_run(straight, run_dir)
@@ -369,7 +371,7 @@ def test_what_a_run_leaves(tmp_path, real_curves):
     assert constants["NUM_ENVS"] == 4 and constants["GAMMA"] == CONSTANTS["GAMMA"]
     best = load_checkpoint(run_dir / "best_model.safetensors")
     assert best["evaluation"]["score"] == max(float(row["eval_score"] or 0) for row in logged(run_dir))
-    assert "optimizer" not in best and best["constants"] == constants
+    assert "optimizer" not in best and best["constants"] | {"RUN_ID": best["run_id"]} == constants
     page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8").split("## Columns")[1].split("## Stopping")[0]
     documented = set(re.findall(r"^\| `(.*?)` \|", page, re.M))
     assert documented == {*logged(run_dir)[0], "seconds", "steps_per_second"}
@@ -683,9 +685,35 @@ def test_a_run_directory_in_use_is_not_touched(tmp_path):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(CommandLineError, match="in use already"):
         run(tmp_path, "run")
-    with pytest.raises(CommandLineError, match="cannot be made .File exists"):
+    with pytest.raises(CommandLineError, match="in use already"):
         run(tmp_path, "run/notes.txt")
     assert os.listdir(tmp_path / "run") == ["notes.txt"]
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(straight, tmp_path):
+    """Its rows would be appended to those of the run in whose directory it lies."""
+    run_dir = shutil.copytree(straight, tmp_path / "run")
+    last = run_dir / "last.safetensors"
+    save_checkpoint(last, load_checkpoint(last) | {"run_id": "another"})
+    refused = "last.safetensors: is of another run than the config.json beside it"
+    with pytest.raises(CheckpointError, match=refused) as error:
+        main(["--resume", str(run_dir), "--num_steps", "320"])
+    assert "\n" not in str(error.value)
+
+
+def test_runs_from_before_they_had_a_number_are_resumed(straight, tmp_path):
+    """Where only the checkpoint or only config.json has a number, the run takes that one."""
+    run_dir = shutil.copytree(straight, tmp_path / "run")
+    config, last = run_dir / "config.json", run_dir / "last.safetensors"
+    state = load_checkpoint(last)
+    number = state.pop("run_id")
+    save_checkpoint(last, state)
+    assert main(["--resume", str(run_dir), "--num_steps", "224"]) == 0
+    constants = json.loads(config.read_text())
+    assert load_checkpoint(run_dir)["run_id"] == constants.pop("RUN_ID") == number
+    config.write_text(json.dumps(constants))
+    assert main(["--resume", str(run_dir / "checkpoint_6.safetensors"), "--num_steps", "256"]) == 0
+    assert json.loads(config.read_text())["RUN_ID"] == number
 
 
 @pytest.mark.parametrize("removed, last", [(True, False), (False, True)])
@@ -700,6 +728,9 @@ def test_a_directory_that_is_removed_or_renamed_while_training_can_be_resumed(
             shutil.rmtree(run_dir)
         elif ppo.update_count == 2:
             run_dir.rename(tmp_path / "renamed")
+        if ppo.update_count == 4:
+            with pytest.raises(CommandLineError, match="another process is training this run"):
+                runs.read_resumed(str(run_dir), {}, CONSTANTS, ())
         if ppo.update_count == (2 if last else 4):
             os.kill(os.getpid(), signal.SIGTERM)
         return update(ppo)
@@ -713,6 +744,40 @@ def test_a_directory_that_is_removed_or_renamed_while_training_can_be_resumed(
     assert same(load_checkpoint(straight)["model"], load_checkpoint(run_dir)["model"])
     # A training that is not stopped at once writes all its rows again.
     assert [row["update"] for row in logged(run_dir)] == list("3456" if last else "123456")
+
+
+@pytest.mark.parametrize("another, stopped", [(True, False), (True, True), (False, False)])
+def test_what_has_taken_the_place_of_a_run_that_trains_stays_as_it_is(
+    straight, tmp_path, monkeypatch, capsys, another, stopped
+):
+    """Be it another run or a file. The training loses nothing either: it can be resumed from a new directory."""
+    update, run_dir = PPO.update, tmp_path / "run"
+
+    def meanwhile(ppo):
+        if ppo.update_count == 2:
+            run_dir.rename(tmp_path / "renamed")
+            if another:
+                shutil.copytree(straight, run_dir)
+            else:
+                run_dir.write_text("mine")
+            if stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return update(ppo)
+
+    with monkeypatch.context() as m:
+        m.setattr(PPO, "update", meanwhile)
+        assert run(tmp_path, "run") == (143 if stopped else 1)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("stopped; " if stopped else f"something else is at {run_dir} now")
+    assert f"{run_dir} was renamed or removed; go on with" in line
+    if another:
+        contents = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in (run_dir, straight)]
+        assert contents[0] == contents[1]
+    else:
+        assert run_dir.read_text() == "mine"
+    new_dir = shlex.split(line)[-1]
+    assert main(["--resume", new_dir]) == 0
+    assert same(load_checkpoint(straight)["model"], load_checkpoint(new_dir)["model"])
 
 
 def test_what_cannot_be_resumed(straight, tmp_path):
