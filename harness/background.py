@@ -50,8 +50,7 @@ class Background:
         try:
             function = pickle.dumps(function)
             x = pickle.dumps(x)
-            # A process that does not run the main script again has none of its functions.
-            of_main_script = b"__main__" in pickle.dumps(self.function)
+            of_main_script = b"__main__" in function
             # Until `prepare_process` runs, Ctrl-C would print a traceback in the new process, which inherits this.
             ctrl_c_ignored = signals_handled(signal.SIG_IGN, [signal.SIGINT])
             with STARTING, ctrl_c_ignored, contextlib.nullcontext() if of_main_script else main_hidden():
@@ -84,11 +83,7 @@ def end_with_parent():
 
 def call(function, x):
     """Call a function, in a process of the pool; both are pickled."""
-    try:
-        function = pickle.loads(function)
-    except Exception as error:  # a function of a notebook, for example, is not found here
-        raise BrokenProcessPool(f"no other process can run it: {one_line(error)}") from None
-    return function(pickle.loads(x))
+    return pickle.loads(function)(pickle.loads(x))
 
 
 def do_nothing(x):

@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -120,28 +119,6 @@ def test_two_threads_that_start_processes_leave_the_main_module_as_it_is(monkeyp
     for thread in threads:
         thread.join()
     assert len(seen) == 2 and main not in seen and sys.modules["__main__"] is main
-
-
-def test_functions_of_the_main_script(tmp_path):
-    """A process has the functions that a script defines, and one that it lacks is named in one line."""
-    program = """
-from concurrent.futures.process import BrokenProcessPool
-from harness.background import Background
-def double(x): return 2 * x
-if __name__ == "__main__":
-    def hidden(x): return x
-    print(Background(double).submit(4).result(), flush=True)
-    try:
-        Background(hidden).submit(4).result()
-    except BrokenProcessPool as error:
-        print(error)
-"""
-    (tmp_path / "program.py").write_text(program)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, tmp_path / "program.py"]
-    lines = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout.splitlines()
-    assert lines[0] == "8"
-    assert re.fullmatch("no other process can run it: Can't get attribute 'hidden' on .*", lines[1])
 
 
 def test_the_processes_end_with_this_one(tmp_path):
