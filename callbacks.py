@@ -17,12 +17,11 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tqdm import tqdm
 
-from harness.background import Background
+from harness.background import Background, CannotStart
 from harness.checkpoint import BEST, LAST, SUFFIX, CheckpointError, save_checkpoint
 from harness.device import unavailable
 from harness.figures import learning_curve
@@ -104,7 +103,7 @@ class Evaluation(Callback):
     """Evaluates the policy in another process while training goes on, every `interval` updates and after the last.
 
     When one is due while `processes` are running, training waits for the oldest. If no other process can be started, or
-    it dies, lacks memory or may not share the GPU, training and evaluation take turns in this process.
+    it lacks memory, or may not share the GPU, training and evaluation take turns in this process.
 
     `trainer.pending` has the policy state for each of `self.futures`, so an evaluation that a stop interrupts is
     started again when the run is resumed.
@@ -150,22 +149,21 @@ class Evaluation(Callback):
     def report_finished(self, trainer):
         """Give the trainer the results that are there, in the order in which the evaluations were started."""
         while self.futures and self.futures[0].done():
-            evaluation = self.result(trainer)
+            evaluation = self.result(self.futures[0], trainer.pending[0])
             self.futures.popleft()
             trainer.evaluation_end(trainer.pending.pop(0), evaluation)
 
-    def result(self, trainer):
-        """Return the result of the oldest evaluation. If it lacked a process, memory or the GPU, evaluate here."""
+    def result(self, future, state):
+        """Return the result of a finished evaluation. If it lacked a process, memory or the GPU, evaluate here."""
         try:
-            return self.futures[0].result()
+            return future.result()
         except Exception as error:
-            if not (unavailable(error) or isinstance(error, BrokenProcessPool)):
+            if not (unavailable(error) or isinstance(error, CannotStart)):
                 raise
-            trainer.check_stop()  # the signal that has ended the process may be for the training too
             if not self.take_turns:
                 say(f"warning: no evaluation beside the training ({one_line(error)}); from now on they take turns")
             self.take_turns = True
-            return self.evaluate(trainer.pending[0])
+            return self.evaluate(state)
 
     def start(self, state):
         if self.take_turns:

@@ -4,12 +4,13 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
 import threading
+import traceback
 import types
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -19,12 +20,17 @@ from harness.supervise import signals_handled
 STARTING = threading.Lock()  # `main_hidden` changes what all threads see
 
 
+class CannotStart(RuntimeError):
+    """No other process can be started, or it cannot find the function; the message is one line."""
+
+
 class Background:
     """Calls a function in other processes: `submit(x)` returns the future of function(x).
 
-    The future's result raises what the function raises, or BrokenProcessPool if no process can be started or one has
-    died. The processes ignore Ctrl-C, which reaches every process of a terminal, and end with this one, however it
-    ends. `close()` ends them at once.
+    The future's result raises what the function raises, CannotStart, or ChildProcessError if a process has died.
+
+    The processes ignore Ctrl-C, which reaches every process of a terminal, and end with this one, however it ends.
+    `close()` ends them at once.
 
     Args:
         function: must be importable, because it is pickled by its name.
@@ -34,45 +40,105 @@ class Background:
     def __init__(self, function, processes=1):
         self.function = function
         self.processes = processes
-        # CUDA does not survive a fork.
-        self.pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=prepare_process)
-        self.failed = None  # the future of a call that no process could be started for; later calls get it too
-        self.submit_pickled(do_nothing, None)  # starts a process now, because its imports take seconds
+        self.threads = ThreadPoolExecutor(processes)  # each waits for the answer of one worker
+        self.workers = []
+        self.futures = []
+        self.idle = queue.SimpleQueue()  # the workers that wait for a call
+        with contextlib.suppress(Exception):  # `submit` tries again
+            self.start_worker()  # now, because its imports take seconds
 
     def submit(self, x):
-        return self.submit_pickled(self.function, x)
-
-    def submit_pickled(self, function, x):
-        """Pickle and submit a call. The pool's own pickling would put tensors into shared memory, of which containers
-        have little."""
-        if self.failed:
-            return self.failed
+        data = pickle.dumps(x)
+        self.futures = [future for future in self.futures if not future.done()]
+        all_busy = len(self.futures) >= len(self.workers)
         try:
-            function = pickle.dumps(function)
-            x = pickle.dumps(x)
-            of_main_script = b"__main__" in function
-            # Until `prepare_process` runs, Ctrl-C would print a traceback in the new process, which inherits this.
-            ctrl_c_ignored = signals_handled(signal.SIG_IGN, [signal.SIGINT])
-            with STARTING, ctrl_c_ignored, contextlib.nullcontext() if of_main_script else main_hidden():
-                return self.pool.submit(call, function, x)
+            if all_busy and len(self.workers) < self.processes:
+                self.start_worker()
+            future = self.threads.submit(self.call, data)
         except Exception as error:
-            self.failed = Future()
-            self.failed.set_exception(BrokenProcessPool(f"no other process can run it: {one_line(error)}"))
-            return self.failed
+            future = Future()
+            future.set_exception(CannotStart(f"no other process can run it: {one_line(error)}"))
+        self.futures.append(future)
+        return future
+
+    def start_worker(self):
+        worker = Worker(self.function)
+        self.workers.append(worker)
+        self.idle.put(worker)
+
+    def call(self, data):
+        worker = self.idle.get()
+        try:
+            return worker.call(data)
+        finally:
+            self.idle.put(worker)
 
     def close(self):
-        for process in list((self.pool._processes or {}).values()):
-            process.kill()  # from Python 3.14 on, the pool has kill_workers()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for worker in self.workers:
+            worker.process.kill()
+        self.threads.shutdown(wait=False)
 
 
-def prepare_process():
-    """Set up a process of the pool."""
+class Worker:
+    """One process that calls the function, seen from the process that waits for the results."""
+
+    def __init__(self, function):
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        pickled = pickle.dumps(function)
+        self.connection, its_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(pickled, its_end), daemon=True)
+        of_main_script = b"__main__" in pickled
+        with STARTING, sigint_ignored(), contextlib.nullcontext() if of_main_script else main_hidden():
+            self.process.start()
+        its_end.close()  # only the process holds it now, so we notice when the process ends
+        self.started = False  # whether the process has said that it found the function
+
+    def call(self, data):
+        """Return the result of the function for this pickled argument, or raise its error."""
+        try:
+            if not self.started:
+                if reason := self.connection.recv():
+                    raise CannotStart(f"no other process can run it: {reason}")
+                self.started = True
+            self.connection.send_bytes(data)
+            result, error = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            why = "what it wrote stands above, or memory ran out"
+            if not self.started:
+                raise CannotStart(f"no other process can run it: {why}") from None
+            raise ChildProcessError(f"a background process has died: {why}") from None
+        if error:
+            raise error
+        return result
+
+
+def serve(function, connection):
+    """Run a worker's process: say whether the pickled function is found, then answer calls until the other end is
+    closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems that do not inherit it
-    with contextlib.suppress(RuntimeError):  # no more threads can be started
+    with contextlib.suppress(RuntimeError):  # without another thread, the process ends when it next answers
         threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")  # no TF32, for the reason in device.py
+    with contextlib.suppress(EOFError, OSError):
+        try:
+            function = pickle.loads(function)
+        except Exception as error:
+            connection.send(one_line(error))
+            return
+        connection.send("")
+        while True:
+            answer = answer_to(function, connection.recv_bytes())
+            connection.send_bytes(answer)
+
+
+def answer_to(function, data):
+    """Return, pickled, the function's result and None, or None and its error."""
+    try:
+        return pickle.dumps((function(pickle.loads(data)), None))
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        return pickle.dumps((None, error))
 
 
 def end_with_parent():
@@ -81,13 +147,10 @@ def end_with_parent():
     os._exit(0)
 
 
-def call(function, x):
-    """Call a function, in a process of the pool; both are pickled."""
-    return pickle.loads(function)(pickle.loads(x))
-
-
-def do_nothing(x):
-    pass
+def sigint_ignored():
+    """Ignore Ctrl-C while a process starts, which inherits this: until `serve` runs, Ctrl-C would print tracebacks
+    there."""
+    return signals_handled(signal.SIG_IGN, [signal.SIGINT])
 
 
 @contextlib.contextmanager

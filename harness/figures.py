@@ -2,13 +2,21 @@
 drawn."""
 
 import math
+import os
+import sys
 
 
 def new_figure(width, height):
     """Return an empty matplotlib Figure of this size in inches. It bypasses pyplot, which keeps global state and may
     need a screen."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except (ValueError, AttributeError):  # MPLBACKEND names a backend that is not installed; writing a file needs none
+        os.environ.pop("MPLBACKEND", None)
+        for name in list(sys.modules):
+            if name.split(".")[0] == "matplotlib":
+                del sys.modules[name]  # the failed import, ours or an earlier one, has left half of it
+        from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
 
 

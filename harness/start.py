@@ -1,4 +1,4 @@
-"""Prepares a program before its other imports, which take seconds: Ctrl-C ends it without a traceback meanwhile.
+"""Makes Ctrl-C end a program without a traceback while its other imports, which take seconds, are still running.
 
 Every program imports this module first. Later `run_script` handles signals. In a program of somebody else that imports
 ours, such as a notebook, signals stay as they are.
@@ -15,8 +15,6 @@ PROGRAMS = ROOT, ROOT / "algorithms", ROOT / "benchmarks"
 main_file = getattr(sys.modules["__main__"], "__file__", None)
 if main_file and Path(main_file).resolve().parent in PROGRAMS:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # A notebook leaves its own here, with which matplotlib cannot be imported outside it.
-    os.environ["MPLBACKEND"] = "agg"
     if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
         # PyTorch reads this when it is imported. Without it, minibatches of deeper models, which need different amounts
         # of memory on CUDA, would leave gaps. Not all versions know the newer name of the variable.

@@ -151,7 +151,8 @@ def give_up(error, received, trainer, run_dir, prog, advice):
     end.
     """
     stopped = isinstance(error, StopTraining) or bool(received)  # a signal to the whole group may end a child first
-    no_defects = {GPUError: " --device cpu", InputNotFinite: "", CheckpointError: "", CommandLineError: ""}
+    no_defects = {GPUError: " --device cpu"}
+    no_defects |= dict.fromkeys([InputNotFinite, CheckpointError, CommandLineError, ChildProcessError], "")
     options = (advice | no_defects).get(MemoryError if out_of_memory(error) else type(error))
     defect = options is None and not stopped
     status = 1

@@ -6,7 +6,6 @@ import random
 import struct
 import sys
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +25,7 @@ from callbacks import (
     TensorBoard,
     format_duration,
 )
+from harness.background import CannotStart
 from harness.checkpoint import CheckpointError, load_checkpoint
 from harness.supervise import StopTraining
 
@@ -186,8 +186,8 @@ def test_an_evaluation_that_fails_stays_under_way(waits):
     with contextlib.closing(Evaluation(None, 1)) as evaluation:
         trainer = Trainer(evaluation)
         trainer.update()
-        evaluation.background.asked[0][1].set_exception(ValueError("a defect"))
-        with pytest.raises(ValueError):
+        evaluation.background.asked[0][1].set_exception(ChildProcessError("died"))
+        with pytest.raises(ChildProcessError):
             trainer.update()
         assert trainer.under_way() == [1]
     assert evaluation.background.exits == 1
@@ -198,7 +198,7 @@ def test_an_evaluation_that_fails_stays_under_way(waits):
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         torch.AcceleratorError("CUDA error: device busy\nmore"),
-        BrokenProcessPool("no other process"),
+        CannotStart("no other process"),
     ],
 )
 def test_where_another_process_cannot_evaluate_they_take_turns(waits, capsys, error):

@@ -1,3 +1,6 @@
+import io
+import sys
+
 import pytest
 from fake_trainer import EVALUATED, SCORES, FakeTrainer, table
 
@@ -55,3 +58,20 @@ def test_a_cell_that_holds_no_number_is_left_out_of_the_curve(tmp_path):
         "400.0",
         "",
     ]  # the cells stay as they are
+
+
+def test_a_figure_needs_no_backend(monkeypatch):
+    """matplotlib cannot be imported while MPLBACKEND names one that is not installed; a figure is drawn
+    nevertheless."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    for tried_before in (False, True):
+        monkeypatch.setenv("MPLBACKEND", "not_installed")
+        if tried_before:
+            for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+                del sys.modules[name]
+            with pytest.raises(ValueError, match="is not a valid value for backend"):
+                import matplotlib.figure  # noqa: F401
+        image = io.BytesIO()
+        figures.new_figure(1, 1).savefig(image, format="png")
+        assert image.getvalue().startswith(b"\x89PNG")

@@ -144,8 +144,9 @@ SAVED_BY_OTHERS = {
     "CRLF": lambda text: text.replace("\n", "\r\n").encode(),
     "CR": lambda text: text.replace("\n", "\r").encode(),
     "semicolons and decimal commas": lambda text: with_semicolons(text).encode("utf-8-sig"),
-    "tabs": lambda text: text.replace(",", "\t").encode(),
+    "UTF-16 and tabs": lambda text: text.replace(",", "\t").replace("\n", "\r\n").encode("utf-16"),
     "quotation marks": lambda text: ('"' + text[:-1].replace(",", '","').replace("\n", '"\n"') + '"\n').encode(),
+    "stray quotation marks": lambda text: ('"' + text.replace("\n3,", '\n"3,').replace(",400,", ',"400,')).encode(),
     "empty lines": lambda text: (text + ",,,\n\n").encode(),
     "sorted": lambda text: backwards(text).encode(),
     "pandas": lambda text: as_pandas(text).encode(),
@@ -168,15 +169,16 @@ def test_a_resumed_run_keeps_the_rows_of_a_file_that_a_spreadsheet_has_saved(pat
     "change, missing, odd",
     [
         (lambda text: text.replace("3,300,", "3,300,,"), 1, 1),
-        (lambda text: text.replace("update,", "upd,"), 5, 5),
+        (lambda text: text.replace("update,", "upd,"), 5, 6),
         (lambda text: text.replace("2,200,", "2nd,200,"), 1, 1),
         (lambda text: text + "looks good from here\n", 0, 1),
         (lambda text: text[:-9], 1, 0),
         (lambda text: text + text.splitlines()[2] + ",9\n", 0, 1),
         (lambda text: "", 5, 0),
         (lambda text: text[: text.index("\n4,") + 1], 2, 0),
-        (lambda text: text.replace("4,400,", "4," + "9" * 200_000), 2, 1),  # more than Python's csv reads
+        (lambda text: text.replace("1,100,", "1," + "9" * 200_000), 1, 1),
         (lambda text: text + text.splitlines()[2] + "\n", 0, 1),
+        (lambda text: "sep=,\n" + text, 0, 1),
         (lambda text: text + text, 0, 6),
     ],
 )
@@ -206,9 +208,16 @@ def test_a_file_that_is_changed_while_training_is_copied_and_written_anew(path, 
     copy = path.with_name("metrics.copy-1.csv")
     assert copy.read_text() == changed and len(os.listdir(path.parent)) == 2
     assert capsys.readouterr().out == (
-        f"warning: {path}: another program has changed it, and training goes on with its own rows; "
-        f"the file as it was: {copy}\n"
+        f"warning: {path}: another program has changed it; its version: {copy}; training goes on with ours\n"
     )
+
+
+def test_a_file_that_is_saved_unchanged_while_training_is_not_copied(path, straight, capsys):
+    trainer = train(path, until=5)
+    os.utime(path, (1, 1))
+    trainer.learn()
+    assert table(path) == straight
+    assert capsys.readouterr().out == "" and os.listdir(path.parent) == ["metrics.csv"]
 
 
 def test_a_file_that_is_deleted_while_training_is_written_anew(path, straight, capsys):
@@ -219,7 +228,7 @@ def test_a_file_that_is_deleted_while_training_is_written_anew(path, straight, c
 
 
 @pytest.mark.parametrize("resumed", [True, False])
-def test_a_file_that_somebody_has_changed_is_set_aside_even_if_the_disk_is_full(path, monkeypatch, straight, resumed):
+def test_nothing_is_overwritten_before_there_is_a_copy(path, monkeypatch, straight, capsys, resumed):
     """The disk is full while two rows are due."""
     trainer = train(path, until=3)
     changed = path.read_text() + "my notes\n"
@@ -229,12 +238,12 @@ def test_a_file_that_somebody_has_changed_is_set_aside_even_if_the_disk_is_full(
     with monkeypatch.context() as patch:
         patch.setattr(metrics_file, "atomic_write", disk_full)
         trainer.learn(until=5)
-    assert path.with_name("metrics.copy-1.csv").read_text() == changed
+    assert path.read_text() == changed and capsys.readouterr().out.count("not written (No space left on device)") == 1
     trainer.learn()
     rows = table(path)
     assert [row["update"] for row in rows] == list("12345678")
     assert [row for row in rows if row["update"] != "4"] == [row for row in straight if row["update"] != "4"]
-    assert len(os.listdir(path.parent)) == 2
+    assert path.with_name("metrics.copy-1.csv").read_text() == changed and len(os.listdir(path.parent)) == 2
 
 
 def test_a_column_that_the_user_has_added_stays(path):

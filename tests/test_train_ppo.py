@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -561,21 +560,21 @@ def test_a_stop_while_the_last_evaluation_is_waited_for_does_not_lose_it(tmp_pat
         main(["--resume", str(run_dir)])
 
 
-def test_an_evaluator_that_dies_ends_no_training(straight, tmp_path, monkeypatch, capsys):
-    """From then on training and evaluation take turns, also if it dies in the evaluation with which a resume begins."""
+@pytest.mark.parametrize("name, updates", [("last", 8), ("checkpoint_4", 4)])
+def test_an_evaluator_that_dies_at_once_loses_nothing(straight, tmp_path, monkeypatch, capsys, name, updates):
+    """The run is saved where it is, even if it dies in the evaluation with which a resume begins."""
 
     class Dead(AtOnce):
         def submit(self, state):
             future = Future()
-            future.set_exception(BrokenProcessPool("a process has died"))
+            future.set_exception(ChildProcessError("a background process has died"))
             return future
 
     run_dir = shutil.copytree(straight, tmp_path / "run")
     monkeypatch.setattr(callbacks, "Background", Dead)
-    monkeypatch.setattr(train_ppo, "evaluate_state", lambda state, device: cheap_evaluation(state))
-    assert main(["--resume", str(run_dir / "checkpoint_4.safetensors")]) == 0
-    assert "beside the training (a process has died); from now on they take turns" in capsys.readouterr().out
-    assert logged(run_dir) == logged(straight)
+    assert main(["--resume", str(run_dir / f"{name}.safetensors"), "--num_steps", "400"]) == 1
+    assert load_checkpoint(run_dir)["update_count"] == updates
+    assert "has died; go on with" in capsys.readouterr().err
 
 
 def test_resuming_an_older_checkpoint_keeps_a_better_model(tmp_path, monkeypatch):
@@ -616,6 +615,7 @@ def test_a_loss_that_is_not_finite_loses_nothing(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("error, message", [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't .* memory; go on with: .*run --batch_size 8"),
     (MemoryError(), "out of memory; go on with: .*run --batch_size 8"),
+    (ChildProcessError("a background process has died"), "has died; go on with: .*run$"),
     (StopTraining(), "stopped; go on with: .*run$"),  # a rank that got no signal itself
 ])
 # fmt: on
