@@ -104,10 +104,19 @@ def check_config(values, path):
 
 def check_memory(config):
     """Raises CommandLineError for networks and batches that do not fit into memory."""
-    weights = config.hidden_dim * (2 * config.input_dim + config.output_dim)
-    activations = config.batch_size * (config.input_dim + config.output_dim + 4 * config.hidden_dim)
-    numbers = 4 * weights + activations  # each weight has a gradient and the two moments of Adam
-    check_free_memory(4 * numbers, torch.device("cpu"), "this training", "lower batch_size or hidden_dim")
+    number = 4  # bytes of a float32
+    # Two networks, before and after the ReLU.
+    activations = 2 * 2 * config.batch_size * config.hidden_dim * number
+    states = config.batch_size * (config.input_dim + config.output_dim) * number
+    # Each weight has a gradient and the two moments of Adam.
+    weights = 4 * config.hidden_dim * (2 * config.input_dim + config.output_dim) * number
+    if weights > activations + states:
+        lower = "hidden_dim"
+    elif states > activations:
+        lower = "batch_size"
+    else:
+        lower = "batch_size or hidden_dim"
+    check_free_memory(activations + states + weights, torch.device("cpu"), "this training", f"lower {lower}")
 
 
 # --- what learns ------------------------------------------------------------------------------------------------------
@@ -257,6 +266,10 @@ def load_agent(path):
     check_algorithm(NAME, state, path)
     config = check_config(state.get("config"), path)
     try:
+        # Compare the shapes before networks are built that may be far too large.
+        with torch.device("meta"):
+            networks = {"policy": PolicyNetwork(config), "value": ValueNetwork(config)}
+        check_like(state, {name: network.state_dict() for name, network in networks.items()})
         agent = ActorCriticAgent(config)
         agent.load_state_dict(state)
     except (RuntimeError, ValueError) as error:  # a bad state of a generator is a RuntimeError
@@ -265,6 +278,24 @@ def load_agent(path):
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def load_run(path):
+    """The agent in a checkpoint that is to be resumed. Raises CheckpointError for a checkpoint outside its run.
+
+    A resumed run replaces files in the directory of its checkpoint, so they must be its own: training.log has the
+    configuration of the run. If there is no log, because the disk was full, the name final has to be enough.
+    """
+    agent = load_agent(path)
+    log = path.with_name(LOG)
+    if log.is_file():
+        in_its_run = json.dumps(agent.config._asdict()) in log.read_text(errors="replace")
+    else:
+        in_its_run = path.name == FINAL
+    if not in_its_run:
+        reason = f"lies outside its run (no {LOG} beside it tells of it)"
+        raise CheckpointError(f"{path}: {reason}; resume it in its run's directory")
+    return agent
 
 
 def new_directory(parent):
@@ -280,15 +311,28 @@ def new_directory(parent):
     raise CommandLineError(f"{stem} exists already")
 
 
-def log(directory, line):
-    """Print a line, and append it to the log of a run. A log that cannot be written does not stop the training."""
-    tell(line)
-    try:
-        keep(directory)
-        with open(directory / LOG, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-    except OSError:
-        tell(f"warning: {directory / LOG}: not written; training goes on")
+class Log:
+    """Prints lines, and appends them to the log of a run. A log that cannot be written does not stop the training.
+
+    The log begins with the configuration, by which `load_run` recognises the run. If somebody removes the directory
+    during the training, it is made anew with such a log, so that what is saved there can be resumed.
+    """
+
+    def __init__(self, directory, config):
+        self.path = directory / LOG
+        self.title = f"training {json.dumps(config._asdict())} in {directory}"
+        tell(self.title)
+
+    def say(self, line):
+        tell(line)
+        lines = [line] if self.path.exists() else [self.title, line]
+        try:
+            keep(self.path.parent)
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                for text in lines:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        except OSError:
+            tell(f"warning: {self.path}: not written; training goes on")
 
 
 def keep(directory):
@@ -304,34 +348,41 @@ def train(agent, directory):
     def stop(signum, frame):
         raise SystemExit(128 + signum)  # not an Exception, which the code that is interrupted might catch
 
-    with locked(directory), signals_handled(stop):
-        delete_unfinished(directory)
-        try:
+    try:
+        with locked(directory), signals_handled(stop):
+            delete_unfinished(directory)
             train_epochs(agent, directory)
-        except SystemExit as stopped:
-            log(directory, f"stopped; go on with: {resume_command(f'-m algorithms.{NAME}', directory, ranks=1)}")
-            return stopped.code
-        log(directory, "expected reward {score:.4f} of {optimum:.4f}, {share:.2%}".format(**agent.evaluate()))
+    except SystemExit as stopped:
+        return stopped.code
     return 0
 
 
 def train_epochs(agent, directory):
     """Train the remaining epochs, and save the last whole one even if an exception ends the training."""
-    log(directory, f"training {json.dumps(agent.config._asdict())} in {directory}")
+    config = agent.config
+    log = Log(directory, config)
     last_epoch = agent.state_dict()
+    diverged = False
     try:
-        while agent.epoch < agent.config.num_epochs:
-            log(directory, train_epoch(agent))
+        while agent.epoch < config.num_epochs:
+            log.say(train_epoch(agent))
             last_epoch = agent.state_dict()
             if agent.epoch % SAVE_FREQ == 0:
                 try:
                     save_checkpoint(directory / f"epoch_{agent.epoch}{SUFFIX}", last_epoch)
                 except CheckpointError as error:
-                    log(directory, f"warning: {error}; training goes on")
+                    log.say(f"warning: {error}; training goes on")
+    except FloatingPointError:
+        diverged = True  # a resumed run would diverge again
+        raise
     finally:
         ignore_signals()  # the run is not saved yet, and this does not take long
         keep(directory)
         save_checkpoint(directory / FINAL, last_epoch)
+        if agent.epoch == config.num_epochs:
+            log.say("expected reward {score:.4f} of {optimum:.4f}, {share:.2%}".format(**agent.evaluate()))
+        elif not diverged:
+            log.say(f"stopped; go on with: {resume_command(f'-m algorithms.{NAME}', directory, ranks=1)}")
 
 
 def train_epoch(agent):
@@ -379,10 +430,7 @@ def evaluate(run):
 def resume(run):
     """Train a run to its end, from its last checkpoint or from the one that is named. Returns the exit status."""
     path = find_checkpoint(run, (FINAL,))
-    agent = load_agent(path)
-    if not path.with_name(LOG).exists():  # what lies beside it is not ours to replace
-        reason = f"lies outside its run (there is no {LOG} beside it)"
-        raise CheckpointError(f"{path}: {reason}; resume it in its run's directory")
+    agent = load_run(path)
     if agent.epoch >= agent.config.num_epochs:
         raise CommandLineError(f"{run} has done all of its {agent.epoch} epochs already")
     check_memory(agent.config)

@@ -116,10 +116,17 @@ def test_a_checkpoint_outside_its_run_is_not_resumed(small):
     (models / "final.safetensors").write_text("a foreign model")
     (models / "notes.safetensors.tmp").write_text("foreign too")
     (models / "epoch_1.safetensors").write_bytes((directory / "epoch_1.safetensors").read_bytes())
-    left = {path: path.read_bytes() for path in models.iterdir()}
-    with pytest.raises(CheckpointError, match="epoch_1.safetensors: lies outside its run .there is no tr") as error:
-        main(["--resume", str(models / "epoch_1.safetensors")])
-    assert "\n" not in str(error.value) and left == {path: path.read_bytes() for path in models.iterdir()}
+    (small / "other.json").write_text('{"hidden_dim": 8, "num_epochs": 3, "seed": 7}')
+    main(["other.json"])
+    (other,) = set(small.glob("checkpoints_*")) - {directory}
+    (other / "epoch_9.safetensors").write_bytes((directory / "epoch_1.safetensors").read_bytes())
+    for file in (models / "epoch_1.safetensors", other / "epoch_9.safetensors"):
+        left = {path: path.read_bytes() for path in file.parent.iterdir()}
+        with pytest.raises(
+            CheckpointError, match=f"{file.name}: lies outside its run .no training.log beside it tells of it."
+        ) as error:
+            main(["--resume", str(file)])
+        assert "\n" not in str(error.value) and left == {path: path.read_bytes() for path in file.parent.iterdir()}
 
 
 @pytest.mark.parametrize("words", [["--resume", ""], ["--evaluate", ""], ["--directory", ""], [""]])
@@ -320,7 +327,7 @@ def test_the_shipped_model_is_near_the_optimum(capsys):
     [
         ({"config": 3}, "must hold an object"),
         ({"config": {"hidden_dim": 10**9}}, "hidden_dim must be an integer in"),
-        ({"config": {"hidden_dim": 16}}, r"state\['config'\]|state\['policy'\]\['layers.0.weight'\] is a tensor"),
+        ({"config": {"hidden_dim": 65536, "input_dim": 4096}}, r"state\['policy'\]\['layers.0.weight'\] is a tensor"),
         ({"config": {3: 3}}, "unknown key 3"),
         ({"epoch": "x"}, r"state\['epoch'\] is str"),
         ({"epoch": -1}, r"state\['epoch'\] is int -1"),
@@ -340,18 +347,19 @@ def test_a_checkpoint_of_a_stranger(small, change, message):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "changes, lower",
     [
-        {"batch_size": 10**6, "hidden_dim": 65536},
-        {"hidden_dim": 65536, "input_dim": 4096},
-        {"batch_size": 10**6, "hidden_dim": 1, "input_dim": 4096},
+        ({"batch_size": 10**6, "hidden_dim": 65536}, "lower batch_size or hidden_dim"),
+        ({"hidden_dim": 65536, "input_dim": 4096}, "lower hidden_dim"),
+        ({"batch_size": 10**6, "hidden_dim": 1, "input_dim": 4096}, "lower batch_size"),
     ],
 )
-def test_what_does_not_fit_into_memory_does_not_begin(tmp_path, monkeypatch, changes):
+def test_what_does_not_fit_into_memory_does_not_begin(tmp_path, monkeypatch, changes, lower):
     monkeypatch.setattr(supervise, "free_memory", lambda device: 4e9)
     (tmp_path / "config.json").write_text(json.dumps(changes))
-    message = "^this training needs .* GB or more, and cpu has 4.0 GB free, .*; lower batch_size or hidden_dim$"
-    with pytest.raises(CommandLineError, match=message):
+    with pytest.raises(
+        CommandLineError, match=f"^this training needs .* GB or more, and cpu has 4.0 GB free, .*; {lower}$"
+    ):
         main([str(tmp_path / "config.json"), "--directory", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     actor_critic.check_memory(Config())
