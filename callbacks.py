@@ -310,6 +310,7 @@ class TensorBoard(Callback):
         self.run_dir = run_dir
         self.writer = None
         self.excepthook = threading.excepthook
+        self.steps_evaluated = set()  # evaluations that were logged before the run was resumed
         self.cost = f"{run_dir}: no more TensorBoard events"
 
     def on_training_start(self, trainer):
@@ -318,14 +319,20 @@ class TensorBoard(Callback):
         threading.excepthook = self.ignore_writer_thread
         # A resumed run repeats the updates after its checkpoint: purge_step hides what was logged of them before.
         self.writer = SummaryWriter(self.run_dir, purge_step=trainer.global_step + 1)
+        # It also repeats evaluations that its checkpoint waited for. metrics.csv says whose results had come since.
+        for row in read_metrics(Path(self.run_dir, "metrics.csv")):
+            if row["global_step"] <= trainer.global_step and math.isfinite(row["eval_score"]):
+                self.steps_evaluated.add(row["global_step"])
 
     def on_update_end(self, trainer):
         for name, value in trainer.stats.items():
             self.add("charts" if name in CHARTS else "losses", name, value, trainer.global_step)
 
     def on_evaluation_end(self, trainer):
-        for name, value in trainer.evaluated["evaluation"].items():
-            self.add("eval", name, value, trainer.evaluated["global_step"])
+        step = trainer.evaluated["global_step"]
+        if step not in self.steps_evaluated:
+            for name, value in trainer.evaluated["evaluation"].items():
+                self.add("eval", name, value, step)
 
     def add(self, group, name, value, step):
         if self.writer is not None:  # otherwise a warning has said that it could not be made

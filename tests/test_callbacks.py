@@ -467,15 +467,19 @@ def test_tensorboard(tmp_path):
     assert [e.step for e in events.Scalars("charts/lr")] == [100 * u for u in range(1, 9)]  # none twice
 
 
-def test_an_evaluation_that_a_resumed_run_repeats_is_logged_as_it_was(tmp_path):
-    """The result of update 4 had come, but the last checkpoint still waited for it. Updates are logged once."""
-    killed = FakeTrainer([TensorBoard(tmp_path)], delay=1).learn(until=5)
-    close_as_older(killed.callbacks[0])
+def test_an_evaluation_that_a_resumed_run_repeats_is_logged_once(tmp_path):
+    """The result of update 4 had come, but the last checkpoint still waited for it."""
+
+    def watching():
+        return [MetricsCSV(tmp_path / "metrics.csv", EVALUATED), TensorBoard(tmp_path)]
+
+    killed = FakeTrainer(watching(), delay=1).learn(until=5)
+    close_as_older(killed.callbacks[1])
     assert (400, SCORES[4]) in eval_scores(tmp_path)
-    resumed = FakeTrainer([TensorBoard(tmp_path)], start=4, delay=1)
+    resumed = FakeTrainer(watching(), start=4, delay=1)
     resumed.begin_evaluation()
     resumed.learn()
-    assert sorted(set(eval_scores(tmp_path))) == [(100 * u, s) for u, s in SCORES.items()]
+    assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
     entropies = [(e.step, e.value) for e in events_of(tmp_path).Scalars("losses/entropy")]
     assert entropies == [(100 * u, pytest.approx(u / 5)) for u in range(1, 9)]
 
