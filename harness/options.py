@@ -171,8 +171,11 @@ class Constants(Mapping):
         Only words are compared. A name in lower case counts as a mention, because it may be a field of `PPOConfig`.
         """
         words = set(self.words)
-        for file in project_files() - {Path(self.script["__file__"]).resolve()}:
-            words |= words_of(file.read_text(encoding="utf-8", errors="replace"))
+        try:
+            for file in project_files() - {Path(self.script["__file__"]).resolve()}:
+                words |= words_of(file.read_text(encoding="utf-8", errors="replace"))
+        except OSError:
+            return []  # what cannot be read may mention them
         return [name for name in self if not {name, name.lower()} & words]
 
 
