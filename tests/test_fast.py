@@ -54,15 +54,16 @@ def test_the_examples_in_the_docstrings_are_right(name):
 @pytest.mark.parametrize("n_layer", [1, 2])
 @pytest.mark.parametrize("pages", PAGES)
 def test_fast_gpt_equals_gpt(pages, n_layer):
-    gpt = make_gpt(n_layer=n_layer, n_head=4, n_embd=32, mlp_expansion=2)
+    gpt = make_gpt(n_layer=n_layer, n_head=2, n_embd=32, mlp_expansion=2)
     tokens = torch.from_numpy(pages())
-    expected = features_and_gradient(copy.deepcopy(gpt).double(), gpt.encode(tokens))
+    exact = copy.deepcopy(gpt).double()
+    expected = features_and_gradient(exact, gpt.encode(tokens))
     ours = twice(gpt, FastGPT)
     assert ours.state_dict().keys() == gpt.state_dict().keys()
     for x, reference in zip(features_and_gradient(ours, ours.encode(tokens)), expected):
         assert relative_error(x, reference) <= tolerance(largest_score(gpt)) * n_layer
     atol = tolerance(largest_score(gpt)) * n_layer * 8  # |features| = 6
-    for x, reference in zip(ours(tokens), copy.deepcopy(gpt).double()(tokens)):
+    for x, reference in zip(ours(tokens), exact.heads(expected[0])):
         torch.testing.assert_close(x, reference.float(), rtol=1e-3, atol=atol)
 
 
