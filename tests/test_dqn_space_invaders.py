@@ -143,6 +143,15 @@ def goes_on_alike(env_id):
     return True
 
 
+@pytest.mark.parametrize("action", [[], [3], -1, 6, "FIRE"])
+def test_a_game_is_not_restored_with_an_action_that_it_lacks(action):
+    """Such an action would end the training later, where a state is saved."""
+    game = make_env(constants())
+    game.reset(seed=0)
+    with pytest.raises(ValueError, match="the game has no action"):
+        restore_game(game, save_game(game) | {"last_action": action})
+
+
 @pytest.mark.parametrize("env_id", ["ALE/Qbert-v5", "ALE/Tetris-v5", "ALE/Breakout-v5"])
 def test_a_restored_game_goes_on_alike(env_id):
     """Qbert and Tetris do so too, which need an emulator that has drawn a frame."""

@@ -64,11 +64,17 @@ def save_game(env):
 
 
 def restore_game(env, state):
-    """Put a game of `make_game` into the state that `save_game` returned."""
+    """Put a game of `make_game` into the state that `save_game` returned.
+
+    Raises ValueError, before anything has changed, for a last action that the game does not have.
+    """
+    action = state["last_action"]
+    if action is not None and action not in env.unwrapped.action_space:
+        raise ValueError(f"the game has no action {action!r}")
     # An emulator that has only been reset would restore Qbert and Tetris wrongly; it must have drawn a frame.
     env.unwrapped.ale.act(0)
     env.unwrapped.ale.restoreState(need("ale_py").ALEState(np.asarray(state["game"]).tobytes()))
-    env.set_wrapper_attr("last_action", state["last_action"])
+    env.set_wrapper_attr("last_action", action)
     env.np_random.bit_generator.state = state["np_random"]
 
 
