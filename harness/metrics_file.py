@@ -40,9 +40,8 @@ class MetricsFile:
         self.earlier_rows_read = False
         self.first_changed = math.inf  # the file does not have this row, or has it as it was before
         self.lines = {}  # what the file holds: {update: bytes}, with the header under 0
-        self.stamp = (
-            None  # the file's size and time after our last write; None if we have not written it, or not to the end
-        )
+        # The file's size and time after our last write. None if we have not written it, or not to the end.
+        self.stamp = None
 
     def add(self, row):
         """Write a new row {column: value}, whose "update" is higher than that of all others."""

@@ -43,8 +43,9 @@ class InputNotFinite(FloatingPointError):
 
 @contextlib.contextmanager
 def signals_handled(handler, signals=STOP_SIGNALS):
-    """A context in which handler(signum, frame) handles these signals. One that is ignored, as SIGHUP under nohup,
-    stays ignored.
+    """Call handler(signum, frame) for these signals within the context.
+
+    A signal that is ignored, such as SIGHUP under nohup, stays ignored.
     """
     before = {}
     try:
@@ -73,8 +74,9 @@ def interrupt(signum, frame):
 
 
 def ctrl_c_outside():
-    """The handler of Ctrl-C before and after one of our programs: it ends the process, unless Python goes on
-    interactively.
+    """Return the handler of Ctrl-C outside of a program's main.
+
+    It ends the process, unless Python goes on interactively.
     """
     interactive = sys.flags.interactive or hasattr(sys, "ps1")  # python -i, or %run in IPython
     return signal.default_int_handler if interactive else signal.SIG_DFL
@@ -126,8 +128,9 @@ def train(trainer, run_dir, prog, advice):
 
 
 def begin(trainer, run_dir):
-    """Prepare the directory of a run, new or resumed: write its configuration, and delete what a kill has left half
-    written.
+    """Prepare the directory of a new or resumed run.
+
+    Its configuration is written, and what a kill has left half written is deleted.
     """
     trainer.metadata["constants"]["RUN_DIR"] = str(run_dir)
     trainer.metadata["run_id"] = recorded_id(run_dir) or trainer.metadata.get("run_id") or uuid.uuid4().hex
@@ -177,8 +180,9 @@ def give_up(error, received, trainer, run_dir, prog, advice):
 
 
 def save_snapshot(trainer, run_dir, prog, go_on, options):
-    """Save the trainer's snapshot. Returns whether there is something to resume now, and what to do, as the end of a
-    sentence.
+    """Save the trainer's snapshot.
+
+    Returns whether there is something to resume now, and the end of a sentence that says what to do.
 
     Args:
         go_on: the words before the command that resumes the run.
@@ -277,7 +281,7 @@ def run_script(main, prog):
     has begun is cleaned up.
     """
     prepare_output()
-    # without the line of code
+    # Python would add the line of code that warns.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {shortened(message, 300)}\n"
     set_handler(signal.SIGINT, ctrl_c_outside())
     try:

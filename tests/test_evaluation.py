@@ -177,9 +177,8 @@ def test_a_cycle_is_one_game_alone_in_a_state_again():
 def test_results_of_a_game_stay_when_others_go_on():
     """Of two games with one brick, one is cleared at once, and the other is lost later."""
     bricks = np.zeros((2, 7, 13), bool)
-    bricks[0, 6, 8] = bricks[1, 0, 0] = (
-        True  # the first ball rises from (40, 21) to the right and meets the first brick
-    )
+    # The first ball rises from (40, 21) to the right and meets the first brick.
+    bricks[0, 6, 8] = bricks[1, 0, 0] = True
     results = play_games(lambda tokens: np.zeros(len(tokens), int), standard_serves(np.ones((2, 5), int)), bricks)
     assert (results.scores[0], results.bricks[0], results.lives[0], results.lengths[0]) == (60, 0, 5, 10)
     assert results.lives[1] == 0 and results.bricks[1] == 1 and results.lengths[1] > 10
