@@ -41,8 +41,11 @@ class GPTConfig:
             raise ValueError(f"layers, heads, embedding, expansion and actions must be integers and at least 1: {self}")
         # Rows and columns have half of the dimensions each, and sinusoids() splits a half into sines and cosines.
         if self.n_embd % self.n_head or self.n_embd % 4:
-            sizes = f"n_embd {self.n_embd}, n_head {self.n_head}"
-            raise ValueError(f"n_embd must be a multiple of n_head and of 4; {sizes}")
+            unit = math.lcm(self.n_head, 4)
+            below = self.n_embd // unit * unit
+            fitting = f"{below} and {below + unit}" if below else unit
+            sizes = f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head} and of 4"
+            raise ValueError(f"{sizes}; the nearest that fit: {fitting}")
 
     @property
     def num_parameters(self):

@@ -17,7 +17,7 @@ from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, Progre
 from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
 from harness.device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
 from harness.messages import say
-from harness.options import CommandLineError, Constants, Values
+from harness.options import CommandLineError, Constants, Values, check_at_most, check_divides, check_multiple
 from harness.runs import load_state, new_run_dir, read_run, resume_command
 from harness.supervise import check_free_memory, less_memory, memory_advice, run_script, train
 from model import GPTConfig
@@ -69,18 +69,15 @@ KEPT = "NUM_ENVS N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a 
 
 def check(c):
     """Raise CommandLineError for constants that do not fit together."""
+    check_multiple("NUM_ENVS", c.NUM_ENVS, RANKS, "so that all ranks have as many games")
+    if c.PAIRED_ENVS:
+        check_multiple("NUM_ENVS", c.NUM_ENVS, 2 * RANKS, "so that games can be paired (off with --paired_envs false)")
     samples = c.NUM_ENVS * c.ROLLOUT_STEPS
-    if samples % c.BATCH_SIZE:
-        raise CommandLineError(f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {samples:,} samples of a rollout")
-    if c.NUM_ENVS % RANKS or c.BATCH_SIZE % RANKS:
-        raise CommandLineError(
-            f"NUM_ENVS and BATCH_SIZE are shared by {RANKS} ranks; each must be a multiple of {RANKS}"
-        )
-    if c.PAIRED_ENVS and c.NUM_ENVS // RANKS % 2:
-        where = " on each rank" if RANKS > 1 else ""
-        raise CommandLineError(f"PAIRED_ENVS needs an even number of games{where}; change NUM_ENVS")
-    if c.MIN_LR > c.LR:
-        raise CommandLineError(f"MIN_LR {c.MIN_LR} must not exceed LR {c.LR}")
+    rollout = f"the {samples:,} samples of a rollout (NUM_ENVS * ROLLOUT_STEPS)"
+    check_divides("BATCH_SIZE", c.BATCH_SIZE, samples, rollout, unit=RANKS, lowest=2)
+    check_at_most("MIN_LR", c.MIN_LR, "LR", c.LR)
+    check_multiple("N_EMBD", c.N_EMBD, 4, "because rows and columns share it as sines and cosines")
+    check_divides("N_HEAD", c.N_HEAD, c.N_EMBD, f"N_EMBD {c.N_EMBD}")
     gpt_config(c)
 
 

@@ -39,7 +39,7 @@ from harness.checkpoint import (
 )
 from harness.files import atomic_write
 from harness.messages import one_line, shortened, shown, tell
-from harness.options import CommandLineError, Constants, Parser, given_path
+from harness.options import CommandLineError, Constants, Parser, check_at_most, given_path
 from harness.runs import delete_unfinished, locked, resume_command
 from harness.supervise import check_free_memory, ignore_signals, run_script, signals_handled
 from ppo import policy_loss, value_loss
@@ -97,8 +97,10 @@ def check_config(values, path):
         if problem:
             raise CommandLineError(f"{path}: {name} {problem}")
     config = Config(**values)
-    if config.output_dim > config.input_dim:
-        raise CommandLineError(f"{path}: output_dim {config.output_dim} must not exceed input_dim {config.input_dim}")
+    try:
+        check_at_most("output_dim", config.output_dim, "input_dim", config.input_dim)
+    except CommandLineError as error:
+        raise CommandLineError(f"{path}: {error}") from None
     return config
 
 

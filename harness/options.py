@@ -12,7 +12,9 @@ import argparse
 import ast
 import contextlib
 import difflib
+import functools
 import io
+import math
 import os
 import re
 import sys
@@ -145,7 +147,9 @@ class Constants(Mapping):
             return TRUTH[text.lower()] if kind is bool else kind(text)
         except (KeyError, TypeError, ValueError):
             wanted = KINDS.get(kind, "another default in the script")
-            raise CommandLineError(f"--{name.lower()} needs {wanted}, not {shortened(repr(text))}") from None
+            written_out = f"; write {number}" if kind is int and (number := whole_number(text)) is not None else ""
+            problem = f"--{name.lower()} needs {wanted}, not {shortened(repr(text))}{written_out}"
+            raise CommandLineError(problem) from None
 
     def check(self, values):
         """Raises CommandLineError if one of these values {name: value} has the wrong type, or is outside its range."""
@@ -177,6 +181,67 @@ class Constants(Mapping):
         except OSError:
             return []  # what cannot be read may mention them
         return [name for name in self if not {name, name.lower()} & words]
+
+
+def whole_number(text):
+    """The integer that a text such as "1e6" or "5.0" stands for, or None if it stands for none."""
+    with contextlib.suppress(ValueError):
+        if float(text).is_integer() and abs(float(text)) < 1e15:
+            return int(float(text))
+    return None
+
+
+# --- constants that must fit together ---------------------------------------------------------------------------------
+
+
+def check_divides(name, value, whole, what, unit=1, lowest=1):
+    """Raise CommandLineError, which names the nearest values that fit, unless a constant divides a number.
+
+    Args:
+        name, value: the constant.
+        whole, what: the number, and the words for it.
+        unit, lowest: the constant must also be a multiple of this, and at least this.
+    """
+    if whole % value or value % unit:
+        fitting = [x for x in divisors(whole) if x % unit == 0 and x >= lowest]
+        shares = f" and be a multiple of {unit}" if unit > 1 else ""
+        raise CommandLineError(f"{name} {value} must divide {what}{shares}{nearest(value, fitting)}")
+
+
+def check_multiple(name, value, unit, why):
+    """Raise CommandLineError, which names the nearest values that fit, unless a constant is a multiple of a number.
+
+    why: the reason, as the end of a sentence.
+    """
+    if value % unit:
+        below = value // unit * unit
+        fitting = [x for x in (below, below + unit) if x > 0]
+        raise CommandLineError(f"{name} {value} must be a multiple of {unit}, {why}{nearest(value, fitting)}")
+
+
+def check_at_most(name, value, limit_name, limit):
+    """Raise CommandLineError if a constant exceeds another."""
+    if value > limit:
+        advice = f"lower {name} to {limit}, or raise {limit_name} to {value}"
+        raise CommandLineError(f"{name} {value} must not exceed {limit_name} {limit}; {advice}")
+
+
+@functools.lru_cache(maxsize=8)
+def divisors(n):
+    """All divisors of an integer, in ascending order, except those between a million and a millionth of it."""
+    low = [x for x in range(1, min(math.isqrt(n), 10**6) + 1) if n % x == 0]
+    return sorted({*low, *(n // x for x in low)})
+
+
+def nearest(value, fitting):
+    """The end of a message: the nearest numbers below and above a value among those that fit, if there are any."""
+    below = [x for x in fitting if x < value][-1:]
+    above = [x for x in fitting if x > value][:1]
+    found = " and ".join(map(str, below + above))
+    return f"; the nearest that fit: {found}" if found else ""
+
+
+# --- the source of a script -------------------------------------------------------------------------------------------
 
 
 def source_of(script):
@@ -213,6 +278,9 @@ def project_files():
     paths = [getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]]
     files = {Path(path).resolve() for path in paths if path and "site-packages" not in path}
     return {file for file in files if ROOT in file.parents and file.is_file()}
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):

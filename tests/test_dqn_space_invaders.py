@@ -224,7 +224,7 @@ def test_each_frame_is_kept_once():
         sum(x.nbytes for x in vars(replay).values() if isinstance(x, np.ndarray) and len(x) == 200) / 1200
     )
     assert SIZE**2 <= bytes_per_transition < SIZE**2 + 16
-    with pytest.raises(ValueError, match="too small for 6 games; 36 are the least"):
+    with pytest.raises(ValueError, match="REPLAY_SIZE 35 is too small for 6 games .*; the least is 36"):
         Replay(30, 6, 4)
 
 

@@ -84,10 +84,16 @@ def test_changed_rows_and_columns():
     assert changes.shape == (3, ROWS + COLUMNS) and changes.nonzero().tolist() == [[1, 3], [1, ROWS + 40]]
 
 
-@pytest.mark.parametrize("wrong", [{"n_layer": 0}, {"n_head": 7}, {"n_embd": 30, "n_head": 15}])
-def test_wrong_configurations_are_refused(wrong):
-    """Sizes must be at least 1 and fit together."""
-    with pytest.raises(ValueError):
+# fmt: off
+@pytest.mark.parametrize("wrong, message", [
+    ({"n_layer": 0}, "at least 1"),
+    ({"n_head": 7}, "n_embd 64 must be a multiple of n_head 7 and of 4; the nearest that fit: 56 and 84"),
+    ({"n_embd": 30, "n_head": 15}, "the nearest that fit: 60"),
+])
+# fmt: on
+def test_wrong_configurations_are_refused(wrong, message):
+    """Sizes must be at least 1 and fit together; what does not fit is named beside what would."""
+    with pytest.raises(ValueError, match=message):
         GPTConfig(**wrong)
 
 

@@ -17,6 +17,8 @@ from harness.options import (
     MissingConstant,
     Parser,
     Values,
+    check_divides,
+    check_multiple,
     given_path,
     read_command_line,
     within,
@@ -243,6 +245,32 @@ def test_values_are_checked(known, edit, message):
     known.check(known | {"GAMMA": 1})  # an integer is a number
     with pytest.raises(CommandLineError, match=re.escape(message)):
         known.check(known | edit)
+
+
+def offered(check, *arguments, **options):
+    """Return the numbers that the message of a check offers, or None if it passes."""
+    try:
+        check("SIZE", *arguments, **options)
+    except CommandLineError as error:
+        assert str(error).startswith(f"SIZE {arguments[0]} must ")
+        return [int(number) for number in re.findall(r"\d+", str(error).partition("the nearest that fit: ")[2])]
+
+
+@pytest.mark.parametrize("whole, unit", [(16_384, 1), (12_000, 2), (17, 1)])
+def test_the_message_offers_the_nearest_numbers_that_divide(whole, unit):
+    """They are the nearest below and above the value among those that a second try would accept."""
+    fitting = [x for x in range(2, whole + 1) if whole % x == 0 and x % unit == 0]
+    for value in (1, 2, 5, 17, 500, 1000, 12_000, 16_384, 99_999):
+        nearest = [x for x in fitting if x < value][-1:] + [x for x in fitting if x > value][:1]
+        expected = None if value in fitting or value == unit == 1 else nearest
+        assert offered(check_divides, value, whole, "it", unit, lowest=2) == expected
+    assert offered(check_divides, 3 * 10**17, 10**18, "it") == [25 * 10**16, 5 * 10**17]  # at once
+
+
+def test_the_message_offers_the_nearest_multiples():
+    """There is none below a value that is smaller than the unit."""
+    found = [offered(check_multiple, value, 4, "so that it fits") for value in (1, 7, 8, 9)]
+    assert found == [[4], [4, 8], None, [8, 12]]
 
 
 def test_help_shows_the_comment_with_the_range_and_the_default(known, capsys, monkeypatch):

@@ -72,7 +72,7 @@ def test_play_and_evaluate(tmp_path, monkeypatch, capsys):
     [
         (
             "--num_envs 16 --rollout_steps 256 --batch_size 1000",
-            "BATCH_SIZE must divide NUM_ENVS . ROLLOUT_STEPS, the 4,096 samples",
+            "BATCH_SIZE 1000 must divide the 4,096 samples of a rollout .*; the nearest that fit: 512 and 1024$",
         ),
         ("--min_lr 0.5 --lr 0.1", "MIN_LR 0.5 must not exceed LR 0.1"),
         ("--gama 0.9", "unknown argument --gama; did you mean --gamma"),

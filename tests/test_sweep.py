@@ -373,7 +373,7 @@ def test_a_stop_stops_the_runs(tmp_path, made_up, monkeypatch, error, message):
         ("reinforce_cartpole --run_dir a b", "unknown argument --run_dir"),
         ("nothing --lr 1", "invalid choice: 'nothing'"),
         ("reinforce_cartpole --lr 0.1 --map lr seed", "--map takes two of the constants of the grid: lr"),
-        ("train_ppo --batch_size 7", "BATCH_SIZE must divide"),
+        ("train_ppo --batch_size 7", "BATCH_SIZE 7 must divide .* 4 and 8$"),
         ("reinforce_cartpole --eval_interval 0", "without evaluations there is nothing to compare"),
         ("reinforce_cartpole --seed 0 --fresh 0", "--fresh: must be an integer in"),
         ("train_ppo --seed 0 --fresh 9", "--fresh: train_ppo cannot be scored in fresh games"),

@@ -663,11 +663,16 @@ def test_a_model_too_large_for_the_memory(tmp_path, monkeypatch):
     ("--gamma 1.1", "GAMMA (--gamma) must be a number in [0.0, 1.0], not 1.1"),
     ("--num_envs 0", "NUM_ENVS"),
     ("--batch_size 1", "BATCH_SIZE (--batch_size) must be an integer in [2, inf), not 1"),
-    ("--batch_size 99999", "BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the "),
-    ("--num_envs 33 --rollout_steps 2 --batch_size 66 --paired_envs true --num_steps 1",
-     "PAIRED_ENVS needs an even number of games; change NUM_ENVS"),
-    ("--min_lr 0.5 --lr 0.1", "MIN_LR 0.5 must not exceed"),
-    ("--n_head 7 --n_embd 64", "multiple of n_head"),
+    ("--num_steps 1e6", "--num_steps needs an integer, not '1e6'; write 1000000"),
+    ("--batch_size 500", "BATCH_SIZE 500 must divide the 16,384 samples of a rollout (NUM_ENVS * ROLLOUT_STEPS); "
+     "the nearest that fit: 256 and 512"),
+    ("--batch_size 99999", "the nearest that fit: 16384"),
+    ("--num_envs 33",
+     "NUM_ENVS 33 must be a multiple of 2, so that games can be paired (off with --paired_envs false); the nearest "
+     "that fit: 32 and 34"),
+    ("--lr 1e-5", "MIN_LR 5e-05 must not exceed LR 1e-05; lower MIN_LR to 1e-05, or raise LR to 5e-05"),
+    ("--n_head 7", "N_HEAD 7 must divide N_EMBD 64; the nearest that fit: 4 and 8"),
+    ("--n_embd 62 --n_head 2", "N_EMBD 62 must be a multiple of 4, "),
     ("--device tpu9", "--device tpu9 does not work here"),
     ("--seed", "expected one argument"),
 ])
@@ -937,19 +942,19 @@ def test_a_terminal_that_is_closed(tmp_path):
 
 
 # fmt: off
-@pytest.mark.parametrize("edit", [
-    {"NUM_ENVS": 9, "ROLLOUT_STEPS": 2, "BATCH_SIZE": 18},
-    {"NUM_ENVS": 6, "ROLLOUT_STEPS": 11, "BATCH_SIZE": 33},
+@pytest.mark.parametrize("edit, message", [
+    ({"NUM_ENVS": 9, "PAIRED_ENVS": False}, "NUM_ENVS 9 must be a multiple of 2, .* ranks .*: 8 and 10$"),
+    ({"NUM_ENVS": 6, "PAIRED_ENVS": True}, "NUM_ENVS 6 must be a multiple of 4, .* paired .*: 4 and 8$"),
+    ({"NUM_ENVS": 12, "ROLLOUT_STEPS": 11, "BATCH_SIZE": 33},
+     "BATCH_SIZE 33 must divide the 132 samples .* and be a multiple of 2; the nearest that fit: 22 and 44$"),
 ])
 # fmt: on
-def test_what_two_ranks_cannot_share(monkeypatch, edit):
+def test_what_two_ranks_cannot_share(monkeypatch, edit, message):
     """Games and minibatches must be split evenly, and pairs of games must stay on one rank."""
     monkeypatch.setattr(train_ppo, "RANKS", 2)
     check(Values(**CONSTANTS | {"NUM_ENVS": 8, "ROLLOUT_STEPS": 4, "BATCH_SIZE": 16}))
-    with pytest.raises(CommandLineError, match="NUM_ENVS and BATCH_SIZE are shared by 2 ranks"):
+    with pytest.raises(CommandLineError, match=message):
         check(Values(**CONSTANTS | edit))
-    with pytest.raises(CommandLineError, match="PAIRED_ENVS needs an even number of games on each rank"):
-        check(Values(**CONSTANTS | {"NUM_ENVS": 6, "ROLLOUT_STEPS": 4, "BATCH_SIZE": 12}))
 
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -168,7 +168,7 @@ class Replay:
         rows = size // num_envs
         if rows < stack + 2:
             least = num_envs * (stack + 2)
-            raise ValueError(f"a memory of {size} transitions is too small for {num_envs} games; {least} are the least")
+            raise ValueError(f"REPLAY_SIZE {size} is too small for {num_envs} games (NUM_ENVS); the least is {least}")
         self.frames = np.zeros((rows, num_envs, SIZE, SIZE), np.uint8)
         self.actions = np.zeros((rows, num_envs), np.uint8)
         self.rewards = np.zeros((rows, num_envs), np.float32)

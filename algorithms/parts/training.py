@@ -13,7 +13,7 @@ from typing import NamedTuple
 from algorithms.parts.playing import check_algorithm, check_models, play_or_evaluate
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
 from harness.device import RANKS
-from harness.options import CommandLineError, Constants, Values
+from harness.options import CommandLineError, Constants, Values, check_at_most, check_divides
 from harness.runs import load_state, new_run_dir, read_run
 from harness.supervise import less_memory, memory_advice, train
 from ppo import PPOConfig
@@ -112,16 +112,15 @@ def lower_learning_rate(c):
 
 def check_lr(c):
     """Raises CommandLineError for a learning rate that would rise."""
-    if c.MIN_LR > c.LR:
-        raise CommandLineError(f"MIN_LR {c.MIN_LR} must not exceed LR {c.LR}")
+    check_at_most("MIN_LR", c.MIN_LR, "LR", c.LR)
 
 
 def check_ppo(c):
     """Raises CommandLineError for constants of PPO that do not fit together."""
     check_lr(c)
     samples = c.NUM_ENVS * c.ROLLOUT_STEPS
-    if samples % c.BATCH_SIZE:
-        raise CommandLineError(f"BATCH_SIZE must divide NUM_ENVS * ROLLOUT_STEPS, the {samples:,} samples of a rollout")
+    rollout = f"the {samples:,} samples of a rollout (NUM_ENVS * ROLLOUT_STEPS)"
+    check_divides("BATCH_SIZE", c.BATCH_SIZE, samples, rollout, lowest=2)
 
 
 def ppo_config(c):
