@@ -174,6 +174,8 @@ class Constants(Mapping):
 
         Only words are compared. A name in lower case counts as a mention, because it may be a field of `PPOConfig`.
         """
+        if "site-packages" in ROOT.parts:  # beside all other packages, in a copy that nobody edits
+            return []
         words = set(self.words)
         try:
             for file in project_files() - {Path(self.script["__file__"]).resolve()}:

@@ -1,5 +1,7 @@
 """Pages, models and tolerances that several tests share."""
 
+import re
+
 import numpy as np
 import torch
 
@@ -121,3 +123,8 @@ def script_constants(folder, block, below=""):
     script = {"__file__": str(file), "Constants": Constants}
     exec(text, script)
     return script["CONSTANTS"]
+
+
+def blocks_of_python(page):
+    """Return the programs on a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)

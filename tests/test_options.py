@@ -10,6 +10,7 @@ import pytest
 from helpers import script_constants
 
 import train_ppo
+from harness import options
 from harness.options import (
     CommandLineError,
     Constants,
@@ -283,8 +284,11 @@ def test_help_shows_the_comment_with_the_range_and_the_default(known, capsys, mo
     assert "--name str       (default 'a')\n" in out and max(map(len, out.splitlines())) <= 80
 
 
-def test_a_constant_that_nothing_reads(tmp_path):
-    """A constant is in use if its name occurs below the block, in another constant or in a loaded module."""
+def test_a_constant_that_nothing_reads(tmp_path, monkeypatch):
+    """A constant is in use if its name occurs below the block, in another constant or in a loaded module.
+
+    In a copy that pip has installed, where the project cannot be told from other packages, no constant is unread.
+    """
     unread = "MY_" + "BONUS"  # in one word, this file would mention it
     constants = script_constants(
         tmp_path,
@@ -292,6 +296,8 @@ def test_a_constant_that_nothing_reads(tmp_path):
         "def f(c):\n    return c.HIGH\n",
     )
     assert constants.unread() == [unread]
+    monkeypatch.setattr(options, "ROOT", tmp_path / "site-packages")
+    assert constants.unread() == []
 
 
 @pytest.mark.parametrize("name", [*TRAININGS, "actor_critic"])

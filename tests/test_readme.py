@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import blocks_of_python
 from PIL import Image, ImageSequence
 
 import load_model
@@ -91,24 +92,9 @@ def test_files_and_options_on_the_pages_exist():
             assert known, f"{page.relative_to(ROOT)}: --{option}"
 
 
-def python_of(page):
-    """Return the only block of Python on a page."""
-    (lines,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
-    return lines
-
-
 def lines_for_a_notebook():
-    return python_of(ROOT / "docs" / "runs.md")
-
-
-def test_the_program_of_the_readme_clears_the_wall(monkeypatch, capsys):
-    """The game and the shipped model, used as in a program of one's own, play a whole game."""
-    monkeypatch.chdir(ROOT)
-    program = python_of(README)
-    assert len([line for line in program.splitlines() if line]) <= 16
-    exec(program, {})
-    page, score = capsys.readouterr().out.rsplit(maxsplit=1)
-    assert score == "960" and len(page.splitlines()) == 24 and "|" not in page
+    """Return the first program of the page about runs."""
+    return blocks_of_python(ROOT / "docs" / "runs.md")[0]
 
 
 def test_the_lines_for_a_notebook(tmp_path, monkeypatch, capsys):
@@ -245,5 +231,6 @@ def test_what_measures_a_head_runs(monkeypatch, capsys):
     """The lines of heads.md visit every head; a stand-in takes the place of the evaluation, which would take long."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(load_model, "exact", lambda policy: {"score": policy.config.n_head})
-    exec(re.search(r"```python\n(.*?)```", (ROOT / "docs" / "heads.md").read_text(encoding="utf-8"), re.S)[1], {})
+    (program,) = blocks_of_python(ROOT / "docs" / "heads.md")
+    exec(program, {})
     assert capsys.readouterr().out.splitlines() == [f"{head} 16" for head in range(16)]
