@@ -1,0 +1,25 @@
+"""The pages in docs/: the glossary has every name that a training writes, and their pictures can be drawn again."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from breakout_ascii import BreakoutAscii
+from docs import architecture
+from policies import SHIPPED, load_policy
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_architecture_can_be_drawn_again(tmp_path):
+    """The picture shows the page that it is given, and has the shape of the one in the repository."""
+    policy, _ = load_policy(SHIPPED)
+    page, _ = BreakoutAscii().reset(seed=0)
+    figure = architecture.draw(policy, page)
+    words = {text.get_text() for text in figure.texts}
+    assert {"row 21", "column 40", "right"} <= words
+    figure.savefig(tmp_path / "drawn.png", dpi=40)
+    with Image.open(tmp_path / "drawn.png") as drawn, Image.open(architecture.OUT) as kept:
+        assert np.allclose(np.divide(kept.size, drawn.size), 5)
+        assert len(np.unique(drawn.convert("L"))) > 100
