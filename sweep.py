@@ -6,7 +6,9 @@ range.
 
 As many runs go on at once as there are cores. Each has a directory below --out, named after its values, and a log
 beside it. The same command joins in on another machine that sees the folder, and goes on where it was after a stop.
-At the end it prints a table of the runs, the best first, and writes it to sweep.csv.
+At the end it prints a table of the runs, the best first, and writes it to sweep.csv. --help of a training lists its
+constants:
+    python -m algorithms.reinforce_cartpole --help
 """
 
 import harness.start  # before the slow imports

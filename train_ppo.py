@@ -1,8 +1,11 @@
 """Train a GPT to play Breakout by reading it:  python train_ppo.py
 
-Edit a constant below, or override it for one run: python train_ppo.py --num_steps 200000 --seed 1
-Go on with a run that was stopped:                 python train_ppo.py --resume runs/<name>
-Several cores or GPUs, each with its own games:    torchrun --standalone --nproc_per_node=2 train_ppo.py
+This takes some five minutes on a laptop. Constants are edited at the top of this file, or changed for one run:
+    python train_ppo.py --num_steps 200000 --seed 1
+To go on with a run that was stopped:
+    python train_ppo.py --resume runs/<name>
+To share the work among several cores or GPUs, each with its own games:
+    torchrun --standalone --nproc_per_node=2 train_ppo.py
 """
 
 import harness.start  # before the slow imports

@@ -399,14 +399,14 @@ def train_epoch(agent):
 
 def main(argv=()):
     """Train, resume or evaluate. Returns the exit status."""
-    names = [f"    {name.lower():15}{CONSTANTS.comments[name]} (default {CONSTANTS[name]})" for name in CONSTANTS]
-    doc = "\n".join([__doc__ or "", "The names in CONFIG, and the range of each:\n", *names])
+    names = [f"{name.lower():15}{CONSTANTS.explanation(name)}" for name in CONSTANTS]
+    doc = "\n".join([__doc__ or "", "The names in CONFIG:\n", *names])
     parser = Parser(f"-m algorithms.{NAME}", doc)
     config_help = "a JSON file (default: config.json)"
     parser.add_argument("config", nargs="?", type=given_path, default="config.json", metavar="CONFIG", help=config_help)
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run's directory, or a checkpoint in it")
     where = "where the run's directory is made (default: here)"
-    parser.add_argument("--directory", type=given_path, default=".", help=where)
+    parser.add_argument("--directory", type=given_path, default=".", metavar="FOLDER", help=where)
     parser.add_argument("--evaluate", type=given_path, nargs="?", const=SHIPPED, metavar="RUN", help="print its score")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # small networks

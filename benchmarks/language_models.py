@@ -63,8 +63,8 @@ def main(argv=()):
     parser.add_argument(
         "--model", default="smollm2", help='as ppo_llm_breakout takes it, but for "mlp" (default smollm2)'
     )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--turns", type=within("[1, inf)"), default=7)
+    parser.add_argument("--device", default="cpu", help="default cpu")
+    parser.add_argument("--turns", type=within("[1, inf)"), default=7, metavar="N", help="of both (default 7)")
     parser.add_argument(
         "--levels",
         nargs="?",

@@ -153,7 +153,14 @@ def read_variants(paths):
 
 def main(argv=()):
     parser = Parser("-m benchmarks.learning", __doc__)
-    parser.add_argument("runs", type=given_path, nargs="*", default=["runs/sweep/train_ppo"], metavar="RUN")
+    parser.add_argument(
+        "runs",
+        type=given_path,
+        nargs="*",
+        default=["runs/sweep/train_ppo"],
+        metavar="RUN",
+        help="runs or sweeps (default runs/sweep/train_ppo)",
+    )
     parser.add_argument(
         "--out", type=given_path, help="folder of learning.csv and learning.png (default: the first RUN)"
     )

@@ -297,13 +297,14 @@ def writers(seed, num_steps, model):
 
 def main(argv=()):
     parser = Parser("-m benchmarks.peers", __doc__)
-    parser.add_argument("what", choices=("lunarlander", "space_invaders", "grpo"))
-    parser.add_argument("--seed", type=within("[0, 2_147_483_647]"), default=0)
+    tasks = ("lunarlander", "space_invaders", "grpo")
+    parser.add_argument("what", choices=tasks, metavar="TASK", help=", ".join(tasks))
+    parser.add_argument("--seed", type=within("[0, 2_147_483_647]"), default=0, help="default 0")
     parser.add_argument(
         "--num_steps", type=within("[1, inf)"), default=1_000_000, help="of LunarLander (default 1000000)"
     )
     parser.add_argument("--turns", type=within("[1, inf)"), default=5, help="of Space Invaders (default 5)")
-    parser.add_argument("--float32", action="store_true")
+    parser.add_argument("--float32", action="store_true", help="of Space Invaders: no bfloat16")
     parser.add_argument("--steps", type=within("[1, inf)"), default=50, help="of GRPO (default 50)")
     parser.add_argument(
         "--model", default=grpo.POLICY_MODEL, help=f"of GRPO, as grpo_text takes it (default {grpo.POLICY_MODEL})"

@@ -432,7 +432,9 @@ def show(table, title, header, rows):
 
 def main(argv=()):
     parser = Parser("-m benchmarks.throughput", __doc__)
-    parser.add_argument("--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), help="default all")
+    parser.add_argument(
+        "--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), metavar="N", help="default all"
+    )
     parser.add_argument(
         "--repetitions", type=within("[1, inf)"), default=5, help="timings of each row, except in table 2 (default 5)"
     )

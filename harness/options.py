@@ -23,10 +23,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+from harness.help import UNBROKEN, HelpFormatter
 from harness.messages import shortened
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+METAVARS = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
 TRUTH = {"true": True, "false": False, "1": True, "0": False}
 INTERVAL = re.compile(r"([\[(])([^,]*),([^,\])]*)([\])])")
 NOT_FROM_ITS_FILE = "the constants are read from the script's own file; import or run it instead of executing its text"
@@ -59,12 +61,25 @@ class Interval:
         left, low, high, right = match.groups()
         self.text = match[0]
         self.kind = float if re.search(r"[.e]", low + high) else int
+        self.bounds = low.strip(), high.strip()
         self.low = float(low)
         self.high = float(high)
         self.includes_low = left == "["
         self.includes_high = right == "]"
         if not self.low < self.high:
             raise ValueError(text)
+
+    def in_words(self):
+        """The interval as --help shows it: "at least 1", "0 to 1", "above 0, at most 1"."""
+        low, high = (bound if self.kind is int else f"{float(bound):g}" for bound in self.bounds)
+        if self.includes_low and self.includes_high and math.isfinite(self.low) and math.isfinite(self.high):
+            return f"{low} to {high}"
+        words = []
+        if math.isfinite(self.low):
+            words.append(f"{'at least' if self.includes_low else 'above'} {low}")
+        if math.isfinite(self.high):
+            words.append(f"{'at most' if self.includes_high else 'below'} {high}")
+        return ", ".join(words)
 
     def __contains__(self, x):
         above = x >= self.low if self.includes_low else x > self.low
@@ -79,6 +94,7 @@ class Constants(Mapping):
 
     Attributes:
         comments: {name: the comment of its assignment}
+        groups: {name: the comment on lines of its own above it, such as "PPO", or ""}
         ranges: {name: the `Interval` at the start of the comment}, for names that have one
         annotated: {name: its annotated type}, for names that have one
     """
@@ -87,11 +103,14 @@ class Constants(Mapping):
         """Read the constants of a script. Its globals() hold their values, its source their comments."""
         self.script = script
         self.comments = {}
+        self.groups = {}
         self.ranges = {}
         self.annotated = {}
         self.words = set()  # what the script mentions, to find constants that nothing reads
         text = source_of(script)
         comments = comments_of(text)
+        group = ""
+        end = 0  # the last line of the statement before
         for statement in ast.parse(text).body:
             names = assigned_names(statement)
             if "CONSTANTS" in names:
@@ -100,8 +119,13 @@ class Constants(Mapping):
             self.words |= {node.id for node in ast.walk(statement) if is_name(node, ast.Load)}
             lines = range(statement.lineno, statement.end_lineno + 1)
             comment = " ".join(comments[line] for line in lines if line in comments)
+            # A ruled line is a comment too, of dashes.
+            above = [comments[line] for line in range(end + 1, statement.lineno) if comments.get(line, "").strip("-")]
+            group = " ".join(above) or group
+            end = statement.end_lineno
             for name in names:
                 if name.isupper() and name in script and name not in self.comments:
+                    self.groups[name] = group
                     self.add(name, statement, comment)
         sys.exit(NOT_FROM_ITS_FILE)  # this text is another script's
 
@@ -139,6 +163,24 @@ class Constants(Mapping):
         if name in self.annotated:
             return self.annotated[name]
         return self.ranges[name].kind if name in self.ranges else type(self[name])
+
+    def explanation(self, name):
+        """What --help says of a constant: its comment, the interval in words, and the default."""
+        comment = self.comments[name]
+        interval = self.ranges.get(name)
+        default = self[name]
+        if isinstance(default, bool):
+            default = str(default).lower()
+        elif isinstance(default, int):
+            default = f"{default:_}" if abs(default) >= 10_000 else default
+        elif isinstance(default, str):
+            default = f'"{default}"'
+        words = ["true or false"] if self.kind(name) is bool else []
+        if interval is not None:
+            comment = comment.removeprefix(interval.text).strip()
+            words = [interval.in_words()]
+        remark = "; ".join([*words, f"default {default}"]).replace(" ", UNBROKEN)
+        return f"{comment} ({remark})".strip()
 
     def convert(self, name, text):
         """The value that a text on the command line stands for. Raises CommandLineError if it is of another type."""
@@ -289,8 +331,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises CommandLineError, and accepts numbers and paths from a program that calls it."""
 
     def __init__(self, prog, doc, usage=None):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(f"python {prog}", usage, doc, allow_abbrev=False, formatter_class=formatter)
+        super().__init__(f"python {prog}", usage, doc, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def parse_known_args(self, args, namespace=None):
         return super().parse_known_args(list(map(str, args)), namespace)
@@ -315,12 +356,17 @@ def read_command_line(argv, prog, doc, constants):
     """
     parser = Parser(prog, doc, f"python {prog} [--resume RUN] [--constant value ...]")
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="go on with this run directory or checkpoint")
-    for name, default in constants.items():
+    groups = {}
+    for name in constants:
         if name in ("HELP", "RESUME"):
             problem = f"{name} among the constants at the top of the script would hide --{name.lower()}"
             raise CommandLineError(f"{problem}; give it another name")
-        text = f"{constants.comments[name]} (default {default!r})".strip().replace("%", "%%")
-        parser.add_argument(f"--{name.lower()}", metavar=constants.kind(name).__name__, help=text)
+        title = constants.groups[name] or "constants"
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        metavar = METAVARS.get(constants.kind(name), "VALUE")
+        explanation = constants.explanation(name).replace("%", "%%")
+        groups[title].add_argument(f"--{name.lower()}", metavar=metavar, help=explanation)
     args = parser.parse_args(argv)
     given = {name: text for name in constants if (text := getattr(args, name.lower())) is not None}
     return args.resume, {name: constants.convert(name, text) for name, text in given.items()}

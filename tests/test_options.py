@@ -64,6 +64,9 @@ LOW, HIGH = 1, STEPS
 LR = 2,5e-3
 lower = 1
 NOTHING = None
+# -------
+# long ones
+
 WIDTH2 = 2**7  # [1, inf) a name with a digit
 SHIFT = -1  # [-5, 5] below zero
 LONG = (
@@ -86,6 +89,7 @@ def f():
         "SHIFT": -1,
         "LONG": 7,
     }
+    assert constants.groups["STEPS"] == "" and constants.groups["WIDTH2"] == constants.groups["LONG"] == "long ones"
     assert constants.comments["STEPS"] == "steps" and constants.comments["LONG"] == "[1, 9] over several lines"
     constants.script["STEPS"] = 7  # as a program does that has imported the script
     assert (constants | {"LR": 1.0})["STEPS"] == 7
@@ -275,13 +279,15 @@ def test_the_message_offers_the_nearest_multiples():
 
 
 def test_help_shows_the_comment_with_the_range_and_the_default(known, capsys, monkeypatch):
-    """The help fits 80 columns and copes with a percent sign."""
+    """The help names ranges in words, keeps them in one piece, and copes with a percent sign."""
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         read("--help", known)
     out = capsys.readouterr().out
-    assert "--gamma float    [0.0, 1.0] discount; 100 % is none (default 0.9)\n" in out
-    assert "--name str       (default 'a')\n" in out and max(map(len, out.splitlines())) <= 80
+    assert "  --num_steps N  steps (at least 1; default 100)\n" in out
+    assert "  --gamma X      discount; 100 % is none (0 to 1; default 0.9)\n" in out
+    assert "  --paired BOOL  (true or false; default true)\n" in out
+    assert '  --name TEXT    (default "a")\n' in out
 
 
 def test_a_constant_that_nothing_reads(tmp_path, monkeypatch):

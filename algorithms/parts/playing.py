@@ -1,5 +1,6 @@
 """Plays what a training of this folder has learned: --play draws games, --evaluate scores them."""
 
+import argparse
 import json
 import os
 import sys
@@ -74,14 +75,19 @@ def make_parser(algorithm):
     parser = Parser(f"-m algorithms.{algorithm.name}", algorithm.doc)
     modes = parser.add_mutually_exclusive_group()
     model = dict(type=given_path, nargs="?", const=True, metavar="MODEL")
-    modes.add_argument("--play", **model, help="draw games (default: of the newest run, else of the shipped model)")
-    modes.add_argument("--evaluate", **model, help="score fresh games")
-    games = f"default 1 to play, {algorithm.episodes} to evaluate"
-    parser.add_argument("--episodes", type=within("[1, 1_000_000]"), help=games)
+    shows = "draw games as a gif" if algorithm.frames else "print answers"
+    which = "by a run or a checkpoint (default: the newest run, else the shipped model)"
+    modes.add_argument("--play", **model, help=f"{shows}, played {which}" if algorithm.frames else f"{shows} {which}")
+    modes.add_argument("--evaluate", **model, help="print the score of fresh games, as JSON")
+    games = f"how many (default 1 to play, {algorithm.episodes} to evaluate)"
+    parser.add_argument("--episodes", type=within("[1, 1_000_000]"), metavar="N", help=games)
     seed_help = "of the games (default 1000000, far from the seeds of trainings)"
-    parser.add_argument("--seed", type=within("[0, 2_147_483_647]"), default=1_000_000, help=seed_help)
-    parser.add_argument("--out", type=given_path, help=f"default {algorithm.name}.gif")
-    parser.add_argument("--human", action="store_true", help="play in a window, or against you in the terminal")
+    parser.add_argument("--seed", type=within("[0, 2_147_483_647]"), default=1_000_000, metavar="N", help=seed_help)
+    out_help = f"the gif to write (default {algorithm.name}.gif)"
+    human_help = "play against you in the terminal" if algorithm.play_in_terminal else "play in a window instead"
+    drawn = bool(algorithm.frames)
+    parser.add_argument("--out", type=given_path, metavar="FILE", help=out_help if drawn else argparse.SUPPRESS)
+    parser.add_argument("--human", action="store_true", help=human_help if drawn else argparse.SUPPRESS)
     for constant in algorithm.model_constants:
         moved = "the folder that this model of the run has moved to"
         parser.add_argument(f"--{constant.lower()}", type=given_path, metavar="FOLDER", help=moved)

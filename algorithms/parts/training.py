@@ -65,7 +65,12 @@ def run_algorithm(algorithm, argv):
 def train_algorithm(algorithm, argv):
     """Train a new run, or go on with one. Returns the exit status."""
     program = f"-m algorithms.{algorithm.name}"
-    doc = (algorithm.doc or "") + f"\nTo watch or to score: python {program} --play --help"
+    doc = f"""{algorithm.doc or ""}
+Constants are edited at the top of algorithms/{algorithm.name}.py, or changed for one run:
+    python {program} --seed 1
+To watch or to score what was learned:
+    python {program} --play --help
+"""
     run = read_run(argv, program, doc, algorithm.constants, algorithm.kept, algorithm.check)
     c = Values(**run.constants)
     if run.state:
