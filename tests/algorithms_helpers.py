@@ -4,6 +4,7 @@ import csv
 import json
 
 import torch
+from helpers import explained, logged_columns
 from PIL import Image, ImageSequence
 
 from algorithms.parts.training import run_algorithm
@@ -54,6 +55,7 @@ def states_of_a_straight_and_a_resumed_run(algorithm, small, tmp_path, steps, st
     Returns the last state and the rows of metrics.csv of each run, without timings and evaluations.
     """
     assert run(algorithm, *small.split(), "--num_steps", steps, "--run_dir", tmp_path / "straight") == 0
+    assert logged_columns(tmp_path / "straight") == explained(algorithm.name)  # in docs/glossary.md
     assert run(algorithm, *small.split(), "--num_steps", stop_at, "--run_dir", tmp_path / "stopped") == 0
     assert run(algorithm, "--resume", tmp_path / "stopped", "--num_steps", steps) == 0
     return [(plain(load_checkpoint(tmp_path / name)), logged(tmp_path / name)) for name in ("straight", "stopped")]
@@ -89,4 +91,6 @@ def evaluated(algorithm, model, capsys, *words):
     """Evaluate a model, by default the one that `--evaluate` finds, and return the JSON that it prints."""
     capsys.readouterr()
     assert run(algorithm, "--evaluate", *([model] if model else []), *words) == 0
-    return json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
+    assert {f"eval_{name}" for name in result} == explained(algorithm.name, evaluation=True)  # in docs/glossary.md
+    return result

@@ -1,6 +1,7 @@
 """Pages, models and tolerances that several tests share."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -128,3 +129,40 @@ def script_constants(folder, block, below=""):
 def blocks_of_python(page):
     """Return the programs on a page."""
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+# The glossary's names of trainings.
+PPO_TRAININGS = {"train_ppo", "ppo_lunarlander", "ppo_llm_breakout"}
+OTHER_TRAININGS = {
+    "REINFORCE": "reinforce_cartpole",
+    "tic-tac-toe": "actor_critic_tictactoe",
+    "DQN": "dqn_space_invaders",
+    "GRPO": "grpo_text",
+}
+
+
+def trainings_in(words):
+    """Return the trainings that a cell of the glossary names, such as "all", "PPO, GRPO" or "all but DQN"."""
+    if words == "all":
+        return PPO_TRAININGS | set(OTHER_TRAININGS.values())
+    if words.startswith("all but "):
+        return trainings_in("all") - trainings_in(words.removeprefix("all but "))
+    named = set()
+    for word in words.split(", "):
+        named |= PPO_TRAININGS if word == "PPO" else {OTHER_TRAININGS.get(word, word)}
+    return named
+
+
+def explained(training, evaluation=False):
+    """Return the columns that the glossary explains for this training: of its evaluations, or all others."""
+    page = (Path(__file__).parent.parent / "docs" / "glossary.md").read_text(encoding="utf-8")
+    section = page.split("## In metrics.csv")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.M)
+    names = {name for name, words in rows if training in trainings_in(words)}
+    return {name for name in names if name.startswith("eval_") == evaluation}
+
+
+def logged_columns(run_dir):
+    """Return the columns of a run's metrics.csv, without those of its evaluations."""
+    header = (run_dir / "metrics.csv").read_text(encoding="utf-8").split("\n")[0]
+    return {name for name in header.split(",") if not name.startswith("eval_")}
