@@ -36,11 +36,13 @@ from algorithms.parts.language_model import (
     is_adapter,
     load_model,
     load_tokenizer,
+    packages_of,
     reference_of,
     refuse_on_error,
     with_lora,
 )
 from algorithms.parts.language_policy import Writer
+from algorithms.parts.packages import check_installed
 from algorithms.parts.playing import check_models, training_device
 from algorithms.parts.training import Algorithm, run_algorithm
 from callbacks import Callback
@@ -363,6 +365,8 @@ def callbacks_of(c, run_dir):
 
 def build(c):
     """The trainer that these constants describe. Raises CommandLineError for a model that cannot be used."""
+    if c.WANDB:
+        check_installed("wandb")
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
     writer, reward, models = make_models(c, device)
@@ -390,6 +394,7 @@ def make_models(c, device):
 @refuse_on_error(UNUSABLE)
 def make_writer(c, device):
     """The policy before training. Raises CommandLineError for a model that cannot be used."""
+    check_installed(*packages_of(c.POLICY_MODEL), *(["peft"] if c.LORA_RANK else []))
     tokenizer = load_tokenizer(c.POLICY_MODEL)
     # Weights that learn are float32, because steps of 1e-5 would be lost in bfloat16.
     model = load_model(c.POLICY_MODEL, tokenizer, device, frozen=c.LORA_RANK > 0)

