@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ from harness.messages import shown
 from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Constants, Parser, Values, given_path, within
 from harness.runs import LOCK, ROOT, check_begun
-from harness.supervise import run_script, start_program
+from harness.supervise import run_script, start_program, stop_program
 from harness.tables import heat_map, save_figure, show_table, write_csv
 
 try:
@@ -78,7 +79,8 @@ def find_training(name):
 
 def directory_of(out, values):
     """Return the directory of the run with these values, such as out/lr=0.001,seed=0."""
-    return out / ",".join(f"{name.lower()}={value}" for name, value in values.items()).replace("/", "_")
+    name = ",".join(f"{name.lower()}={value}" for name, value in values.items())
+    return out / re.sub(r'[\\/:*?"<>|]', "_", name)  # which a name must not contain, on one system or another
 
 
 def command_of(training, run_dir, values):
@@ -167,7 +169,7 @@ class Sweep:
                 self.begin_runs()
         except BaseException as error:
             for run in self.running:
-                run.process.terminate()
+                stop_program(run.process)
             for run in self.running:
                 run.process.wait()
             if isinstance(error, KeyboardInterrupt):
@@ -184,7 +186,7 @@ class Sweep:
                 with filelock.FileLock(run.directory / LOCK, timeout=60):
                     pass
             command = command_of(self.training, run.directory, run.trial.params)
-            with open(f"{run.directory}.log", "a") as log:
+            with open(f"{run.directory}.log", "a", encoding="utf-8") as log:
                 environment = {**os.environ, "OMP_NUM_THREADS": "1"}
                 run.process = start_program(command, environment, cwd=ROOT, stdout=log, stderr=log)
             self.running.append(run)
@@ -256,7 +258,7 @@ class Sweep:
         """Stop the runs whose scores are below the median of the others."""
         for run in [run for run in self.running if run.trial.should_prune()]:
             self.running.remove(run)
-            run.process.terminate()
+            stop_program(run.process)
             run.process.wait()
             self.end(run, pruned=True)
 

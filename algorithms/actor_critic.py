@@ -79,7 +79,7 @@ def read_config(path):
         atomic_write(path, (json.dumps(Config()._asdict(), indent=2) + "\n").encode())
         print(f"wrote {path} with the defaults")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_bytes())  # in any UTF, as some editors of Windows save it
     except (ValueError, RecursionError, OSError) as error:
         raise CommandLineError(f"{path}: cannot be read as JSON ({error}); delete it for the defaults") from None
     return check_config(values, path)
@@ -291,7 +291,7 @@ def load_run(path):
     agent = load_agent(path)
     log = path.with_name(LOG)
     if log.is_file():
-        in_its_run = json.dumps(agent.config._asdict()) in log.read_text(errors="replace")
+        in_its_run = json.dumps(agent.config._asdict()) in log.read_text(encoding="utf-8", errors="replace")
     else:
         in_its_run = path.name == FINAL
     if not in_its_run:

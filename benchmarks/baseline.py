@@ -135,7 +135,7 @@ def main(argv=()):
     scores = []
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        file = open(path, "x", newline="")
+        file = open(path, "x", encoding="utf-8", newline="")
     except FileExistsError:
         raise CommandLineError(f"{path} exists already; name another --out") from None
     set_threads(n_layer=1)  # as few as train_ppo.py takes

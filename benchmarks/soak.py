@@ -24,7 +24,7 @@ from harness.supervise import run_script, start_program
 
 def memory_and_files(pid):
     """Return how many megabytes a process has in memory, and how many files it has open."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir(f"/proc/{pid}/fd"))
 
 

@@ -11,6 +11,7 @@ import threading
 import traceback
 import types
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import wait
 
 import torch
 
@@ -97,11 +98,11 @@ class Worker:
         """Return the result of the function for this pickled argument, or raise its error."""
         try:
             if not self.started:
-                if reason := self.connection.recv():
+                if reason := pickle.loads(self.receive()):
                     raise CannotStart(f"no other process can run it: {reason}")
                 self.started = True
             self.connection.send_bytes(data)
-            result, error = pickle.loads(self.connection.recv_bytes())
+            result, error = pickle.loads(self.receive())
         except (EOFError, OSError):
             why = "what it wrote stands above, or memory ran out"
             if not self.started:
@@ -111,11 +112,22 @@ class Worker:
             raise error
         return result
 
+    def receive(self):
+        """Wait for the next message of the process. Raises EOFError if it has ended instead.
+
+        On Windows the connection alone does not notice the end of a process that has not taken its end of it yet.
+        """
+        if self.connection not in wait([self.connection, self.process.sentinel]):
+            raise EOFError
+        return self.connection.recv_bytes()
+
 
 def serve(function, connection):
     """Run a worker's process: say whether the pickled function is found, then answer calls until the other end is
     closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems that do not inherit it
+    if hasattr(signal, "SIGBREAK"):  # Ctrl-Break on Windows
+        signal.signal(signal.SIGBREAK, signal.SIG_IGN)
     with contextlib.suppress(RuntimeError):  # without another thread, the process ends when it next answers
         threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)

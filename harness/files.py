@@ -2,8 +2,12 @@
 
 import contextlib
 import os
+import sys
 import tempfile
+import time
 from pathlib import Path
+
+WINDOWS = sys.platform == "win32"
 
 
 def atomic_write(path, data):
@@ -17,7 +21,7 @@ def atomic_write(path, data):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
-        os.replace(temporary, path)
+        replace(temporary, path)
     except OSError as error:
         error.filename = str(path)  # a full disk names no file
         raise
@@ -29,6 +33,16 @@ def atomic_write(path, data):
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def replace(source, target):
+    """Call os.replace, on Windows for up to a second: while a program reads a file, it cannot be replaced there."""
+    for pause in (0.05, 0.1, 0.2, 0.3, 0.4) if WINDOWS else ():
+        with contextlib.suppress(PermissionError):
+            os.replace(source, target)
+            return
+        time.sleep(pause)
+    os.replace(source, target)
 
 
 @contextlib.contextmanager
@@ -43,7 +57,7 @@ def replacing(path):
     try:
         with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as folder:
             yield Path(folder, target.name)
-            os.replace(Path(folder, target.name), target)
+            replace(Path(folder, target.name), target)
     except OSError as error:
         if error.errno is None:
             raise

@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import re
 import shlex
 import sys
 
 from tqdm import tqdm
+
+from harness.files import WINDOWS
 
 
 def tell(line):
@@ -69,4 +72,7 @@ def shown(path):
 
 def quoted(path):
     """A path as one word of a shell's command, which is no option even if it begins with a dash."""
-    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+    word = f"./{path}" if str(path).startswith("-") else str(path)
+    if WINDOWS:  # its two shells agree on double quotes only; one of them splits a word at a comma
+        return word if re.fullmatch(r"[\w.:\\/-]+", word) else f'"{word}"'
+    return shlex.quote(word)

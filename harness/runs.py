@@ -138,7 +138,7 @@ def new_run_dir(name, parent="runs"):
 
     Raises CommandLineError if the directory cannot be made, or is in use.
     """
-    stem = name or time.strftime(f"{parent}/%Y-%m-%d_%H-%M-%S")
+    stem = name or f"{parent}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     candidates = [stem] if name else [stem, *(f"{stem}-{number}" for number in range(2, 100))]
     for run_dir in map(Path, candidates):
         if make_directory(run_dir, exist_ok=bool(name)) and not in_use(run_dir):

@@ -13,6 +13,7 @@ import warnings
 
 from harness.checkpoint import LAST, CheckpointError, save_checkpoint
 from harness.device import RANK, RANKS, UNDER_TORCHRUN, DeviceError, GPUError, free_memory, out_of_memory
+from harness.files import WINDOWS
 from harness.messages import no_more_processes, one_line, printable, shortened, tell
 from harness.options import CommandLineError, Values
 from harness.runs import (
@@ -26,7 +27,10 @@ from harness.runs import (
     write_config,
 )
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+# Windows has no SIGHUP and SIGQUIT; its SIGBREAK is Ctrl-Break, which a program can also send to another one.
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGBREAK") if hasattr(signal, name)
+]
 PARENT = "STOP_WITH_PARENT"  # an environment variable: the process id of the program that has started this one
 
 
@@ -142,7 +146,7 @@ def continue_on_cpu(run_dir, prog):
     """Resume a run in a fresh process, and return its exit status. Signals are passed on to it."""
     script = [str(ROOT / prog)] if prog.endswith(".py") else prog.split()
     process = start_program([sys.executable, *script, f"--resume={run_dir}", "--device", "cpu"])
-    with signals_handled(lambda signum, frame: process.terminate()):
+    with signals_handled(lambda signum, frame: stop_program(process)):
         return process.wait()
 
 
@@ -254,7 +258,17 @@ def memory_advice(advice):
 def start_program(command, env=None, **options):
     """Start one of our programs, as subprocess.Popen does. It stops and saves when this process ends or is killed."""
     environment = {**(os.environ if env is None else env), PARENT: str(os.getpid())}
+    if WINDOWS:  # a group of its own, so that `stop_program` does not stop this process too
+        options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
     return subprocess.Popen(list(map(str, command)), env=environment, **options)
+
+
+def stop_program(process):
+    """Ask a program that `start_program` has started to save and stop."""
+    if WINDOWS and process.poll() is None:  # `terminate` would kill it there
+        process.send_signal(signal.CTRL_BREAK_EVENT)
+    else:
+        process.terminate()
 
 
 def stop_with_parent():
@@ -269,7 +283,7 @@ def stop_with_parent():
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if parent and sys.platform != "win32":
+    if parent and not WINDOWS:
         with contextlib.suppress(RuntimeError):  # no more threads can be started
             threading.Thread(target=watch, daemon=True).start()
 
@@ -321,7 +335,7 @@ def prepare_output():
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 

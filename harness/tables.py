@@ -25,7 +25,7 @@ def cell(x):
 
 def write_csv(path, rows):
     """Write rows, dicts with the same keys, as a csv file with a header."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

@@ -68,7 +68,7 @@ def plain(state):
 
 def logged(run_dir):
     """Return the rows of metrics.csv, without what two equal runs may differ in."""
-    with open(run_dir / "metrics.csv") as file:
+    with open(run_dir / "metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         del row["seconds"], row["steps_per_second"], row["eval_score"]

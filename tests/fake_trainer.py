@@ -106,7 +106,7 @@ def disk_full(*args, **kwargs):
 
 def table(path):
     """Return metrics.csv as a list of dicts of text, without the timings."""
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         del row["seconds"], row["steps_per_second"]

@@ -222,7 +222,7 @@ def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):
     ]
     unfinished = tmp_path / "gamma=0.9,seed=0,paired_envs=False"
     assert output.err == f"{unfinished} has not finished: its last evaluation is after 1,000,000 steps\n"
-    with open(tmp_path / "learning.csv") as file:
+    with open(tmp_path / "learning.csv", encoding="utf-8") as file:
         assert [row["300: min"] for row in csv.DictReader(file)] == ["1.0", "3.0", "1.0"]
     assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -292,7 +292,7 @@ def baseline(monkeypatch):
 def test_a_small_baseline(tmp_path, baseline, capsys):
     arguments = ["--num_steps", "90", "--seed", "3", "--out", str(tmp_path / "out")]
     baseline.main(arguments)
-    with open(tmp_path / "out" / "seed3.csv") as file:
+    with open(tmp_path / "out" / "seed3.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["update"], row["steps"]) for row in rows] == [("2", "64"), ("3", "96")]
     assert all(0 <= float(row["score"]) <= 960 and row["cleared"] == "0" for row in rows)

@@ -203,7 +203,7 @@ ENDLESS += " --num_steps 1000000000 --paired_envs false"
 
 def start(log, *command):
     """Start one of our programs with its output in a file, because its trainings would keep a pipe open."""
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *map(str, command)]
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment)

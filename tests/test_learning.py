@@ -41,5 +41,5 @@ def test_the_initial_weights_can_see():
 def test_default_constants_learn(tmp_path):
     """After 600 thousand steps the score is above 400: random play has 82, a public attempt 320."""
     main(["--num_steps", "600000", "--run_dir", str(tmp_path / "run"), "--device", "cpu"])
-    with open(tmp_path / "run" / "metrics.csv") as file:
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
         assert max(float(row["eval_score"] or 0) for row in csv.DictReader(file)) > 400

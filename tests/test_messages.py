@@ -29,7 +29,7 @@ def test_a_full_disk_names_the_file(tmp_path):
 def test_errors_of_the_system_name_their_file(tmp_path):
     """The line ends with what to check."""
     with pytest.raises(OSError) as error:
-        open(tmp_path / "gone" / "x")
+        open(tmp_path / "gone" / "x", encoding="utf-8")
     advice = "check the path, its permissions and the space on the disk"
     assert one_line(error.value) == f"{tmp_path}/gone/x: No such file or directory; {advice}"
 

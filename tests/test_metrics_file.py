@@ -30,7 +30,7 @@ def train(path, until=None, **options):
 
 def test_metrics(path):
     train(path)
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         columns, *rows = csv.reader(file)
     evaluation = [f"eval_{name}" for name in EVALUATED]
     assert columns == [

@@ -359,7 +359,7 @@ def test_the_pole_is_balanced(tmp_path, capsys):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
 def test_a_score_is_printed_even_if_the_remark_on_its_model_cannot_be(monkeypatch, capsys):
-    with open("/dev/full", "w", buffering=1) as full:
+    with open("/dev/full", "w", encoding="utf-8", buffering=1) as full:
         monkeypatch.setattr(sys, "stderr", full)
         assert (
             reinforce_cartpole.main(

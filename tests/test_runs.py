@@ -19,7 +19,7 @@ from harness.runs import check_begun, locked, new_run_dir, read_run, resume_comm
 def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
     """They get directories with different names."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "time", SimpleNamespace(strftime=lambda form: "runs/now"))
+    monkeypatch.setattr(runs, "time", SimpleNamespace(strftime=lambda form: "now"))
     assert [str(new_run_dir("")) for _ in range(3)] == ["runs/now", "runs/now-2", "runs/now-3"]
 
 

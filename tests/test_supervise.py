@@ -88,7 +88,7 @@ def test_what_nohup_ignores_stays_ignored(monkeypatch):
 def test_output_that_reaches_nobody_is_no_success(monkeypatch, capsys):
     """A full disk behind the standard output makes the exit status 1, unless it is already another."""
     for status in (0, 130):
-        with open("/dev/full", "w") as full:
+        with open("/dev/full", "w", encoding="utf-8") as full:
             monkeypatch.setattr(sys, "stdout", full)
             print("the result")
             assert finish_output("script.py", status) == (status or 1)

@@ -88,7 +88,7 @@ def made_up(monkeypatch):
 
 
 def table_of(path):
-    with open(path / "sweep.csv") as file:
+    with open(path / "sweep.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -14,7 +14,7 @@ def test_rows_as_a_table_and_as_a_file(tmp_path, capsys):
     lines = ["| name | n | x | y |", "|---|---|---|---|", "| a | 1 | 0.5 | - |", "| b | 22 | 0.33333 | 1 |"]
     assert capsys.readouterr().out.splitlines() == lines
     write_csv(tmp_path / "rows.csv", ROWS)
-    with open(tmp_path / "rows.csv", newline="") as file:
+    with open(tmp_path / "rows.csv", encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     assert found[0] == {"name": "a", "n": "1", "x": "0.5", "y": ""} and float(found[1]["x"]) == 1 / 3
 

@@ -93,7 +93,7 @@ def run(tmp_path, name, *more):
 
 def logged(run_dir):
     """Return the rows of a run's metrics.csv, without timings."""
-    with open(run_dir / "metrics.csv") as file:
+    with open(run_dir / "metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         del row["seconds"], row["steps_per_second"]
@@ -405,7 +405,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch):
     planned = [min_lr + (lr - min_lr) * math.cos(math.pi / 2 * i / (6 if i < 6 else 8)) ** 2 for i in range(8)]
     assert [float(row["lr"]) for row in rows] == pytest.approx(planned, rel=1e-4)
     assert lambds == pytest.approx([0.8 + 0.18 * i / 7 for i in range(8)])
-    with open(run_dir / "metrics.csv") as file:
+    with open(run_dir / "metrics.csv", encoding="utf-8") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     assert seconds == sorted(seconds) and seconds[0] > 0
     recorded = json.loads((run_dir / "config.json").read_text())
