@@ -610,7 +610,7 @@ def test_the_pages_name_constants_and_margins_that_there_are():
     assert len(rows) == 5
     for row in rows:
         read_grid(row.split(), find_training("train_ppo"))
-    page = (docs / "performance.md").read_text(encoding="utf-8")
+    page = (docs / "gpu.md").read_text(encoding="utf-8")
     for margin in (VALUES_MARGIN, GRADIENT_MARGIN):
         assert f"{margin} times the error of float32" in page
     for margin in (BF16_MARGIN, BF16_MARGIN**2):

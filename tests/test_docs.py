@@ -23,3 +23,10 @@ def test_the_architecture_can_be_drawn_again(tmp_path):
     with Image.open(tmp_path / "drawn.png") as drawn, Image.open(architecture.OUT) as kept:
         assert np.allclose(np.divide(kept.size, drawn.size), 5)
         assert len(np.unique(drawn.convert("L"))) > 100
+
+
+def test_every_page_is_in_the_index():
+    """The index of docs/ links to every page there."""
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"[{page.name}]({page.name})" in index, page.name
