@@ -271,8 +271,8 @@ class Sweep:
         if scores and (complete or pruned):
             result = {"best": max(scores), "last": scores[-1], "steps": rows[-1]["global_step"]}
             result["minutes"] = round(rows[-1]["seconds"] / 60, 2)
-            values = ", ".join(f"{name} {x:,.5g}" for name, x in result.items())
-            how = f"{'has finished' if complete else 'was stopped early'}: {values}"
+            end = "has finished" if complete else f"was stopped early, after {result['steps']:,} steps"
+            how = f"{end}: best {result['best']:.5g}, last {result['last']:.5g}, {result['minutes']:g} minutes"
         else:
             how = f"has no result; see {shown(run.directory)}.log"
         with self.lock:  # otherwise another process could take the trial between its result and its release
@@ -283,7 +283,8 @@ class Sweep:
                 state = optuna.trial.TrialState.COMPLETE if complete else optuna.trial.TrialState.PRUNED
                 self.study.tell(run.trial, result["best"] if complete else None, state)
             run.lock.release()
-        say(f"{run.directory.name} {how}")
+        left = len(self.trials("WAITING", "RUNNING")) - len(self.failed)
+        say(f"{run.directory.name} {how}; {left} of {len(self.trials())} runs left")
 
     def rows(self):
         """Return a row for each run that has ended, with its values and its result, the best first."""
@@ -388,8 +389,9 @@ def main(argv=()):
         for row in rows if args.fresh else ():
             row |= fresh_scores(training, directory_of(out, {name: row[name] for name in grid}), args.fresh)
         print()
-        show_table(rows)
+        show_table(rows, labels=len(grid))
         write_csv(out / "sweep.csv", rows)
+        print(f"\nwrote {shown(out / 'sweep.csv')}; the directory of each run has its learning curve")
     if sweep.failed:
         log = f"{next(iter(sweep.failed.values()))}.log"
         raise CommandLineError(f"{len(sweep.failed)} runs did not finish, see {log}; start again to go on")

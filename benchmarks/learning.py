@@ -18,7 +18,7 @@ import numpy as np
 
 from evaluation import CLEARED_SCORE, RANDOM_SCORE
 from harness.figures import new_figure
-from harness.messages import tell
+from harness.messages import shown, tell
 from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Parser, given_path
 from harness.runs import recorded_constants
@@ -169,14 +169,16 @@ def main(argv=()):
     variants = read_variants(args.runs)
     tables = [[seed_row(name or "default constants", seed, curve) for name, seed, curve in runs] for runs in variants]
     ranges = [("min", min), ("max", max)]
-    show_table([row for table in tables for row in table])
+    show_table([row for table in tables for row in table], labels=2)
     print()
-    show_table([summary_row(table, "median", statistics.median) for table in tables])
+    show_table([summary_row(table, "median", statistics.median) for table in tables], labels=3)
     print()
-    show_table([summary_row(table, name, statistic) for table in tables for name, statistic in ranges])
+    show_table([summary_row(table, name, statistic) for table in tables for name, statistic in ranges], labels=3)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "learning.csv", [row for table in tables for row in table])
+    print(f"\nwrote {shown(out / 'learning.csv')}, the first table")
     save_figure(out / "learning.png", draw, {seed: curve for _, seed, curve in variants[0]})
+    print(f"wrote {shown(out / 'learning.png')}, the curves of {tables[0][0]['variant']}")
     return 0
 
 

@@ -1,6 +1,8 @@
 """Shows results: as a table on the screen, as a csv file, as a heat map."""
 
 import csv
+import shutil
+import sys
 
 import numpy as np
 
@@ -9,11 +11,48 @@ from harness.messages import one_line
 from harness.options import CommandLineError
 
 
-def show_table(rows):
-    """Print rows, dicts with the same keys, as a markdown table. None is shown as a dash."""
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(map(cell, row.values())) + " |")
+def show_table(rows, labels=1):
+    """Print rows, dicts with the same keys: as a markdown table, or on a terminal in columns that fit its width.
+
+    None is shown as a dash.
+
+    Args:
+        labels: how many of the first columns say what a row is about. If the columns do not fit side by side, the rest
+            follows below, beside these.
+    """
+    cells = {name: [cell(row[name]) for row in rows] for name in rows[0]}
+    if sys.stdout.isatty():
+        print("\n\n".join(blocks(cells, labels, shutil.get_terminal_size().columns)))
+        return
+    for line in [list(cells), None, *zip(*cells.values())]:
+        print("|" + "---|" * len(cells) if line is None else "| " + " | ".join(line) + " |")
+
+
+def blocks(cells, labels, width):
+    """Return {name: cells} of some columns as texts of at most so many characters in a line.
+
+    Each text begins with the first columns, the labels. Headers are broken into several lines.
+    """
+    widths = {name: max(map(len, name.split() + column)) + 2 for name, column in cells.items()}
+    first, others = list(cells)[:labels], list(cells)[labels:]
+    parts = [first[:]]
+    for name in others:
+        if len(parts[-1]) > labels and sum(widths[other] for other in [*parts[-1], name]) - 2 > width:
+            parts.append(first[:])
+        parts[-1].append(name)
+    return ["\n".join(lines_of({name: cells[name] for name in part}, widths)) for part in parts]
+
+
+def lines_of(cells, widths):
+    """Return the lines of {name: cells} of some columns: texts to the left, numbers and their headers to the right."""
+    height = max(len(name.split()) for name in cells)
+    padded = []
+    for name, column in cells.items():
+        header = [""] * (height - len(name.split())) + name.split()
+        is_text = any(not text[:1].isdigit() and text[:1] not in ("-", "+") for text in column)
+        justify = str.ljust if is_text else str.rjust
+        padded.append([justify(text, widths[name] - 2) for text in header + column])
+    return ["  ".join(line).rstrip() for line in zip(*padded)]
 
 
 def cell(x):

@@ -198,7 +198,12 @@ def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):
     leave_run(tmp_path / "gamma=0.9,seed=0,paired_envs=False", 0, CURVES[0][:1])
     assert learning.main([tmp_path]) == 0
     output = capsys.readouterr()
-    seeds, medians, ranges = map(table, output.out.strip().split("\n\n"))
+    *tables, written = output.out.strip().split("\n\n")
+    seeds, medians, ranges = map(table, tables)
+    assert [line.split(", ")[1] for line in written.splitlines()] == [
+        "the first table",
+        "the curves of default constants",
+    ]
     last = ["best", "best: games cleared", "best: M steps", "last"]
     name = "gamma=0.9,paired_envs=False"
     assert seeds == (
@@ -229,7 +234,7 @@ def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):
     halted = "learning.png: not drawn .import of matplotlib.figure halted.*install it with pip"
     with pytest.raises(CommandLineError, match=halted):
         learning.main([tmp_path])
-    assert len(capsys.readouterr().out.strip().split("\n\n")) == 3  # the tables come first
+    assert len(capsys.readouterr().out.strip().split("\n\n")) == 4  # the tables and learning.csv come first
 
 
 def test_which_runs_learning_reads(tmp_path):

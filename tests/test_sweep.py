@@ -138,7 +138,7 @@ def test_runs_that_have_finished_are_found_without_a_journal(tmp_path, in_this_p
     (lost / "metrics.csv").unlink()
     with pytest.raises(CommandLineError, match="1 runs did not finish"):
         main(wider)
-    assert "seed=1 has no result; see " in capsys.readouterr().out
+    assert "; 0 of 2 runs left" in (output := capsys.readouterr().out) and "seed=1 has no result; see " in output
 
 
 def test_cells_that_hold_no_number_are_left_out(tmp_path, made_up):
@@ -329,7 +329,10 @@ def test_runs_without_hope_are_pruned(tmp_path, made_up, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "5 ended, 1 running here, 0 elsewhere, 0 to begin" in output
     assert "    min_lr=0.0,lr=0.6: 60 steps in 6.0 minutes, score 1\n" in output
-    assert "min_lr=0.0,lr=0.6 was stopped early: best 1, last 1, steps 60, minutes 6" in output
+    assert (
+        "min_lr=0.0,lr=0.6 was stopped early, after 60 steps: best 1, last 1, 6 minutes; 0 of 6 runs left\n" in output
+    )
+    assert "has finished: best 6, last 6, 6 minutes; 5 of 6 runs left\n" in output
 
 
 @pytest.mark.parametrize("error, message", [(KeyboardInterrupt, "stopped; start again to go on"), (OSError, None)])

@@ -1,4 +1,5 @@
 import csv
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,26 @@ def test_rows_as_a_table_and_as_a_file(tmp_path, capsys):
     with open(tmp_path / "rows.csv", encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     assert found[0] == {"name": "a", "n": "1", "x": "0.5", "y": ""} and float(found[1]["x"]) == 1 / 3
+
+
+def test_a_table_fits_the_terminal(monkeypatch, capsys):
+    """Headers are broken at words. What does not fit beside the first columns follows below, beside them again."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "24")
+    rows = [{"name": "abc", "seed": 0, "best: M steps": 1.5, "last": -7.0, "note": "so"}]
+    show_table([*rows, {"name": "d", "seed": 1, "best: M steps": None, "last": 2.0, "note": "-"}], labels=2)
+    assert capsys.readouterr().out.split("\n") == [
+        "            best:",
+        "                M",
+        "name  seed  steps  last",
+        "abc      0    1.5    -7",
+        "d        1      -     2",
+        "",
+        "name  seed  note",
+        "abc      0  so",
+        "d        1  -",
+        "",
+    ]
 
 
 def test_a_heat_map_is_in_order():
