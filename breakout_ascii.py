@@ -20,25 +20,84 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-CHARACTERS = " #|_=O\n"  # a page contains no others
-ROWS, COLUMNS = 24, 81  # the last column is the newline
-TOKENS = ROWS * COLUMNS  # 1944, the length of an observation
-RIGHT_WALL, FLOOR = 79, 23  # a column and a row; the left wall is column 0, the ceiling row 0
-BRICK, BRICK_TOP, BRICK_ROWS, BRICK_COLUMNS = "|____|", 5, 7, 13
-BRICK_WIDTH = len(BRICK)
-PADDLE, PADDLE_ROW = "=======", 22
-PADDLE_START, PADDLE_MAX = 36, 72  # positions of its left end, which moves in 1..72
-SERVE_X, SERVE_ROW = 40, 21
+# ---------------------------------------------------------------------------------------------------------------------
+# Edit any of these: everything else follows, the environments, training, evaluation, pictures and the browser's page.
+ROWS = 24  # lines of a page
+COLUMNS = 81  # characters of a line, with the newline at its end
+BRICK = "|____|"  # of any length, of the characters | and _
+BRICK_ROWS = 7
+BRICK_COLUMNS = 13  # bricks side by side, midway between the left and the right wall
+BRICK_TOP = 5  # the row of the uppermost bricks; row 0 is the ceiling
+PADDLE = "======="  # of any length from 2, of the character =
+PADDLE_MOVES = (0, -2, 2)  # columns, for the actions 0 stay, 1 left, 2 right
+BALL_INTERVAL = 1  # steps between two moves of the ball
 LIVES = 5  # also the number of serves in a game
-BRICK_POINTS, CLEAR_POINTS = 10, 50  # 91 * 10 + 50 = 960 at most
-PADDLE_MOVES = np.array([0, -2, 2])  # actions: 0 stay, 1 left, 2 right
-MAX_EPISODE_STEPS = 5000
+BRICK_POINTS = 10
+CLEAR_POINTS = 50  # for the last brick, in addition
+MAX_EPISODE_STEPS = 5000 * BALL_INTERVAL  # a longer game is truncated
+# ---------------------------------------------------------------------------------------------------------------------
+
+MOST_LIVES = 8  # an evaluation plays all 2^LIVES games
+
+
+def board_problem():
+    """Return one line that says why the constants above make no game, or None."""
+    counts = ("ROWS", "COLUMNS", "BRICK_ROWS", "BRICK_COLUMNS", "BRICK_TOP", "BALL_INTERVAL", "LIVES")
+    least = dict.fromkeys((*counts, "MAX_EPISODE_STEPS"), 1) | {"BRICK_POINTS": 0, "CLEAR_POINTS": 0}
+    for name, low in least.items():
+        value = globals()[name]
+        if type(value) is not int or value < low:
+            return f"{name} must be an integer from {low} up, not {value!r}"
+    if LIVES > MOST_LIVES:
+        return f"LIVES must be at most {MOST_LIVES}, because an evaluation plays all 2^LIVES games; it is {LIVES}"
+    if not isinstance(PADDLE, str) or len(PADDLE) < 2 or set(PADDLE) != {"="}:
+        return f"PADDLE must be two or more of the character =, not {PADDLE!r}"
+    if not isinstance(BRICK, str) or not BRICK or not set(BRICK) <= set("|_"):
+        return f"BRICK must be one or more of the characters | and _, not {BRICK!r}"
+    moves = np.atleast_1d(PADDLE_MOVES)
+    if moves.dtype.kind != "i" or np.sign(moves).tolist() != [0, -1, 1]:
+        return f"PADDLE_MOVES must be 0, an integer below 0 and one above 0, not {PADDLE_MOVES}"
+    if ROWS > 256 or ROWS * COLUMNS > 9000:  # fast/line_index.py keeps a row in 8 bits and a pair in 16
+        return (
+            f"a page has at most 256 rows and 9000 characters, not {ROWS} and {ROWS * COLUMNS}; lower ROWS or COLUMNS"
+        )
+    room = COLUMNS - 3  # columns between the walls
+    if len(PADDLE) > room:
+        return f"PADDLE has {len(PADDLE)} characters, and between the walls there are {room} columns; shorten it"
+    if BRICK_COLUMNS * len(BRICK) > room:
+        wall = f"{BRICK_COLUMNS} bricks of {len(BRICK)} characters do not fit between the walls"
+        return f"{wall}, where there are {room} columns; lower BRICK_COLUMNS or shorten BRICK"
+    free = ROWS - 3 - BRICK_TOP  # rows from BRICK_TOP to the one where the ball is served
+    if BRICK_ROWS > free:
+        wall = f"{BRICK_ROWS} rows of bricks from row {BRICK_TOP} on leave no room for the ball above the paddle"
+        return f"{wall}; lower BRICK_ROWS or BRICK_TOP by {BRICK_ROWS - free}"
+    return None
+
+
+if problem := board_problem():
+    sys.exit(f"breakout_ascii.py: {problem}")
+
+# What follows from these. The values and shapes in comments are those of the standard game.
+TOKENS = ROWS * COLUMNS  # 1944, the length of an observation
+CHARACTERS = " #|_=O\n"  # a page contains no others
+RIGHT_WALL = COLUMNS - 2  # 79, a column; the left wall is column 0
+FLOOR = ROWS - 1  # 23, a row; the ceiling is row 0
+BRICK_WIDTH = len(BRICK)  # 6
+BRICK_LEFT = 1 + (COLUMNS - 3 - BRICK_COLUMNS * BRICK_WIDTH) // 2  # 1, the column where the bricks begin
+PADDLE_ROW = FLOOR - 1  # 22
+PADDLE_MAX = RIGHT_WALL - len(PADDLE)  # 72; the paddle's left end moves in 1..72
+PADDLE_START = (1 + PADDLE_MAX) // 2  # 36, where that is when a ball is served
+PADDLE_MIDDLE = (len(PADDLE) - 1) // 2  # 3; a paddle's cells 0..3 send the ball to the left, the others to the right
+SERVE_X = COLUMNS // 2  # 40
+SERVE_ROW = PADDLE_ROW - 1  # 21
+MOST_POINTS = BRICK_POINTS * BRICK_ROWS * BRICK_COLUMNS + CLEAR_POINTS  # 10 * 91 + 50 = 960
+WALL = np.s_[BRICK_TOP : BRICK_TOP + BRICK_ROWS, BRICK_LEFT : BRICK_LEFT + BRICK_COLUMNS * BRICK_WIDTH]  # in a page
 
 # Colours are for people: agents see the page, which has none.
 COLOURS = {"#": (140, 140, 140), "=": (230, 110, 200), "O": (255, 255, 255)}  # RGB
 BRICK_COLOURS = [
     (232, 80, 80), (226, 120, 64), (214, 154, 58), (206, 196, 70), (92, 190, 96), (74, 170, 200), (104, 120, 240),
-]  # top row first  # fmt: skip
+]  # top row first; further rows begin again  # fmt: skip
 
 
 def codes(lines):
@@ -46,12 +105,49 @@ def codes(lines):
     return np.array([list(line.encode()) for line in lines], np.uint8)
 
 
-SOLID = "#" * 80 + "\n"
-HOLLOW = "#" + " " * 78 + "#\n"
+SOLID = "#" * (COLUMNS - 1) + "\n"
+HOLLOW = "#" + " " * (COLUMNS - 3) + "#\n"
 EMPTY_PAGE = codes([SOLID] + [HOLLOW] * (ROWS - 2) + [SOLID])  # (24, 81)
 PADDLE_LINES = codes(  # (73, 81), the line for each paddle_x; 0 does not occur
-    [("#" + " " * (x - 1) + PADDLE).ljust(79) + "#\n" for x in range(PADDLE_MAX + 1)]
+    [("#" + " " * (x - 1) + PADDLE).ljust(RIGHT_WALL) + "#\n" for x in range(PADDLE_MAX + 1)]
 )
+
+# What the constants at the top are for the game that the shipped model and all figures in the docs belong to. A
+# checkpoint records its game's, and one that records none is of the standard game.
+STANDARD_BOARD = {
+    "ROWS": 24,
+    "COLUMNS": 81,
+    "BRICK": "|____|",
+    "BRICK_ROWS": 7,
+    "BRICK_COLUMNS": 13,
+    "BRICK_TOP": 5,
+    "PADDLE": "=======",
+    "PADDLE_MOVES": [0, -2, 2],
+    "BALL_INTERVAL": 1,
+    "LIVES": 5,
+    "BRICK_POINTS": 10,
+    "CLEAR_POINTS": 50,
+    "MAX_EPISODE_STEPS": 5000,
+}
+BOARD = {name: globals()[name] for name in STANDARD_BOARD} | {"PADDLE_MOVES": [int(x) for x in PADDLE_MOVES]}
+
+
+def other_board(recorded):
+    """Compare the board that a checkpoint records with this game's.
+
+    Args:
+        recorded: a `BOARD`; None, or anything else that a file may hold in its place, means the standard one.
+
+    Returns:
+        "" if they are the same, otherwise the differences, such as "PADDLE '=======' (here '=========')".
+    """
+    recorded = recorded if isinstance(recorded, dict) else {}
+    differences = []
+    for name, here in BOARD.items():
+        there = recorded.get(name, STANDARD_BOARD[name])
+        if repr(there) != repr(here):  # a damaged file may hold what cannot be compared
+            differences.append(f"{name} {there!r} (here {here!r})")
+    return ", ".join(differences)
 
 
 class Games:
@@ -71,7 +167,7 @@ class Games:
         "dy": (-1, 1),
         "paddle_x": (1, PADDLE_MAX),
         "lives": (0, LIVES),
-        "score": (0, 10**6),
+        "score": (0, MOST_POINTS),
         "elapsed": (0, 10**18),
         "bricks": (False, True),
         "bricks_left": (0, BRICK_ROWS * BRICK_COLUMNS),
@@ -89,7 +185,7 @@ class Games:
         self.serves = self.array(np.zeros((num_games, LIVES, 3), np.int64))
         self.pages = self.array(np.tile(EMPTY_PAGE, (num_games, 1, 1)))
         self.index = self.array(np.arange(num_games))
-        self.paddle_moves = self.array(PADDLE_MOVES)
+        self.paddle_moves = self.array(np.array(PADDLE_MOVES))
 
     def array(self, x):
         """Return a NumPy array as an array of this library."""
@@ -120,8 +216,7 @@ class Games:
         old_y = self.ball_y
         self.elapsed = self.elapsed + 1
         self.move_paddles(actions)
-        self.ball_x = old_x + self.dx
-        self.ball_y = old_y + self.dy
+        self.move_balls()
         self.bounce_off_walls()
         life_lost = self.lose_balls(old_x, old_y)
         self.bounce_off_paddles()
@@ -136,16 +231,30 @@ class Games:
     def move_paddles(self, actions):
         self.paddle_x = self.xp.clip(self.paddle_x + self.paddle_moves[actions], 1, PADDLE_MAX)
 
+    def move_balls(self):
+        """A ball moves in every BALL_INTERVAL-th step of its game, and waits in the others."""
+        dx = self.dx
+        dy = self.dy
+        if BALL_INTERVAL > 1:
+            moves = self.elapsed % BALL_INTERVAL == 0
+            dx = dx * moves
+            dy = dy * moves
+        self.ball_x = self.ball_x + dx
+        self.ball_y = self.ball_y + dy
+
     def bounce_off_walls(self):
-        """A ball that reaches the left, right or top wall is in the wall's cell for one step, and turns round."""
+        """A ball that reaches the left, right or top wall is in the wall's cell until it moves on, away from the wall.
+
+        A bounce sets the direction, and does not reverse it, because the ball may wait in that cell.
+        """
         where = self.xp.where
         left = self.ball_x <= 0
         right = self.ball_x >= RIGHT_WALL
         top = self.ball_y <= 0
         self.ball_x = where(left, 0, where(right, RIGHT_WALL, self.ball_x))
-        self.dx = where(left | right, -self.dx, self.dx)
+        self.dx = where(left, 1, where(right, -1, self.dx))
         self.ball_y = where(top, 0, self.ball_y)
-        self.dy = where(top, -self.dy, self.dy)
+        self.dy = where(top, 1, self.dy)
 
     def lose_balls(self, old_x, old_y):
         """A ball at the floor costs a life, and the next is served. The last ball stays where it was before the step.
@@ -171,14 +280,17 @@ class Games:
         self.paddle_x = where(mask, serve[:, 2], self.paddle_x)
 
     def bounce_off_paddles(self):
-        """The left four cells of a paddle send the ball up and left, the right three up and right."""
+        """A paddle's cells up to the middle one send the ball up and left, the others up and right.
+
+        A ball that waits in the paddle's row is returned, too, if the paddle comes to it.
+        """
         where = self.xp.where
         offset = self.ball_x - self.paddle_x
         # The last ball of a lost game may lie in the paddle's row, and must not bounce there.
         hit = (self.ball_y == PADDLE_ROW) & (offset >= 0) & (offset < len(PADDLE)) & (self.lives > 0)
         self.ball_y = where(hit, SERVE_ROW, self.ball_y)
         self.dy = where(hit, -1, self.dy)
-        self.dx = where(hit, where(offset <= 3, -1, 1), self.dx)
+        self.dx = where(hit, where(offset <= PADDLE_MIDDLE, -1, 1), self.dx)
 
     def break_bricks(self):
         """A brick under the ball disappears and the ball turns round.
@@ -186,7 +298,7 @@ class Games:
         Returns rewards (N,), and (hit, row, column): which games lost a brick, and where it was, each (N,).
         """
         row = self.ball_y - BRICK_TOP
-        column = (self.ball_x - 1) // BRICK_WIDTH
+        column = (self.ball_x - BRICK_LEFT) // BRICK_WIDTH
         inside = (row >= 0) & (row < BRICK_ROWS) & (column >= 0) & (column < BRICK_COLUMNS)
         # The index must be valid also where the ball is not inside the wall.
         row = row % BRICK_ROWS
@@ -243,7 +355,7 @@ class Games:
         wall = np.where(self.bricks[mask, :, :, None], list(BRICK.encode()), ord(" "))  # (n, 7, 13, 6)
         wall = wall.reshape(-1, BRICK_ROWS, BRICK_COLUMNS * BRICK_WIDTH)
         self.pages[mask] = EMPTY_PAGE
-        self.pages[mask, BRICK_TOP : BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = wall
+        self.pages[mask, *WALL] = wall
         self.pages[mask, PADDLE_ROW] = PADDLE_LINES[self.paddle_x[mask]]
         self.pages[mask, self.ball_y[mask], self.ball_x[mask]] = ord("O")
 
@@ -252,7 +364,7 @@ class Games:
         hit, row, column = brick
         game = np.flatnonzero(hit)
         self.pages[self.index, old_y, old_x] = EMPTY_PAGE[old_y, old_x]  # right, because a ball is never on a brick
-        cells = 1 + BRICK_WIDTH * column[game, None] + np.arange(BRICK_WIDTH)
+        cells = BRICK_LEFT + BRICK_WIDTH * column[game, None] + np.arange(BRICK_WIDTH)
         self.pages[game[:, None], BRICK_TOP + row[game, None], cells] = ord(" ")
         self.pages[:, PADDLE_ROW] = PADDLE_LINES[self.paddle_x]
         self.pages[self.index, self.ball_y, self.ball_x] = ord("O")
@@ -299,7 +411,7 @@ def new_games(numbers, varied_starts=0.0, xp=np):
     where = xp.where
     varied = numbers.varied < varied_starts
     ball_x = where(varied, numbers.x, SERVE_X)
-    paddle_x = where(varied, xp.clip(numbers.x - len(PADDLE) // 2, 1, PADDLE_MAX), PADDLE_START)
+    paddle_x = where(varied, xp.clip(numbers.x - PADDLE_MIDDLE, 1, PADDLE_MAX), PADDLE_START)
     serves = xp.stack([ball_x, 2 * numbers.right - 1, paddle_x], -1)
     share = where(numbers.wall < varied_starts, numbers.share, 1.0)
     bricks = numbers.brick < share[:, None]
@@ -370,7 +482,7 @@ def fixed_serves(options, num_games):
     fits = dx.shape in ((LIVES,), (num_games, LIVES)) and dx.dtype.kind in "iuf"
     if not fits or not np.isin(dx, (-1, 1)).all():
         raise ValueError(
-            f'options["serves"] must be the dx of the five serves, -1 or +1 each, in shape ({LIVES},) or '
+            f'options["serves"] must be the dx of the {LIVES} serves, -1 or +1 each, in shape ({LIVES},) or '
             f"({num_games}, {LIVES}); got shape {dx.shape}, values {np.unique(dx.astype(str))[:4]}"
         )
     return standard_serves(np.broadcast_to(dx.astype(np.int64), (num_games, LIVES)))
@@ -677,7 +789,8 @@ def glyphs():
     for character, colour in COLOURS.items():
         ink[:, ord(character)] = colour
     for character in BRICK:
-        ink[BRICK_TOP : BRICK_TOP + BRICK_ROWS, ord(character)] = BRICK_COLOURS
+        for row in range(BRICK_ROWS):
+            ink[BRICK_TOP + row, ord(character)] = BRICK_COLOURS[row % len(BRICK_COLOURS)]
     paper[:] = ink // 4
     paper[:, ord("O")] = 0
     return glyph_atlas(ink, paper)

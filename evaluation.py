@@ -1,12 +1,13 @@
 """Measures how well a policy plays.
 
 Only the directions of the five serves are random, so a greedy policy plays at most 2^5 = 32 different games, and
-`exact` plays them all. The score still jumps during a training: half of these games begin with the same serve, so one
-changed action can change 16 scores. `returned` varies less.
+`exact` plays them all. (With other LIVES, 2^LIVES.) The score still jumps during a training: half of these games begin
+with the same serve, so one changed action can change 16 scores. `returned` varies less.
 
 A player is a function that takes pages, (n, 1944) uint8 tokens, and returns actions (n,).
 """
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -14,15 +15,20 @@ import numpy as np
 import torch
 
 from breakout_ascii import (
+    BALL_INTERVAL,
+    BOARD,
     BRICK_COLUMNS,
     BRICK_ROWS,
     COLUMNS,
     LIVES,
     MAX_EPISODE_STEPS,
-    PADDLE,
+    MOST_POINTS,
+    PADDLE_MIDDLE,
+    PADDLE_MOVES,
     PADDLE_ROW,
     ROWS,
     SERVE_ROW,
+    STANDARD_BOARD,
     TOKENS,
     BreakoutAsciiVec,
     Games,
@@ -32,9 +38,8 @@ from breakout_ascii import (
 )
 
 SERVES = np.array(list(itertools.product((-1, 1), repeat=LIVES)))  # (32, 5), the dx of the serves
-RANDOM_SCORE = 82  # random play: 81.6 with a standard error of 0.5 in 12,000 games
-CLEARED_SCORE = 960  # the highest score, for a cleared wall; `tracker` reaches it
-METRICS = ("score", "min", "max", "cleared", "length", "returned")  # of `evaluate`, without "games", which is always 32
+RANDOM_SCORE = 82  # random play of the standard game: 81.6 with a standard error of 0.5 in 12,000 games
+METRICS = ("score", "min", "max", "cleared", "length", "returned")  # of `evaluate`, without "games", always len(SERVES)
 GAMES_AT_ONCE = 1024
 
 
@@ -48,14 +53,35 @@ class Results(NamedTuple):
 
 
 def evaluate(policy):
-    """Let a policy play greedily. Returns the `summary` of all 32 games, and "returned"."""
+    """Let a policy play greedily. Returns the `summary` of all games, and "returned"."""
     return {**exact(policy), "returned": returned(policy)}
 
 
 def exact(policy, max_episode_steps=MAX_EPISODE_STEPS):
     """Let a policy play all 32 games greedily. Returns their `summary`."""
+    return summary(play_all_games(greedy(policy), max_episode_steps))
+
+
+def play_all_games(player, max_episode_steps=MAX_EPISODE_STEPS):
+    """Let a player that always answers a page in the same way play a game with each of SERVES. Returns `Results`."""
     bricks = np.ones((len(SERVES), BRICK_ROWS, BRICK_COLUMNS), bool)
-    return summary(play_games(greedy(policy), standard_serves(SERVES), bricks, max_episode_steps, deterministic=True))
+    return play_games(player, standard_serves(SERVES), bricks, max_episode_steps, deterministic=True)
+
+
+@functools.cache
+def levels():
+    """Return scores to compare with, {label: score}. They are measured unless the game is the standard one."""
+    if BOARD == STANDARD_BOARD:
+        return {"the whole wall, as a simple tracker plays it": MOST_POINTS, "random play": RANDOM_SCORE}
+    rng = np.random.default_rng(0)
+    games = new_games(draw_numbers(rng, GAMES_AT_ONCE))
+    at_random = play_games(lambda tokens: rng.integers(len(PADDLE_MOVES), size=len(tokens)), *games)
+    tracked = play_all_games(tracker).scores.mean()
+    return {
+        "the whole wall": MOST_POINTS,
+        "random play": round(float(at_random.scores.mean())),
+        "a simple tracker": round(float(tracked)),
+    }
 
 
 def sampled(policy, num_games, seed):
@@ -90,7 +116,7 @@ def summary(results):
     }
 
 
-def returned(policy, starts=256, steps=300):
+def returned(policy, starts=256, steps=300 * BALL_INTERVAL):
     """Return the share of falling balls that the paddle returns, 0..1, always from the same varied starts."""
     player = greedy(policy)
     env = BreakoutAsciiVec(starts, varied_starts=1.0)
@@ -155,7 +181,7 @@ def tracker(tokens):
     """Move whenever the ball is more than one column from the paddle's centre. This function itself is a player."""
     pages = tokens.reshape(-1, ROWS, COLUMNS)
     ball = (pages == ord("O")).any(1).argmax(1)
-    centre = (pages[:, PADDLE_ROW] == ord("=")).argmax(1) + len(PADDLE) // 2
+    centre = (pages[:, PADDLE_ROW] == ord("=")).argmax(1) + PADDLE_MIDDLE
     return np.where(ball < centre - 1, 1, np.where(ball > centre + 1, 2, 0))
 
 
@@ -205,9 +231,11 @@ def play_games(player, serves, bricks, max_steps=MAX_EPISODE_STEPS, *, sticky=0.
 def in_a_state_again(games, seen):
     """Return which games are in a state in which they were before, (n,) bool.
 
-    A state is a page and how its ball moves. seen: the set of all states so far, to which these are added.
+    A state is a page, how its ball moves, and how long the ball waits. seen: the set of all states so far, to which
+    these are added.
     """
-    motion = np.column_stack([games.dx + 1, games.dy + 1, games.lives + 1]).astype(np.uint8)
+    waiting = games.elapsed % BALL_INTERVAL
+    motion = np.column_stack([games.dx + 1, games.dy + 1, games.lives + 1, waiting])
     states = [hash((i, x.tobytes(), page.tobytes())) for i, (x, page) in enumerate(zip(motion, games.pages))]
     again = np.array([state in seen for state in states])
     seen.update(states)

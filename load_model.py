@@ -20,15 +20,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from breakout_ascii import BreakoutAscii, to_image
-from evaluation import exact, greedy, sampled, sampling
-from harness.checkpoint import SUFFIX, CheckpointError
+from breakout_ascii import BRICK_COLUMNS, BRICK_ROWS, BreakoutAscii, to_image
+from evaluation import SERVES, exact, greedy, sampled, sampling
+from harness.checkpoint import SUFFIX, CheckpointError, load_checkpoint
 from harness.device import set_threads
 from harness.files import replacing
 from harness.messages import printable, shown
 from harness.options import CommandLineError, Parser, given_path, within
 from harness.supervise import run_script
-from policies import find_model, load_policy
+from policies import find_model, load_policy, policy_of
 from viewer.drawing import write_gif
 from viewer.replay.attention import plain_gpt
 from viewer.replay.document import Stage, replay_html
@@ -101,9 +101,10 @@ def stages(path, policy, meta):
     steps = meta.get("global_step", 0)
     earlier = {}  # {environment steps: policy}
     for file in path.parent.glob(f"checkpoint_*{SUFFIX}"):
-        with contextlib.suppress(CheckpointError):
-            earlier_policy, earlier_meta = load_policy(file)
-            earlier_steps = earlier_meta.get("global_step", 0)
+        with contextlib.suppress(CheckpointError, ValueError):
+            state = load_checkpoint(file)
+            earlier_policy = policy_of(state)
+            earlier_steps = state.get("global_step", 0)
             if earlier_steps < steps and earlier_policy.config == policy.config:
                 earlier[earlier_steps] = earlier_policy
     chosen = []
@@ -133,7 +134,9 @@ def read_command_line(argv):
     add("--head", type=int, help="draw what this head looks at, from 0")
     add("--seed", type=within("[0, 4_294_967_295]"), default=0, help="for the serves and --sample (default 0)")
     add("--sample", action="store_true", help="draw the actions at random instead of taking the most probable")
-    evaluate = "print a score instead: of all 32 games, or with --sample the mean of --episodes games (1000)"
+    evaluate = (
+        f"print a score instead: of all {len(SERVES)} games, or with --sample the mean of --episodes games (1000)"
+    )
     add("--evaluate", action="store_true", help=evaluate)
     args = parser.parse_args(argv)
     args.attention |= args.head is not None
@@ -143,7 +146,8 @@ def read_command_line(argv):
     if not args.evaluate:
         check_output(args)
     elif args.episodes and not args.sample:
-        parser.error("--evaluate plays all 32 games that greedy play can meet; --episodes goes with --sample")
+        every = f"--evaluate plays all {len(SERVES)} games that greedy play can meet"
+        parser.error(f"{every}; --episodes goes with --sample")
     return args
 
 
@@ -215,7 +219,8 @@ def main(argv=()):
     with replacing(args.out) as unfinished:  # an older file stays until the new one is complete
         write(unfinished, steps, args, path, policy, meta)
     for number, info in enumerate(ended, 1):
-        left = f"{info['bricks']} of 91 bricks left" if info["bricks"] else "the wall is cleared"
+        bricks = BRICK_ROWS * BRICK_COLUMNS
+        left = f"{info['bricks']} of {bricks} bricks left" if info["bricks"] else "the wall is cleared"
         print(f"game {number}: {info['score']} points, {left}, lives left: {info['lives']}")
     print(f"wrote {printable(args.out)} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
     return 0

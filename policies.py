@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from breakout_ascii import other_board
 from evaluation import evaluate
 from harness.checkpoint import SUFFIX, CheckpointError, check_like, load_checkpoint, load_weights, model_to_play
+from harness.messages import shortened, shown, tell
 from model import GPT, GPTConfig
 
 HERE = Path(__file__).parent
@@ -26,14 +28,19 @@ def load_policy(path, device="cpu"):
     """Load the GPT of a checkpoint, or of a run directory.
 
     Returns the GPT in eval mode, which maps (B, 1944) uint8 tokens to logits (B, 3) and values (B,), and a dict of
-    everything else in the checkpoint. Raises CheckpointError with a message of one line.
+    everything else in the checkpoint. Prints a line if it was trained on another board than this game's. Raises
+    CheckpointError with a message of one line.
     """
     path, _ = find_model(path)
     meta = load_checkpoint(path)
+    trained_with = other_board(meta.get("board"))
     try:
         policy = policy_of(meta, device)
     except ValueError as error:
-        raise CheckpointError(f"{path}: is no model of this program ({error}); train one with train_ppo.py") from error
+        reason = f"{error}; trained with {shortened(trained_with)}" if trained_with else error
+        raise CheckpointError(f"{path}: is no model of this program ({reason}); train one with train_ppo.py") from error
+    if trained_with:
+        tell(f"note: {shown(path)} was trained with {shortened(trained_with)}")
     del meta["model"]
     return policy, meta
 

@@ -15,11 +15,11 @@ from dataclasses import asdict
 
 import torch
 
-from breakout_ascii import BreakoutAsciiVec
+from breakout_ascii import BOARD, BreakoutAsciiVec, other_board
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
-from evaluation import CLEARED_SCORE, METRICS, RANDOM_SCORE
+from evaluation import METRICS, levels
 from harness.device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
-from harness.messages import say
+from harness.messages import say, shortened
 from harness.options import CommandLineError, Constants, Values, check_at_most, check_divides, check_multiple
 from harness.runs import load_state, new_run_dir, read_run, resume_command
 from harness.supervise import check_free_memory, less_memory, memory_advice, run_script, train
@@ -122,6 +122,13 @@ def check_ranks(run, c):
         )
 
 
+def check_board(run):
+    """Raise CommandLineError if a run was begun on another board: its curve and its best score would mix two games."""
+    if run.state and (begun_with := other_board(run.state.get("board"))):
+        advice = "put that back in breakout_ascii.py, or begin a new run"
+        raise CommandLineError(f"{run.directory} was begun with {shortened(begun_with)}; {advice}")
+
+
 def trains_on_gpu(device):
     """Return whether a training on this device uses the shortcuts of `fast/` for GPUs, and checks itself."""
     return fast is not None and device.type == "cuda"
@@ -139,7 +146,7 @@ def build(c, device):
         env = BreakoutAsciiVec(num_envs, varied_starts=c.VARIED_STARTS)
     ppo_config = PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__})
     runner = fast.GPURunner() if trains_on_gpu(device) else None
-    metadata = {"gpt_config": asdict(config), "constants": dict(vars(c))}
+    metadata = {"gpt_config": asdict(config), "constants": dict(vars(c)), "board": BOARD}
     return PPO(policy, env, ppo_config, metadata=metadata, runner=runner)
 
 
@@ -173,14 +180,13 @@ def evaluation_of(c, device):
 def watch(ppo, c, run_dir, evaluation):
     """Return the callbacks of rank 0, in the order in which they are called."""
     csv = run_dir / "metrics.csv"
-    levels = {"the whole wall, as a simple tracker plays it": CLEARED_SCORE, "random play": RANDOM_SCORE}
     callbacks = [
         RunDirectory(run_dir),
         evaluation,
         ProgressBar(plan(c, ppo, run_dir), first_is_slow=trains_on_gpu(ppo.device)),
         MetricsCSV(csv, METRICS),
         TensorBoard(run_dir),
-        LearningCurve(run_dir / "learning_curve.png", csv, levels),
+        LearningCurve(run_dir / "learning_curve.png", csv, levels()),
         Checkpoints(run_dir, c.SAVE_FREQ, keep_stages=True),
     ]
     return [callback for callback in callbacks if callback is not None]
@@ -204,6 +210,7 @@ def main(argv=()):
     run = read_run(argv, "train_ppo.py", __doc__, CONSTANTS, KEPT, check)
     c = Values(**run.constants)
     check_ranks(run, c)
+    check_board(run)
     device = choose_device(c.DEVICE)
     set_threads(c.N_LAYER)
     check_memory(c, device)

@@ -22,7 +22,7 @@ from harness.messages import one_line
 from harness.runs import read_run
 from harness.supervise import memory_advice, run_script
 from ppo import PPO, PPOConfig
-from train_ppo import CONSTANTS, KEPT, check, check_ranks, gpt_config
+from train_ppo import CONSTANTS, KEPT, check, check_board, check_ranks, gpt_config
 
 
 def gpu_training(c, device, shortcuts):
@@ -64,6 +64,7 @@ def main(argv=()):
     run = read_run(argv, "-m benchmarks.gpu_checks", __doc__, CONSTANTS, KEPT, check)
     c = SimpleNamespace(**run.constants)
     check_ranks(run, c)
+    check_board(run)
     device = choose_device(c.DEVICE)
     set_threads(c.N_LAYER)
     print(gpu_name(device))

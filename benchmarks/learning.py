@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation import CLEARED_SCORE, RANDOM_SCORE
+from breakout_ascii import BOARD, MOST_POINTS, STANDARD_BOARD
+from evaluation import levels
 from harness.figures import new_figure
 from harness.messages import shown, tell
 from harness.metrics_file import read_metrics
@@ -25,12 +26,7 @@ from harness.runs import recorded_constants
 from harness.supervise import run_script
 from harness.tables import save_figure, show_table, write_csv
 
-MARKS = (300, 600, 900, 960)  # points
-LEVELS = [
-    (CLEARED_SCORE, "tab:green", "--", "the whole wall, as a simple tracker plays it"),
-    (320, "tab:orange", "-.", "the public attempt's better game"),
-    (RANDOM_SCORE, "gray", ":", "random play"),
-]
+MARKS = (300, 600, 900, MOST_POINTS)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -104,6 +100,15 @@ def interquartile_mean(scores):
     return np.sort(scores, axis=-1)[..., cut : scores.shape[-1] - cut].mean(-1)
 
 
+def drawn_levels():
+    """Return scores to compare with as (score, colour, line style, label) each, the highest first."""
+    styles = [("tab:green", "--"), ("gray", ":"), ("tab:orange", "-.")]
+    drawn = [(score, *style, label) for (label, score), style in zip(levels().items(), styles)]
+    if BOARD == STANDARD_BOARD:
+        drawn.append((320, *styles[2], "the public attempt's better game"))
+    return sorted(drawn, reverse=True)
+
+
 def draw(curves):
     """Draw score over steps and minutes: each seed thin, the interquartile mean thick with a 95 % bootstrap interval.
 
@@ -128,9 +133,9 @@ def draw(curves):
         mean = interquartile_mean(scores)
         axes.plot(x, mean, color="black", linewidth=2.2, label="interquartile mean, 95 % bootstrap")
         axes.fill_between(x, low, high, color="black", alpha=0.15, linewidth=0)
-        for level, color, style, name in LEVELS:
+        for level, color, style, name in drawn_levels():
             axes.axhline(level, color=color, linestyle=style, linewidth=1.3, label=f"{name}: {level}")
-        axes.set(xlabel=label, ylim=(0, 1000))
+        axes.set(xlabel=label, ylim=(0, max(1000, MOST_POINTS)))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     left.set(ylabel="exact greedy score")

@@ -20,10 +20,15 @@ import torch
 import torch.nn.functional as F
 
 from breakout_ascii import (
+    BRICK_COLUMNS,
+    BRICK_LEFT,
     BRICK_ROWS,
     BRICK_TOP,
+    BRICK_WIDTH,
     CHARACTERS,
+    PADDLE_MIDDLE,
     PADDLE_ROW,
+    PADDLE_START,
     RIGHT_WALL,
     TOKENS,
     BreakoutAsciiVec,
@@ -124,15 +129,18 @@ def set_rare_cases(ppo):
     """
     longest = ppo.env.max_episode_steps
     above_paddle = PADDLE_ROW - 1
+    under_bricks = BRICK_TOP + BRICK_ROWS  # a ball must not be put on a brick
+    middle = BRICK_COLUMNS // 2
+    brick_x = BRICK_LEFT + BRICK_WIDTH * middle + BRICK_WIDTH // 2
     cases = (
-        dict(lives=1, ball_x=70, ball_y=above_paddle, dx=1, dy=1, paddle_x=1),
-        dict(bricks=False, bricks_left=1, ball_x=39, ball_y=BRICK_TOP + BRICK_ROWS, dx=1, dy=-1),
+        dict(lives=1, ball_x=7 * RIGHT_WALL // 8, ball_y=above_paddle, dx=1, dy=1, paddle_x=1),
+        dict(bricks=False, bricks_left=1, ball_x=brick_x - 1, ball_y=under_bricks, dx=1, dy=-1),
         dict(elapsed=longest),
         dict(elapsed=longest - 1),
-        dict(ball_x=36, ball_y=above_paddle, dx=1, dy=1, paddle_x=36),
-        dict(ball_x=40, ball_y=above_paddle, dx=1, dy=1, paddle_x=36),
-        dict(ball_x=1, ball_y=15, dx=-1),
-        dict(ball_x=RIGHT_WALL - 1, ball_y=1, dx=1, dy=-1),
+        dict(ball_x=PADDLE_START, ball_y=above_paddle, dx=1, dy=1, paddle_x=PADDLE_START),
+        dict(ball_x=PADDLE_START + PADDLE_MIDDLE, ball_y=above_paddle, dx=1, dy=1, paddle_x=PADDLE_START),
+        dict(ball_x=1, ball_y=min(under_bricks + 3, above_paddle), dx=-1),
+        dict(ball_x=RIGHT_WALL - 1, ball_y=1 if BRICK_TOP > 1 else above_paddle, dx=1, dy=-1),
     )
     state = ppo.env.state_dict()
     num_games = ppo.env.num_envs
@@ -140,7 +148,7 @@ def set_rare_cases(ppo):
     for case, values in enumerate(cases):
         for name, x in values.items():
             state[name][case_of_game == case] = x
-    state["bricks"][case_of_game == 1, BRICK_ROWS - 1, 6] = True  # the last brick, above column 39
+    state["bricks"][case_of_game == 1, BRICK_ROWS - 1, middle] = True
     ppo.env.load_state_dict(state)
     ppo.obs.copy_(ppo.env.observation())
     return state

@@ -12,6 +12,7 @@ from gymnasium.spaces import Discrete
 from breakout_ascii import (
     BRICK,
     BRICK_COLUMNS,
+    BRICK_LEFT,
     BRICK_ROWS,
     BRICK_TOP,
     BRICK_WIDTH,
@@ -24,6 +25,7 @@ from breakout_ascii import (
     PADDLE_ROW,
     RIGHT_WALL,
     TOKENS,
+    WALL,
     Games,
     RandomNumbers,
     new_games,
@@ -44,11 +46,11 @@ class TensorGames(Games):
         self.device = device
         super().__init__(num_games)
         whole_page = EMPTY_PAGE.copy()  # a page with all bricks
-        whole_page[BRICK_TOP : BRICK_TOP + BRICK_ROWS, 1:RIGHT_WALL] = list((BRICK * BRICK_COLUMNS).encode())
+        whole_page[WALL] = list((BRICK * BRICK_COLUMNS).encode())
         is_brick = (whole_page != EMPTY_PAGE).ravel()
         cell = np.arange(TOKENS)
         row = cell // COLUMNS - BRICK_TOP
-        column = (cell % COLUMNS - 1) // BRICK_WIDTH
+        column = (cell % COLUMNS - BRICK_LEFT) // BRICK_WIDTH
         brick = np.where(is_brick, row * BRICK_COLUMNS + column, BRICK_ROWS * BRICK_COLUMNS)
         self.cell = self.array(cell)
         self.brick = self.array(brick)  # the index of the brick in each cell; without a brick, one after the last index

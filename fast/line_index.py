@@ -25,13 +25,16 @@ tensor([[180, 181, 182, 183, 184, 185, 186, 187, 188],
 A piece is 9 pairs of a character and its position on the page. The id of a pair is character * 1944 + position.
 """
 
+import math
+
 import numpy as np
 import torch
 
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS
 from model import CHARACTER_OF, check_pages
 
-PIECE = 9  # characters in a piece of a line, a divisor of 81
+# Characters in a piece of a line: 9, or for lines of other lengths the divisor of the length that is nearest to that.
+PIECE = min((n for n in range(1, COLUMNS + 1) if COLUMNS % n == 0), key=lambda n: abs(math.log(n / 9)))
 
 
 class LineIndex:

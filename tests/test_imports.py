@@ -23,7 +23,7 @@ IMPORTS = {
     "evaluation": ["breakout_ascii"],
     # The checks of a GPU repeat PPO's update on the CPU.
     "fast": ["harness", "breakout_ascii", "model", "rollout_buffer", "ppo"],
-    "policies": ["harness", "model", "evaluation"],
+    "policies": ["harness", "breakout_ascii", "model", "evaluation"],
     "train_ppo": ["harness", "breakout_ascii", "model", "ppo", "callbacks", "evaluation", "policies"],
     "viewer": ["breakout_ascii", "model"],
     "load_model": ["harness", "breakout_ascii", "evaluation", "policies", "viewer"],

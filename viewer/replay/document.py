@@ -12,12 +12,14 @@ import torch
 from breakout_ascii import (
     BRICK,
     BRICK_COLUMNS,
+    BRICK_LEFT,
     BRICK_ROWS,
     BRICK_TOP,
     CHARACTERS,
     COLUMNS,
     PADDLE,
     PADDLE_MAX,
+    PADDLE_MIDDLE,
     PADDLE_ROW,
     ROWS,
     SERVE_ROW,
@@ -33,11 +35,13 @@ GAME = {  # for page.js
     "columns": COLUMNS,
     "brick": BRICK,
     "brick_top": BRICK_TOP,
+    "brick_left": BRICK_LEFT,
     "brick_rows": BRICK_ROWS,
     "brick_columns": BRICK_COLUMNS,
     "paddle": PADDLE,
     "paddle_row": PADDLE_ROW,
     "paddle_max": PADDLE_MAX,
+    "paddle_middle": PADDLE_MIDDLE,
     "serve_row": SERVE_ROW,
 }
 PAGES_AT_ONCE = 256

@@ -11,12 +11,12 @@ class GPT {
     this.config = config;
     this.weights = weights;
     this.game = game;
-    this.pairs = []; // at index character * 1944 + position, the score and value of the pair, with one layer
+    this.pairs = []; // at index character * T + position, the score and value of the pair, with one layer
     this.query = null; // of the last position; with one layer it is always the same
     this.block = `blocks.${config.n_layer - 1}.`; // the last one, which computes one query
   }
 
-  // Read a page, an array of 1944 indices in game.characters. Returns {logits, probabilities, value, changes,
+  // Read a page, an array of T indices in game.characters. Returns {logits, probabilities, value, changes,
   // attention}: changes are the probabilities of rows and then of columns, and attention is [head][position].
   read(page) {
     const sums = this.sum(page);

@@ -66,7 +66,7 @@ function pageOf({ x, y, paddle, bricks }) {
     [...(row === 0 || row === game.rows - 1 ? "#".repeat(WIDTH) : "#" + " ".repeat(WIDTH - 2) + "#"), "\n"]);
   for (let i = 0; i < bricks.length; i++) {
     const row = game.brick_top + Math.floor(i / game.brick_columns);
-    const column = 1 + game.brick.length * (i % game.brick_columns);
+    const column = game.brick_left + game.brick.length * (i % game.brick_columns);
     if (bricks[i] === "1") lines[row].splice(column, game.brick.length, ...game.brick);
   }
   lines[game.paddle_row].splice(paddle, game.paddle.length, ...game.paddle);
@@ -79,7 +79,7 @@ const textOf = (page) => Array.from(page, (character) => game.characters[charact
 // The index of the brick in a cell, or -1
 function brickAt(row, column) {
   const i = row - game.brick_top;
-  const j = Math.floor((column - 1) / game.brick.length);
+  const j = Math.floor((column - game.brick_left) / game.brick.length);
   return i >= 0 && i < game.brick_rows && j >= 0 && j < game.brick_columns ? i * game.brick_columns + j : -1;
 }
 
@@ -89,8 +89,10 @@ function eventAt(i, name) {
   if (!before || before[ACTION] < 0) return false; // a new game
   if (name === "point") return now[SCORE] > before[SCORE];
   if (name === "lost") return now[LIVES] < before[LIVES];
-  // The paddle has returned a ball that is in this row, just above it, in two frames.
-  return now[LIVES] === before[LIVES] && now[Y] === game.serve_row && before[Y] === game.serve_row;
+  // A returned ball is in the row above the paddle. A frame before it was there, too, in another column, or in the
+  // paddle's row, where a slow ball waits.
+  const moved = now[X] !== before[X] || before[Y] !== now[Y];
+  return now[LIVES] === before[LIVES] && now[Y] === game.serve_row && before[Y] >= game.serve_row && moved;
 }
 
 // Drawing
@@ -487,7 +489,7 @@ function edit({ row, column }) {
   if (tool === "look") return say(element("cell").textContent);
   if (playing) pause();
   if (tool === "ball") Object.assign(state, { x: column, y: Math.min(row, game.paddle_row) });
-  if (tool === "paddle") state.paddle = Math.max(1, Math.min(game.paddle_max, column - 3)); // its middle
+  if (tool === "paddle") state.paddle = Math.max(1, Math.min(game.paddle_max, column - game.paddle_middle));
   if (tool === "brick") {
     const i = brickAt(row, column);
     if (i < 0) return;
@@ -617,6 +619,7 @@ function keyOnPage(event) {
 function start() {
   element("about").textContent = data.about;
   document.title = `What the model sees: ${data.name}`;
+  element("page").style.width = `${WIDTH}ch`;
   for (let row = 0; row < game.rows; row++) element("page").append(document.createElement("span"));
   for (const name of actions) {
     const row = element("actions").insertRow();

@@ -12,7 +12,9 @@ from viewer.replay.attention import attention_of_pages, attention_shares, evenly
 HOT = np.array([255, 140, 0])  # RGB of a weight of 1; the page itself is grey
 LABEL_HEIGHT = 14  # pixels
 LABELLED_BY = 1000  # so many pages at the start of a replay decide what the label says about a head
-HEIGHT, WIDTH = 264, 480  # pixels of the picture of a page; a character is 11 high and 6 wide
+# Pixels of the picture of a page: 264 and 480. A character is 11 high and 6 wide.
+HEIGHT = 11 * ROWS
+WIDTH = 6 * (COLUMNS - 1)
 
 
 def attention_pictures(gpt, frames, head=None):
@@ -35,7 +37,7 @@ def attention_pictures(gpt, frames, head=None):
     first_pages = list(itertools.islice(pages, LABELLED_BY))
     labels = head_labels(gpt, np.stack(first_pages), heads, WIDTH // smaller)
     pages, pages_again = itertools.tee(itertools.chain(first_pages, pages))
-    rows = np.arange(0, HEIGHT, smaller) // 11  # of the page, for each row of pixels
+    rows = np.arange(0, HEIGHT // smaller * smaller, smaller) // 11  # of the page, for each row of pixels
     columns = np.arange(0, WIDTH, smaller) // 6
     for page, weights in zip(pages, attention_of_pages(gpt, pages_again)):
         grey = grey_picture(page, smaller)
@@ -64,7 +66,8 @@ def head_labels(gpt, pages, heads, width):
 
 def grey_picture(page, smaller):
     """Return the picture of a page (1944,) in grey, (HEIGHT / smaller, WIDTH / smaller, 1) uint8."""
-    brightest = to_image(page).max(2).reshape(HEIGHT // smaller, smaller, WIDTH // smaller, smaller)
+    whole = to_image(page).max(2)[: HEIGHT // smaller * smaller]  # a last row of pixels that has no partner is left out
+    brightest = whole.reshape(HEIGHT // smaller, smaller, WIDTH // smaller, smaller)
     return brightest.max((1, 3))[..., None] // 4 * 3  # the brightest pixel is kept, so that thin strokes are
 
 

@@ -6,14 +6,12 @@ import numpy as np
 
 from breakout_ascii import (
     BRICK,
-    BRICK_COLUMNS,
-    BRICK_ROWS,
-    BRICK_TOP,
     BRICK_WIDTH,
     COLUMNS,
     LIVES,
     PADDLE,
     ROWS,
+    WALL,
 )
 
 GAME_OVER, RECORDING_ENDS = -1, -2  # in place of an action
@@ -57,9 +55,7 @@ def changed_walls(pages):
     Returns:
         {index of such a page: its bricks row by row, as text of 0 and 1}; the first page is always there.
     """
-    rows = slice(BRICK_TOP, BRICK_TOP + BRICK_ROWS)
-    left_ends = slice(1, 1 + BRICK_COLUMNS * BRICK_WIDTH, BRICK_WIDTH)
-    cells = pages.reshape(-1, ROWS, COLUMNS)[:, rows, left_ends]
-    bricks = (cells == ord(BRICK[0])).reshape(len(pages), -1)
+    left_ends = pages.reshape(-1, ROWS, COLUMNS)[:, *WALL][..., ::BRICK_WIDTH]
+    bricks = (left_ends == ord(BRICK[0])).reshape(len(pages), -1)
     changed = np.flatnonzero(np.r_[True, (bricks[1:] != bricks[:-1]).any(1)])
     return {int(i): "".join("01"[brick] for brick in bricks[i].astype(int)) for i in changed}
