@@ -25,7 +25,7 @@ IMPORTS = {
     "fast": ["harness", "breakout_ascii", "model", "rollout_buffer", "ppo"],
     "policies": ["harness", "breakout_ascii", "model", "evaluation"],
     "train_ppo": ["harness", "breakout_ascii", "model", "ppo", "callbacks", "evaluation", "policies"],
-    "viewer": ["breakout_ascii", "model"],
+    "viewer": ["harness", "breakout_ascii", "model", "evaluation", "policies"],
     "load_model": ["harness", "breakout_ascii", "evaluation", "policies", "viewer"],
     "algorithms": ["harness", "rollout_buffer", "trainer", "ppo", "callbacks", "evaluation", "viewer"],
     "sweep": ["harness", "train_ppo", "algorithms"],

@@ -1,91 +1,357 @@
-"""The game is played on a stand-in for the screen, and as a whole program in a pseudo-terminal and without one."""
+"""The terminal game is played on a stand-in for the screen, and as a whole program in pseudo-terminals."""
 
+import importlib
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import breakout_ascii
 import viewer.terminal
+from breakout_ascii import BRICK_COLOURS, COLOURS
+from harness.checkpoint import BEST, LAST, CheckpointError, load_checkpoint, save_checkpoint
+from policies import SHIPPED
 
 curses = pytest.importorskip("curses")
+watch = importlib.import_module("viewer.watch")  # it needs curses
+
+FPS = 20
+RIGHT, LEFT, DOWN = curses.KEY_RIGHT, curses.KEY_LEFT, curses.KEY_DOWN
+QUIT = ord("q")
 
 
 class Screen:
-    """A stand-in for a curses window. In each frame one of the keys is pressed, and the lines of the frame are kept.
+    """A stand-in for a curses window. Keys are pressed at given times, and each frame is kept with its time.
 
-    A key may also be (rows, columns), which changes the size of the terminal.
+    A key may also be (rows, columns), which changes the size of the window, or a function that is called.
     """
 
     now = 0.0  # the time in seconds, which passes only in `getch`
 
-    def __init__(self, keys):
-        self.keys = list(keys)
-        self.shown = []
-        self.size = (26, 80)
+    def __init__(self, keys, size=(24, 80)):
+        self.keys = [(Screen.now + seconds, key) for seconds, key in sorted(keys, key=lambda item: item[0])]
+        self.begun = Screen.now
+        self.frames = []
+        self.size = size
 
     def getmaxyx(self):
         return self.size
 
     def erase(self):
-        self.shown.append([])
+        self.lines = {}
 
-    def addstr(self, row, column, line):
-        assert (row, column) == (len(self.shown[-1]), 0)
-        self.shown[-1].append(line)
+    def addstr(self, row, column, text, attribute):
+        line = self.lines.get(row, "")
+        assert len(line) == column and column + len(text) <= self.size[1] and row < self.size[0]
+        self.lines[row] = line + text
 
     def refresh(self):
-        pass
+        self.frames.append((Screen.now - self.begun, [*self.lines.values()]))
 
     def timeout(self, milliseconds):
-        self.milliseconds = milliseconds
+        self.end = Screen.now + milliseconds / 1000
 
     def getch(self):
-        Screen.now += self.milliseconds / 1000
-        key = self.keys.pop(0)
+        moment, key = self.keys[0]
+        if moment > self.end:
+            Screen.now = self.end
+            return -1
+        Screen.now = max(Screen.now, moment)
+        del self.keys[0]
         if isinstance(key, tuple):
             self.size = key
             return curses.KEY_RESIZE
+        if callable(key):
+            key()
+            return -1
         return key
+
+    def at(self, seconds):
+        """Return the lines that could be seen at this time."""
+        return [lines for moment, lines in self.frames if moment <= seconds + 1e-6][-1]
+
+    def text_at(self, seconds):
+        return "\n".join(self.at(seconds))
 
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    monkeypatch.setattr(viewer.terminal, "time", SimpleNamespace(monotonic=lambda: Screen.now))
+    for module in (viewer.terminal, watch):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: Screen.now))
 
 
-def test_keys():
-    screen = Screen([curses.KEY_RIGHT, curses.KEY_RIGHT, curses.KEY_LEFT, ord("x"), -1, ord("r"), ord("q")])
-    assert viewer.terminal.play(screen, fps=1000) is None and not screen.keys
-    assert [lines[22].index("=======") for lines in screen.shown] == [36, 38, 40, 38, 38, 38, 36]
-    assert [lines[21][40] == "O" for lines in screen.shown] == [True] + [False] * 5 + [True]  # r serves anew
-    assert all(lines[24].startswith("score 0   lives 5") and "r: new game" in lines[25] for lines in screen.shown)
+def played(*keys, end=3.0, fps=FPS, **options):
+    """Play with these keys, each (seconds, key), until `end`. Returns the `Screen`."""
+    screen = Screen([*keys, (end, QUIT)], **options)
+    viewer.terminal.PlayedGame(screen, fps).run()
+    assert not screen.keys
+    return screen
 
 
-def test_the_game_waits_while_the_terminal_is_too_small():
-    screen = Screen([(25, 80), curses.KEY_RIGHT, (27, 81), ord("Q")])
-    assert viewer.terminal.play(screen, fps=1000) is None
-    before, *small, after = screen.shown
-    assert small == [["too small"]] * 2
-    assert before[22] == after[22]  # the paddle has not moved
-    assert before[21] != after[21]  # the ball goes on once there is room
+def paddle(lines):
+    return lines[22].index("=")
 
 
-def test_a_game_that_is_over_stays_on_the_screen():
-    screen = Screen([-1] * 200 + [ord("r"), ord("q")])  # nobody moves: any five balls are lost in 158 steps
-    assert viewer.terminal.play(screen, fps=1000) is None
-    over = ["GAME OVER" in lines[24] for lines in screen.shown]
-    assert over == sorted(over[:-1]) + [False] and over[-2] and screen.shown[-2] == screen.shown[over.index(True)]
+def score(lines):
+    return int(lines[0].split()[2])
 
 
-@pytest.mark.parametrize("arguments", [["--fps", "0"], ["--fps", "nan"], ["--fp", "15"]])
-def test_bad_arguments(capsys, arguments):
-    with pytest.raises(SystemExit, match="2"):
-        viewer.terminal.main(arguments)
-    assert capsys.readouterr().err.splitlines()[-1].startswith("breakout_ascii.py: error: ")
+def ball(lines):
+    """Return the row and the column of the ball, or None where it is below a text."""
+    inside = [(row, line.index("O")) for row, line in enumerate(lines) if row < 22 and "O" in line]
+    return inside[0] if inside else None
+
+
+# --- playing ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_ball_waits_until_a_move_key_serves_it():
+    """Nothing is lost meanwhile, and a key that was meant for a lost ball does not serve the next."""
+    screen = played((3, RIGHT), (8, LEFT), end=8.5)
+    assert ball(screen.at(2.9)) == (21, 40) and "press the left or right arrow key to serve" in screen.text_at(2.9)
+    assert ball(screen.at(3.3))[0] < 21 and paddle(screen.at(3.3)) > 36 and "serve" not in screen.text_at(3.3)
+    lost = next(moment for moment, lines in screen.frames if "lives 4" in lines[0])
+    for moment in (lost, 7.9):
+        assert ball(screen.at(moment)) == (21, 40) and "lives 4" in screen.at(moment)[0]
+        assert "lives left: 4" in screen.text_at(moment) and "to serve" in screen.text_at(moment)
+    assert ball(screen.at(8.3))[0] < 21
+
+    early = played((0, RIGHT), (lost - 3 + 0.1, LEFT), end=4)
+    assert ball(early.at(3.9)) == (21, 40) and "lives 4" in early.at(3.9)[0]
+
+
+def test_a_key_that_is_held_moves_the_paddle_without_a_stop():
+    """Terminals repeat a key that is held after up to half a second, then about every 30 ms, some only every 90 ms."""
+    for interval in (0.03, 0.09):
+        repetitions = [(0.5 + i * interval, RIGHT) for i in range(round(0.5 / interval))]
+        screen = played((0, RIGHT), *repetitions, end=1.6)
+        places = [paddle(screen.at(i / FPS)) for i in range(1, 32)]
+        steps = [b - a for a, b in zip(places, places[1:])]
+        assert all(sum(steps[i : i + 3]) > 0 for i in range(8)), "it moves from the beginning"
+        assert all(step == 2 for step in steps[10:18]), "and in every step once the key repeats"
+        assert not any(steps[24:]), "until soon after it is released"
+
+
+def test_a_short_press_moves_the_paddle_by_about_its_width_and_other_keys_end_that():
+    assert 6 <= paddle(played((0, RIGHT), end=1).at(0.9)) - 36 <= 10
+    assert paddle(played((0, RIGHT), (0.06, DOWN), end=1).at(0.9)) == 38
+    turned = played((0, RIGHT), (0.06, LEFT), end=1)
+    assert [paddle(turned.at(moment)) for moment in (0.051, 0.101)] == [38, 36] and paddle(turned.at(0.9)) < 36
+    slow = played((0, RIGHT), (0.1, RIGHT), end=5, fps=1)  # a step is longer than half a second
+    assert [paddle(slow.at(moment)) for moment in (0.9, 1.1, 2.1, 4.9)] == [36, 38, 38, 38]
+
+
+@pytest.mark.parametrize("pause", ["p", " ", (30, 100)])
+def test_a_pause(pause):
+    """A window that changes its size pauses too. A move key goes on, as the keys that pause do."""
+    key = ord(pause) if isinstance(pause, str) else pause
+    screen = played((0, RIGHT), (0.52, key), (4, ord("p")), (4.3, key), (8, LEFT), end=8.2)
+    assert "paused" in screen.text_at(0.6) and "faster, slower" in screen.text_at(0.6)
+    assert screen.at(0.6) == screen.at(3.9) and "paused" not in screen.text_at(4.2)
+    assert "paused" in screen.text_at(7.9) and "lives 5" in screen.text_at(7.9)
+    assert "paused" not in screen.text_at(8.1) and paddle(screen.at(8.15)) < paddle(screen.at(4.2))
+
+
+def test_a_window_that_is_too_small_says_what_is_needed_and_the_game_waits():
+    screen = played((0, RIGHT), (0.52, (20, 60)), (1, LEFT), (4, (6, 10)), (5, (24, 80)), end=5.5)
+    assert screen.at(0.6) == ["this needs 80x24 characters, not 60x20: enlarge it, or q to", "quit"]
+    assert "".join(screen.at(4.5)).startswith("thisneeds")  # what fits
+    assert paddle(screen.at(5.4)) == paddle(screen.at(0.51)) and "paused" in screen.text_at(5.4)
+
+
+def test_a_game_that_is_over_says_the_score_until_a_new_one_begins():
+    keys = [(3 * i, LEFT) for i in range(6)] + [(16, ord("r"))]  # a ball is lost after some 30 steps
+    screen = played(*keys, end=16.5)
+    assert f"GAME OVER: {score(screen.at(15.9))} points" in screen.text_at(15.9) and "r: new game" in screen.text_at(
+        15.9
+    )
+    assert "lives 0" in screen.at(15.9)[0] and "lives 5" in screen.at(16.4)[0] and ball(screen.at(16.4)) == (21, 40)
+
+
+def test_keys_change_the_speed():
+    """The speed is shown, and steps follow each other as fast as it says."""
+    screen = played(*[(i / 100, ord("+")) for i in range(4)], (1, LEFT), (1.5, ord("-")), end=2)
+    assert "48.8 steps a second" in screen.at(0.9)[0] and "39.1 steps a second" in screen.at(1.6)[0]
+    assert 22 <= len({tuple(lines) for moment, lines in screen.frames if 1 < moment < 1.5}) <= 26
+    assert "0.1 steps" in played(*[(0.1, ord("-"))] * 50, end=9).at(8)[0]
+
+
+def test_the_ball_is_shown_over_the_score():
+    window = viewer.terminal.Window(Screen([(0, QUIT)]))
+    env = breakout_ascii.BreakoutAscii()
+    env.reset()
+    games = env.games
+    games.ball_x[:] = 5
+    games.ball_y[:] = 0
+    games.draw(games.index >= 0)
+    window.show(games.pages[0].flatten(), ("score 0", "right"), ("left", ""))
+    assert window.screen.frames[0][1][0] == "## scOre 0 " + "#" * 60 + " right ##"
+
+
+# --- colours ----------------------------------------------------------------------------------------------------------
+
+
+def test_colours_become_the_nearest_that_a_terminal_has():
+    """Red, yellow, green, cyan and magenta stay what they are, and no colour becomes black."""
+    names = {
+        getattr(curses, f"COLOR_{name}"): name.lower() for name in "RED GREEN YELLOW CYAN MAGENTA WHITE BLUE".split()
+    }
+    colours = viewer.terminal.palette(8)
+    assert [names[viewer.terminal.nearest(x, colours)] for x in (*BRICK_COLOURS[:1], *BRICK_COLOURS[3:6])] == [
+        "red",
+        "yellow",
+        "green",
+        "cyan",
+    ]
+    assert [names[viewer.terminal.nearest(COLOURS[c], colours)] for c in "#=O"] == ["white", "magenta", "white"]
+    assert viewer.terminal.nearest(COLOURS["#"], viewer.terminal.palette(16)) == 8
+    assert viewer.terminal.nearest((95, 135, 175), viewer.terminal.palette(256)) == 67
+    assert viewer.terminal.palette(2) == {}
+
+
+def test_no_color(monkeypatch):
+    """NO_COLOR in the environment leaves the colours out, unless it is empty (https://no-color.org)."""
+    monkeypatch.setattr(curses, "has_colors", lambda: True)
+    monkeypatch.setattr(curses, "COLORS", 256, raising=False)
+    monkeypatch.setattr(curses, "init_pair", lambda *args: None)
+    monkeypatch.setattr(curses, "color_pair", lambda pair: pair)
+    for value, expected in (("", 10), ("1", 0)):
+        monkeypatch.setenv("NO_COLOR", value)
+        assert len(viewer.terminal.colour_attributes()) == expected
+
+
+# --- watching ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_checkpoint(SHIPPED)
+
+
+def save_best(run_dir, shipped, score, steps):
+    save_checkpoint(run_dir / BEST, shipped | {"evaluation": {"score": score}, "global_step": steps, "update_count": 3})
+
+
+def watched(model, *keys, end, fps=FPS):
+    screen = Screen([*keys, (end, QUIT)])
+    watch.WatchedGame(screen, fps, model).run()
+    return screen
+
+
+def test_a_better_model_begins_a_new_game(tmp_path, shipped):
+    """A run's first model is waited for, a file that cannot be read is tried again, and what is played is named."""
+    (tmp_path / "config.json").write_text("{}")
+    file, _ = watch.file_to_watch(tmp_path)
+    screen = watched(
+        watch.WatchedModel(file),
+        (2, lambda: save_best(tmp_path, shipped, 187.5, 16_384)),
+        (12, lambda: file.write_bytes(b"half")),
+        (15, lambda: save_best(tmp_path, shipped, 887.5, 524_288)),
+        end=17,
+    )
+    assert f"waiting for {BEST}" in screen.text_at(1.9) and LAST in screen.text_at(1.9)
+    assert "new best: 187.5 after 16,384 steps (update 3)" in screen.text_at(4)
+    assert f"{tmp_path.name[-10:]}: 187.5 at 16,384 steps" in screen.at(11)[0]
+    assert "tried again" in screen.text_at(14) and "187.5" in screen.at(14)[0] and screen.at(13) != screen.at(14)
+    assert "new best: 887.5 after 524,288 steps" in screen.text_at(16.5)
+    assert score(screen.at(14)) > 20 > score(screen.at(16.1)) and "tried" not in screen.text_at(16.5)
+
+
+def test_the_probabilities_are_those_of_the_page_that_is_shown(monkeypatch):
+    """The actions are greedy, or with the key s sampled."""
+    model = watch.WatchedModel(SHIPPED)
+    screen = watched(model, (2, ord("s")), (4, ord("+")), (6, ord("p")), end=7)
+    assert "greedy" in screen.at(1)[0] and "breakout.safetensors: at 4,014,080 steps" in screen.at(1)[0]
+    assert "sampled" in screen.at(3)[0] and "25 steps a second" in screen.text_at(5) and "faster" in screen.text_at(6.5)
+    page = "\n".join(["#" * 80, *screen.at(1.5)[1:-1], "#" * 80, ""])
+    if "steps" in page:  # a message
+        page = "\n".join(
+            line if "steps" not in line and "keys" not in line else f"#{'':78}#" for line in page.split("\n")
+        )
+    logits, values = model.act(torch.tensor(list(page.encode()), dtype=torch.uint8).numpy())
+    assert len(page) == breakout_ascii.TOKENS
+    for name, action in (("left", 1), ("stay", 0), ("right", 2)):
+        share = logits.softmax(-1)[0, action].item()
+        assert f"{name} {'=' * round(6 * share):.<6} {100 * share:3.0f}%" in screen.at(1.5)[-1]
+    assert f"value {values.item():.1f} " in screen.at(1.5)[-1]
+
+
+def test_an_endless_cycle_ends():
+    """The paddle follows the ball for ever, and no brick is in its way."""
+    model = watch.WatchedModel(SHIPPED)
+
+    def follow(page):
+        page = page.reshape(24, 81)
+        left = (page == ord("O")).any(0).argmax() - (page[22] == ord("=")).argmax() - 3
+        return torch.tensor([[float(left == 0), float(left < 0), float(left > 0)]]), torch.zeros(1)
+
+    model.act = follow
+    screen = Screen([(60, QUIT)])
+    game = watch.WatchedGame(screen, FPS, model)
+    game.env.games.bricks[0, 1:] = False
+    game.env.games.bricks[0, 0, 1:] = False
+    game.env.games.draw(game.env.games.index >= 0)
+    game.run()
+    moment, lines = next((moment, lines) for moment, lines in screen.frames if "endless cycle" in "\n".join(lines))
+    assert "0 points; a new game follows" in "\n".join(lines) and "lives 5" in lines[0]
+    assert screen.text_at(moment + 2.6).count("|____|") == 91
+
+
+def test_what_is_watched(tmp_path, monkeypatch, shipped):
+    """The file or the run that was named, else the newest run, else the shipped model until there is a run."""
+    monkeypatch.chdir(tmp_path)
+    assert watch.file_to_watch(None)[0] == SHIPPED
+    model = watch.WatchedModel(SHIPPED, search=True)
+    run_dir = tmp_path / "runs" / "first"
+    run_dir.mkdir(parents=True)
+    save_checkpoint(run_dir / LAST, shipped)
+    assert watch.file_to_watch(None)[0].resolve() == run_dir / BEST
+    assert watch.file_to_watch(run_dir / LAST)[0] == run_dir / LAST
+    Screen.now += 2
+    assert model.news() == "" and model.name == SHIPPED.name
+    save_best(run_dir, shipped, 500.0, 1000)
+    Screen.now += 2
+    assert model.news().startswith("new best: 500.0") and model.name == "first" and not model.search
+    with pytest.raises(CheckpointError, match="no such file"):
+        watch.file_to_watch("nothing")
+    (run_dir / BEST).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        watch.WatchedModel(run_dir / BEST)
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--fps", "0"], "argument --fps: must be a number in [0.1, 1000.0], not '0'"),
+        (["--fps", "nan"], "argument --fps: must be a number in [0.1, 1000.0], not 'nan'"),
+        (["--fp", "15"], "unknown argument --fp; did you mean --fps?"),
+        (["runs/first"], "unknown argument runs/first"),
+        (["--watch", ""], "argument --watch: is empty; name a file or a directory"),
+        (["--watch", "nothing"], "nothing: there is no such file; check the path and its permissions"),
+    ],
+)
+def test_a_mistake_is_one_line(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(viewer.terminal, "terminal_problem", lambda: None)
+    assert viewer.terminal.main(arguments) == 1
+    assert capsys.readouterr().err.startswith(f"breakout_ascii.py: {said}")
+
+
+def test_help_names_every_key(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        viewer.terminal.main(["--help"])
+    text = capsys.readouterr().out
+    for key, effect in (viewer.terminal.PLAY_KEYS | viewer.terminal.WATCH_KEYS).items():
+        assert any(line.startswith(key) and effect in line for line in text.splitlines()), key
+    assert "--watch [MODEL]" in text and max(map(len, text.splitlines())) <= 120
 
 
 def test_a_call_takes_no_command_line_of_its_caller(monkeypatch, capsys):
@@ -95,11 +361,16 @@ def test_a_call_takes_no_command_line_of_its_caller(monkeypatch, capsys):
     assert capsys.readouterr().err == "breakout_ascii.py: no terminal here\n" * 2
 
 
-def test_play_without_a_terminal_is_one_line():
+def test_play_without_a_terminal_is_one_line_and_needs_no_torch():
+    program = "import sys, viewer.terminal; print(viewer.terminal.main(), 'torch' in sys.modules)"
     run = subprocess.run(
-        [sys.executable, breakout_ascii.__file__], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        cwd=os.path.dirname(breakout_ascii.__file__),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
-    assert run.returncode == 1 and run.stderr == "breakout_ascii.py: input and output must be a terminal\n"
+    assert run.stderr == "breakout_ascii.py: input and output must be a terminal\n" and run.stdout == "1 False\n"
 
 
 @pytest.mark.parametrize("name", ["stdin", "stdout"])
@@ -126,40 +397,116 @@ def test_windows_has_no_description_of_its_terminal(monkeypatch):
         assert (viewer.terminal.terminal_problem() is None) == able
 
 
-def play_in_a_terminal(keys, rows=26, columns=80, term="xterm"):
-    """Play in a pseudo-terminal. Returns the exit status and everything that was written."""
-    pty, fcntl, termios, struct = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios", "struct"))
-    pid, terminal = pty.fork()
-    if pid == 0:
+# --- in pseudo-terminals ----------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """The game as a program in a pseudo-terminal, whose output pyte turns into a screen."""
+
+    def __init__(self, *arguments, rows=24, columns=80, term="xterm-256color"):
+        pyte, pty, self.fcntl, self.termios = map(pytest.importorskip, ("pyte", "pty", "fcntl", "termios"))
+        self.screen = pyte.Screen(columns, rows)
+        self.stream = pyte.ByteStream(self.screen)
+        self.ours, self.its = pty.openpty()
+        self.set_size(rows, columns)
         # Whoever imports readline leaves LINES and COLUMNS behind, and curses would believe them.
-        environment = {key: os.environ[key] for key in os.environ if key not in ("LINES", "COLUMNS")}
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        # Tests that run in the background ignore this signal, and so would the program.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.alarm(60)  # a program that does not end fails the test, instead of halting it
-        command = [sys.executable, breakout_ascii.__file__, "--fps", "100"]
-        os.execve(sys.executable, command, environment | {"TERM": term})
-    written = b""
-    try:
-        while chunk := os.read(terminal, 4096):
-            written += chunk
-            if keys and b"quit" in written:  # it is ready
-                os.write(terminal, keys)
-                keys = b""
-    except OSError:  # the other end is closed
-        pass
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), written.decode()
+        environment = {key: os.environ[key] for key in os.environ if key not in ("LINES", "COLUMNS", "NO_COLOR")}
+        self.process = subprocess.Popen(
+            [sys.executable, breakout_ascii.__file__, *map(str, arguments)],
+            env=environment | {"TERM": term},
+            **dict.fromkeys(("stdin", "stdout", "stderr"), self.its),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.ours)
+        os.close(self.its)
+
+    def set_size(self, rows, columns):
+        size = rows.to_bytes(2, sys.byteorder) + columns.to_bytes(2, sys.byteorder) + bytes(4)
+        self.fcntl.ioctl(self.its, self.termios.TIOCSWINSZ, size)
+
+    def resize(self, rows, columns):
+        self.set_size(rows, columns)
+        self.screen.resize(rows, columns)
+        self.process.send_signal(signal.SIGWINCH)
+
+    def type(self, keys):
+        os.write(self.ours, keys)
+
+    def read(self):
+        if select.select([self.ours], [], [], 0.02)[0]:
+            self.stream.feed(os.read(self.ours, 65536))
+
+    @property
+    def text(self):
+        return "\n".join(self.screen.display)
+
+    def wait_for(self, *texts):
+        """Wait until all these texts are on the screen, and return it."""
+        end = time.monotonic() + 60
+        while not all(text in self.text for text in texts):
+            assert time.monotonic() < end and self.process.poll() is None, self.text
+            self.read()
+        return self.text
+
+    def wait(self):
+        """Return the exit status."""
+        end = time.monotonic() + 60
+        while self.process.poll() is None and time.monotonic() < end:
+            self.read()  # the program may not be able to end before its output is read
+        return self.process.wait(1)
+
+    def colours(self):
+        """Return the colours of all characters on the screen."""
+        return {cell.fg for line in self.screen.buffer.values() for cell in line.values() if cell.data != " "}
 
 
-@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
-def test_play_in_a_terminal():
-    status, written = play_in_a_terminal(b"q")
-    assert status == 0 and "|____|" in written and "lives 5" in written
-    assert play_in_a_terminal(b"\x03")[0] == 130
-    for bad, said in (
-        (dict(columns=79), "smaller than 80x26"),
-        (dict(rows=25), "smaller"),
-        (dict(term="none"), "TERM"),
-    ):
-        status, written = play_in_a_terminal(b"", **bad)
-        assert status == 1 and said in written and "Traceback" not in written
+def test_playing_in_a_terminal_of_several_sizes():
+    with Terminal("--fps", 30, rows=20, columns=60) as terminal:
+        terminal.wait_for("this needs 80x24 characters, not 60x20")
+        terminal.resize(24, 80)
+        terminal.wait_for("press the left or right arrow key to serve", "lives 5", "30 steps a second")
+        assert [line[0] + line[-1] for line in terminal.screen.display] == ["##"] * 24  # also the last cell
+        assert terminal.text.count("|____|") == 91 and len(terminal.colours()) >= 8
+        terminal.type(b"\x1bOC")
+        while "serve" in terminal.text or " O " not in terminal.text:
+            terminal.read()
+        terminal.type(b"+")
+        terminal.wait_for("37.5 steps")
+        terminal.type(b"p")
+        paused = terminal.wait_for("paused", "lives 5")
+        terminal.type(b" ")
+        while "paused" in terminal.text:
+            terminal.read()
+        terminal.resize(40, 120)
+        terminal.wait_for("paused", "lives 5")
+        assert paused != terminal.text
+        terminal.type(b"q")
+        assert terminal.wait() == 0
+
+
+def test_a_terminal_without_colours_and_the_ways_out():
+    with Terminal(term="vt100") as terminal:
+        terminal.wait_for("to serve", "|____|")
+        assert terminal.colours() == {"default"}
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.wait() == 130
+    with Terminal(term="none") as terminal:
+        assert terminal.wait() == 1
+        terminal.read()
+        assert terminal.text.startswith("breakout_ascii.py: the terminal type in TERM is unknown or too simple")
+
+
+def test_watching_a_training_in_a_terminal(tmp_path, shipped):
+    save_best(tmp_path, shipped, 187.5, 16_384)
+    with Terminal("--watch", tmp_path) as terminal:
+        terminal.wait_for("187.5 at 16,384 steps", "left ", "stay ", "right ", "%  value ", "greedy", "score 10 ")
+        save_best(tmp_path, shipped, 887.5, 524_288)
+        terminal.wait_for("new best: 887.5 after 524,288 steps (update 3)", "score 0 ")
+        terminal.process.send_signal(signal.SIGTERM)
+        assert terminal.wait() == 143
