@@ -19,8 +19,6 @@ try:
 except ImportError:
     curses = None
 
-import numpy as np
-
 from breakout_ascii import (
     BRICK,
     BRICK_COLOURS,
@@ -29,7 +27,6 @@ from breakout_ascii import (
     CHARACTERS,
     COLOURS,
     COLUMNS,
-    PADDLE_MOVES,
     PADDLE_ROW,
     ROWS,
     BreakoutAscii,
@@ -39,7 +36,7 @@ from harness.messages import tell
 from harness.options import CommandLineError, Parser, given_path, within
 
 WIDTH = COLUMNS - 1  # of a page without its newlines
-STAY, LEFT, RIGHT = (int(np.flatnonzero(np.sign(PADDLE_MOVES) == sign)[0]) for sign in (0, -1, 1))
+STAY, LEFT, RIGHT = 0, 1, 2  # actions
 SHARED_KEYS = {"p or space": "pause", "+ and -": "faster, slower", "r": "new game", "q": "quit"}
 PLAY_KEYS = {"left, right": "serve, and move the paddle", "down": "stop the paddle", **SHARED_KEYS}
 WATCH_KEYS = {**SHARED_KEYS, "s": "greedy: the most probable action; or sampled"}

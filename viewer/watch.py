@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from breakout_ascii import MAX_EPISODE_STEPS, PADDLE_MOVES
+from breakout_ascii import MAX_EPISODE_STEPS
 from evaluation import check_logits, in_a_state_again
 from harness.checkpoint import BEST, LAST, CheckpointError
 from harness.messages import shortened, shown
 from harness.options import CommandLineError
 from policies import SHIPPED, find_model, load_policy
-from viewer.terminal import WATCH_KEYS, WIDTH, TerminalGame, key_lines
+from viewer.terminal import LEFT, RIGHT, STAY, WATCH_KEYS, WIDTH, TerminalGame, key_lines
 
-ACTIONS = {int(action): name for action, name in zip(np.argsort(PADDLE_MOVES), ("left", "stay", "right"))}
+ACTIONS = {LEFT: "left", STAY: "stay", RIGHT: "right"}
 BAR = 6  # characters
 
 
