@@ -26,14 +26,35 @@ from harness.checkpoint import BEST, LAST, SUFFIX, CheckpointError, save_checkpo
 from harness.device import unavailable
 from harness.figures import learning_curve
 from harness.files import atomic_write
+from harness.lines import columns, fitted, format_count, format_duration, format_rate, format_score
 from harness.messages import one_line, say
 from harness.metrics_file import MetricsFile, read_metrics
 from harness.options import CommandLineError
 from harness.runs import is_replaced, locked, write_config
 from harness.supervise import StopTraining
 
-CHARTS = ("lr", "steps_per_second", "episode_return")  # TensorBoard shows these under charts/, all others under losses/
+# What TensorBoard calls a statistic; one that is not here is a loss, and stands under losses/ with its own name.
+TENSORBOARD_NAMES = {
+    "lr": "charts/learning_rate",
+    "steps_per_second": "charts/SPS",
+    "episode_return": "charts/episodic_return",
+    "episodes": "charts/episodes",
+    "epsilon": "charts/epsilon",
+    "replay": "charts/replay_size",
+    "answer_tokens": "charts/answer_tokens",
+    "reward_std": "charts/reward_std",
+    "entropy": "policy/entropy",
+    "approx_kl": "policy/approx_kl",
+    "approx_kl_max": "policy/approx_kl_max",
+    "clipfrac": "policy/clipfrac",
+    "kl_reference": "policy/kl_reference",
+    "value": "value/mean",
+    "explained_variance": "value/explained_variance",
+    "pair_correlation": "value/pair_correlation",
+}
 PLAIN_INTERVAL = 10  # seconds between progress lines where no bar can be drawn
+REDRAW_INTERVAL = 0.1  # seconds between two drawings of the bar, at least
+SHORTEST_BAR = 18  # characters that remain for the percentage and the bar itself
 
 
 class Callback:
@@ -57,6 +78,9 @@ class Callback:
 
     def on_training_start(self, trainer):
         pass
+
+    def on_progress(self, trainer):
+        """`trainer.doing` and `trainer.unfinished_steps` say how far the current update is."""
 
     def on_update_end(self, trainer):
         pass
@@ -174,70 +198,69 @@ class Evaluation(Callback):
         self.futures.append(future)
 
 
-def format_score(score):
-    """Return 761.5625 as "761.6", 0.8234 as "0.823", and nan as "-"."""
-    if math.isnan(score):
-        return "-"
-    return f"{score:.1f}" if abs(score) >= 10 else f"{score:.3g}"
-
-
-def format_rate(rate):
-    """Return 0.72 as "0.72 steps/s", and 20078.3 as "20,078 steps/s"."""
-    return f"{rate:,.0f} steps/s" if rate >= 10 else f"{rate:.2g} steps/s"
-
-
-def format_duration(seconds):
-    """Return 42 as "42s", 102 as "1m42s", and 7500 as "2h05m"."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
-
-
-def progress(step, seconds):
-    """Return the beginning of a progress line."""
-    return f"{step:>11,} steps  {format_duration(seconds):>6}"
-
-
-def training_score(trainer):
-    """Return the mean return of the last training episodes, as text."""
-    return format_score(trainer.stats.get("episode_return", math.nan))
-
-
 class ProgressBar(Callback):
     """Prints a line for each evaluation. Between them it shows a bar on a terminal, and elsewhere prints more lines.
 
+    On a terminal every line fits its width, so what comes last in a line may be left out.
+
     Args:
         plan: text to print first, about what is going to happen.
+        estimate: a function that returns a line on how long that will take; it is called after `plan` is printed.
+        metrics: the results of an evaluation to print beside the score, in this order; by default all.
+        endings: {label: text} to print below the last line: what was written, and what to do next.
         first_is_slow: the first update has to compile, so its rate says nothing about the rest.
     """
 
     cost = "the progress is not shown"
 
-    def __init__(self, plan="", first_is_slow=False):
+    def __init__(self, plan="", estimate=None, metrics=None, endings=None, first_is_slow=False):
         self.plan = plan
+        self.estimate = estimate
+        self.metrics = metrics
+        self.endings = endings or {}
         self.first_is_slow = first_is_slow
         self.bar = None
 
     def on_training_start(self, trainer):
         if self.plan:
             say(self.plan)
+        if trainer.update_count > 0:
+            best = f", best score {format_score(trainer.best_score)}" if math.isfinite(trainer.best_score) else ""
+            say(
+                f"resumed after {trainer.global_step:,} of {trainer.total_steps:,} steps "
+                f"and {format_duration(trainer.seconds)}{best}"
+            )
+        if self.estimate and (line := self.estimate()):
+            say(line)
+        self.best_score = trainer.best_score
         self.measure_from_here(trainer)
-        self.printed_at = trainer.seconds
+        self.printed_at = self.update_began_at = trainer.seconds
+        self.drawn_at = -math.inf
         if sys.stderr.isatty():
-            done = min(trainer.global_step, trainer.num_steps)
-            self.bar = tqdm(total=trainer.num_steps, initial=done, unit=" steps", unit_scale=True, dynamic_ncols=True)
+            shape = {"bar_format": "{percentage:3.0f}%|{bar}| {desc}", "dynamic_ncols": True}
+            self.bar = tqdm(total=trainer.total_steps, initial=trainer.global_step, **shape)
+            self.update_bar(trainer)
 
     def on_evaluation_end(self, trainer):
         state = trainer.evaluated
         evaluation = state["evaluation"]
-        others = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.items() if name != "score")
-        best = "  best" if trainer.is_best else ""
-        score = format_score(evaluation["score"])
-        say(f"{progress(state['global_step'], state['seconds'])}  score {score:>5}  {others}{best}")
+        # The first evaluation is always the best so far, which means nothing yet.
+        gained = trainer.is_best and math.isfinite(self.best_score)
+        self.best_score = trainer.best_score
+        pieces = [
+            self.beginning(state["global_step"], state["seconds"]),
+            f"score {format_score(evaluation['score']):>5}",
+            "best" if gained else "    ",
+        ]
+        names = self.metrics or [name for name in evaluation if name != "score"]
+        pieces += [f"{name} {evaluation[name]:.4g}" for name in names]
+        say(fitted(pieces, columns(sys.stdout)).rstrip())
         self.printed_at = trainer.seconds
         self.update_bar(trainer)
+
+    def on_progress(self, trainer):
+        self.update_bar(trainer)
+        self.print_progress(trainer)
 
     def on_update_end(self, trainer):
         self.update_bar(trainer)
@@ -245,21 +268,22 @@ class ProgressBar(Callback):
             say(f"the first update took {format_duration(trainer.seconds - self.measured_from_seconds)}")
             self.first_is_slow = False
             self.measure_from_here(trainer)
-        elif self.bar is None and trainer.seconds - self.printed_at >= PLAIN_INTERVAL:
-            elapsed = trainer.seconds - self.measured_from_seconds  # including callbacks and waiting
-            rate = (trainer.global_step - self.measured_from_step) / elapsed
-            left = format_duration(max(trainer.num_steps - trainer.global_step, 0) / rate)
-            steps = progress(trainer.global_step, trainer.seconds)
-            say(f"{steps}  in training {training_score(trainer)}  {format_rate(rate)}  {left} left")
-            self.printed_at = trainer.seconds
+        else:
+            self.print_progress(trainer)
+        self.update_began_at = trainer.seconds
 
     def on_training_end(self, trainer):
-        self.close()
+        if self.bar is not None:
+            self.bar.close()
         best = f", best score {format_score(trainer.best_score)}" if math.isfinite(trainer.best_score) else ""
         say(f"trained {trainer.global_step:,} steps in {format_duration(trainer.seconds)}{best}")
+        width = max(map(len, self.endings), default=0) + 2
+        for label, text in self.endings.items():
+            say(f"  {label + ':':{width}}{text}")
 
     def close(self):
         if self.bar is not None:
+            self.bar.leave = False  # after an interruption, whose message is already below the bar
             self.bar.close()
 
     def measure_from_here(self, trainer):
@@ -267,11 +291,66 @@ class ProgressBar(Callback):
         self.measured_from_step = trainer.global_step
         self.measured_from_seconds = trainer.seconds
 
+    def print_progress(self, trainer):
+        """Print a line where no bar can be drawn, if the last line is some seconds old."""
+        if self.bar is None and trainer.seconds - self.printed_at >= PLAIN_INTERVAL:
+            beginning = self.beginning(trainer.global_step, trainer.seconds)
+            say("  ".join(filter(None, [beginning, in_training(trainer), *self.pace(trainer), self.doing(trainer)])))
+            self.printed_at = trainer.seconds
+
     def update_bar(self, trainer):
-        if self.bar is not None:
-            score = format_score(trainer.evaluated["evaluation"]["score"]) if trainer.evaluated else "-"
-            self.bar.set_postfix_str(f"score {score}, in training {training_score(trainer)}", refresh=False)
-            self.bar.update(min(trainer.global_step, trainer.num_steps) - self.bar.n)
+        if self.bar is None:
+            return
+        position = trainer.global_step + trainer.unfinished_steps
+        self.bar.n = min(position, self.bar.total)
+        now = time.monotonic()
+        if now - self.drawn_at < REDRAW_INTERVAL and position < self.bar.total:
+            return
+        self.drawn_at = now
+        rate, left = self.pace(trainer)
+        pieces = [
+            f"{format_count(position)}/{format_count(self.bar.total)}",
+            f"{format_duration(trainer.seconds)}",
+            left,
+            self.doing(trainer),
+            *self.scores(trainer),
+            in_training(trainer),
+            rate,
+        ]
+        self.bar.set_description_str(fitted(pieces, columns(sys.stderr) - SHORTEST_BAR), refresh=False)
+        self.bar.refresh()
+
+    def beginning(self, step, seconds):
+        """Return the beginning of a line."""
+        return f"{step:>11,} steps  {format_duration(seconds):>6}"
+
+    def pace(self, trainer):
+        """Return how many steps are done in a second, and the time that is left at this rate; as text, if known."""
+        position = trainer.global_step + trainer.unfinished_steps
+        elapsed = trainer.seconds - self.measured_from_seconds  # including callbacks and waiting
+        done = position - self.measured_from_step
+        if done <= 0 or elapsed <= 0 or self.first_is_slow:
+            return "", ""
+        left = max(trainer.total_steps - position, 0) * elapsed / done
+        return format_rate(done / elapsed), f"{format_duration(left)} left"
+
+    def doing(self, trainer):
+        """Return what the current update does if it takes long, otherwise "": nobody could read it."""
+        return trainer.doing if trainer.seconds - self.update_began_at > 2 else ""
+
+    def scores(self, trainer):
+        """Return the last and the best score as text, if there are any. The best one is left out if it is the last."""
+        if not trainer.evaluated:
+            return []
+        last = trainer.evaluated["evaluation"]["score"]
+        best = f"best {format_score(self.best_score)}" if self.best_score > last else ""
+        return [f"score {format_score(last)}", best]
+
+
+def in_training(trainer):
+    """Return the mean return of the last training episodes as text, or "" before the first one has ended."""
+    score = trainer.stats.get("episode_return", math.nan)
+    return "" if math.isnan(score) else f"in training {format_score(score)}"
 
 
 class MetricsCSV(Callback):
@@ -304,7 +383,7 @@ class MetricsCSV(Callback):
 
 
 class TensorBoard(Callback):
-    """Writes event files into the run directory: losses/, charts/ and eval/ over environment steps."""
+    """Writes event files into the run directory: losses, policy, value, charts and eval over environment steps."""
 
     def __init__(self, run_dir):
         self.run_dir = run_dir
@@ -326,17 +405,17 @@ class TensorBoard(Callback):
 
     def on_update_end(self, trainer):
         for name, value in trainer.stats.items():
-            self.add("charts" if name in CHARTS else "losses", name, value, trainer.global_step)
+            self.add(TENSORBOARD_NAMES.get(name, f"losses/{name}"), value, trainer.global_step)
 
     def on_evaluation_end(self, trainer):
         step = trainer.evaluated["global_step"]
         if step not in self.steps_evaluated:
             for name, value in trainer.evaluated["evaluation"].items():
-                self.add("eval", name, value, step)
+                self.add(f"eval/{name}", value, step)
 
-    def add(self, group, name, value, step):
+    def add(self, name, value, step):
         if self.writer is not None:  # otherwise a warning has said that it could not be made
-            self.writer.add_scalar(f"{group}/{name}", value, step)
+            self.writer.add_scalar(name, value, step)
 
     def ignore_writer_thread(self, args):
         """Print no traceback if the writer's thread fails, because the writer's next call raises the same error."""
@@ -363,6 +442,9 @@ class LearningCurve(Callback):
         self.next_at = -math.inf
         self.out_of_date = False
         self.cost = f"{path}: not drawn"
+
+    def on_update_end(self, trainer):
+        self.out_of_date = True
 
     def on_evaluation_end(self, trainer):
         self.out_of_date = True

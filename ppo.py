@@ -8,6 +8,7 @@ tensors that keep their addresses, so that a GPU can record them as CUDA graphs 
 """
 
 import math
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -287,6 +288,7 @@ class PPO(Trainer):
         self.stat_names = []
         self.step_stats = None  # (gradient steps of an epoch, statistics), at a fixed address for CUDA graphs
         self.episode_returns = deque(maxlen=100)  # of the last episodes that ended
+        self.playing_share = 0.5  # how much of an update's time it plays; in the rest it learns
         self.runner = runner or EagerRunner()
         self.runner.attach(self)
 
@@ -306,6 +308,10 @@ class PPO(Trainer):
         """The environment steps of an update, of all ranks together."""
         return self.config.rollout_steps * self.env.num_envs * self.ranks
 
+    @property
+    def total_steps(self):
+        return math.ceil(self.num_steps / self.samples_per_update) * self.samples_per_update
+
     def collect_and_update(self):
         """Collect a rollout and learn from it. Returns the statistics of the update."""
         return self.runner.collect_and_update()
@@ -317,9 +323,12 @@ class PPO(Trainer):
 
         Raises FloatingPointError.
         """
+        self.started_at = time.perf_counter()
         self.start_rollout()
-        for _ in range(self.config.rollout_steps):
+        total = self.config.rollout_steps
+        for done in range(total):
             self.check_stop()
+            self.report("playing", done, total, self.samples_per_update * self.playing_share * done / total)
             self.runner.rollout_step()
         last_obs = self.policy.encode(self.obs)
         self.check_rollout(last_obs)
@@ -327,6 +336,7 @@ class PPO(Trainer):
         lambd = gae_lambda(self.global_step, self.config)
         self.buffer.finish(last_values, self.config.gamma, lambd, self.config.reward_scale)
         self.record_episode_returns()
+        self.collected_at = time.perf_counter()
 
     def start_rollout(self):
         """Draw the noise of the whole rollout, let the env prepare it, and pair environments."""
@@ -422,7 +432,7 @@ class PPO(Trainer):
         """
         config = self.config
         self.lr.fill_(learning_rate(self.global_step / config.num_steps, config.lr, config.min_lr))
-        step_stats = torch.cat([self.epoch() for _ in range(config.epochs)])  # (gradient steps, statistics)
+        step_stats = torch.cat([self.epoch(i) for i in range(config.epochs)])  # (gradient steps, statistics)
         self.average(step_stats)
         self.check_step_stats(step_stats)
         # These advance only now, because learning rate and lambda depend on the steps before this update.
@@ -435,6 +445,7 @@ class PPO(Trainer):
         if config.paired_envs:
             stats["pair_correlation"] = self.buffer.pair_correlation.item()
         stats["lr"] = self.lr.item()
+        self.playing_share = (self.collected_at - self.started_at) / (time.perf_counter() - self.started_at)
         stats["episode_return"] = float(np.mean(self.episode_returns)) if self.episode_returns else math.nan
         return stats
 
@@ -445,13 +456,19 @@ class PPO(Trainer):
         losses = [name != "grad_norm" for name in self.stat_names]  # if all of these are finite, the gradient is not
         check_finite(f"in update {self.update_count + 1}", loss=first_bad[:, losses], gradient=first_bad)
 
-    def epoch(self):
-        """Train on every sample once. Returns statistics (gradient steps, statistics)."""
+    def epoch(self, number=0):
+        """Train on every sample once, in the update's epoch with this number.
+
+        Returns statistics (gradient steps, statistics).
+        """
         batch_size = self.config.batch_size // self.ranks
         self.buffer.shuffle(batch_size, self.generator, self.policy.group_size, self.policy.prepare_minibatches)
         self.normalize_advantages()
-        for _ in range(self.buffer.num_minibatches):
+        total = self.config.epochs * self.buffer.num_minibatches
+        for done in range(number * self.buffer.num_minibatches, (number + 1) * self.buffer.num_minibatches):
             self.check_stop()
+            share = self.playing_share + (1 - self.playing_share) * done / total
+            self.report("learning", done, total, self.samples_per_update * share)
             self.runner.train_step()
         return self.step_stats.clone()
 

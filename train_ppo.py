@@ -11,6 +11,7 @@ To share the work among several cores or GPUs, each with its own games:
 import harness.start  # before the slow imports
 
 import functools
+import time
 from dataclasses import asdict
 
 import torch
@@ -19,9 +20,10 @@ from breakout_ascii import BOARD, BreakoutAsciiVec, other_board
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
 from evaluation import METRICS, levels
 from harness.device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
-from harness.messages import say, shortened
+from harness.lines import in_words
+from harness.messages import quoted, say, shortened
 from harness.options import CommandLineError, Constants, Values, check_at_most, check_divides, check_multiple
-from harness.runs import load_state, new_run_dir, read_run, resume_command
+from harness.runs import load_state, new_run_dir, program_command, read_run, resume_command
 from harness.supervise import check_free_memory, less_memory, memory_advice, run_script, train
 from model import GPTConfig
 from policies import evaluate_state, fast, make_gpt
@@ -151,18 +153,59 @@ def build(c, device):
 
 
 def plan(c, ppo, run_dir):
-    """Return two or three lines that say what is about to happen."""
+    """Return the lines that say what is about to happen."""
     parameters = sum(p.numel() for p in ppo.policy.parameters())
     layers = "one layer" if c.N_LAYER == 1 else f"{c.N_LAYER} layers"
     lines = [
         f"A GPT of {layers} and {parameters:,} parameters learns Breakout on {ppo.device}: "
-        f"{c.NUM_STEPS:,} steps in all, in {c.NUM_ENVS} games at once.",
+        f"{ppo.total_steps:,} steps, in {c.NUM_ENVS} games at once.",
         f"Curve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops.",
     ]
+    if c.EVAL_INTERVAL:
+        lines.append(EXPLANATION)
     if trains_on_gpu(ppo.device):
         compiles = "compiles, and " if RANKS == 1 else ""
         lines.append(f"The first update {compiles}checks itself against the CPU.")
     return "\n".join(lines)
+
+
+def estimate(c, ppo):
+    """Return a line on how long the training will take, or "" where nothing tells before the first update."""
+    if RANKS > 1 or ppo.device.type != "cpu":
+        return ""
+    seconds, ppo.playing_share = measured_update(c)
+    updates = (ppo.total_steps - ppo.global_step) / ppo.samples_per_update
+    line = f"This will take {in_words(seconds * updates)} on this machine"
+    if c.N_LAYER > 1:
+        with_one, _ = measured_update(Values(**vars(c) | {"N_LAYER": 1}))
+        line += f"; one layer takes {in_words(with_one * updates)}, and six on an H100 took 50 minutes"
+    return f"{line}."
+
+
+def measured_update(c):
+    """Measure a short update of a training like this on the CPU, which is thrown away.
+
+    With more than one layer the time grows with the samples, so it plays and learns from eight. With one layer an
+    update has few distinct lines, whose number hardly grows with the samples, so minibatches are as large as they will
+    be. The games have just begun, so later updates may well take half or twice as long.
+
+    Returns the seconds of an update, and the share of them in which it plays.
+    """
+    samples = c.NUM_ENVS * c.ROLLOUT_STEPS
+    short = {"NUM_ENVS": 8, "ROLLOUT_STEPS": 1, "BATCH_SIZE": 8}
+    if c.N_LAYER == 1:
+        steps = range(min(16, c.ROLLOUT_STEPS), c.ROLLOUT_STEPS + 1)
+        short = {"ROLLOUT_STEPS": next(n for n in steps if c.NUM_ENVS * n % c.BATCH_SIZE == 0)}
+    with torch.random.fork_rng(devices=[]):  # the training's own random numbers stay as they are
+        trial = build(Values(**vars(c) | short | {"EPOCHS": 1}), torch.device("cpu"))
+    for _ in range(2 if c.N_LAYER == 1 else 1):  # the first time is slower, which matters where an update is quick
+        start = time.perf_counter()
+        trial.collect()
+        played_at = time.perf_counter()
+        trial.update()
+    playing = played_at - start
+    learning = c.EPOCHS * (time.perf_counter() - played_at)
+    return (playing + learning) * samples / trial.samples_per_update, playing / (playing + learning)
 
 
 def evaluation_of(c, device):
@@ -177,13 +220,28 @@ def evaluation_of(c, device):
     return Evaluation(evaluate, c.EVAL_INTERVAL, processes)
 
 
+def endings(c, run_dir):
+    """Return {label: text}, to print after the training: what was written, and what to do next."""
+    return {
+        "watch it play": f"{program_command('load_model.py')} {quoted(run_dir)}",
+        "see its curve": run_dir / "learning_curve.png",
+        "train longer": f"{resume_command('train_ppo.py', run_dir, RANKS)} --num_steps {2 * c.NUM_STEPS}",
+    }
+
+
 def watch(ppo, c, run_dir, evaluation):
     """Return the callbacks of rank 0, in the order in which they are called."""
     csv = run_dir / "metrics.csv"
     callbacks = [
         RunDirectory(run_dir),
         evaluation,
-        ProgressBar(plan(c, ppo, run_dir), first_is_slow=trains_on_gpu(ppo.device)),
+        ProgressBar(
+            plan(c, ppo, run_dir),
+            estimate=lambda: estimate(c, ppo),
+            metrics=("cleared", "returned", "min", "max", "length"),
+            endings=endings(c, run_dir),
+            first_is_slow=trains_on_gpu(ppo.device),
+        ),
         MetricsCSV(csv, METRICS),
         TensorBoard(run_dir),
         LearningCurve(run_dir / "learning_curve.png", csv, levels()),

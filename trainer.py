@@ -28,6 +28,9 @@ def check_finite(when, **quantities):
             raise FloatingPointError(f"{reason}; try a lower learning rate")
 
 
+REPORT_INTERVAL = 0.1  # seconds between two reports of an update's progress, at least
+
+
 class Trainer:
     """Runs the loop of a training.
 
@@ -48,6 +51,9 @@ class Trainer:
         self.clock = time.perf_counter()  # when `seconds` was last updated
         self.stats = {}  # {name: float} of the last update, the same names in each
         self.snapshot = None  # a copy of the state before this update, from which an interrupted run is resumed
+        self.doing = ""  # what the current update does, and how far it is, such as "learning 12/64"; "" between updates
+        self.unfinished_steps = 0.0  # environment steps that the work of the current update is worth so far
+        self.reported_at = -math.inf
         self.stop_requested = False
         self.pending = []  # the policy states that are being evaluated
         self.evaluated = None  # the policy state that was evaluated last, with its "evaluation"
@@ -70,6 +76,8 @@ class Trainer:
             self.stats = self.collect_and_update()
             self.check_weights()
             self.stats["steps_per_second"] = (self.global_step - before) / (time.perf_counter() - start)
+            self.doing = ""
+            self.unfinished_steps = 0.0
             self.tick()
             self.emit("on_update_end")
             self.keep_snapshot()
@@ -91,6 +99,29 @@ class Trainer:
     def emit(self, event):
         for callback in self.callbacks:
             callback.hear(event, self)
+
+    def report(self, doing, done, total, unfinished_steps=0.0):
+        """Tell the callbacks how far the current update is. Call it as often as you like; most calls do nothing.
+
+        Args:
+            doing: what the update does now, such as "learning".
+            done, total: of the things that it does, such as minibatches.
+            unfinished_steps: how many of the update's environment steps its work so far is worth, if `global_step` does
+                not count them yet.
+        """
+        now = time.perf_counter()
+        if now - self.reported_at < REPORT_INTERVAL:
+            return
+        self.reported_at = now
+        self.doing = f"{doing} {done:,}/{total:,}"
+        self.unfinished_steps = unfinished_steps
+        self.tick()
+        self.emit("on_progress")
+
+    @property
+    def total_steps(self):
+        """The environment steps after which training ends: `num_steps`, or more if its last update is a whole one."""
+        return self.num_steps
 
     def tick(self):
         """Update `seconds`. Everything since the start of `learn` counts, including callbacks and waiting."""

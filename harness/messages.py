@@ -9,18 +9,19 @@ import sys
 from tqdm import tqdm
 
 from harness.files import WINDOWS
+from harness.lines import columns, wrapped
 
 
 def tell(line):
     """Print lines to the standard error. It is no error if nobody can read them."""
     with contextlib.suppress(OSError):
-        print(printable_lines(line), file=sys.stderr, flush=True)
+        print(wrapped(printable_lines(line), columns(sys.stderr)), file=sys.stderr, flush=True)
 
 
 def say(line):
     """Print lines to the standard output without tearing a progress bar. It is no error if nobody can read them."""
     with contextlib.suppress(Exception):
-        tqdm.write(printable_lines(line))
+        tqdm.write(wrapped(printable_lines(line), columns(sys.stdout)))
         sys.stdout.flush()
 
 

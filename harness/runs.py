@@ -303,5 +303,10 @@ def load_state(trainer, run):
 def resume_command(prog, run_dir, ranks):
     """The command that goes on with a run, to paste into a shell in the working directory."""
     launcher = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
+    return f"{program_command(prog, launcher)} --resume {quoted(run_dir)}"
+
+
+def program_command(prog, launcher="python"):
+    """The command that starts one of our programs, such as "load_model.py" or "-m algorithms.NAME"."""
     script = prog if prog.startswith("-m ") else quoted(shown(ROOT / prog))
-    return f"{launcher} {script} --resume {quoted(run_dir)}"
+    return f"{launcher} {script}"

@@ -28,7 +28,9 @@ class FakeTrainer:
         self, callbacks, updates=UPDATES, start=0, seconds_per_update=1.5, delay=0, scores=SCORES, stats=STATS
     ):
         self.callbacks = callbacks
-        self.num_steps = 100 * updates
+        self.num_steps = self.total_steps = 100 * updates
+        self.doing = ""
+        self.unfinished_steps = 0.0
         self.seconds_per_update = seconds_per_update
         self.scores = scores
         self.stats_names = stats

@@ -23,7 +23,6 @@ from callbacks import (
     MetricsCSV,
     ProgressBar,
     TensorBoard,
-    format_duration,
 )
 from harness.background import CannotStart
 from harness.checkpoint import CheckpointError, load_checkpoint
@@ -361,38 +360,60 @@ def test_an_evaluation_belongs_to_the_row_of_its_update(tmp_path, delay, capsys)
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
-def test_durations():
-    """At most two units are shown."""
-    durations = {0: "0s", 42.9: "42s", 60: "1m00s", 102: "1m42s", 3599: "59m59s", 3600: "1h00m", 7500: "2h05m"}
-    assert {seconds: format_duration(seconds) for seconds in durations} == durations
-
-
 def test_plain_lines(capsys):
-    """Where the output is a file, not a terminal, there is no bar."""
-    FakeTrainer([ProgressBar("what happens now")], seconds_per_update=6).learn()
+    """Where the output is a file, not a terminal, there is no bar. The first score is the best, which is not said."""
+    endings = {"go on": "like this", "stop": "now"}
+    metrics = ("cleared", "returned")
+    FakeTrainer([ProgressBar("what happens now", metrics=metrics, endings=endings)], seconds_per_update=6).learn()
     out, err = capsys.readouterr()
     lines = """
 what happens now
         200 steps     12s  in training 20.0  17 steps/s  36s left
-        200 steps     12s  score  90.0  min 10  max 180  cleared 0  games 32  length 812.5  returned 0.71  best
+        200 steps     12s  score  90.0        cleared 0  returned 0.71
         400 steps     24s  in training 40.0  17 steps/s  24s left
-        400 steps     24s  score 300.0  min 220  max 390  cleared 0  games 32  length 812.5  returned 0.71  best
+        400 steps     24s  score 300.0  best  cleared 0  returned 0.71
         600 steps     36s  in training 60.0  17 steps/s  12s left
-        600 steps     36s  score 250.0  min 170  max 340  cleared 0  games 32  length 812.5  returned 0.71
+        600 steps     36s  score 250.0        cleared 0  returned 0.71
         800 steps     48s  in training 80.0  17 steps/s  0s left
-        800 steps     48s  score 400.0  min 320  max 490  cleared 0  games 32  length 812.5  returned 0.71  best
+        800 steps     48s  score 400.0  best  cleared 0  returned 0.71
 trained 800 steps in 48s, best score 400.0
+  go on: like this
+  stop:  now
 """
     assert out == lines.removeprefix("\n") and err == ""
 
 
-def test_plain_lines_between_evaluations(capsys):
-    """The rate and the time that is left count from the resume."""
-    FakeTrainer([ProgressBar()], seconds_per_update=4, updates=6, start=2, scores={}).learn()
+def test_plain_lines_of_a_resumed_run(capsys):
+    """It says where it stands. The rate and the time that is left count from there, the clock from the start."""
+    FakeTrainer([ProgressBar()], seconds_per_update=4, updates=6, start=2, scores={1: 90.0}).learn()
     assert capsys.readouterr().out.splitlines() == [
+        "resumed after 200 of 600 steps and 3s, best score 90.0",
         "        500 steps     15s  in training 50.0  25 steps/s  4s left",
-        "trained 600 steps in 19s",
+        "trained 600 steps in 19s, best score 90.0",
     ]
+
+
+def test_plain_lines_within_an_update(capsys):
+    """An update that takes long says what it does."""
+    trainer = FakeTrainer([ProgressBar()])
+    trainer.emit("on_training_start")
+    for done in range(1, 5):
+        trainer.seconds += 5
+        trainer.doing = f"learning {done}/4"
+        trainer.unfinished_steps = 25 * done
+        trainer.emit("on_progress")
+    assert capsys.readouterr().out.splitlines() == [
+        "          0 steps     10s  5 steps/s  2m30s left  learning 2/4",
+        "          0 steps     20s  5 steps/s  2m20s left  learning 4/4",
+    ]
+
+
+def test_an_estimate_comes_after_the_plan(capsys):
+    """It takes a while, in which there is something to read. An empty one is not printed."""
+    FakeTrainer([ProgressBar("the plan", estimate=lambda: print("measuring") or "the estimate")], scores={}).learn()
+    FakeTrainer([ProgressBar("the plan", estimate=lambda: "")], scores={}).learn()
+    lines = [line for line in capsys.readouterr().out.splitlines() if " steps" not in line]
+    assert lines == ["the plan", "measuring", "the estimate", "the plan"]
 
 
 def test_a_first_update_that_compiles_does_not_count_for_the_rate(capsys):
@@ -412,24 +433,21 @@ def test_a_first_update_that_compiles_does_not_count_for_the_rate(capsys):
 
 
 def test_episode_return_not_known_yet(capsys):
-    """A hyphen stands for it."""
+    """Nothing stands for it."""
     FakeTrainer([ProgressBar()], seconds_per_update=20, updates=1).learn()
-    assert "in training -  5 steps/s  0s left" in capsys.readouterr().out
+    assert "        100 steps     20s  5 steps/s  0s left" in capsys.readouterr().out
 
 
-def test_bar_on_a_terminal(monkeypatch, capsys):
-    """A resumed training starts its bar where it stopped, and still prints a line for each evaluation."""
+def test_bar_of_a_resumed_run(monkeypatch, capsys):
+    """It starts where the run was stopped, its clock too."""
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     ppo = FakeTrainer([ProgressBar()], start=4)
     ppo.learn()
-    bar = ppo.callbacks[0].bar
-    assert bar.n == bar.total == 800 and bar.initial == 400
-    assert "800/800" in terminal.getvalue() and "score 400.0, in training 80.0" in terminal.getvalue()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("score")[0].split() for line in lines[:2]] == [["600", "steps", "9s"], ["800", "steps", "12s"]]
-    assert lines[-1].startswith("trained 800 steps")
+    first, second, *_, last = [line for line in terminal.getvalue().split("\r") if "|" in line]
+    assert first.split()[0].startswith("50%|") and second.split()[-2:] == ["400/800", "6s"]
+    assert "800/800  12s  0s left  score 400.0  in training 80.0" in last
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
@@ -459,12 +477,13 @@ def test_tensorboard(tmp_path):
     FakeTrainer([TensorBoard(tmp_path)], start=3).learn()
     events = events_of(tmp_path)
     tags = events.Tags()["scalars"]
-    losses = {f"losses/{name}" for name in STATS if name != "lr"}
-    charts = {"charts/lr", "charts/steps_per_second", "charts/episode_return"}
+    losses = {f"losses/{name}" for name in STATS if name.endswith("loss") or name == "grad_norm"}
+    charts = {"charts/learning_rate", "charts/SPS", "charts/episodic_return"}
+    others = {"policy/entropy", "policy/approx_kl", "policy/approx_kl_max", "policy/clipfrac"}
     evals = {f"eval/{n}" for n in "score min max cleared games length returned".split()}
-    assert set(tags) == losses | charts | evals
+    assert set(tags) == losses | charts | others | {"value/explained_variance"} | evals
     assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
-    assert [e.step for e in events.Scalars("charts/lr")] == [100 * u for u in range(1, 9)]  # none twice
+    assert [e.step for e in events.Scalars("policy/entropy")] == [100 * u for u in range(1, 9)]  # none twice
 
 
 def test_an_evaluation_that_a_resumed_run_repeats_is_logged_once(tmp_path):
@@ -480,7 +499,7 @@ def test_an_evaluation_that_a_resumed_run_repeats_is_logged_once(tmp_path):
     resumed.begin_evaluation()
     resumed.learn()
     assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
-    entropies = [(e.step, e.value) for e in events_of(tmp_path).Scalars("losses/entropy")]
+    entropies = [(e.step, e.value) for e in events_of(tmp_path).Scalars("policy/entropy")]
     assert entropies == [(100 * u, pytest.approx(u / 5)) for u in range(1, 9)]
 
 
@@ -488,7 +507,7 @@ def test_a_run_that_begins_again_hides_what_it_logged_before(tmp_path):
     """Such a run is resumed from the checkpoint before the first update."""
     close_as_older(FakeTrainer([TensorBoard(tmp_path)]).learn(until=3).callbacks[0])
     FakeTrainer([TensorBoard(tmp_path)]).learn()
-    assert [e.step for e in events_of(tmp_path).Scalars("charts/lr")] == [100 * u for u in range(1, 9)]
+    assert [e.step for e in events_of(tmp_path).Scalars("charts/learning_rate")] == [100 * u for u in range(1, 9)]
 
 
 def test_without_matplotlib(tmp_path, monkeypatch, capsys):

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from algorithms.parts.playing import check_algorithm, check_models, play_or_evaluate
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
 from harness.device import RANKS
+from harness.messages import quoted
 from harness.options import CommandLineError, Constants, Values, check_at_most, check_divides
-from harness.runs import load_state, new_run_dir, read_run
+from harness.runs import load_state, new_run_dir, program_command, read_run, resume_command
 from harness.supervise import less_memory, memory_advice, train
 from ppo import PPOConfig
 
@@ -82,7 +83,7 @@ To watch or to score what was learned:
             check_models(run.state, trainer.metadata["models"])
         load_state(trainer, run)
     run_dir = run.directory or new_run_dir(c.RUN_DIR, f"runs/{algorithm.name}")
-    trainer.callbacks = callbacks_of(algorithm, c, run_dir)
+    trainer.callbacks = callbacks_of(algorithm, c, run_dir, trainer.total_steps)
     advice = {
         FloatingPointError: lower_learning_rate(c),
         MemoryError: less_memory(run.constants, algorithm.memory_constants, algorithm.constants, algorithm.check),
@@ -90,15 +91,21 @@ To watch or to score what was learned:
     return train(trainer, run_dir, program, advice)
 
 
-def callbacks_of(algorithm, c, run_dir):
+def callbacks_of(algorithm, c, run_dir, steps):
     """The callbacks that every training has, and those of this one. Their order matters: see callbacks.py."""
     metrics = run_dir / "metrics.csv"
-    plan = f"{algorithm.name}: {c.NUM_STEPS:,} steps in all. Curve, metrics and checkpoints: {run_dir}."
+    program = f"-m algorithms.{algorithm.name}"
+    plan = f"{algorithm.name}: {steps:,} steps in all. Curve, metrics and checkpoints: {run_dir}."
+    endings = {
+        "watch it play": f"{program_command(program)} --play {quoted(run_dir)}",
+        "see its curve": run_dir / "learning_curve.png",
+        "train longer": f"{resume_command(program, run_dir, 1)} --num_steps {2 * c.NUM_STEPS}",
+    }
     callbacks = [RunDirectory(run_dir)]
     if c.EVAL_INTERVAL:
         callbacks.append(Evaluation(algorithm.evaluate, c.EVAL_INTERVAL))
     callbacks += [
-        ProgressBar(f"{plan} Ctrl-C saves and stops."),
+        ProgressBar(f"{plan} Ctrl-C saves and stops.", endings=endings),
         MetricsCSV(metrics),
         TensorBoard(run_dir),
         LearningCurve(run_dir / "learning_curve.png", metrics, algorithm.levels),
