@@ -289,6 +289,8 @@ class PPO(Trainer):
         self.step_stats = None  # (gradient steps of an epoch, statistics), at a fixed address for CUDA graphs
         self.episode_returns = deque(maxlen=100)  # of the last episodes that ended
         self.playing_share = 0.5  # how much of an update's time it plays; in the rest it learns
+        self.started_at = time.perf_counter()  # this update
+        self.collected_at = self.started_at  # when its rollout was complete
         self.runner = runner or EagerRunner()
         self.runner.attach(self)
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 
 import torch
 
-from breakout_ascii import BOARD, BreakoutAsciiVec, other_board
+from breakout_ascii import BOARD, MOST_POINTS, BreakoutAsciiVec, other_board
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
 from evaluation import METRICS, levels
 from harness.device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
@@ -159,10 +159,14 @@ def plan(c, ppo, run_dir):
     lines = [
         f"A GPT of {layers} and {parameters:,} parameters learns Breakout on {ppo.device}: "
         f"{ppo.total_steps:,} steps, in {c.NUM_ENVS} games at once.",
-        f"Curve, metrics and checkpoints: {run_dir}. Ctrl-C saves and stops.",
+        f"Curve, metrics, checkpoints: {run_dir}. Ctrl-C saves and stops.",
     ]
     if c.EVAL_INTERVAL:
-        lines.append(EXPLANATION)
+        lines.append(
+            f"score: mean points of greedy play; random play has {levels()['random play']}, a cleared wall "
+            f"{MOST_POINTS}. cleared: how many of these games clear the wall. returned: the share of falling balls "
+            "that the paddle returns. in training: mean points of the last 100 training games."
+        )
     if trains_on_gpu(ppo.device):
         compiles = "compiles, and " if RANKS == 1 else ""
         lines.append(f"The first update {compiles}checks itself against the CPU.")
@@ -170,11 +174,12 @@ def plan(c, ppo, run_dir):
 
 
 def estimate(c, ppo):
-    """Return a line on how long the training will take, or "" where nothing tells before the first update."""
-    if RANKS > 1 or ppo.device.type != "cpu":
+    """Return a line on how long the training will take; "" if it is soon over, or measured only by its updates."""
+    updates = (ppo.total_steps - ppo.global_step) // ppo.samples_per_update
+    soon_over = c.N_LAYER == 1 and updates < 10
+    if soon_over or RANKS > 1 or ppo.device.type != "cpu":
         return ""
     seconds, ppo.playing_share = measured_update(c)
-    updates = (ppo.total_steps - ppo.global_step) / ppo.samples_per_update
     line = f"This will take {in_words(seconds * updates)} on this machine"
     if c.N_LAYER > 1:
         with_one, _ = measured_update(Values(**vars(c) | {"N_LAYER": 1}))

@@ -413,7 +413,7 @@ def test_a_gradient_that_is_not_finite_is_named_though_the_next_loss_is_not_eith
     """The error names what failed first."""
     ppo = breakout_ppo()
     ppo.stat_names = ["policy_loss", "approx_kl", "grad_norm"]
-    ppo.epoch = lambda: torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, math.inf], [math.nan, math.nan, math.nan]])
+    ppo.epoch = lambda number: torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, math.inf], [math.nan, math.nan, math.nan]])
     with pytest.raises(FloatingPointError, match="the gradient is not finite in update 1"):
         ppo.update()
 

@@ -95,7 +95,7 @@ def callbacks_of(algorithm, c, run_dir, steps):
     """The callbacks that every training has, and those of this one. Their order matters: see callbacks.py."""
     metrics = run_dir / "metrics.csv"
     program = f"-m algorithms.{algorithm.name}"
-    plan = f"{algorithm.name}: {steps:,} steps in all. Curve, metrics and checkpoints: {run_dir}."
+    plan = f"{algorithm.name}: {steps:,} steps in all.\nCurve, metrics, checkpoints: {run_dir}."
     endings = {
         "watch it play": f"{program_command(program)} --play {quoted(run_dir)}",
         "see its curve": run_dir / "learning_curve.png",
