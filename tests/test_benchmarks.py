@@ -19,6 +19,7 @@ from helpers import make_gpt
 import train_ppo
 from algorithms.parts.language_model import tiny_model, train_tokenizer
 from benchmarks import (
+    compare,
     gpu_checks,
     language_models,
     learning,
@@ -189,6 +190,25 @@ def leave_run(run_dir, seed, curve):
     rows = [",".join(map(str, (i, *evaluation))) for i, evaluation in enumerate(curve, start=1)]
     rows += ["9,3500000,999,,", "10,3600000,999,n/a,", '11,3700000,999,"81,25",3']
     (run_dir / "metrics.csv").write_text("\n".join(["update,global_step,seconds,eval_score,eval_cleared", *rows, ""]))
+
+
+def test_variants_beside_each_other(tmp_path, capsys):
+    """The row of a variant has its seeds in order, near each number of steps; the first variant is in every panel."""
+    names = {"gamma=0.9": "default", "gamma=0.9,lr=0.1": "lr=0.1", "gamma=0.9,n_head=1": "n_head=1"}
+    for name in names:
+        for seed in (1, 0):
+            leave_run(tmp_path / f"{name},seed={seed}", seed, CURVES[seed])
+    assert compare.main([tmp_path, "--at", 1_400_000, 3_900_000]) == 0
+    assert table(capsys.readouterr().out) == (
+        ["variant", "seeds", "near 1.4M", "near 3.9M", "best"],
+        [[name, "0 1", "350 100", "945 640", "960 650"] for name in names.values()],
+    )
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    panels = compare.draw(compare.read_variants([tmp_path]), across=1).axes
+    assert [panel.get_title() for panel in panels] == ["lr=0.1", "n_head=1"]
+    assert all([line.get_ydata()[1] for line in panel.lines] == 2 * [960.0, 650.5] for panel in panels)
+    with pytest.raises(CommandLineError, match="there are no runs"):
+        compare.main([tmp_path / "nowhere"])
 
 
 def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,105 @@
+"""Compare variants of a training, seed by seed:  python -m benchmarks.compare RUN ...
+
+A RUN is a run's directory or the directory of a sweep, of any training. Runs whose directories differ only in the seed
+are one variant. The program prints the score of every seed at --at and the best one, and draws each variant in a panel
+of its own, beside the first variant in grey.
+"""
+
+import harness.start  # before the slow imports
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.learning import runs_in, variant_of
+from harness.figures import new_figure
+from harness.metrics_file import read_metrics
+from harness.options import CommandLineError, Parser, given_path, within
+from harness.runs import recorded_constants
+from harness.supervise import run_script
+from harness.tables import save_figure, show_table
+
+PANEL_WIDTH, PANEL_HEIGHT = 2.9, 2.2  # inches
+
+
+def scores(run_dir):
+    """Return steps and score of each evaluation of a run, (evaluations, 2). Raises CommandLineError if it has none."""
+    rows = read_metrics(run_dir / "metrics.csv")
+    curve = [[row["global_step"], row["eval_score"]] for row in rows if math.isfinite(row["eval_score"])]
+    if not curve:
+        raise CommandLineError(f"{run_dir / 'metrics.csv'} has no evaluations; leave this run out")
+    return np.array(curve)
+
+
+def read_variants(paths):
+    """Return {variant: {seed: `scores` of its run}}, both sorted; what all names begin with is left out of them."""
+    runs = {}
+    for run_dir in runs_in(paths):
+        seed = (recorded_constants(run_dir) or {}).get("SEED", 0)
+        runs.setdefault(variant_of(run_dir), {})[seed] = scores(run_dir)
+    names = sorted(runs)
+    first = names[0]
+    if all(name == first or name.startswith(f"{first},") for name in names):
+        shown = [name.removeprefix(first).strip(",") or "default" for name in names]
+    else:
+        shown = names
+    return {label: dict(sorted(runs[name].items())) for label, name in zip(shown, names)}
+
+
+def score_near(curve, step):
+    """Return the score of the evaluation that is nearest to this environment step."""
+    return curve[np.abs(curve[:, 0] - step).argmin(), 1]
+
+
+def table_rows(variants, steps):
+    """Return a row for each variant: the scores of its seeds, in order, near each of these steps, and the best."""
+    rows = []
+    for name, runs in variants.items():
+        row = {"variant": name, "seeds": " ".join(map(str, runs))}
+        for step in steps:
+            row[f"near {step / 1e6:g}M"] = " ".join(f"{score_near(curve, step):.0f}" for curve in runs.values())
+        row["best"] = " ".join(f"{curve[:, 1].max():.0f}" for curve in runs.values())
+        rows.append(row)
+    return rows
+
+
+def draw(variants, across):
+    """Return a Figure with a panel for each variant but the first, which is drawn in grey in all panels."""
+    names = list(variants)[1:] or list(variants)
+    reference = variants[list(variants)[0]] if len(variants) > 1 else {}
+    down = -(-len(names) // across)
+    figure = new_figure(PANEL_WIDTH * across, PANEL_HEIGHT * down)
+    figure.set(facecolor="white")
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, name in zip(panels, names):
+        for runs, style in ((reference, {"color": "0.75"}), (variants[name], {})):
+            for curve in runs.values():
+                axes.plot(curve[:, 0] / 1e6, curve[:, 1], linewidth=1.4, **style)
+        axes.set_title(name, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    figure.supxlabel("million environment steps", fontsize=10)
+    figure.supylabel("score of an evaluation", fontsize=10)
+    return figure
+
+
+def main(argv=()):
+    parser = Parser("-m benchmarks.compare", __doc__)
+    parser.add_argument("runs", type=given_path, nargs="+", metavar="RUN")
+    at_least_1 = within("[1, inf)")
+    steps = [250_000, 500_000, 1_000_000]
+    parser.add_argument("--at", type=at_least_1, nargs="+", default=steps, metavar="STEPS", help=f"default {steps}")
+    parser.add_argument("--across", type=at_least_1, default=3, help="panels side by side (default 3)")
+    parser.add_argument("--out", type=given_path, help="the picture (default: compare.png in the first RUN)")
+    args = parser.parse_args(argv)
+    variants = read_variants(args.runs)
+    show_table(table_rows(variants, args.at))
+    save_figure(Path(args.out or Path(args.runs[0], "compare.png")), draw, variants, args.across)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main, "-m benchmarks.compare")
