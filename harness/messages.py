@@ -75,5 +75,5 @@ def quoted(path):
     """A path as one word of a shell's command, which is no option even if it begins with a dash."""
     word = f"./{path}" if str(path).startswith("-") else str(path)
     if WINDOWS:  # its two shells agree on double quotes only; one of them splits a word at a comma
-        return word if re.fullmatch(r"[\w.:\\/-]+", word) else f'"{word}"'
+        return word if re.fullmatch(r"[\w.:~\\/-]+", word) else f'"{word}"'
     return shlex.quote(word)

@@ -1,9 +1,12 @@
 """Pages, models and tolerances that several tests share."""
 
 import re
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from breakout_ascii import CHARACTERS, TOKENS, BreakoutAsciiVec
@@ -13,6 +16,9 @@ from model import GPT, GPTConfig
 from ppo import PPO, PPOConfig
 
 EPS = torch.finfo(torch.float32).eps
+# On Windows no program can be signalled, most users may not make links, and files that are open stay where they are.
+needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs signals, links or permissions of POSIX")
+SIGHUP, SIGQUIT, SIGKILL = (getattr(signal, name, None) for name in ("SIGHUP", "SIGQUIT", "SIGKILL"))
 
 
 def tolerance(largest_score):

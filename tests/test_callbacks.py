@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fake_trainer import EVALUATED, SCORES, STATS, FakeTrainer, disk_full, table
+from helpers import needs_posix
 from matplotlib.figure import Figure
 
 import callbacks
@@ -680,6 +681,7 @@ def test_checkpoints_left_from_before_a_resume_do_not_push_out_new_ones(tmp_path
     assert numbers(tmp_path) == ["8", "9", "mine"]
 
 
+@needs_posix
 def test_links_to_nothing_and_directories_among_the_checkpoints_stop_nothing(tmp_path):
     """A link is deleted like a checkpoint, and a directory stays."""
     (tmp_path / "checkpoint_1.safetensors").symlink_to("gone")

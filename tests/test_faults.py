@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SIGKILL, needs_posix
 from test_checkpoint import example, same
 from test_train_ppo import SMALL, logged
 
@@ -217,9 +218,9 @@ def wait_until(condition, seconds=120):
     assert condition()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there a process does not learn that its parent has ended")
+@needs_posix
 @pytest.mark.parametrize("program", ["sweep.py", "torchrun"])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, SIGKILL])
 def test_trainings_save_and_end_with_the_program_that_started_them(tmp_path, program, signum):
     """Trainings do not outlive a sweep or torchrun that is terminated or killed."""
     if program == "sweep.py":
@@ -238,7 +239,7 @@ def test_trainings_save_and_end_with_the_program_that_started_them(tmp_path, pro
     assert all(load_checkpoint(run)["update_count"] > 0 for run in runs)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there a process does not learn that its parent has ended")
+@needs_posix
 def test_a_sweep_goes_on_with_the_runs_of_one_that_was_killed(tmp_path):
     """A second sweep joins, waits while the first trains all there is to train, and takes over when that is killed."""
     command = ["sweep.py", "train_ppo", *ENDLESS.split(), "--seed", 0, "--out", tmp_path]

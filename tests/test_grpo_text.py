@@ -314,7 +314,7 @@ def test_a_classifier_reads_what_its_chat_template_says(tmp_path, tokenizer):
 )
 def test_a_classifier_that_is_no_reward_model_is_refused(changes, message, tmp_path, tokenizer):
     save_classifier(tmp_path, tokenizer, **changes)
-    with pytest.raises(CommandLineError, match=f"^REWARD_MODEL {tmp_path}: .*{message}") as error:
+    with pytest.raises(CommandLineError, match=f"^REWARD_MODEL {re.escape(str(tmp_path))}: .*{message}") as error:
         make_reward(str(tmp_path), torch.device("cpu"))
     assert "\n" not in str(error.value)
 

@@ -31,7 +31,7 @@ def test_errors_of_the_system_name_their_file(tmp_path):
     with pytest.raises(OSError) as error:
         open(tmp_path / "gone" / "x", encoding="utf-8")
     advice = "check the path, its permissions and the space on the disk"
-    assert one_line(error.value) == f"{tmp_path}/gone/x: No such file or directory; {advice}"
+    assert one_line(error.value) == f"{tmp_path / 'gone' / 'x'}: No such file or directory; {advice}"
 
 
 def test_a_terminal_obeys_nothing_that_a_file_says(monkeypatch, capsys):

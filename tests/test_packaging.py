@@ -14,12 +14,12 @@ from helpers import blocks_of_python
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-NO_SOURCES = ".*", "__pycache__", "*.egg-info", "build", "images", "docs", "tests", "runs", "*.gif"
+SETUP = PROJECT["tool"]["setuptools"]
 
 
 def test_every_module_is_packaged():
     """After an editable install, all modules at the top can be imported from any directory."""
-    assert sorted(PROJECT["tool"]["setuptools"]["py-modules"]) == sorted(file.stem for file in ROOT.glob("*.py"))
+    assert sorted(SETUP["py-modules"]) == sorted(file.stem for file in ROOT.glob("*.py"))
 
 
 def test_test_tools_are_no_requirements_of_the_programs():
@@ -39,7 +39,16 @@ class Installation:
 
     def __init__(self, folder, *options):
         pytest.importorskip("pip", reason="installs with pip")
-        shutil.copytree(ROOT, folder / "project", ignore=shutil.ignore_patterns(*NO_SOURCES))
+        project = folder / "project"
+        project.mkdir()
+        for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "tests/requirements.txt"):
+            (project / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, project / name)
+        for name in SETUP["py-modules"]:
+            shutil.copy(ROOT / f"{name}.py", project)
+        for name in SETUP["packages"]["find"]["include"]:
+            package = name.removesuffix("*")
+            shutil.copytree(ROOT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
         venv.create(folder / "fresh", symlinks=os.name != "nt")
         paths = sysconfig.get_paths("venv", {"base": folder / "fresh", "platbase": folder / "fresh"})
         self.packages = Path(paths["purelib"])
@@ -50,7 +59,7 @@ class Installation:
         self.elsewhere.mkdir()
         # Among the libraries is setuptools, because PyTorch requires it.
         pip = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
-        self.run(*pip, *options, str(folder / "project"))
+        self.run(*pip, *options, str(project))
 
     def run(self, *words):
         """Run Python in a directory outside of the project, and return what it prints."""
@@ -87,7 +96,8 @@ def test_a_plain_install_copies_everything_that_is_read(tmp_path):
     """Beside its modules, an installed package needs the shipped models and the parts of the page for the browser."""
     packages = Installation(tmp_path).packages
     project = tmp_path / "project"
-    built = ("build", "breakout_gpt.egg-info")  # where setuptools gathers what it installs
     files = [file.relative_to(project) for file in project.rglob("*.*") if file.suffix not in (".md", ".pyc")]
-    needed = {file for file in files if file.parts[0] not in built and (len(file.parts) > 1 or file.suffix == ".py")}
+    no_packages = ("build", "breakout_gpt.egg-info", "tests")  # setuptools has made the first two
+    needed = {file for file in files if file.parts[0] not in no_packages}
+    needed -= {Path("pyproject.toml"), Path("requirements.txt")}
     assert len(needed) > 80 and not [file for file in needed if not (packages / file).exists()]

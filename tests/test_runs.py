@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import script_constants
+from helpers import needs_posix, script_constants
 
 from harness import runs
 from harness.checkpoint import CheckpointError, save_checkpoint
@@ -20,7 +20,7 @@ def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
     """They get directories with different names."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "time", SimpleNamespace(strftime=lambda form: "now"))
-    assert [str(new_run_dir("")) for _ in range(3)] == ["runs/now", "runs/now-2", "runs/now-3"]
+    assert [new_run_dir("").as_posix() for _ in range(3)] == ["runs/now", "runs/now-2", "runs/now-3"]
 
 
 def test_a_directory_is_free_if_it_has_only_what_a_run_without_a_checkpoint_leaves(tmp_path):
@@ -48,6 +48,7 @@ def test_a_directory_that_no_system_can_make(tmp_path):
         new_run_dir(f"{tmp_path}/a\0b")  # "runs\0" is meant as a Windows path
 
 
+@needs_posix
 def test_a_path_through_a_link_that_leads_nowhere(tmp_path, monkeypatch):
     """A dangling link on the way costs one line, and nothing is made at its end."""
     monkeypatch.chdir(tmp_path)
@@ -59,6 +60,7 @@ def test_a_path_through_a_link_that_leads_nowhere(tmp_path, monkeypatch):
     assert not os.path.exists("gone")
 
 
+@needs_posix
 @pytest.mark.parametrize("name", ["run", "-run", "a b", 'it\'s; $(rm) `x` \\ "q"', "über", "a\nb"])
 @pytest.mark.parametrize("prog", ["train_ppo.py", "-m algorithms.grpo_text"])
 def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, name, prog):
@@ -119,7 +121,8 @@ def a_run(run_dir, constants):
 
 def test_a_tilde_is_the_home_directory_and_nothing_is_no_path(known, tmp_path, monkeypatch):
     """This holds for a default and for an option."""
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("HOME", "USERPROFILE"):  # of Windows
+        monkeypatch.setenv(variable, str(tmp_path))
     assert read(known).constants["RUN_DIR"] == f"{tmp_path}/a"
     assert read(known, "--run_dir=~/b").constants["RUN_DIR"] == f"{tmp_path}/b"
     with pytest.raises(CommandLineError, match="--resume: is empty; name a file or a directory"):

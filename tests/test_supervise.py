@@ -78,7 +78,7 @@ def test_what_nohup_ignores_stays_ignored(monkeypatch):
         own = signal.signal(signal.SIGHUP, before)
         try:
             with supervise.signals_handled(lambda signum, frame: received.append(signum)):
-                os.kill(os.getpid(), signal.SIGHUP)
+                signal.raise_signal(signal.SIGHUP)
             assert received == expected and signal.getsignal(signal.SIGHUP) == before
         finally:
             signal.signal(signal.SIGHUP, own)
