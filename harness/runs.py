@@ -68,14 +68,27 @@ def read_resumed(name, given, known, kept):
     recorded = state.get("constants")
     if not isinstance(recorded, dict):
         raise CheckpointError(f"{path}: does not say with which constants it was trained; resume another run")
-    if gone := sorted(map(str, recorded.keys() - known.keys())):
-        problem = f"has other constants than this program ({shortened(', '.join(gone))})"
-        raise CheckpointError(f"{path}: {problem}; resume it with the program that wrote it")
+    check_same_program(path, recorded, known)
     for constant in kept:
         if constant in given and given[constant] != recorded.get(constant, known[constant]):
             raise CommandLineError(f"--{constant.lower()} cannot change in a resumed run; leave it out")
     constants = constants_of(path, recorded, known, given) | given | {"RUN_DIR": str(path.parent)}
     return Run(constants, path.parent, state)
+
+
+def check_same_program(path, recorded, known):
+    """Raises CheckpointError for the constants of another program's run.
+
+    No program has all constants of another one. So a run that has all of this program's, and more, is of this program:
+    somebody had added the others, and has removed them. A line says so.
+    """
+    gone = sorted(map(str, recorded.keys() - known.keys()))
+    if gone and known.keys() - recorded.keys():
+        problem = f"has other constants than this program ({shortened(', '.join(gone))})"
+        raise CheckpointError(f"{path}: {problem}; resume it with the program that wrote it")
+    if gone and RANK == 0:
+        names = shortened(", ".join(gone))
+        tell(f"warning: this run began with constants that the script no longer has ({names}); it goes on without them")
 
 
 def load_resumable(path):

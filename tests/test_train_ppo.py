@@ -794,9 +794,10 @@ def test_what_cannot_be_resumed(straight, tmp_path):
     run_dir = shutil.copytree(straight, tmp_path / "run")
     last = run_dir / "last.safetensors"
     state = load_checkpoint(last)
-    with_another_constant = state | {"constants": state["constants"] | {"WARMUP": 0.0}}
+    others = {name: x for name, x in state["constants"].items() if name != "LAMBD_END"} | {"WARMUP": 0.0}
     without_a_weight = state | {"model": {name: x for name, x in state["model"].items() if name != "wte.weight"}}
-    save_checkpoint(run_dir / "older.safetensors", with_another_constant)
+    save_checkpoint(run_dir / "older.safetensors", state | {"constants": others})
+    save_checkpoint(run_dir / "edited.safetensors", state | {"board": state["board"] | {"LIVES": 3}})
     save_checkpoint(run_dir / "spoiled.safetensors", without_a_weight)
     save_checkpoint(tmp_path / "elsewhere.safetensors", state)
 
@@ -811,6 +812,8 @@ def test_what_cannot_be_resumed(straight, tmp_path):
     assert_refused(
         run_dir / "older.safetensors", "older.safetensors: has other constants than this program .WARMUP."
     )
+    another_board = r"was begun with LIVES 3 \(here 5\); put that back in breakout_ascii.py, or begin a new run"
+    assert_refused(run_dir / "edited.safetensors", another_board, error=CommandLineError)
     kept = "--n_embd cannot change in a resumed run"
     assert_refused(last, kept, "--n_embd", "32", error=CommandLineError)
     finished = "has done 192 steps already; to go on, give a larger --num_steps"
