@@ -36,7 +36,7 @@ from harness.device import available_cores
 from harness.messages import shown
 from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Constants, Parser, Values, given_path, within
-from harness.runs import LOCK, ROOT, check_begun
+from harness.runs import LOCK, ROOT, Run, check_begun
 from harness.supervise import run_script, start_program, stop_program
 from harness.tables import heat_map, save_figure, show_table, write_csv
 
@@ -64,6 +64,7 @@ class Training(NamedTuple):
     program: list[str]  # what follows `python` on its command line
     constants: Constants
     check: Any  # raises CommandLineError for constants that do not fit together
+    check_run: Any = None  # raises CommandLineError for a `Run` that was begun with another version of the game
     algorithm: Any = None  # the `Algorithm`; train_ppo has none, and needs no fresh games because its score is exact
 
 
@@ -72,9 +73,9 @@ def find_training(name):
     if name == "train_ppo":
         import train_ppo
 
-        return Training(["train_ppo.py"], train_ppo.CONSTANTS, train_ppo.check)
+        return Training(["train_ppo.py"], train_ppo.CONSTANTS, train_ppo.check, train_ppo.check_board)
     algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
-    return Training(["-m", f"algorithms.{name}"], algorithm.constants, algorithm.check, algorithm)
+    return Training(["-m", f"algorithms.{name}"], algorithm.constants, algorithm.check, algorithm=algorithm)
 
 
 def directory_of(out, values):
@@ -346,6 +347,9 @@ def check_runs(training, out, grid):
         if directory.exists():
             with contextlib.suppress(filelock.Timeout), filelock.FileLock(f"{directory}.lock", timeout=0):
                 check_begun(directory, constants)  # if it is not training just now
+                if training.check_run:
+                    with contextlib.suppress(CheckpointError):  # none yet, or damaged, which resuming it will report
+                        training.check_run(Run(constants, directory, load_checkpoint(directory)))
 
 
 def read_command_line(argv):

@@ -204,6 +204,16 @@ def test_a_sweep_begun_with_other_constants_is_not_mixed(tmp_path, in_this_proce
         main(words)
 
 
+def test_runs_of_another_board_do_not_count_as_finished(tmp_path):
+    """Somebody has edited the game since an earlier sweep of train_ppo.py with the same constants."""
+    training = sweep.find_training("train_ppo")
+    (tmp_path / "seed=0").mkdir()
+    sweep.check_runs(training, tmp_path, {"SEED": [0]})
+    save_checkpoint(tmp_path / "seed=0" / "last.safetensors", {"board": {"LIVES": 3}})
+    with pytest.raises(CommandLineError, match=r"seed=0 was begun with LIVES 3 \(here 5\)"):
+        sweep.check_runs(training, tmp_path, {"SEED": [0]})
+
+
 def test_runs_with_contents_of_another_kind_are_named(tmp_path, in_this_process):
     """A checksum does not say who wrote a checkpoint."""
     words = [*ONE, "--eval_interval", "1", "--fresh", "1", "--out", str(tmp_path)]
