@@ -591,6 +591,18 @@ def test_learning_curve_is_not_drawn_all_the_time(tmp_path, monkeypatch):
     assert drawn == [11.0, 32.0, 41.0, 42.0]
 
 
+def test_the_curve_of_a_stopped_training_has_its_last_updates(tmp_path, monkeypatch):
+    """Updates after the last evaluation are drawn when the training is stopped."""
+    drawn = []
+    monkeypatch.setattr(callbacks, "learning_curve", lambda rows, levels: drawn.append(len(rows)) or Figure())
+    metrics = tmp_path / "metrics.csv"
+    trainer = FakeTrainer([MetricsCSV(metrics), LearningCurve(tmp_path / "curve.png", metrics)]).learn(until=5)
+    assert drawn[-1] < 5
+    for callback in trainer.callbacks:
+        callback.close()
+    assert drawn[-1] == 5
+
+
 def test_learning_curve_of_nothing(tmp_path):
     """A run without rows gets an empty picture."""
     LearningCurve(tmp_path / "curve.png", tmp_path / "missing.csv").draw()

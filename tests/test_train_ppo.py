@@ -26,7 +26,7 @@ import ppo
 import train_ppo
 from fast import DeviceBreakout
 from harness import runs, supervise
-from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, to_plain
 from harness.device import DeviceError
 from harness.lines import wrapped
 from harness.options import CommandLineError, Values
@@ -419,6 +419,25 @@ def test_the_readme_shows_what_is_printed():
     c = SimpleNamespace(**CONSTANTS)
     printed = train_ppo.plan(c, train_ppo.build(c, torch.device("cpu")), "runs/2026-01-31_12-00-00")
     assert wrapped(printed, 79) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_measuring_how_long_a_training_takes_does_not_change_it(layers):
+    """Games, weights and random numbers stay as they are. A training of a few updates is not measured."""
+    sizes = dict(NUM_ENVS=8, ROLLOUT_STEPS=8, BATCH_SIZE=16, N_HEAD=2, N_EMBD=8, N_LAYER=layers)
+    c = Values(**CONSTANTS | sizes)
+    ppo = train_ppo.build(c, torch.device("cpu"))
+    before = to_plain(ppo.state_dict())
+    random_state = torch.get_rng_state()
+    line = train_ppo.estimate(c, ppo)
+    assert same(to_plain(ppo.state_dict()), before) and torch.equal(torch.get_rng_state(), random_state)
+    duration = r"about [\d,]+ (second|minute|hour|day)s?"
+    others = f"; one layer takes {duration}, and six on an H100 took 50 minutes" if layers == 2 else ""
+    assert re.fullmatch(f"This will take {duration} on this machine{others}.", line)
+    assert 0 < ppo.playing_share < 1
+    ppo.global_step = c.NUM_STEPS - 3 * ppo.samples_per_update
+    if layers == 1:
+        assert train_ppo.estimate(c, ppo) == ""
 
 
 # Values that fit together, for the constants that depend on each other.
