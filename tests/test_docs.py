@@ -1,11 +1,13 @@
 """The pages in docs/: the glossary has every name that a training writes, and their pictures can be drawn again."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from breakout_ascii import BreakoutAscii
+from callbacks import TENSORBOARD_NAMES
 from docs import architecture
 from policies import SHIPPED, load_policy
 
@@ -30,3 +32,18 @@ def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "README.md" or f"[{page.name}]({page.name})" in index, page.name
+
+
+def test_the_glossary_has_the_words_on_the_screen_and_in_tensorboard():
+    """It names what the trainings say that they do within an update, and each curve that is not called by its column.
+
+    What a run logs and evaluates is compared with it where a run is tested: see `explained` in helpers.py.
+    """
+    glossary = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    in_tensorboard = re.findall(r"^\| `([a-z]+/\w+)` \| `(\w+)` \|$", glossary, re.M)
+    assert {column: name for name, column in in_tensorboard} == TENSORBOARD_NAMES
+    sources = [file.read_text(encoding="utf-8") for file in (*ROOT.glob("*.py"), *(ROOT / "algorithms").rglob("*.py"))]
+    doing = {words for source in sources for words in re.findall(r'self\.report\(\s*"([^"]+)"', source)}
+    assert {"playing", "learning"} <= doing
+    for words in doing:
+        assert f"| `{words} " in glossary, words
