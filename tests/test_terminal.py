@@ -292,7 +292,7 @@ def test_an_endless_cycle_ends():
         return torch.tensor([[float(left == 0), float(left < 0), float(left > 0)]]), torch.zeros(1)
 
     model.act = follow
-    screen = Screen([(60, QUIT)])
+    screen = Screen([(10, QUIT)])
     game = watch.WatchedGame(screen, FPS, model)
     game.env.games.bricks[0, 1:] = False
     game.env.games.bricks[0, 0, 1:] = False
@@ -301,6 +301,22 @@ def test_an_endless_cycle_ends():
     moment, lines = next((moment, lines) for moment, lines in screen.frames if "endless cycle" in "\n".join(lines))
     assert "0 points; a new game follows" in "\n".join(lines) and "lives 5" in lines[0]
     assert screen.text_at(moment + 2.6).count("|____|") == 91
+
+
+def test_a_slow_model_leaves_half_of_the_time_to_others():
+    """A training beside it may need the cores. Keys still work."""
+    model = watch.WatchedModel(SHIPPED)
+    act = model.act
+    calls = []
+
+    def slow(page):
+        Screen.now += 0.5
+        calls.append(Screen.now)
+        return act(page)
+
+    model.act = slow
+    screen = watched(model, (3, ord("p")), end=12)
+    assert 2 <= len(calls) <= 5 and "paused" in screen.text_at(4.5)
 
 
 def test_what_is_watched(tmp_path, monkeypatch, shipped):

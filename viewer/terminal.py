@@ -2,6 +2,8 @@
 
 With --watch a trained model plays instead. Its probabilities of left, stay and right and its value stand below the
 game, and whenever a running training finds a better model, that one begins a new game.
+
+Both need a terminal of 80 x 24 characters. NO_COLOR in the environment turns colours off.
 """
 
 import contextlib
@@ -201,13 +203,17 @@ class TerminalGame:
             key = self.window.next_key(next_step)
             if key in (ord("q"), ord("Q")):
                 return
+            if key == curses.KEY_RESIZE and os.name == "nt":
+                curses.resize_term(0, 0)  # elsewhere curses does this by itself
             if key != NO_KEY:
                 self.press(key)
+                next_step = min(next_step, time.monotonic() + 1 / self.fps)  # the key may have made it faster
             now = time.monotonic()
             if now >= next_step:
                 if self.window.fits() and not self.paused:
                     self.step()
-                next_step = max(next_step + 1 / self.fps, now)
+                # A large model rests for as long as it thinks, because a training beside it needs the cores.
+                next_step = max(next_step + 1 / self.fps, 2 * time.monotonic() - now)
 
     def new_game(self):
         self.page, self.info = self.env.reset()
