@@ -16,6 +16,7 @@ import harness.start  # before the slow imports
 
 import json
 import math
+import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from algorithms.parts.packages import ALGORITHMS
 from algorithms.parts.playing import check_algorithm
@@ -38,9 +40,9 @@ from harness.checkpoint import (
     to_plain,
 )
 from harness.files import atomic_write
-from harness.messages import one_line, shortened, shown, tell
+from harness.messages import one_line, quoted, shortened, shown, tell
 from harness.options import CommandLineError, Constants, Parser, check_at_most, given_path
-from harness.runs import delete_unfinished, locked, resume_command
+from harness.runs import delete_unfinished, locked, program_command
 from harness.supervise import check_free_memory, ignore_signals, run_script, signals_handled
 from ppo import policy_loss, value_loss
 from trainer import check_finite
@@ -326,7 +328,8 @@ class Log:
         tell(self.title)
 
     def say(self, line):
-        tell(line)
+        with tqdm.external_write_mode(sys.stderr):  # above the bar
+            tell(line)
         lines = [line] if self.path.exists() else [self.title, line]
         try:
             keep(self.path.parent)
@@ -362,12 +365,15 @@ def train(agent, directory):
 def train_epochs(agent, directory):
     """Train the remaining epochs, and save the last whole one even if an exception ends the training."""
     config = agent.config
+    command = program_command(f"-m algorithms.{NAME}")
     log = Log(directory, config)
     last_epoch = agent.state_dict()
     diverged = False
+    steps = STEPS_PER_EPOCH * config.num_epochs
+    bar = tqdm(total=steps, initial=STEPS_PER_EPOCH * agent.epoch, unit=" steps", leave=False, disable=None)
     try:
         while agent.epoch < config.num_epochs:
-            log.say(train_epoch(agent))
+            log.say(train_epoch(agent, bar))
             last_epoch = agent.state_dict()
             if agent.epoch % SAVE_FREQ == 0:
                 try:
@@ -379,17 +385,22 @@ def train_epochs(agent, directory):
         raise
     finally:
         ignore_signals()  # the run is not saved yet, and this does not take long
+        bar.close()
         keep(directory)
         save_checkpoint(directory / FINAL, last_epoch)
         if agent.epoch == config.num_epochs:
             log.say("expected reward {score:.4f} of {optimum:.4f}, {share:.2%}".format(**agent.evaluate()))
+            log.say(f"wrote {directory / FINAL}; score it again: {command} --evaluate {quoted(directory)}")
         elif not diverged:
-            log.say(f"stopped; go on with: {resume_command(f'-m algorithms.{NAME}', directory, ranks=1)}")
+            log.say(f"stopped; go on with: {command} --resume {quoted(directory)}")
 
 
-def train_epoch(agent):
+def train_epoch(agent, bar):
     """Train one epoch. Returns a line for the log; raises FloatingPointError if the training diverges."""
-    steps = [agent.update() for _ in range(STEPS_PER_EPOCH)]
+    steps = []
+    for _ in range(STEPS_PER_EPOCH):
+        steps.append(agent.update())
+        bar.update()
     reward, actor_loss, critic_loss = np.mean(steps, axis=0)
     agent.epoch += 1
     for weights in (*agent.policy.parameters(), *agent.value.parameters()):

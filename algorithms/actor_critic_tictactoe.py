@@ -145,8 +145,11 @@ class SelfPlay(Trainer):
         boards, turn = self.openings()
         self.move_opponents(boards, (turn != players) & ~over(boards), -players)
         steps = []
-        for _ in range(MOST_MOVES):
+        unfinished = 0  # moves so far
+        for move in range(MOST_MOVES):
+            self.report("playing move", move + 1, MOST_MOVES, unfinished)
             played = ~over(boards)
+            unfinished += int(played.sum())
             obs = torch.from_numpy(observations(boards, players)).to(self.device)
             with torch.no_grad():
                 actions = self.draw(self.policy.actor(obs))
@@ -271,8 +274,8 @@ def greedy(policy):
     return choose
 
 
-def evaluate(state, episodes=None, seed=None):
-    """Score the greedy policy exactly, by all games that it can get into as X and as O. Nothing is drawn.
+def evaluate(state, episodes=None, seed=None, report=None):
+    """Score the greedy policy exactly, by all games that it can get into as X and as O. Nothing is drawn or reported.
 
     Returns a dict with
         score: the mean of as_X and as_O, minus 1 for each game that can be lost.

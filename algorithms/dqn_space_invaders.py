@@ -167,9 +167,11 @@ class DQN(Trainer):
         self.burn_in()
         losses = []
         values = []
-        end = min(self.global_step + self.c.UPDATE_STEPS, self.num_steps)
+        start = self.global_step
+        end = min(start + self.c.UPDATE_STEPS, self.num_steps)
         while self.global_step < end:
             self.check_stop()
+            self.report("learning", self.global_step - start, end - start)
             self.act()
             self.global_step += self.c.NUM_ENVS
             self.steps_since_learning += self.c.NUM_ENVS
@@ -195,6 +197,7 @@ class DQN(Trainer):
         """Play until the memory holds enough to learn from; these steps are not counted."""
         while self.replay.added * self.c.NUM_ENVS < self.c.BURN_IN or not len(self.replay):
             self.check_stop()
+            self.report("filling the memory", self.replay.added * self.c.NUM_ENVS, self.c.BURN_IN)
             self.act()
 
     def act(self):
@@ -301,8 +304,11 @@ def policy_of(state, num_actions):
     return policy
 
 
-def evaluate(state, episodes=30, seed=0):
-    """Play whole games to their last life, side by side. Returns the `summary` of their scores in the game's points."""
+def evaluate(state, episodes=30, seed=0, report=None):
+    """Play whole games to their last life, side by side. Returns the `summary` of their scores in the game's points.
+
+    report: as `games_bar` says.
+    """
     c = Values(**state["constants"])
     envs = make_envs(c, min(episodes, EVAL_ENVS))
     rng = np.random.default_rng(seed)
@@ -314,6 +320,7 @@ def evaluate(state, episodes=30, seed=0):
     # The games that begin first count. If those that end first did, they would be the short ones.
     games = np.arange(envs.num_envs)  # the number of the game that each env plays
     started = envs.num_envs
+    steps = 0
     while (games < episodes).any():
         actions = epsilon_greedy(policy, stacks.frames, EVAL_EPSILON, rng)
         frames, rewards, terminated, truncated, _ = envs.step(actions)
@@ -326,6 +333,9 @@ def evaluate(state, episodes=30, seed=0):
             games[i] = started
             started += 1
             score_so_far[i] = 0
+        steps += 1
+        if report is not None:
+            report(len(scores), steps)
     envs.close()
     return summary(scores)
 

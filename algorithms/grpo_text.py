@@ -18,7 +18,10 @@ import copy
 import os
 import re
 import shutil
+import sys
 import tempfile
+import textwrap
+import time
 from functools import partial
 from pathlib import Path
 
@@ -44,11 +47,13 @@ from algorithms.parts.language_model import (
 from algorithms.parts.language_policy import Writer
 from algorithms.parts.packages import check_installed
 from algorithms.parts.playing import check_models, training_device
+from algorithms.parts.progress import waiting
 from algorithms.parts.training import Algorithm, run_algorithm
 from callbacks import Callback
 from evaluation import standard_error
 from harness.checkpoint import CheckpointError, load_optimizer, load_weights
 from harness.device import choose_device
+from harness.lines import columns
 from harness.messages import say, shortened, shown
 from harness.options import CommandLineError, Constants, Values
 from harness.supervise import run_script
@@ -191,14 +196,18 @@ class GRPO(Trainer):
         self.trained = [p for p in writer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, c.LR, fused=True)
         self.rng = np.random.default_rng(c.SEED)
+        self.writing_share = 0.5  # of the time of a step; the rest is learning
         self.examples = []  # (reward, prompt, answer) of the last step, the best first
 
     def collect_and_update(self):
         """One step: draw answers and learn from them. Returns its statistics."""
+        start = time.perf_counter()
         tokens, mask, drawn, rewards = self.collect()
+        written = time.perf_counter()
         groups = rewards.view(-1, self.c.NUM_SAMPLES)
         advantages = group_advantages(groups, self.c.NORMALIZE).flatten().to(self.device)
         stats = self.update(tokens, mask, drawn, advantages)
+        self.writing_share = (written - start) / (time.perf_counter() - start)
         return stats | {
             "lr": self.c.LR,
             "answer_tokens": drawn.sum(1).float().mean().item(),
@@ -214,12 +223,34 @@ class GRPO(Trainer):
         prompts = []
         for prompt in self.draw_prompts():
             prompts += [prompt] * self.c.NUM_SAMPLES
-        tokens, mask, drawn = self.policy.write(prompts, self.c.MAX_NEW_TOKENS)
+        tokens, mask, drawn = self.policy.write(prompts, self.c.MAX_NEW_TOKENS, self.report_writing)
         answers = self.policy.texts(tokens, drawn)
-        rewards = self.reward(prompts, answers)
+        rewards = self.score(prompts, answers)
         check_rewards(rewards, answers, f"in step {self.update_count + 1}")
         self.examples = sorted(zip(rewards.tolist(), prompts, answers), reverse=True)
         return tokens, mask, drawn, rewards
+
+    def score(self, prompts, answers):
+        """The rewards (N,) of answers. A reward model reads them one by one, which takes a while."""
+        if not isinstance(self.reward, RewardModel):
+            return self.reward(prompts, answers)
+        rewards = []
+        for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+            self.check_stop()
+            self.report("scoring", i, len(answers), self.writing_share)
+            rewards.append(self.reward([prompt], [answer]))
+        return torch.cat(rewards)
+
+    def report_writing(self, done, total):
+        """Say how many tokens of the answers are written, which is a moment to stop at, too."""
+        self.check_stop()
+        self.report("writing", done, total, self.writing_share * done / total)
+
+    def report_learning(self, done):
+        """Say how many of this step's passes over the answers are done."""
+        total = self.c.EPOCHS + 1  # the first one compares with the model at the start
+        self.check_stop()
+        self.report("learning", done, total, self.writing_share + (1 - self.writing_share) * done / total)
 
     def draw_prompts(self):
         """Draw PROMPTS_PER_STEP prompts; none is repeated before all have been drawn."""
@@ -239,12 +270,13 @@ class GRPO(Trainer):
             advantages: (N,).
         """
         T = drawn.shape[1]
+        self.report_learning(0)
         advantages = advantages[:, None].expand(drawn.shape)[drawn]  # one for each token, as all quantities below
         with torch.no_grad(), self.reference() as model:
             reference_logprobs = self.policy.logprobs(model, tokens, mask, T)[drawn]
         old_logprobs = None
-        for _ in range(self.c.EPOCHS):
-            self.check_stop()
+        for epoch in range(self.c.EPOCHS):
+            self.report_learning(1 + epoch)
             logprobs = self.policy.logprobs(self.policy.model, tokens, mask, T)[drawn]
             if old_logprobs is None:
                 old_logprobs = logprobs.detach()  # these weights have drawn the answers
@@ -282,6 +314,9 @@ class GRPO(Trainer):
 # --- callbacks --------------------------------------------------------------------------------------------------------
 
 
+INDENT = 16 * " "  # of an answer, below its prompt
+
+
 class Answers(Callback):
     """Prints the best and the worst answer of each step."""
 
@@ -295,8 +330,9 @@ class Answers(Callback):
         self.print_answer("worst", *trainer.examples[-1])
 
     def print_answer(self, name, reward, prompt, answer):
-        beginning = " ".join(answer.split())[:300]
-        say(f"  {name:>5} {reward:6.3f}  {prompt}  {beginning}")
+        say(f"  {name:>5} {reward:6.3f}  {prompt}")
+        width = columns(sys.stdout) or 120
+        say(textwrap.fill(shortened(answer, 210), width, initial_indent=INDENT, subsequent_indent=INDENT))
 
 
 class SavePretrained(Callback):
@@ -369,9 +405,10 @@ def build(c):
         check_installed("wandb")
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
-    writer, reward, models = make_models(c, device)
-    metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c)), "models": models}
-    return GRPO(writer, reward, reference_of(writer.model), c, device, metadata)
+    with waiting("loading the models"):
+        writer, reward, models = make_models(c, device)
+        metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c)), "models": models}
+        return GRPO(writer, reward, reference_of(writer.model), c, device, metadata)
 
 
 def make_models(c, device):
@@ -417,10 +454,12 @@ def check(c):
 AT_ONCE = 64  # answers drawn side by side
 
 
-def answers_to(state, prompts, seed):
+def answers_to(state, prompts, seed, report=None):
     """Draw answers to prompts, and return them with their rewards (N,). torch's random state remains as it was.
 
-    state: what `Trainer.policy_state` returned.
+    Args:
+        state: what `Trainer.policy_state` returned.
+        report: as `games_bar` says, with answers for games and tokens for steps.
     """
     c = Values(**state["constants"])
     answers = []
@@ -430,17 +469,21 @@ def answers_to(state, prompts, seed):
         load_weights(writer, state["model"])
         torch.manual_seed(seed)
         for i in range(0, len(prompts), AT_ONCE):
-            tokens, _, drawn = writer.write(prompts[i : i + AT_ONCE], c.MAX_NEW_TOKENS)
+            part = None if report is None else lambda done, total, i=i: report(i, done)
+            tokens, _, drawn = writer.write(prompts[i : i + AT_ONCE], c.MAX_NEW_TOKENS, part)
             answers += writer.texts(tokens, drawn)
     rewards = reward(prompts, answers)
     check_rewards(rewards, answers, "in an evaluation")
     return answers, rewards
 
 
-def evaluate(state, episodes=64, seed=0):
-    """Draw `episodes` answers to the held-out prompts, in turn. Returns statistics of their rewards."""
+def evaluate(state, episodes=64, seed=0, report=None):
+    """Draw `episodes` answers to the held-out prompts, in turn. Returns statistics of their rewards.
+
+    report: as in `answers_to`.
+    """
     prompts = [HELD_OUT[i % len(HELD_OUT)] for i in range(episodes)]
-    _, rewards = answers_to(state, prompts, seed)
+    _, rewards = answers_to(state, prompts, seed, report)
     return {
         "score": rewards.mean().item(),
         "error": standard_error(rewards.numpy()),
@@ -452,7 +495,8 @@ def evaluate(state, episodes=64, seed=0):
 
 def show(state, seed):
     """Print an answer to each held-out prompt, with its reward."""
-    answers, rewards = answers_to(state, HELD_OUT, seed)
+    with waiting("writing answers"):
+        answers, rewards = answers_to(state, HELD_OUT, seed)
     for prompt, answer, reward in zip(HELD_OUT, answers, rewards):
         print(f"{reward:.3f}  {prompt}  {shortened(answer, 10_000)}")
 

@@ -49,6 +49,7 @@ from algorithms.parts.language_model import (
 from algorithms.parts.language_policy import LanguagePolicy
 from algorithms.parts.packages import check_installed
 from algorithms.parts.playing import check_models, summary, training_device
+from algorithms.parts.progress import waiting
 from algorithms.parts.training import Algorithm, check_ppo, ppo_config, run_algorithm
 from callbacks import Callback
 from harness.background import Background
@@ -207,7 +208,8 @@ def build(c):
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
     c.MODEL = absolute_name(c.MODEL, NOT_FOLDERS)
-    policy = make_policy(c, device)
+    with waiting("loading the model"):
+        policy = make_policy(c, device)
     metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c)), "models": models_of(c, policy)}
     if c.MODEL == TINY:
         metadata["tokenizer"] = policy.tokenizer.backend_tokenizer.to_str()
@@ -287,27 +289,34 @@ def greedy(policy):
     return choose
 
 
-def evaluate(state, episodes=10, seed=0):
-    """Play games with the most probable answers, up to 100 side by side. Returns the `summary` of their scores."""
+def evaluate(state, episodes=10, seed=0, report=None):
+    """Play games with the most probable answers, up to 100 side by side. Returns the `summary` of their scores.
+
+    report: as `games_bar` says.
+    """
     policy, c = policy_of(state)
     choose = greedy(policy)
     scores = []
     for first in range(0, episodes, 100):
-        scores += scores_of(choose, c, min(100, episodes - first), seed + first)
+        part = None if report is None else lambda ended, steps, first=first: report(first + ended, steps)
+        scores += scores_of(choose, c, min(100, episodes - first), seed + first, part)
     return summary(scores)
 
 
-def scores_of(choose, c, episodes, seed):
+def scores_of(choose, c, episodes, seed, report=None):
     """Play games side by side, and return the score of each in the game's points.
 
     Only the games that are still going on are read, which saves time with a large language model.
 
-    choose: takes observations (N, TEXT_LENGTH) and returns actions (N,).
+    Args:
+        choose: takes observations (N, TEXT_LENGTH) and returns actions (N,).
+        report: as `games_bar` says.
     """
     games = [TextAsBytes(make_env(c.STICKY, c.SKIP)) for _ in range(episodes)]
     obs = [game.reset(seed=seed + i)[0] for i, game in enumerate(games)]
     scores = [0] * episodes
     playing = list(range(episodes))
+    steps = 0
     while playing:
         actions = choose(np.stack([obs[i] for i in playing]))
         still_playing = []
@@ -319,6 +328,9 @@ def scores_of(choose, c, episodes, seed):
             else:
                 still_playing.append(i)
         playing = still_playing
+        steps += 1
+        if report is not None:
+            report(episodes - len(playing), steps)
     return scores
 
 

@@ -158,9 +158,9 @@ def greedy(state):
     return choose
 
 
-def evaluate(state, episodes=30, seed=0):
-    """Play episodes with the most probable actions. Returns the `summary` of their returns."""
-    return summary(episode_returns(make_env, greedy(state), episodes, seed))
+def evaluate(state, episodes=30, seed=0, report=None):
+    """Play episodes with the most probable actions. Returns the `summary` of their returns. report: see `games_bar`."""
+    return summary(episode_returns(make_env, greedy(state), episodes, seed, report))
 
 
 def frames(state, episodes, seed, human):

@@ -129,8 +129,10 @@ class Reinforce(Trainer):
         obs, _ = self.envs.reset(seed=seed)  # each environment with a seed of its own: seed, seed + 1, ...
         playing = np.ones(self.envs.num_envs, bool)
         steps = []
+        unfinished = 0  # environment steps so far
         while playing.any():
             self.check_stop()
+            self.report("playing", int((~playing).sum()), len(playing), unfinished)
             obs = torch.from_numpy(obs)
             with torch.no_grad():
                 logits = self.policy(obs.to(self.device)).cpu()
@@ -140,6 +142,7 @@ class Reinforce(Trainer):
             ends = playing & (terminated | truncated)
             rewards = torch.from_numpy(rewards * playing)
             steps.append((obs, actions, rewards, torch.from_numpy(ends), torch.from_numpy(playing)))
+            unfinished += int(playing.sum())
             playing = playing & ~ends  # what an environment plays after its first episode is ignored
             obs = next_obs
         return [torch.stack(quantity).to(self.device) for quantity in zip(*steps)]
@@ -211,9 +214,9 @@ def greedy(state):
     return choose
 
 
-def evaluate(state, episodes=20, seed=0):
-    """Play episodes with the most probable actions. Returns the `summary` of their returns."""
-    return summary(episode_returns(lambda: gym.make(ENV_ID), greedy(state), episodes, seed))
+def evaluate(state, episodes=20, seed=0, report=None):
+    """Play episodes with the most probable actions. Returns the `summary` of their returns. report: see `games_bar`."""
+    return summary(episode_returns(lambda: gym.make(ENV_ID), greedy(state), episodes, seed, report))
 
 
 def frames(state, episodes, seed, human):

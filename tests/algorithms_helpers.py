@@ -49,6 +49,19 @@ def run(algorithm, *words):
     return run_algorithm(algorithm, words)
 
 
+def reports_of_an_update(trainer, monkeypatch):
+    """Do an update, and return what the trainer reports meanwhile: [(what it does, environment steps so far)]."""
+    reports = []
+
+    def emit(event):
+        reports.append((trainer.doing.rpartition(" ")[0], trainer.global_step + trainer.unfinished_steps))
+
+    monkeypatch.setattr("trainer.REPORT_INTERVAL", -1.0)
+    monkeypatch.setattr(trainer, "emit", emit)
+    trainer.collect_and_update()
+    return reports
+
+
 def states_of_a_straight_and_a_resumed_run(algorithm, small, tmp_path, steps, stop_at):
     """Train to `steps` in one run, and in another that ends at `stop_at`, is evaluated there, and is resumed.
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from algorithms_helpers import evaluated, run, same, states_of_a_straight_and_a_resumed_run
+from algorithms_helpers import evaluated, reports_of_an_update, run, same, states_of_a_straight_and_a_resumed_run
 from peft import PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -487,6 +487,15 @@ def test_the_divergence_is_zero_at_the_start_and_the_ratio_moves_with_more_epoch
     grpo.c.EPOCHS = 3
     stats = grpo.collect_and_update()
     assert stats["approx_kl"] > 1e-6 and stats["kl_reference"] > 1e-6
+
+
+def test_progress_within_a_step(tokenizer, monkeypatch):
+    """The bar moves with every token that is written, and every pass over the answers."""
+    grpo = small_grpo(tokenizer, lambda prompts, answers: torch.rand(len(answers)), EPOCHS=2)
+    reports = reports_of_an_update(grpo, monkeypatch)
+    assert [what for what, _ in reports] == 4 * ["writing"] + 3 * ["learning"]
+    steps = [step for _, step in reports]
+    assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] < grpo.global_step == 1
 
 
 def test_tokens_after_the_end_change_nothing(tokenizer):

@@ -16,6 +16,7 @@ import torch
 from algorithms_helpers import (
     durations,
     evaluated,
+    reports_of_an_update,
     run,
     same,
     states_of_a_straight_and_a_resumed_run,
@@ -26,6 +27,7 @@ from PIL import Image
 from algorithms import actor_critic_tictactoe, dqn_space_invaders, ppo_lunarlander, reinforce_cartpole
 from algorithms.parts import packages, playing
 from algorithms.parts.packages import ALGORITHMS, check_installed, need
+from algorithms.parts.progress import waiting
 from algorithms.reinforce_cartpole import (
     ALGORITHM,
     PolicyNetwork,
@@ -35,7 +37,7 @@ from algorithms.reinforce_cartpole import (
     reinforce_loss,
 )
 from harness.checkpoint import CheckpointError, save_checkpoint
-from harness.options import CommandLineError
+from harness.options import CommandLineError, Values
 from harness.runs import locked
 from viewer.drawing import write_gif
 
@@ -208,6 +210,41 @@ def test_all_that_is_missing_is_named_at_once(monkeypatch, modules, message):
             monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(CommandLineError, match=f"^{re.escape(message.replace('/', os.sep))}$"):
         check_installed(*modules)
+
+
+# fmt: off
+@pytest.mark.parametrize("module, changes, doing", [
+    (reinforce_cartpole, {"EPISODES": 2}, {"playing"}),
+    (actor_critic_tictactoe, {"GAMES": 8}, {"playing move"}),
+    (ppo_lunarlander, {"NUM_ENVS": 2, "ROLLOUT_STEPS": 8, "BATCH_SIZE": 8}, {"playing", "learning"}),
+    (dqn_space_invaders, {"NUM_ENVS": 2, "BURN_IN": 20, "UPDATE_STEPS": 20, "REPLAY_SIZE": 100},
+     {"filling the memory", "learning"}),
+])
+# fmt: on
+def test_progress_within_an_update(monkeypatch, module, changes, doing):
+    """Every training says what it is doing, and its steps never go back."""
+    trainer = module.build(Values(**module.CONSTANTS | changes | {"DEVICE": "cpu"}))
+    reports = reports_of_an_update(trainer, monkeypatch)
+    steps = [step for _, step in reports]
+    assert {what for what, _ in reports} == doing and len(set(steps)) > 3
+    assert steps == sorted(steps) and steps[0] == 0 and steps[-1] <= trainer.global_step
+
+
+def test_an_evaluation_says_how_far_it_is():
+    """It counts the games that have ended, and the steps."""
+    reports = []
+    evaluate(untrained(), 3, seed=5, report=lambda ended, steps: reports.append((ended, steps)))
+    ended, steps = zip(*reports)
+    assert list(steps) == [*range(1, len(steps) + 1)] and sorted(ended) == list(ended) and ended[-1] == 3 > ended[0]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_line_shows_on_a_terminal_how_long_something_takes(monkeypatch, capsys, terminal):
+    """Elsewhere nothing is printed."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with waiting("loading"):
+        pass
+    assert ("loading [00:00]" in capsys.readouterr().err) == terminal
 
 
 @needs_posix

