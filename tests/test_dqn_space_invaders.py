@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 from algorithms_helpers import run, same, states_of_a_straight_and_a_resumed_run
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from algorithms.dqn_space_invaders import ALGORITHM, QNetwork, double_dqn_targets, evaluate
+from algorithms.dqn_space_invaders import ALGORITHM, QNetwork, double_dqn_targets, evaluate, has_bf16
 from algorithms.parts.atari import (
     SIZE,
     ActionSpaceWrapper,
@@ -294,6 +297,30 @@ def test_the_frozen_copy_is_renewed(monkeypatch):
         dqn.learning_step()
         same_weights.append(all(torch.equal(a, b) for a, b in zip(dqn.policy.parameters(), dqn.target.parameters())))
     assert same_weights == [False, False, True] * 2
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fail for every float64 tensor that is made: Apple's GPUs have none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        assert not any(getattr(x, "dtype", None) == torch.float64 for x in tree_leaves(made)), function
+        return made
+
+
+def test_apples_gpus_have_what_a_learning_step_needs():
+    """No such GPU is needed for the test: the step makes no float64, and PyTorch has fused Adam and autocast there."""
+    dqn = ALGORITHM.build(constants(NUM_ENVS=2, REPLAY_SIZE=100, BURN_IN=40, BATCH_SIZE=4, DEVICE="cpu"))
+    while not len(dqn.replay):
+        dqn.act()
+    with NoFloat64():
+        dqn.learning_step()
+        dqn.policy.greedy(dqn.stacks.frames)
+        with pytest.raises(AssertionError):
+            torch.zeros(1).double()
+    assert "mps" in _get_fused_kernels_supported_devices()
+    with torch.autocast("mps", torch.bfloat16, enabled=False):
+        assert not has_bf16(torch.device("mps"))
 
 
 def test_epsilon_falls_to_its_end():
