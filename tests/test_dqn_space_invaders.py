@@ -228,7 +228,7 @@ def test_each_frame_is_kept_once():
     )
     assert SIZE**2 <= bytes_per_transition < SIZE**2 + 16
     with pytest.raises(ValueError, match="REPLAY_SIZE 35 is too small for 6 games .*; the least is 36"):
-        Replay(30, 6, 4)
+        Replay(35, 6, 4)
 
 
 def test_targets_by_hand():
