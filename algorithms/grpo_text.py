@@ -405,10 +405,9 @@ def build(c):
         check_installed("wandb")
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
-    with waiting("loading the models"):
-        writer, reward, models = make_models(c, device)
-        metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c)), "models": models}
-        return GRPO(writer, reward, reference_of(writer.model), c, device, metadata)
+    writer, reward, models = make_models(c, device)
+    metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c)), "models": models}
+    return GRPO(writer, reward, reference_of(writer.model), c, device, metadata)
 
 
 def make_models(c, device):

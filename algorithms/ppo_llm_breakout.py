@@ -49,7 +49,6 @@ from algorithms.parts.language_model import (
 from algorithms.parts.language_policy import LanguagePolicy
 from algorithms.parts.packages import check_installed
 from algorithms.parts.playing import check_models, summary, training_device
-from algorithms.parts.progress import waiting
 from algorithms.parts.training import Algorithm, check_ppo, ppo_config, run_algorithm
 from callbacks import Callback
 from harness.background import Background
@@ -208,8 +207,7 @@ def build(c):
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
     c.MODEL = absolute_name(c.MODEL, NOT_FOLDERS)
-    with waiting("loading the model"):
-        policy = make_policy(c, device)
+    policy = make_policy(c, device)
     metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c)), "models": models_of(c, policy)}
     if c.MODEL == TINY:
         metadata["tokenizer"] = policy.tokenizer.backend_tokenizer.to_str()

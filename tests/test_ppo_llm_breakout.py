@@ -232,7 +232,7 @@ def test_in_bfloat16_the_old_logprobs_are_those_of_minibatches(monkeypatch):
     ppo.collect()
     rolled_out = ppo.buffer.samples.old_logprobs
     ppo.buffer.samples = ppo.buffer.samples._replace(old_logprobs=rolled_out + 1)
-    monkeypatch.setattr(ppo, "epoch", lambda: seen.append(ppo.buffer.samples) or torch.zeros(1, 2))
+    monkeypatch.setattr(ppo, "epoch", lambda number: seen.append(ppo.buffer.samples) or torch.zeros(1, 2))
     ppo.stat_names = ["approx_kl", "kl_reference"]
     ppo.update()
     samples = seen[0]

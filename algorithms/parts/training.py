@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from algorithms.parts.playing import check_algorithm, check_models, play_or_evaluate
+from algorithms.parts.progress import waiting
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
 from harness.device import RANKS
 from harness.messages import quoted
@@ -77,7 +78,11 @@ To watch or to score what was learned:
     c = Values(**run.constants)
     if run.state:
         check_algorithm(algorithm.name, run.state, run.directory)
-    with memory_advice("does not fit into memory; try a smaller model, or fewer games at once"):
+    lower = memory_advice("does not fit into memory; try a smaller model, or fewer games at once")
+    with (
+        lower,
+        waiting(f"{algorithm.name}: getting ready"),
+    ):  # games take seconds to load, language models up to a minute
         trainer = algorithm.build(c)
     if run.state:
         if algorithm.model_constants:
