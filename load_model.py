@@ -2,7 +2,7 @@
 
 This plays the best model of the newest run, or the shipped one if there is no run, and draws what it reads as a gif.
 Name a checkpoint or a run directory to play another. --out replay.html writes a page for the browser, which replays the
-game with the model's attention and lets you edit what it reads. --evaluate plays every possible game and prints the
+game with the model's attention and lets you edit what it reads. --evaluate plays all 32 possible games and prints the
 score.
 """
 

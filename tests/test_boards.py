@@ -239,9 +239,6 @@ def test_pictures_and_recordings_show_an_edited_game(board):
 
     env = BreakoutAsciiVec(1, varied_starts=1.0)
     page = env.reset(seed=0)[0][0]
-    ball_x, _, paddle_x = env.games.serves[0].T
-    under = np.clip(ball_x - (len(board["PADDLE"]) - 1) // 2, 1, board["COLUMNS"] - 2 - len(board["PADDLE"]))
-    assert (paddle_x == under).all() and len(set(ball_x)) > 1
     rng = np.random.default_rng(0)
     for _ in range(60):
         games = env.games

@@ -46,4 +46,4 @@ def test_the_glossary_has_the_words_on_the_screen_and_in_tensorboard():
     doing = {words for source in sources for words in re.findall(r'self\.report\(\s*"([^"]+)"', source)}
     assert {"playing", "learning"} <= doing
     for words in doing:
-        assert f"| `{words} " in glossary, words
+        assert f"`{words} " in glossary, words

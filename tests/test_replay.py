@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_boards import BOARDS, edited
 
 import viewer.replay.attention
 from breakout_ascii import BreakoutAsciiVec
@@ -445,32 +444,3 @@ def test_stages_and_looks(opened, replay, tmp_path):
             page = opened("#frame=300", width=width, scheme=scheme)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             page.screenshot(path=tmp_path / f"{scheme}_{width}.png", full_page=True)
-
-
-@pytest.mark.browser
-def test_the_page_draws_an_edited_game(opened, tmp_path):
-    """It shows the same pages as the game, and finds the returns of a slow ball."""
-    with edited(BOARDS["a small page"]) as game:
-        import load_model
-        import model
-        from evaluation import tracker
-
-        torch.manual_seed(0)
-        gpt = model.GPT(model.GPTConfig(n_head=2, n_embd=16))
-        env = game.BreakoutAscii()
-        page, info = env.reset(seed=0)
-        steps = []
-        returns = 0
-        for step in range(150):
-            falling = env.games.dy[0] == 1
-            action = int(tracker(page[None])[0])
-            next_page, *_, info = env.step(action)
-            returns += bool(falling and env.games.dy[0] == -1 and env.games.ball_y[0] == game.SERVE_ROW)
-            steps.append(load_model.Step(page, action, next_page, info, False, step == 149))
-            page = next_page
-        path = tmp_path / "replay.html"
-        stages = [load_model.Stage("start", gpt)]
-        path.write_text(load_model.replay_html(list(load_model.record(steps)), stages, "a", "b"))
-        drawn = opened(path=path).evaluate("frames.map((_, i) => textOf(pageOf(stateOf(i))))")
-        assert drawn == [game.to_text(step.page) for step in steps] + [game.to_text(page)] and info["lives"] == 5
-        assert opened(path=path).evaluate("frames.filter((_, i) => eventAt(i, 'return')).length") == returns > 1

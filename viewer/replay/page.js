@@ -332,7 +332,6 @@ function drawScale() {
   context.fillStyle = style("--ink");
   context.font = "12px system-ui, sans-serif";
   for (const weight of [0.001, 0.01, 0.1]) {
-    if (weight * T <= 1) continue; // on a small page the scale begins above it
     context.fillRect(level(weight) * width, 0, 1, height / 2);
     context.fillText(`${100 * weight} %`, level(weight) * width - 10, height - 4);
   }
