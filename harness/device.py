@@ -1,8 +1,10 @@
 """Chooses the device, the number of threads and, under torchrun, the other processes that a training computes with."""
 
 import contextlib
+import ctypes
 import os
 import shutil
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -94,24 +96,41 @@ def works(device):
 
 
 def memory_of(device):
-    """Return how many bytes of memory the device has, or infinity where that cannot be known."""
+    """Return how many bytes of memory the device has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return float("inf")
+    if sys.platform == "win32":
+        return windows_memory().total
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_memory(device):
-    """Return how many bytes of memory are free, or all that the device has where that cannot be known."""
+    """Return how many bytes of memory are free, or on a Mac, which does not say, all that it has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if sys.platform == "win32":
+        return windows_memory().free
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
     return memory_of(device)
+
+
+class WindowsMemory(ctypes.Structure):
+    """The structure MEMORYSTATUSEX, which Windows fills with numbers of bytes."""
+
+    _fields_ = [("length", ctypes.c_uint32), ("percent_used", ctypes.c_uint32)]
+    _fields_ += [(name, ctypes.c_uint64) for name in ("total", "free", "page_file", "page_file_free")]
+    _fields_ += [(name, ctypes.c_uint64) for name in ("virtual", "virtual_free", "reserved")]
+
+
+def windows_memory():
+    """Return the `WindowsMemory` of now."""
+    memory = WindowsMemory(length=ctypes.sizeof(WindowsMemory))
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(memory))
+    return memory
 
 
 def gpu_name(device):

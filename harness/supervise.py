@@ -265,10 +265,11 @@ def start_program(command, env=None, **options):
 
 def stop_program(process):
     """Ask a program that `start_program` has started to save and stop."""
-    if WINDOWS and process.poll() is None:  # `terminate` would kill it there
-        process.send_signal(signal.CTRL_BREAK_EVENT)
-    else:
-        process.terminate()
+    if WINDOWS:
+        with contextlib.suppress(OSError):  # it has ended, or there is no console
+            process.send_signal(signal.CTRL_BREAK_EVENT)
+            return
+    process.terminate()  # which kills it on Windows
 
 
 def stop_with_parent():

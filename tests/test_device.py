@@ -47,7 +47,7 @@ def test_a_gpu_that_cannot_be_used_is_named(monkeypatch, capsys):
     err = capsys.readouterr().err
     assert err.startswith("warning: the GPU cannot be used (CUDA error: no kernel image)") and err.count("\n") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", SimpleNamespace(write=broken_pipe))
+        patch.setattr(sys, "stderr", SimpleNamespace(write=broken_pipe, isatty=lambda: False))
         assert choose_device("auto") == torch.device("cpu")
     with pytest.raises(DeviceError, match=r"--device cuda does not work here .*no kernel image\); try --device cpu$"):
         choose_device("cuda")

@@ -128,7 +128,7 @@ def test_the_shipped_model(tmp_path, capsys):
 
     result = summary(play_games(player, standard_serves(SERVES), np.ones((32, 7, 13), bool), deterministic=True))
     assert min(margins) > tolerance(largest_score(policy))
-    readme = (SHIPPED.parent / "README.md").read_text()
+    readme = (SHIPPED.parent / "README.md").read_text(encoding="utf-8")
     assert f"scores {result['score']:.0f} points and clears {result['cleared']} of 32 games" in readme
     assert f"{meta['global_step']:,} steps" in readme and f"--seed {meta['constants']['SEED']}" in readme
     assert meta["constants"].keys() == CONSTANTS.keys()

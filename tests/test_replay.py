@@ -150,7 +150,7 @@ def test_stages_of_a_run(tmp_path, capsys):
         )
     (tmp_path / "checkpoint_9.safetensors").write_bytes(b"damaged")
     main([str(tmp_path), "--steps", "20", "--out", str(tmp_path / "replay.html")])
-    data = data_of((tmp_path / "replay.html").read_text())
+    data = data_of((tmp_path / "replay.html").read_text(encoding="utf-8"))
     assert [stage["label"] for stage in data["stages"]] == ["start", "90 steps", "1,000 steps"]
     assert len({stage["weights"] for stage in data["stages"]}) == 3 and "wrote" in capsys.readouterr().out
     assert data["frames"][-1][3] == -2  # the recording ends there, the game does not
@@ -158,7 +158,9 @@ def test_stages_of_a_run(tmp_path, capsys):
         tmp_path / "foreign.safetensors", {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict())}
     )  # says no steps
     main([str(tmp_path / "foreign.safetensors"), "--steps", "2", "--out", str(tmp_path / "replay.html")])
-    assert [stage["label"] for stage in data_of((tmp_path / "replay.html").read_text())["stages"]] == ["start"]
+    assert [stage["label"] for stage in data_of((tmp_path / "replay.html").read_text(encoding="utf-8"))["stages"]] == [
+        "start"
+    ]
 
 
 def test_pictures_show_attention(tmp_path):
@@ -219,7 +221,9 @@ def replay(tmp_path_factory):
     frames = list(record(play(policy, 1000)))
     path = tmp_path_factory.mktemp("replay") / "replay.html"
     hostile = "<img src=x onerror=alert(1)>"
-    path.write_text(replay_html(frames, [Stage("start", untrained), Stage(hostile, policy)], hostile, hostile))
+    path.write_text(
+        replay_html(frames, [Stage("start", untrained), Stage(hostile, policy)], hostile, hostile), encoding="utf-8"
+    )
     return path, frames, [untrained, policy]
 
 
@@ -291,7 +295,7 @@ def test_more_layers(opened, tmp_path):
     torch.manual_seed(0)
     policy = make_gpt(GPTConfig(n_layer=2, n_head=2, n_embd=8), CPU)
     frames = list(record(play(policy, 3)))
-    (tmp_path / "deep.html").write_text(replay_html(frames, [Stage("", policy)], "", ""))
+    (tmp_path / "deep.html").write_text(replay_html(frames, [Stage("", policy)], "", ""), encoding="utf-8")
     page = opened(path=tmp_path / "deep.html")
     for one, *expected in zip(
         page.evaluate(READ, [0, [bytes(frame.page).decode() for frame in frames]]),

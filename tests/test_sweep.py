@@ -33,6 +33,9 @@ class Process:
     def terminate(self):
         pass
 
+    def send_signal(self, signum):  # on Windows
+        self.terminate()
+
     def wait(self):
         return self.status
 

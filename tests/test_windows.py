@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -9,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
-from harness import files, messages, supervise
+from harness import device, files, messages, supervise
 from harness.background import CannotStart, Worker
 from harness.runs import resume_command
 from sweep import directory_of
@@ -74,9 +77,12 @@ def test_a_program_is_asked_to_stop_and_not_killed(windows, monkeypatch):
     """On Windows `terminate` would kill it. So it gets Ctrl-Break, which must not reach the process that sends it."""
     started, sent = {}, []
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.update(options) or process)
-    process = SimpleNamespace(poll=lambda: None, send_signal=sent.append, terminate=lambda: sent.append("killed"))
+    process = SimpleNamespace(send_signal=sent.append, terminate=lambda: sent.append("killed"))
     supervise.stop_program(supervise.start_program(["python"]))
     assert started["creationflags"] == subprocess.CREATE_NEW_PROCESS_GROUP and sent == [signal.CTRL_BREAK_EVENT]
+    process.send_signal = Mock(side_effect=OSError(22, "Invalid argument"))  # without a console
+    supervise.stop_program(process)
+    assert sent[1:] == ["killed"]
 
 
 def test_a_process_that_ends_before_it_has_taken_its_end_of_a_pipe():
@@ -89,6 +95,28 @@ def test_a_process_that_ends_before_it_has_taken_its_end_of_a_pipe():
     worker.process.start()
     with contextlib.closing(its_end), pytest.raises(CannotStart, match="^no other process can run it"):
         worker.call(b"")
+
+
+def test_memory(monkeypatch):
+    """Windows fills a structure of 64 bytes with it, and refuses one of another length."""
+
+    def fill(pointer):
+        memory = pointer._obj
+        assert memory.length == ctypes.sizeof(memory) == 64
+        memory.total, memory.free = 16 * 2**30, 5 * 2**30
+
+    monkeypatch.setattr(device, "sys", SimpleNamespace(platform="win32"))
+    kernel32 = SimpleNamespace(GlobalMemoryStatusEx=fill)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
+    cpu = torch.device("cpu")
+    assert (device.memory_of(cpu), device.free_memory(cpu)) == (16 * 2**30, 5 * 2**30)
+
+
+def test_memory_of_a_mac(monkeypatch):
+    """It does not say in a file how much is free, so all of it counts."""
+    monkeypatch.setattr(device, "Path", lambda name: SimpleNamespace(exists=lambda: False))
+    cpu = torch.device("cpu")
+    assert device.free_memory(cpu) == device.memory_of(cpu) > 2**30
 
 
 def test_names_of_runs_are_allowed_everywhere(tmp_path):
