@@ -114,7 +114,7 @@ def ball(lines):
 def test_every_ball_waits_until_a_move_key_serves_it():
     """Nothing is lost meanwhile, and a key that was meant for a lost ball does not serve the next."""
     screen = played((3, RIGHT), (8, LEFT), end=8.5)
-    assert ball(screen.at(2.9)) == (21, 40) and "press the left or right arrow key to serve" in screen.text_at(2.9)
+    assert ball(screen.at(2.9)) == (21, 40) and "press left, right or space to serve" in screen.text_at(2.9)
     assert ball(screen.at(3.3))[0] < 21 and paddle(screen.at(3.3)) > 36 and "serve" not in screen.text_at(3.3)
     lost = next(moment for moment, lines in screen.frames if "lives 4" in lines[0])
     for moment in (lost, 7.9):
@@ -160,8 +160,8 @@ def test_a_pause(pause):
 
 def test_a_window_that_is_too_small_says_what_is_needed_and_the_game_waits():
     screen = played((0, RIGHT), (0.52, (20, 60)), (1, LEFT), (4, (6, 10)), (5, (24, 80)), end=5.5)
-    assert screen.at(0.6) == ["this needs 80x24 characters, not 60x20: enlarge it, or q to", "quit"]
-    assert "".join(screen.at(4.5)).startswith("thisneeds")  # what fits
+    assert screen.at(0.6) == ["the window is 60x20, but the game needs 80x24 (q: quit)"]
+    assert "".join(screen.at(4.5)).startswith("thewindow")  # what fits
     assert paddle(screen.at(5.4)) == paddle(screen.at(0.51)) and "paused" in screen.text_at(5.4)
 
 
@@ -484,9 +484,9 @@ class Terminal:
 
 def test_playing_in_a_terminal_of_several_sizes():
     with Terminal("--fps", 30, rows=20, columns=60) as terminal:
-        terminal.wait_for("this needs 80x24 characters, not 60x20")
+        terminal.wait_for("the window is 60x20, but the game needs 80x24")
         terminal.resize(24, 80)
-        terminal.wait_for("press the left or right arrow key to serve", "lives 5", "30 steps a second")
+        terminal.wait_for("press left, right or space to serve", "lives 5", "30 steps a second")
         assert [line[0] + line[-1] for line in terminal.screen.display] == ["##"] * 24  # also the last cell
         assert terminal.text.count("|____|") == 91 and len(terminal.colours()) >= 8
         terminal.type(b"\x1bOC")

@@ -158,7 +158,7 @@ class Window:
     def too_small(self):
         """Return the cells of a text that says how large the window must be."""
         rows, columns = self.screen.getmaxyx()
-        text = f"this needs {WIDTH}x{ROWS} characters, not {columns}x{rows}: enlarge it, or q to quit"
+        text = f"the window is {columns}x{rows}, but the game needs {WIDTH}x{ROWS} (q: quit)"
         return [[(c, 0) for c in line] for line in textwrap.wrap(text, max(1, columns - 1))[:rows]]
 
     def put(self, row, cells):
@@ -240,14 +240,14 @@ class TerminalGame:
 
 
 class Steering:
-    """Turns key presses into moves, because a terminal says when a key is pressed, but not until when.
+    """Turns key presses into moves, because a terminal reports that a key is pressed, but not that it is released.
 
-    A key that is held repeats, at first after up to half a second. Until then the paddle moves slowly, so that it does
-    not stop in between, and a short press moves it by about its own width. Then it moves in every step, and stops soon
-    after the last repetition.
+    A key that is held down repeats, but only after up to half a second. Until then the paddle moves slowly, so that it
+    does not stop and go, and a short press moves it by about its own width. From the first repetition on it moves in
+    every step, and it stops soon after the last one.
     """
 
-    DELAY = 0.55  # seconds until a key that is held repeats
+    DELAY = 0.55  # seconds until a key that is held down repeats
     INTERVAL = 0.125  # seconds between two moves until then
     REPETITION = 0.13  # seconds between two repetitions
 
@@ -287,7 +287,7 @@ class PlayedGame(TerminalGame):
     """A game that somebody plays. Every ball waits until it is served."""
 
     keys = PLAY_KEYS
-    REST = 0.7  # seconds after a lost ball in which no key serves the next, so that nobody does so by accident
+    REST = 0.7  # seconds after a lost ball during which no key serves the next one, so that nobody does by accident
 
     def new_game(self):
         super().new_game()
@@ -327,9 +327,9 @@ class PlayedGame(TerminalGame):
         elif self.paused:
             box = ["paused: an arrow key, p or space goes on", "", *keys]
         elif self.serving and self.serve_from:
-            box = [f"lives left: {self.info['lives']}", "", "press the left or right arrow key to serve"]
+            box = [f"lives left: {self.info['lives']}", "", "press left, right or space to serve"]
         elif self.serving:
-            box = ["press the left or right arrow key to serve", "", *keys]
+            box = ["press left, right or space to serve", "", *keys]
         else:
             box = []
         top = self.status(), f"{self.fps:.3g} steps a second"
@@ -381,7 +381,8 @@ def main(argv=()):
         if args.watch is None:
             curses.wrapper(lambda screen: PlayedGame(screen, args.fps).run())
         else:
-            from viewer.watch import watch  # here, because PyTorch takes seconds to load
+            print("Loading PyTorch and the model ...", flush=True)  # which takes seconds, so playing does without
+            from viewer.watch import watch
 
             watch(None if args.watch is True else args.watch, args.fps)
         return 0

@@ -26,7 +26,7 @@ def file_to_watch(name):
 
     Of a run this is the best model, which need not be there yet. Raises CheckpointError if there is nothing to watch.
     """
-    if name is not None and any((Path(name) / file).is_file() for file in ("config.json", BEST, LAST)):
+    if name is not None and any(os.path.isfile(Path(name) / file) for file in ("config.json", BEST, LAST)):
         return Path(name) / BEST, ""
     path, why = find_model(name)
     return (path.parent / BEST, " (the newest run)") if name is None and path.name == LAST else (path, why)
@@ -74,6 +74,7 @@ class WatchedModel:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
     def load(self, version):
+        """Load the model from the file. Raises CheckpointError, before anything has changed, if it cannot be read."""
         policy, meta = load_policy(self.file)
         forward = policy.inference_function()
         self.act = lambda page: forward(policy.encode(page[None].copy()))
@@ -134,7 +135,7 @@ class WatchedGame(TerminalGame):
         self.message_until = 0.0
         super().__init__(screen, fps, MAX_EPISODE_STEPS)
         if model.act:
-            self.say(model.described(), "", "p: pause, and what all keys do")
+            self.say(model.described(), "", "p pauses and lists all keys")
 
     def say(self, *lines):
         self.message = lines
@@ -220,11 +221,11 @@ class WatchedGame(TerminalGame):
         lines = [f"{self.end}; a new game follows"] if self.end else []
         if self.model.act is None:
             lines += [f"waiting for {BEST}", "", "The training's first evaluation writes it."]
-            lines += [f"Of a run without evaluations watch the file {LAST}."]
+            lines += [f"For a run without evaluations, name its {LAST} instead."]
         elif time.monotonic() < self.message_until:
             lines += self.message
         if self.model.problem:
-            lines += ["This is tried again:", shortened(self.model.problem, 74)]
+            lines += ["The newest version is tried again every second:", shortened(self.model.problem, 74)]
         return lines
 
     def bar(self, action):
