@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.learning import runs_in, variant_of
 from harness.figures import new_figure
+from harness.messages import shown
 from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Parser, given_path, within
 from harness.runs import recorded_constants
@@ -41,10 +42,10 @@ def read_variants(paths):
     names = sorted(runs)
     first = names[0]
     if all(name == first or name.startswith(f"{first},") for name in names):
-        shown = [name.removeprefix(first).strip(",") or "default" for name in names]
+        labels = [name.removeprefix(first).strip(",") or "default" for name in names]
     else:
-        shown = names
-    return {label: dict(sorted(runs[name].items())) for label, name in zip(shown, names)}
+        labels = names
+    return {label: dict(sorted(runs[name].items())) for label, name in zip(labels, names)}
 
 
 def score_near(curve, step):
@@ -64,23 +65,35 @@ def table_rows(variants, steps):
     return rows
 
 
-def draw(variants, across):
-    """Return a Figure with a panel for each variant but the first, which is drawn in grey in all panels."""
-    names = list(variants)[1:] or list(variants)
-    reference = variants[list(variants)[0]] if len(variants) > 1 else {}
+def draw(variants, across=3, levels=()):
+    """Return a Figure with a panel for each variant but the first, which is drawn in grey in all panels.
+
+    levels: scores at which a dotted line is drawn.
+    """
+    first, *others = variants
+    names = others or [first]
+    reference = variants[first] if others else {}
+    across = min(across, len(names))
     down = -(-len(names) // across)
-    figure = new_figure(PANEL_WIDTH * across, PANEL_HEIGHT * down)
+    figure = new_figure(max(PANEL_WIDTH * across, 5), PANEL_HEIGHT * down + 0.6)
     figure.set(facecolor="white")
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
-    for axes, name in zip(panels, names):
-        for runs, style in ((reference, {"color": "0.75"}), (variants[name], {})):
-            for curve in runs.values():
-                axes.plot(curve[:, 0] / 1e6, curve[:, 1], linewidth=1.4, **style)
+    for i, (axes, name) in enumerate(zip(panels, names)):
+        axes.tick_params(labelbottom=i + across >= len(names))  # where no panel is below
+        for level in levels:
+            axes.axhline(level, color="0.5", linestyle=":", linewidth=1)
+        for curve in reference.values():
+            axes.plot(curve[:, 0] / 1e6, curve[:, 1], color="0.75", linewidth=1.4, label=first)
+        for seed, curve in variants[name].items():
+            axes.plot(curve[:, 0] / 1e6, curve[:, 1], linewidth=1.4, label=f"seed {seed}")
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    legend = dict(zip(labels, handles))  # the reference once, not once for each seed
+    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=len(legend), frameon=False)
     figure.supxlabel("million environment steps", fontsize=10)
     figure.supylabel("score of an evaluation", fontsize=10)
     return figure
@@ -93,11 +106,14 @@ def main(argv=()):
     steps = [250_000, 500_000, 1_000_000]
     parser.add_argument("--at", type=at_least_1, nargs="+", default=steps, metavar="STEPS", help=f"default {steps}")
     parser.add_argument("--across", type=at_least_1, default=3, help="panels side by side (default 3)")
+    parser.add_argument("--level", type=float, nargs="+", default=[], metavar="SCORE", help="draw dotted lines there")
     parser.add_argument("--out", type=given_path, help="the picture (default: compare.png in the first RUN)")
     args = parser.parse_args(argv)
     variants = read_variants(args.runs)
     show_table(table_rows(variants, args.at))
-    save_figure(Path(args.out or Path(args.runs[0], "compare.png")), draw, variants, args.across)
+    out = Path(args.out or Path(args.runs[0], "compare.png"))
+    save_figure(out, draw, variants, args.across, args.level)
+    print(f"\nwrote {shown(out)}")
     return 0
 
 
