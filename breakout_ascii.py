@@ -58,9 +58,8 @@ def board_problem():
     if moves.dtype.kind != "i" or np.sign(moves).tolist() != [0, -1, 1]:
         return f"PADDLE_MOVES must be 0, an integer below 0 and one above 0, not {PADDLE_MOVES}"
     if ROWS > 256 or ROWS * COLUMNS > 9000:  # fast/line_index.py keeps a row in 8 bits and a pair in 16
-        return (
-            f"a page has at most 256 rows and 9000 characters, not {ROWS} and {ROWS * COLUMNS}; lower ROWS or COLUMNS"
-        )
+        size = f"{ROWS} and {ROWS * COLUMNS}"
+        return f"a page has at most 256 rows and 9000 characters, not {size}; lower ROWS or COLUMNS"
     room = COLUMNS - 3  # columns between the walls
     if len(PADDLE) > room:
         return f"PADDLE has {len(PADDLE)} characters, and between the walls there are {room} columns; shorten it"
