@@ -31,6 +31,7 @@ import filelock
 
 from algorithms.parts.packages import need
 from algorithms.parts.playing import load_policy_state
+from harness import messages
 from harness.checkpoint import BEST, LAST, CheckpointError, load_checkpoint
 from harness.device import available_cores
 from harness.messages import shown
@@ -377,7 +378,7 @@ def read_command_line(argv):
 
 def say(line):
     """Print a line with the time of day."""
-    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+    messages.say(f"{time.strftime('%H:%M:%S')}  {line}")
 
 
 def main(argv=()):

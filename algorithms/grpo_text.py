@@ -314,7 +314,12 @@ class GRPO(Trainer):
 # --- callbacks --------------------------------------------------------------------------------------------------------
 
 
-INDENT = 16 * " "  # of an answer, below its prompt
+def say_answer(name, reward, prompt, answer, longest):
+    """Print a reward and a prompt, and below them at most so many characters of the answer."""
+    say(f"  {name:>5} {reward:6.3f}  {prompt}")
+    indent = 16 * " "
+    width = columns(sys.stdout) or 120
+    say(textwrap.fill(shortened(answer, longest), width, initial_indent=indent, subsequent_indent=indent))
 
 
 class Answers(Callback):
@@ -326,13 +331,8 @@ class Answers(Callback):
         stats = trainer.stats
         reward, kl = stats["episode_return"], stats["kl_reference"]
         say(f"step {trainer.update_count}: mean reward {reward:.3f}, kl {kl:.4f}")
-        self.print_answer("best", *trainer.examples[0])
-        self.print_answer("worst", *trainer.examples[-1])
-
-    def print_answer(self, name, reward, prompt, answer):
-        say(f"  {name:>5} {reward:6.3f}  {prompt}")
-        width = columns(sys.stdout) or 120
-        say(textwrap.fill(shortened(answer, 210), width, initial_indent=INDENT, subsequent_indent=INDENT))
+        say_answer("best", *trainer.examples[0], longest=210)
+        say_answer("worst", *trainer.examples[-1], longest=210)
 
 
 class SavePretrained(Callback):
@@ -497,7 +497,7 @@ def show(state, seed):
     with waiting("writing answers"):
         answers, rewards = answers_to(state, HELD_OUT, seed)
     for prompt, answer, reward in zip(HELD_OUT, answers, rewards):
-        print(f"{reward:.3f}  {prompt}  {shortened(answer, 10_000)}")
+        say_answer("", reward, prompt, answer, longest=10_000)
 
 
 ALGORITHM = Algorithm(

@@ -55,6 +55,7 @@ from harness.background import Background
 from harness.checkpoint import load_weights
 from harness.device import choose_device
 from harness.files import replacing
+from harness.messages import say
 from harness.options import Constants, Values
 from harness.runs import read_run
 from harness.supervise import run_script
@@ -413,10 +414,10 @@ def verify(argv, steps=20):
     for _ in range(steps):
         action = int(rng.integers(len(ACTIONS)))
         score_before = env.get_wrapper_attr("score")
-        print(f"{text}{SUFFIX}{ANSWERS[action]}".replace("\n", " "))
+        say(f"{text}{SUFFIX}{ANSWERS[action]}".replace("\n", " "))
         text, reward, terminated, truncated, info = env.step(action)
         life = ", a life is lost" if info["life_lost"] else ""
-        print(f"    points {info['score'] - score_before}, reward {reward:+.3f}{life}")
+        say(f"    points {info['score'] - score_before}, reward {reward:+.3f}{life}")
         if terminated or truncated:
             text, _ = env.reset()
     return 0

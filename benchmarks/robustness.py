@@ -14,8 +14,10 @@ give them all with one --seed, and score the chosen one with another.
 import harness.start  # before the slow imports
 
 import functools
+import itertools
 
 import numpy as np
+from tqdm import tqdm
 
 from breakout_ascii import BRICK_POINTS, CLEAR_POINTS, LIVES, draw_numbers, new_games, standard_serves
 from evaluation import GAMES_AT_ONCE, SERVES, Results, greedy, play_games, sampling, standard_error, tracker
@@ -23,6 +25,7 @@ from harness.device import set_threads
 from harness.messages import shown
 from harness.options import Parser, given_path, within
 from harness.supervise import run_script
+from harness.tables import show_table
 from policies import SHIPPED, load_policy
 
 STICKY = 0.1  # probability that the previous action is repeated
@@ -90,12 +93,12 @@ def cells(bricks, results, drawn):
     return [str(len(bricks)), score, *(f"{share:.1%}" for share in shares), f"{lives_lost:.2f}"]
 
 
-def show_rows(name, make_player, deterministic, num_games, seed):
-    """Print a row for each condition. Each gets a new player, because a policy has one valid inference function."""
+def rows_of(name, make_player, deterministic, num_games, seed):
+    """Yield a row for each condition. Each gets a new player, because a policy has one valid inference function."""
     for condition, (serves, bricks, sticky) in conditions(num_games, seed, deterministic).items():
         results = play(make_player(), serves, bricks, sticky, seed, deterministic)
         drawn = not (deterministic and condition == "standard")
-        print("| " + " | ".join([name, condition, *cells(bricks, results, drawn)]) + " |", flush=True)
+        yield dict(zip(COLUMNS, [name, condition, *cells(bricks, results, drawn)]))
 
 
 def read_command_line(argv):
@@ -114,13 +117,16 @@ def main(argv=()):
     set_threads(max(policy.config.n_layer for policy, _ in models.values()))
     for name, (_, meta) in models.items():
         print(f"{name}: trained for {meta.get('global_step', 0):,} steps")
-    print("\n| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
+    players = []  # a name, a function that makes the player, and whether it always acts alike
     for name, (policy, _) in models.items():
-        show_rows(f"{name}, greedy", functools.partial(greedy, policy), True, args.games, args.seed)
-        sampled = functools.partial(sampling, policy, args.seed)
-        show_rows(f"{name}, sampled", sampled, False, args.games, args.seed)
-    show_rows("tracker", lambda: tracker, True, args.games, args.seed)
-    show_rows("random", lambda: random_player(args.seed), False, args.games, args.seed)
+        players.append((f"{name}, greedy", functools.partial(greedy, policy), True))
+        players.append((f"{name}, sampled", functools.partial(sampling, policy, args.seed), False))
+    players.append(("tracker", lambda: tracker, True))
+    players.append(("random", lambda: random_player(args.seed), False))
+    rows = itertools.chain.from_iterable(rows_of(*player, args.games, args.seed) for player in players)
+    rows = list(tqdm(rows, total=4 * len(players), unit=" row", leave=False, disable=None))
+    print()
+    show_table(rows, labels=2)
 
 
 if __name__ == "__main__":

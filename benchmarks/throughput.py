@@ -41,6 +41,7 @@ from harness.device import choose_device, set_threads
 from harness.options import CommandLineError, Parser, within
 from harness.runs import ROOT
 from harness.supervise import StopTraining, begin, run_script
+from harness.tables import show_table
 from model import GPT, GPTConfig
 from policies import SHIPPED, load_policy, make_gpt
 from rollout_buffer import random_order, select
@@ -425,6 +426,9 @@ TABLES = {1: speed_table, 2: training_table, 3: games_table, 4: layers_table, 5:
 
 def show(table, title, header, rows):
     print(f"\nTable {table}: {title}\n")
+    if sys.stdout.isatty():
+        show_table([dict(zip(header, row)) for row in rows])
+        return
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in (header, *rows):
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip(), flush=True)

@@ -1,12 +1,12 @@
 """Shows results: as a table on the screen, as a csv file, as a heat map."""
 
 import csv
-import shutil
 import sys
 
 import numpy as np
 
 from harness.figures import new_figure
+from harness.lines import columns
 from harness.messages import one_line
 from harness.options import CommandLineError
 
@@ -21,8 +21,8 @@ def show_table(rows, labels=1):
             follows below, beside these.
     """
     cells = {name: [cell(row[name]) for row in rows] for name in rows[0]}
-    if sys.stdout.isatty():
-        print("\n\n".join(blocks(cells, labels, shutil.get_terminal_size().columns)))
+    if width := columns(sys.stdout):
+        print("\n\n".join(blocks(cells, labels, width)))
         return
     for line in [list(cells), None, *zip(*cells.values())]:
         print("|" + "---|" * len(cells) if line is None else "| " + " | ".join(line) + " |")

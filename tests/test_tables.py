@@ -1,5 +1,4 @@
 import csv
-import sys
 
 import numpy as np
 import pytest
@@ -22,8 +21,7 @@ def test_rows_as_a_table_and_as_a_file(tmp_path, capsys):
 
 def test_a_table_fits_the_terminal(monkeypatch, capsys):
     """Headers are broken at words. What does not fit beside the first columns follows below, beside them again."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "24")
+    monkeypatch.setattr("harness.tables.columns", lambda stream: 24)
     rows = [{"name": "abc", "seed": 0, "best: M steps": 1.5, "last": -7.0, "note": "so"}]
     show_table([*rows, {"name": "d", "seed": 1, "best: M steps": None, "last": 2.0, "note": "-"}], labels=2)
     assert capsys.readouterr().out.split("\n") == [
