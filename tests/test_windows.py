@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers import needs_posix
 
 from harness import device, files, messages, supervise
 from harness.background import CannotStart, Worker
@@ -112,6 +113,7 @@ def test_memory(monkeypatch):
     assert (device.memory_of(cpu), device.free_memory(cpu)) == (16 * 2**30, 5 * 2**30)
 
 
+@needs_posix
 def test_memory_of_a_mac(monkeypatch):
     """It does not say in a file how much is free, so all of it counts."""
     monkeypatch.setattr(device, "Path", lambda name: SimpleNamespace(exists=lambda: False))
