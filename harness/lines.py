@@ -6,7 +6,7 @@ import re
 import textwrap
 
 # A command is never wrapped, because it could not be copied as one line then; the terminal may break it.
-COMMAND = re.compile(r"(?:python3? (?:-m |\S*\.py\b)|torchrun |pip install )[^;]*")
+COMMAND = re.compile(r"(?:python3? (?:-m |['\"]|\S*\.py\b)|torchrun |pip install )[^;]*")
 
 
 def columns(stream):

@@ -137,3 +137,5 @@ def test_what_does_not_fit_is_left_out():
     assert fitted(["abc", "de"], None) == "abc  de"
     assert wrapped("one two three\n  indented lines stay", 7) == "one two three\n  indented lines stay"
     assert wrapped("one two three four five", 20) == "one two three four\nfive"
+    for command in ("python '../a b/train_ppo.py' --resume 'c d'", 'python "C:\\a b\\train_ppo.py" --resume "c d"'):
+        assert wrapped(f"stopped; go on with: {command}", 20).splitlines()[-1] == command
