@@ -221,6 +221,7 @@ def test_no_color(monkeypatch):
     """NO_COLOR in the environment leaves the colours out, unless it is empty (https://no-color.org)."""
     monkeypatch.setattr(curses, "has_colors", lambda: True)
     monkeypatch.setattr(curses, "COLORS", 256, raising=False)
+    monkeypatch.setattr(curses, "use_default_colors", lambda: None)
     monkeypatch.setattr(curses, "init_pair", lambda *args: None)
     monkeypatch.setattr(curses, "color_pair", lambda pair: pair)
     for value, expected in (("", 10), ("1", 0)):
@@ -422,17 +423,17 @@ def test_windows_has_no_description_of_its_terminal(monkeypatch):
 class Terminal:
     """The game as a program in a pseudo-terminal, whose output pyte turns into a screen."""
 
-    def __init__(self, *arguments, rows=24, columns=80, term="xterm-256color"):
+    def __init__(self, *arguments, rows=24, columns=80, term="xterm-256color", **environment):
         pyte, pty, self.fcntl, self.termios = map(pytest.importorskip, ("pyte", "pty", "fcntl", "termios"))
         self.screen = pyte.Screen(columns, rows)
         self.stream = pyte.ByteStream(self.screen)
         self.ours, self.its = pty.openpty()
         self.set_size(rows, columns)
         # Whoever imports readline leaves LINES and COLUMNS behind, and curses would believe them.
-        environment = {key: os.environ[key] for key in os.environ if key not in ("LINES", "COLUMNS", "NO_COLOR")}
+        inherited = {key: os.environ[key] for key in os.environ if key not in ("LINES", "COLUMNS", "NO_COLOR")}
         self.process = subprocess.Popen(
             [sys.executable, breakout_ascii.__file__, *map(str, arguments)],
-            env=environment | {"TERM": term},
+            env=inherited | {"TERM": term} | environment,
             **dict.fromkeys(("stdin", "stdout", "stderr"), self.its),
         )
 
@@ -481,8 +482,9 @@ class Terminal:
         return self.process.wait(1)
 
     def colours(self):
-        """Return the colours of all characters on the screen."""
-        return {cell.fg for line in self.screen.buffer.values() for cell in line.values() if cell.data != " "}
+        """Return the colours of everything on the screen, in front and behind."""
+        cells = [cell for line in self.screen.buffer.values() for cell in line.values()]
+        return {cell.fg for cell in cells} | {cell.bg for cell in cells}
 
 
 def test_playing_in_a_terminal_of_several_sizes():
@@ -510,8 +512,11 @@ def test_playing_in_a_terminal_of_several_sizes():
 
 
 def test_a_terminal_without_colours_and_the_ways_out():
+    with Terminal(NO_COLOR="1") as terminal:
+        terminal.wait_for("to serve", "|____|", "quit")
+        assert terminal.colours() == {"default"}
     with Terminal(term="vt100") as terminal:
-        terminal.wait_for("to serve", "|____|")
+        terminal.wait_for("to serve", "|____|", "quit")
         assert terminal.colours() == {"default"}
         terminal.process.send_signal(signal.SIGINT)
         assert terminal.wait() == 130

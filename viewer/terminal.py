@@ -81,6 +81,7 @@ def colour_attributes():
     """Return {RGB: attribute} for the colours of the game on black, or {} where no colours can or should be shown."""
     attributes = {}
     with contextlib.suppress(curses.error):
+        curses.use_default_colors()  # otherwise all that has no colour would be white on black
         colours = {} if os.environ.get("NO_COLOR") or not curses.has_colors() else palette(curses.COLORS)
         game = dict.fromkeys([*COLOURS.values(), *BRICK_COLOURS]) if colours else ()
         for pair, colour in enumerate(game, 1):
