@@ -466,13 +466,17 @@ class Terminal:
     def text(self):
         return "\n".join(self.screen.display)
 
-    def wait_for(self, *texts):
-        """Wait until all these texts are on the screen, and return it."""
+    def wait_until(self, condition):
+        """Wait until a condition, a function of the text on the screen, is true, and return the text."""
         end = time.monotonic() + 60
-        while not all(text in self.text for text in texts):
+        while not condition(self.text):
             assert time.monotonic() < end and self.process.poll() is None, self.text
             self.read()
         return self.text
+
+    def wait_for(self, *texts):
+        """Wait until all these texts are on the screen, and return what is there."""
+        return self.wait_until(lambda shown: all(text in shown for text in texts))
 
     def wait(self):
         """Return the exit status."""
@@ -492,18 +496,18 @@ def test_playing_in_a_terminal_of_several_sizes():
         terminal.wait_for("the window is 60x20, but the game needs 80x24")
         terminal.resize(24, 80)
         terminal.wait_for("press left, right or space to serve", "lives 5", "30 steps a second")
-        assert [line[0] + line[-1] for line in terminal.screen.display] == ["##"] * 24  # also the last cell
+        terminal.wait_until(
+            lambda text: all(line[0] + line[-1] == "##" for line in text.split("\n"))
+        )  # the last cell too
         assert terminal.text.count("|____|") == 91 and len(terminal.colours()) >= 8
         terminal.type(b"\x1bOC")
-        while "serve" in terminal.text or " O " not in terminal.text:
-            terminal.read()
+        terminal.wait_until(lambda text: "serve" not in text and " O " in text)
         terminal.type(b"+")
         terminal.wait_for("37.5 steps")
         terminal.type(b"p")
         paused = terminal.wait_for("paused", "lives 5")
         terminal.type(b" ")
-        while "paused" in terminal.text:
-            terminal.read()
+        terminal.wait_until(lambda text: "paused" not in text)
         terminal.resize(40, 120)
         terminal.wait_for("paused", "lives 5")
         assert paused != terminal.text
@@ -513,10 +517,10 @@ def test_playing_in_a_terminal_of_several_sizes():
 
 def test_a_terminal_without_colours_and_the_ways_out():
     with Terminal(NO_COLOR="1") as terminal:
-        terminal.wait_for("to serve", "|____|", "quit")
+        terminal.wait_for("to serve", "|____|", "q: quit")
         assert terminal.colours() == {"default"}
     with Terminal(term="vt100") as terminal:
-        terminal.wait_for("to serve", "|____|", "quit")
+        terminal.wait_for("to serve", "|____|", "q: quit")
         assert terminal.colours() == {"default"}
         terminal.process.send_signal(signal.SIGINT)
         assert terminal.wait() == 130
