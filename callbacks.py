@@ -302,7 +302,8 @@ class ProgressBar(Callback):
         if self.bar is None:
             return
         position = trainer.global_step + trainer.unfinished_steps
-        self.bar.n = min(position, self.bar.total)
+        self.bar.total = max(self.bar.total, position)  # the last update of some trainings goes beyond
+        self.bar.n = position
         now = time.monotonic()
         if now - self.drawn_at < REDRAW_INTERVAL and position < self.bar.total:
             return

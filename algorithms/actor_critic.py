@@ -419,6 +419,9 @@ def main(argv=()):
     where = "where the run's directory is made (default: here)"
     parser.add_argument("--directory", type=given_path, default=".", metavar="FOLDER", help=where)
     parser.add_argument("--evaluate", type=given_path, nargs="?", const=SHIPPED, metavar="RUN", help="print its score")
+    for word in map(str, argv):
+        if word.startswith("--") and word[2:].split("=")[0] in Config._fields:
+            raise CommandLineError(f'{word} is no option; it belongs into CONFIG, a JSON file such as {{"seed": 1}}')
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # small networks
     if args.evaluate is not None:

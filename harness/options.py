@@ -344,6 +344,8 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message):
+        if "arguments are required" in message:
+            message += "; --help explains them"
         raise CommandLineError(message)
 
 

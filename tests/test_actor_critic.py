@@ -352,6 +352,13 @@ def test_a_checkpoint_of_a_stranger(small, change, message):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("words", ["--seed 1", "--hidden_dim=8"])
+def test_a_name_of_the_configuration_is_no_option(words):
+    """The message says where it belongs, because the other trainings have such options."""
+    with pytest.raises(CommandLineError, match="^--.* is no option; it belongs into CONFIG, a JSON file such as "):
+        main(words.split())
+
+
 @pytest.mark.parametrize(
     "changes, lower",
     [

@@ -72,6 +72,7 @@ def still(tokens):
         (throughput.main, "--repetitions 0", "--repetitions: must be an integer in [1, inf), not '0'"),
         (throughput.main, "--device tpu9", "--device tpu9 does not work here"),
         (peers.main, "lunarlander --num_steps 0", "--num_steps: must be an integer in [1, inf)"),
+        (peers.main, "", "the following arguments are required: TASK; --help explains them"),
         (peers.main, "grpo --seed -1", "--seed: must be an integer in [0, "),
         (language_models.main, "--turns 0", "--turns: must be an integer in [1, inf)"),
         (language_models.main, "--device tpu9", "--device tpu9 does not work here"),
