@@ -162,6 +162,7 @@ def plan(c, ppo, run_dir):
         f"Curve, metrics, checkpoints: {run_dir}. Ctrl-C saves and stops.",
     ]
     if c.EVAL_INTERVAL:
+        lines.append(f"See it play in a second terminal: {program_command('breakout_ascii.py')} --watch")
         lines.append(
             f"score: mean points of greedy play; random play has {levels()['random play']}, a cleared wall "
             f"{MOST_POINTS}. cleared: how many of these games clear the wall. returned: the share of falling balls "
