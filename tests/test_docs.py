@@ -1,11 +1,14 @@
 """The pages in docs/: the glossary has every name that a training writes, and their pictures can be drawn again."""
 
+import ast
 import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+import breakout_ascii
+import train_ppo
 from breakout_ascii import BreakoutAscii
 from callbacks import TENSORBOARD_NAMES
 from docs import architecture
@@ -47,3 +50,16 @@ def test_the_glossary_has_the_words_on_the_screen_and_in_tensorboard():
     assert {"playing", "learning"} <= doing
     for words in doing:
         assert f"`{words} " in glossary, words
+
+
+def test_the_ten_things_are_constants_that_there_are():
+    """A heading of the page gives a constant of the training or of the game another value than it has here."""
+    page = (ROOT / "docs" / "ten_things.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (?:\d+|And).*$", page, re.M)
+    assert [heading.split(".")[0] for heading in headings[:-1]] == [f"## {i}" for i in range(1, 11)]
+    edits = re.findall(r"\b([A-Z_]+) = ([^`=]+|\"=+\")(?=`)", "\n".join(headings))
+    assert len(edits) >= 9
+    for name, value in edits:
+        now = train_ppo.CONSTANTS[name] if name in train_ppo.CONSTANTS else getattr(breakout_ascii, name)
+        assert type(now) is type(ast.literal_eval(value)) or isinstance(now, float), name
+        assert now != ast.literal_eval(value), name
