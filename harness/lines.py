@@ -20,7 +20,7 @@ def columns(stream):
         return 79
 
 
-def wrapped(text, width):
+def wrapped_lines(text, width):
     """Break the lines of a text between words at this width; None for no limit. Indented lines stay as they are."""
     if width is None:
         return text

@@ -9,19 +9,19 @@ import sys
 from tqdm import tqdm
 
 from harness.files import WINDOWS
-from harness.lines import columns, wrapped
+from harness.lines import columns, wrapped_lines
 
 
 def tell(line):
     """Print lines to the standard error. It is no error if nobody can read them."""
     with contextlib.suppress(OSError):
-        print(wrapped(printable_lines(line), columns(sys.stderr)), file=sys.stderr, flush=True)
+        print(wrapped_lines(printable_lines(line), columns(sys.stderr)), file=sys.stderr, flush=True)
 
 
 def say(line):
     """Print lines to the standard output without tearing a progress bar. It is no error if nobody can read them."""
     with contextlib.suppress(Exception):
-        tqdm.write(wrapped(printable_lines(line), columns(sys.stdout)))
+        tqdm.write(wrapped_lines(printable_lines(line), columns(sys.stdout)))
         sys.stdout.flush()
 
 

@@ -18,7 +18,7 @@ from harness.lines import (
     format_rate,
     format_score,
     in_words,
-    wrapped,
+    wrapped_lines,
 )
 
 termios = pytest.importorskip("termios", reason="Windows has no pseudo-terminals")
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_left_out():
     assert fitted(["abc", "", "de", "fghij", "k"], 10) == "abc  de"
     assert fitted(["a long beginning", "b"], 5) == "a long beginning"
     assert fitted(["abc", "de"], None) == "abc  de"
-    assert wrapped("one two three\n  indented lines stay", 7) == "one two three\n  indented lines stay"
-    assert wrapped("one two three four five", 20) == "one two three four\nfive"
+    assert wrapped_lines("one two three\n  indented lines stay", 7) == "one two three\n  indented lines stay"
+    assert wrapped_lines("one two three four five", 20) == "one two three four\nfive"
     for command in ("python '../a b/train_ppo.py' --resume 'c d'", 'python "C:\\a b\\train_ppo.py" --resume "c d"'):
-        assert wrapped(f"stopped; go on with: {command}", 20).splitlines()[-1] == command
+        assert wrapped_lines(f"stopped; go on with: {command}", 20).splitlines()[-1] == command

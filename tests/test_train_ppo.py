@@ -28,7 +28,7 @@ from fast import DeviceBreakout
 from harness import runs, supervise
 from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, to_plain
 from harness.device import DeviceError
-from harness.lines import wrapped
+from harness.lines import wrapped_lines
 from harness.options import CommandLineError, Values
 from harness.supervise import StopTraining, interrupt, less_memory, signals_handled
 from ppo import PPO
@@ -418,7 +418,7 @@ def test_the_readme_shows_what_is_printed():
     """The README quotes the lines with which a training begins, as a terminal of 80 columns shows them."""
     c = SimpleNamespace(**CONSTANTS)
     printed = train_ppo.plan(c, train_ppo.build(c, torch.device("cpu")), "runs/2026-01-31_12-00-00")
-    assert wrapped(printed, 79) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert wrapped_lines(printed, 79) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("layers", [1, 2])
