@@ -277,9 +277,11 @@ class ProgressBar(Callback):
             self.bar.close()
         best = f", best score {format_score(trainer.best_score)}" if math.isfinite(trainer.best_score) else ""
         say(f"trained {trainer.global_step:,} steps in {format_duration(trainer.seconds)}{best}")
-        width = max(map(len, self.endings), default=0) + 2
+        label_width = max(map(len, self.endings), default=0) + 2
         for label, text in self.endings.items():
-            say(f"  {label + ':':{width}}{text}")
+            line = f"  {label + ':':{label_width}}{text}"
+            too_long = len(line) > (columns(sys.stdout) or math.inf)
+            say(f"  {label}:\n  {text}" if too_long else line)  # so that most commands can be copied as one line
 
     def close(self):
         if self.bar is not None:

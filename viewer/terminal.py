@@ -373,11 +373,13 @@ def end_cleanly(signum, frame):
 
 def main(argv=()):
     """Let somebody play or watch, and return the exit status. argv: the words of the command line."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         args = read_command_line(argv)
         if problem := terminal_problem():
             raise CommandLineError(problem)
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread:
             signal.signal(signal.SIGTERM, end_cleanly)
         if args.watch is None:
             curses.wrapper(lambda screen: PlayedGame(screen, args.fps).run())
@@ -392,3 +394,6 @@ def main(argv=()):
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, handler)
