@@ -23,7 +23,11 @@ for signal_name in ("SIGHUP", "SIGQUIT"):
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the learning tests too (minutes)")
     parser.addoption("--browser", action="store_true", help="run the tests that need Chromium and playwright too")
-    parser.addoption("--faults", action="store_true", help="run the tests of kills and damaged files too (minutes)")
+    parser.addoption(
+        "--faults",
+        action="store_true",
+        help="run the tests of kills, damaged files, installs and benchmarks too (minutes)",
+    )
 
 
 def pytest_collection_modifyitems(config, items):

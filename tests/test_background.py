@@ -120,6 +120,7 @@ def test_two_threads_that_start_processes_leave_the_main_module_as_it_is(monkeyp
     assert len(seen) == 2 and main not in seen and sys.modules["__main__"] is main
 
 
+@pytest.mark.faults
 def test_the_processes_end_with_this_one(tmp_path):
     """After this process is killed, its output closes only once the processes that share it have ended as well."""
     program = """

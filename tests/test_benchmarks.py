@@ -147,6 +147,7 @@ def test_a_sticky_action_is_played_again(monkeypatch):
     assert np.mean((moves == chosen)[4:]) == pytest.approx(1 / 1.25, abs=0.03) and (np.abs(moves) <= 2).all()
 
 
+@pytest.mark.faults
 def test_the_table_of_robustness(tmp_path, monkeypatch, capsys):
     """Models are in the given order, and after them the tracker and random play, once each."""
     play_games = robustness.play_games
@@ -396,6 +397,7 @@ def amount(cell):
     return float(cell.split()[0].replace(",", ""))
 
 
+@pytest.mark.faults
 def test_the_table_of_speed(small):
     _, header, rows = throughput.speed_table(small, ONCE)
     assert [len(row) for row in rows] == 5 * [len(header)] and rows[0][-1] == "equal"
@@ -427,6 +429,7 @@ def test_a_wrong_gpt_is_seen(small, monkeypatch):
     assert all(float(row[-1]) == pytest.approx(0.01, rel=0.2) for row in rows)
 
 
+@pytest.mark.faults
 def test_the_table_of_changes(small):
     _, header, rows = throughput.changes_table(small, ONCE)
     shares = ["0", "0.1", "1", "10", "100"]
@@ -530,6 +533,7 @@ def test_throughput_from_the_command_line(small, monkeypatch, capsys):
     assert len(lines) == 7
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("constants, kinds", [("--n_layer 1 --n_head 2", "ABCD"), ("--n_layer 2 --n_head 2", "DE")])
 def test_the_gpu_checks_print_every_check(capsys, constants, kinds):
     small = "--device cpu --n_embd 8 --num_envs 4 --rollout_steps 4 --batch_size 8 --epochs 1"
@@ -611,6 +615,7 @@ def test_grpo_learns_what_trl_does(monkeypatch, capsys, tmp_path):
 # language_models.py
 
 
+@pytest.mark.faults
 def test_what_reading_the_beginning_once_saves(capsys, monkeypatch):
     monkeypatch.setattr(language_models, "load_tokenizer", lambda name, texts: train_tokenizer(["letters"]))
     language_models.main(["--model", "tiny", "--turns", "1"])
@@ -621,6 +626,7 @@ def test_what_reading_the_beginning_once_saves(capsys, monkeypatch):
     assert min(map(float, times)) > 0 and 1 < beginning == with_it - without + 1
 
 
+@pytest.mark.faults
 def test_levels_to_compare_with(capsys):
     language_models.main(["--levels", "2"])
     scores = json.loads(capsys.readouterr().out)

@@ -237,6 +237,7 @@ print(whole(), leftover, os.listdir(path.parent))
 """
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     done = subprocess.run(

@@ -277,6 +277,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit_if_it_keeps_its_memory(tmp_path, 
     assert same(straight, resumed) and straight[0]["learning_steps"] == 16
 
 
+@pytest.mark.faults
 def test_without_its_memory_a_resumed_run_fills_it_anew(tmp_path, without_processes):
     straight, resumed = states_of_a_straight_and_a_resumed_run(
         ALGORITHM, SMALL + " --keep_replay false", tmp_path, 48, 24

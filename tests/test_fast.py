@@ -331,6 +331,7 @@ def test_a_prefix_tree_holds_each_prefix_once():
     assert len(tree.chunks) == sum(len(of_length.members) for of_length in tree.paths)
 
 
+@pytest.mark.faults
 def test_compiled_blocks_are_compiled_for_few_sizes(monkeypatch):
     """The number of chunks differs from batch to batch, but torch gives up on functions that it compiles too often."""
     from torch._dynamo.testing import CompileCounter  # here because it is slow to import

@@ -75,6 +75,7 @@ def editable(tmp_path_factory):
     return Installation(tmp_path_factory.mktemp("editable"), "-e")
 
 
+@pytest.mark.faults
 def test_the_lines_of_the_readme_run_in_any_directory(editable):
     """Once the project is installed, the game and the shipped model play a whole game."""
     (program,) = blocks_of_python(ROOT / "README.md")
@@ -92,6 +93,7 @@ def test_another_library_trains_on_the_game(editable):
     assert len(actions.split()) == 8 and "(" in points
 
 
+@pytest.mark.faults
 def test_a_plain_install_copies_everything_that_is_read(tmp_path):
     """Beside its modules, an installed package needs the shipped models and the parts of the page for the browser."""
     packages = Installation(tmp_path).packages

@@ -97,6 +97,7 @@ def lines_for_a_notebook():
     return blocks_of_python(ROOT / "docs" / "runs.md")[0]
 
 
+@pytest.mark.faults
 def test_the_lines_for_a_notebook(tmp_path, monkeypatch, capsys):
     """The lines train and play although the command line is a kernel's and the main script fails if it is run again."""
     (tmp_path / "cell.py").write_text("raise RuntimeError('run again')")

@@ -864,6 +864,7 @@ def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "train_ppo.py: unknown argument --sede; did you mean --seed?\n"
 
 
+@pytest.mark.faults
 @needs_posix
 def test_on_the_command_line(tmp_path):
     """Ctrl-C saves a run that was started in another directory; pressed twice it ends one whose output nobody hears."""
@@ -925,6 +926,7 @@ def train_in_a_terminal(folder, *arguments):
     return process, ours, its
 
 
+@pytest.mark.faults
 def test_in_a_terminal(tmp_path):
     """The key Ctrl-\\ stops like Ctrl-C; what was printed is plain lines, and the terminal is as before."""
     termios = pytest.importorskip("termios")
@@ -1039,6 +1041,7 @@ load_model.main(["without", "--steps", "5"])
 """
 
 
+@pytest.mark.faults
 def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
     """If fast/ is deleted, two small updates give the same numbers except for rounding, and a game is played.
 

@@ -138,6 +138,7 @@ def test_texts_of_programs_are_in_the_characters_of_a_western_windows():
                 assert node.value.encode("cp1252", "replace").decode("cp1252") == node.value, f"{file}: {node.value}"
 
 
+@pytest.mark.faults
 def test_programs_start_on_windows():
     """They do without the modules that it lacks, and Ctrl-Break stops them like the signals that it has."""
     missing = ("curses", "fcntl", "grp", "pty", "pwd", "resource", "termios", "tty")
