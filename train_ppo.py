@@ -183,7 +183,10 @@ def estimate(c, ppo):
     seconds, ppo.playing_share = measured_update(c)
     line = f"This will take {in_words(seconds * updates)} on this machine"
     if c.N_LAYER > 1:
+        threads = torch.get_num_threads()
+        set_threads(1)
         with_one, _ = measured_update(Values(**vars(c) | {"N_LAYER": 1}))
+        torch.set_num_threads(threads)
         line += f"; one layer takes {in_words(with_one * updates)}, and six on an H100 took 50 minutes"
     return f"{line}."
 
