@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.learning import runs_in, variant_of
-from harness.figures import new_figure
+from harness.figures import new_figure, unit_of_steps
 from harness.messages import shown
 from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Parser, given_path, within
@@ -24,21 +24,24 @@ from harness.tables import save_figure, show_table
 PANEL_WIDTH, PANEL_HEIGHT = 2.9, 2.2  # inches
 
 
-def scores(run_dir):
-    """Return steps and score of each evaluation of a run, (evaluations, 2). Raises CommandLineError if it has none."""
+def scores(run_dir, column):
+    """Return the steps and the values of a column of a run's metrics.csv where it is not empty, (rows, 2).
+
+    Raises CommandLineError if it is empty everywhere.
+    """
     rows = read_metrics(run_dir / "metrics.csv")
-    curve = [[row["global_step"], row["eval_score"]] for row in rows if math.isfinite(row["eval_score"])]
+    curve = [[row["global_step"], row[column]] for row in rows if math.isfinite(row.get(column, math.nan))]
     if not curve:
-        raise CommandLineError(f"{run_dir / 'metrics.csv'} has no evaluations; leave this run out")
+        raise CommandLineError(f"{run_dir / 'metrics.csv'} has no number in the column {column}; leave this run out")
     return np.array(curve)
 
 
-def read_variants(paths):
+def read_variants(paths, column="eval_score"):
     """Return {variant: {seed: `scores` of its run}}, both sorted; what all names begin with is left out of them."""
     runs = {}
     for run_dir in runs_in(paths):
         seed = (recorded_constants(run_dir) or {}).get("SEED", 0)
-        runs.setdefault(variant_of(run_dir), {})[seed] = scores(run_dir)
+        runs.setdefault(variant_of(run_dir), {})[seed] = scores(run_dir, column)
     names = sorted(runs)
     first = names[0]
     if all(name == first or name.startswith(f"{first},") for name in names):
@@ -46,6 +49,10 @@ def read_variants(paths):
     else:
         labels = names
     return {label: dict(sorted(runs[name].items())) for label, name in zip(labels, names)}
+
+
+def shown_score(score):
+    return f"{score:.0f}" if abs(score) >= 10 else f"{score:.3g}"
 
 
 def score_near(curve, step):
@@ -59,16 +66,18 @@ def table_rows(variants, steps):
     for name, runs in variants.items():
         row = {"variant": name, "seeds": " ".join(map(str, runs))}
         for step in steps:
-            row[f"near {step / 1e6:g}M"] = " ".join(f"{score_near(curve, step):.0f}" for curve in runs.values())
-        row["best"] = " ".join(f"{curve[:, 1].max():.0f}" for curve in runs.values())
+            label = f"near {step / 1e6:g}M" if step >= 10_000 else f"near {step:,}"
+            row[label] = " ".join(shown_score(score_near(curve, step)) for curve in runs.values())
+        row["best"] = " ".join(shown_score(curve[:, 1].max()) for curve in runs.values())
         rows.append(row)
     return rows
 
 
-def draw(variants, across=3, levels=()):
+def draw(variants, across=3, levels=(), label="score of an evaluation"):
     """Return a Figure with a panel for each variant but the first, which is drawn in grey in all panels.
 
     levels: scores at which a dotted line is drawn.
+    label: of the vertical axis.
     """
     first, *others = variants
     names = others or [first]
@@ -77,15 +86,17 @@ def draw(variants, across=3, levels=()):
     down = -(-len(names) // across)
     figure = new_figure(max(PANEL_WIDTH * across, 5), PANEL_HEIGHT * down + 0.6)
     figure.set(facecolor="white")
+    most = max(curve[-1, 0] for runs in variants.values() for curve in runs.values())
+    unit, steps = unit_of_steps(most)
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
     for i, (axes, name) in enumerate(zip(panels, names)):
         axes.tick_params(labelbottom=i + across >= len(names))  # where no panel is below
         for level in levels:
             axes.axhline(level, color="0.5", linestyle=":", linewidth=1)
         for curve in reference.values():
-            axes.plot(curve[:, 0] / 1e6, curve[:, 1], color="0.75", linewidth=1.4, label=first)
+            axes.plot(curve[:, 0] / unit, curve[:, 1], color="0.75", linewidth=1.4, label=first)
         for seed, curve in variants[name].items():
-            axes.plot(curve[:, 0] / 1e6, curve[:, 1], linewidth=1.4, label=f"seed {seed}")
+            axes.plot(curve[:, 0] / unit, curve[:, 1], linewidth=1.4, label=f"seed {seed}")
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -94,8 +105,8 @@ def draw(variants, across=3, levels=()):
     handles, labels = panels[0].get_legend_handles_labels()
     legend = dict(zip(labels, handles))  # the reference once, not once for each seed
     figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=len(legend), frameon=False)
-    figure.supxlabel("million environment steps", fontsize=10)
-    figure.supylabel("score of an evaluation", fontsize=10)
+    figure.supxlabel(steps, fontsize=10)
+    figure.supylabel(label, fontsize=10)
     return figure
 
 
@@ -108,11 +119,13 @@ def main(argv=()):
     parser.add_argument("--across", type=at_least_1, default=3, help="panels side by side (default 3)")
     parser.add_argument("--level", type=float, nargs="+", default=[], metavar="SCORE", help="draw dotted lines there")
     parser.add_argument("--out", type=given_path, help="the picture (default: compare.png in the first RUN)")
+    parser.add_argument("--column", default="eval_score", help="of metrics.csv (default eval_score)")
     args = parser.parse_args(argv)
-    variants = read_variants(args.runs)
+    variants = read_variants(args.runs, args.column)
     show_table(table_rows(variants, args.at))
     out = Path(args.out or Path(args.runs[0], "compare.png"))
-    save_figure(out, draw, variants, args.across, args.level)
+    label = "score of an evaluation" if args.column == "eval_score" else args.column
+    save_figure(out, draw, variants, args.across, args.level, label)
     print(f"\nwrote {shown(out)}")
     return 0
 

@@ -29,7 +29,8 @@ def learning_curve(rows, levels):
     """
     figure = new_figure(12, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
-    unit, label = unit_of_steps(rows)
+    steps = max((row["global_step"] for row in rows if math.isfinite(row["global_step"])), default=0)
+    unit, label = unit_of_steps(steps)
     draw_scores(left, rows, levels, "global_step", unit, label)
     draw_scores(right, rows, levels, "seconds", 60, "minutes")
     left.set(ylabel="score per episode")
@@ -37,9 +38,8 @@ def learning_curve(rows, levels):
     return figure
 
 
-def unit_of_steps(rows):
-    """Return the number of steps that is 1 on the axis, and the label of that axis."""
-    steps = max((row["global_step"] for row in rows if math.isfinite(row["global_step"])), default=0)
+def unit_of_steps(steps):
+    """Return the number of steps that is 1 on an axis which ends after so many steps, and the label of that axis."""
     if steps >= 1_000_000:
         return 1_000_000, "million environment steps"
     if steps >= 1000:
