@@ -237,7 +237,7 @@ class ProgressBar(Callback):
         self.printed_at = self.update_began_at = trainer.seconds
         self.drawn_at = -math.inf
         if sys.stderr.isatty():
-            shape = {"bar_format": "{percentage:3.0f}%|{bar}| {desc}", "dynamic_ncols": True}
+            shape = {"bar_format": "{percentage:3.0f}%|{bar}| {desc}", "ncols": self.bar_width()}
             self.bar = tqdm(total=trainer.total_steps, initial=trainer.global_step, **shape)
             self.update_bar(trainer)
 
@@ -320,8 +320,13 @@ class ProgressBar(Callback):
             in_training(trainer),
             rate,
         ]
-        self.bar.set_description_str(fitted(pieces, columns(sys.stderr) - SHORTEST_BAR), refresh=False)
+        self.bar.ncols = self.bar_width()
+        self.bar.set_description_str(fitted(pieces, self.bar.ncols - SHORTEST_BAR), refresh=False)
         self.bar.refresh()
+
+    def bar_width(self):
+        """Return how wide the bar may be: the terminal shows ^C behind it when somebody presses Ctrl-C."""
+        return (columns(sys.stderr) or 80) - 2
 
     def beginning(self, step, seconds):
         """Return the beginning of a line."""

@@ -161,7 +161,7 @@ def check_output(args):
     if not out.parent.is_dir():
         raise CommandLineError(f"--out: there is no directory {out.parent}")
     if args.suffix == ".mp4" and not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
-        raise CommandLineError("an .mp4 needs one more package: pip install imageio imageio-ffmpeg; or write a .gif")
+        raise CommandLineError("an .mp4 needs one more package: pip install imageio-ffmpeg; or write a .gif")
     if args.suffix == ".html":
         for option, most in HTML_LIMITS.items():
             value = getattr(args, option)
@@ -177,10 +177,10 @@ def print_score(args, policy):
 
 
 def watched(steps, total, ended):
-    """Yield the steps while a progress bar shows them. Appends to `ended` the info of every game's last step."""
+    """Yield the steps while a progress bar shows them. Appends every game's last step to `ended`."""
     for step in tqdm(steps, total=total, unit=" frames", disable=None):  # None: no bar unless on a terminal
         if step.last:
-            ended.append(step.info)
+            ended.append(step)
         yield step
 
 
@@ -218,10 +218,11 @@ def main(argv=()):
     steps = watched(played, None if args.episodes else args.steps, ended)
     with replacing(args.out) as unfinished:  # an older file stays until the new one is complete
         write(unfinished, steps, args, path, policy, meta)
-    for number, info in enumerate(ended, 1):
+    for number, (step, info) in enumerate(((step, step.info) for step in ended), 1):
         bricks = BRICK_ROWS * BRICK_COLUMNS
         left = f"{info['bricks']} of {bricks} bricks left" if info["bricks"] else "the wall is cleared"
-        print(f"game {number}: {info['score']} points, {left}, lives left: {info['lives']}")
+        cut = "" if step.over else "; not over, but the drawing ends here"
+        print(f"game {number}: {info['score']} points, {left}, lives left: {info['lives']}{cut}")
     print(f"wrote {printable(args.out)} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
     return 0
 

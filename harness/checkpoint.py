@@ -221,24 +221,29 @@ def model_to_play(name, shipped, is_mine):
     run_dir = newest_run("runs", is_mine)
     if run_dir is not None:
         path = find_checkpoint(run_dir, PLAYED)
-        return path, " (the newest run)" if path.name == BEST else " (the newest run; it has no best model yet)"
+        if path.name == BEST:
+            return path, " (the newest run)"
+        with_best = newest_run("runs", is_mine, [BEST])
+        elsewhere = f"; to play another run's, name {with_best}" if with_best else ""
+        return path, f" (the newest run; it has no best model yet{elsewhere})"
     if shipped.exists():
         return shipped, " (the shipped model, because there is no run)"
     raise CheckpointError(f"no model of {shipped.stem} is shipped, and there is no run; train one, or name one")
 
 
-def newest_run(runs_dir, is_mine):
+def newest_run(runs_dir, is_mine, names=PLAYED):
     """Returns the directory, up to four levels below `runs_dir`, of a program's run that was written last, or None.
 
     Args:
         is_mine: takes what a checkpoint holds, without its tensors, and returns whether that program wrote it. A run
             without a readable checkpoint counts, too: it may be the one that is meant, and loading it names the fault.
+        names: of the checkpoints that are looked for; a run without any of them does not count.
     """
-    patterns = [depth * "*/" + name for depth in range(1, 5) for name in PLAYED]
+    patterns = [depth * "*/" + name for depth in range(1, 5) for name in names]
     files = [file for pattern in patterns for file in Path(runs_dir).glob(pattern) if os.path.isfile(file)]
     files.sort(key=lambda file: (_time_written(file), file.parent.name), reverse=True)  # a date settles a tie
     for run_dir in dict.fromkeys(file.parent for file in files):
-        states = [state for name in PLAYED if (state := _state_without_tensors(run_dir / name)) is not None]
+        states = [state for name in names if (state := _state_without_tensors(run_dir / name)) is not None]
         if is_mine(states[0]) if states else (run_dir / "config.json").exists():
             return run_dir
     return None

@@ -339,7 +339,12 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args):
         parsed, unknown = self.parse_known_args(args)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.4)
+            word = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.7)
+            if word == "--learning_rate" and "--lr" in self._option_string_actions:
+                near = ["--lr"]
+            elif not word.startswith("-") and "--resume" in self._option_string_actions:
+                near = [f"--resume {word}"]
             raise CommandLineError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
         return parsed
 

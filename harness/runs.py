@@ -88,7 +88,7 @@ def check_same_program(path, recorded, known):
         raise CheckpointError(f"{path}: {problem}; resume it with the program that wrote it")
     if gone and RANK == 0:
         names = shortened(", ".join(gone))
-        tell(f"warning: this run began with constants that the script no longer has ({names}); it goes on without them")
+        tell(f"warning: this run has constants that the script no longer has ({names}); it goes on without them")
 
 
 def load_resumable(path):

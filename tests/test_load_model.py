@@ -182,11 +182,10 @@ def test_the_newest_run_of_a_gpt_else_the_shipped_model(tmp_path, monkeypatch, c
     (tmp_path / "runs" / "notes").mkdir()
     (tmp_path / "runs" / "notes" / "best_model.safetensors").write_text("of another project")
     newest = Path("runs/grid/train_ppo/seed=0/last.safetensors")
-    assert find_model(None) == (newest, " (the newest run; it has no best model yet)")
+    why = f" (the newest run; it has no best model yet; to play another run's, name {Path('runs/a')})"
+    assert find_model(None) == (newest, why)
     main(["--steps", "1"])
-    assert capsys.readouterr().out.startswith(
-        f"{newest}: trained for 5 steps (the newest run; it has no best model yet)\n"
-    )
+    assert capsys.readouterr().out.startswith(f"{newest}: trained for 5 steps{why}\n")
     main(["runs/b", "--steps", "1"])
     assert capsys.readouterr().out.startswith(f"{Path('runs/b/best_model.safetensors')}: trained for 5 steps\n")
     newest.unlink()
@@ -283,7 +282,7 @@ def test_wrong_arguments(arguments, message):
 def test_mp4_without_its_package(checkpoint, tmp_path, monkeypatch):
     """The error says how to install it."""
     monkeypatch.setattr(load_model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CommandLineError, match="pip install imageio imageio-ffmpeg"):
+    with pytest.raises(CommandLineError, match="pip install imageio-ffmpeg"):
         main([str(checkpoint), "--out", str(tmp_path / "x.mp4")])
 
 

@@ -148,7 +148,7 @@ def test_constants_that_the_script_no_longer_has(known, tmp_path, capsys):
     run_dir = a_run(tmp_path / "run", dict(known) | {"WARMUP": 3, "TAU": 0.1})
     assert read(known, "--resume", run_dir).constants.keys() == known.keys()
     said = "constants that the script no longer has (TAU, WARMUP); it goes on without them"
-    assert capsys.readouterr().err == f"warning: this run began with {said}\n"
+    assert capsys.readouterr().err == f"warning: this run has {said}\n"
     run_dir = a_run(tmp_path / "other", {"NUM_STEPS": 5, "RUN_DIR": "x", "WARMUP": 3, "TAU": 0.1})
     with pytest.raises(CheckpointError, match=r"last.* has other constants than this program \(TAU, WARMUP\); resume"):
         read(known, "--resume", run_dir)
