@@ -225,11 +225,8 @@ class ProgressBar(Callback):
         if self.plan:
             say(self.plan)
         if trainer.update_count > 0:
-            best = f", best score {format_score(trainer.best_score)}" if math.isfinite(trainer.best_score) else ""
-            say(
-                f"resumed after {trainer.global_step:,} of {trainer.total_steps:,} steps "
-                f"and {format_duration(trainer.seconds)}{best}"
-            )
+            steps = f"{trainer.global_step:,} of {trainer.total_steps:,} steps"
+            say(f"resumed after {steps} and {format_duration(trainer.seconds)}{best_of(trainer)}")
         if self.estimate and (line := self.estimate()):
             say(line)
         self.best_score = trainer.best_score
@@ -275,8 +272,7 @@ class ProgressBar(Callback):
     def on_training_end(self, trainer):
         if self.bar is not None:
             self.bar.close()
-        best = f", best score {format_score(trainer.best_score)}" if math.isfinite(trainer.best_score) else ""
-        say(f"trained {trainer.global_step:,} steps in {format_duration(trainer.seconds)}{best}")
+        say(f"trained {trainer.global_step:,} steps in {format_duration(trainer.seconds)}{best_of(trainer)}")
         label_width = max(map(len, self.endings), default=0) + 2
         for label, text in self.endings.items():
             line = f"  {label + ':':{label_width}}{text}"
@@ -313,7 +309,7 @@ class ProgressBar(Callback):
         rate, left = self.pace(trainer)
         pieces = [
             f"{format_count(position)}/{format_count(self.bar.total)}",
-            f"{format_duration(trainer.seconds)}",
+            format_duration(trainer.seconds),
             left,
             self.doing(trainer),
             *self.scores(trainer),
@@ -353,6 +349,11 @@ class ProgressBar(Callback):
         last = trainer.evaluated["evaluation"]["score"]
         best = f"best {format_score(self.best_score)}" if self.best_score > last else ""
         return [f"score {format_score(last)}", best]
+
+
+def best_of(trainer):
+    """Return the best score as the end of a line, or "" before the first evaluation."""
+    return f", best score {format_score(trainer.best_score)}" if math.isfinite(trainer.best_score) else ""
 
 
 def in_training(trainer):

@@ -218,8 +218,9 @@ def main(argv=()):
     steps = watched(played, None if args.episodes else args.steps, ended)
     with replacing(args.out) as unfinished:  # an older file stays until the new one is complete
         write(unfinished, steps, args, path, policy, meta)
-    for number, (step, info) in enumerate(((step, step.info) for step in ended), 1):
-        bricks = BRICK_ROWS * BRICK_COLUMNS
+    bricks = BRICK_ROWS * BRICK_COLUMNS
+    for number, step in enumerate(ended, 1):
+        info = step.info
         left = f"{info['bricks']} of {bricks} bricks left" if info["bricks"] else "the wall is cleared"
         cut = "" if step.over else "; not over, but the drawing ends here"
         print(f"game {number}: {info['score']} points, {left}, lives left: {info['lives']}{cut}")

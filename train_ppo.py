@@ -24,7 +24,7 @@ from harness.device import RANK, RANKS, available_cores, choose_device, joined_r
 from harness.lines import in_words
 from harness.messages import quoted, say, shortened
 from harness.options import CommandLineError, Constants, Values, check_at_most, check_divides, check_multiple
-from harness.runs import load_state, new_run_dir, program_command, read_run, resume_command
+from harness.runs import going_on, load_state, new_run_dir, program_command, read_run, resume_command
 from harness.supervise import check_free_memory, less_memory, memory_advice, run_script, train
 from model import GPTConfig
 from policies import evaluate_state, fast, make_gpt
@@ -188,7 +188,7 @@ def estimate(c, ppo):
         set_threads(1)
         with_one, _ = measured_update(Values(**vars(c) | {"N_LAYER": 1}))
         torch.set_num_threads(threads)
-        line += f"; one layer takes {in_words(with_one * updates)}, and six on an H100 took 50 minutes"
+        line += f"; one layer takes {in_words(with_one * updates)}, and six would take 50 minutes on an H100"
     return f"{line}."
 
 
@@ -197,7 +197,7 @@ def measured_update(c):
 
     With more than one layer the time grows with the samples, so it plays and learns from eight. With one layer an
     update has few distinct lines, whose number hardly grows with the samples, so minibatches are as large as they will
-    be. The games have just begun, so later updates may well take half or twice as long.
+    be. The games have just begun and other programs may disturb, so this may be wrong by a factor of two or three.
 
     Returns the seconds of an update, and the share of them in which it plays.
     """
@@ -233,15 +233,6 @@ def evaluation_of(c, device):
     return Evaluation(evaluate, c.EVAL_INTERVAL, processes)
 
 
-def endings(c, run_dir):
-    """Return {label: text}, to print after the training: what was written, and what to do next."""
-    return {
-        "watch it play": f"{program_command('load_model.py')} {quoted(run_dir)}",
-        "see its curve": run_dir / "learning_curve.png",
-        "train longer": f"{resume_command('train_ppo.py', run_dir, RANKS)} --num_steps {2 * c.NUM_STEPS}",
-    }
-
-
 def watch(ppo, c, run_dir, evaluation):
     """Return the callbacks of rank 0, in the order in which they are called."""
     csv = run_dir / "metrics.csv"
@@ -252,7 +243,10 @@ def watch(ppo, c, run_dir, evaluation):
             plan(c, ppo, run_dir),
             estimate=lambda: estimate(c, ppo),
             metrics=("cleared", "returned", "min", "max", "length"),
-            endings=endings(c, run_dir),
+            endings={
+                "watch it play": f"{program_command('load_model.py')} {quoted(run_dir)}",
+                **going_on("train_ppo.py", run_dir, c.NUM_STEPS, RANKS),
+            },
             first_is_slow=trains_on_gpu(ppo.device),
         ),
         MetricsCSV(csv, METRICS),

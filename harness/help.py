@@ -3,10 +3,11 @@
 import argparse
 import re
 import shutil
-import textwrap
+
+from harness.lines import wrapped
 
 WIDEST = 100  # columns; longer lines are hard to read
-UNBROKEN = "\u00a0"  # a space at which no line is broken
+UNBROKEN = re.compile(r"`[^`]*`|\[[^]]*\]")  # no line is broken within backquotes or square brackets
 # A column of names beside their explanations, with two spaces or more between the two.
 ENTRY = re.compile(r"(\S.*?\s{2,})(\S.*)")
 COMMAND = re.compile(r"(.*:)\s+((python|torchrun|pip) .*)")
@@ -26,30 +27,14 @@ class HelpFormatter(argparse.HelpFormatter):
             usage = " ".join([self._prog, "[option ...]", *arguments])
         if usage is not argparse.SUPPRESS:
             indent = " " * len("usage: ")
-            usage = wrapped(usage, self._width, indent, indent).strip()
+            usage = wrapped(usage, self._width, UNBROKEN, indent, indent).strip()
         super().add_usage(usage, actions, groups, prefix)
 
     def _fill_text(self, text, width, indent):
         return filled(text, width)
 
     def _split_lines(self, text, width):
-        return wrapped(text, width).split("\n")
-
-
-def wrapped(text, width, indent="", following=""):
-    """The text in lines of at most so many characters.
-
-    Lines are broken at spaces only, and not within backquotes or square brackets. What is longer than a line stays
-    whole.
-    """
-    return textwrap.fill(
-        re.sub(r"`[^`]*`|\[[^]]*\]", lambda whole: whole[0].replace(" ", UNBROKEN), text),
-        width,
-        initial_indent=indent,
-        subsequent_indent=following,
-        break_long_words=False,
-        break_on_hyphens=False,
-    ).replace(UNBROKEN, " ")
+        return wrapped(text, width, UNBROKEN).split("\n")
 
 
 def filled(text, width):
@@ -77,5 +62,7 @@ def filled(text, width):
         else:
             indent = re.match(" *", line)[0]
             blocks.append((indent, line[len(indent) :]))
-    lines = [text if name is None else wrapped(text, width, name, " " * len(name)) for name, text in blocks]
+    lines = []
+    for name, text in blocks:
+        lines.append(text if name is None else wrapped(text, width, UNBROKEN, name, " " * len(name)))
     return "\n".join(lines)

@@ -8,6 +8,8 @@ import textwrap
 # A command is never wrapped, because it could not be copied as one line then; the terminal may break it.
 COMMAND = re.compile(r"(?:python3? (?:-m |['\"]|\S*\.py\b)|torchrun |pip install )[^;]*")
 
+UNBROKEN_SPACE = "\u00a0"
+
 
 def columns(stream):
     """Return how many characters fit into a line of a terminal, or None for a file, a pipe or a closed stream."""
@@ -24,13 +26,21 @@ def wrapped_lines(text, width):
     """Break the lines of a text between words at this width; None for no limit. Indented lines stay as they are."""
     if width is None:
         return text
-    return "\n".join(line if line[:1] in ("", " ") else wrapped_line(line, width) for line in text.split("\n"))
+    return "\n".join(line if line[:1] in ("", " ") else wrapped(line, width, COMMAND) for line in text.split("\n"))
 
 
-def wrapped_line(line, width):
-    glued = COMMAND.sub(lambda match: match[0].replace(" ", "\0"), line)
-    broken = textwrap.fill(glued, max(width, 20), break_long_words=False, break_on_hyphens=False)
-    return broken.replace("\0", " ")
+def wrapped(text, width, unbroken, indent="", following=""):
+    """Break a paragraph at spaces into lines of at most so many characters.
+
+    Args:
+        unbroken: a pattern; what it matches stays whole, even if it is longer than a line. An UNBROKEN_SPACE is no
+            place to break either.
+        indent, following: the beginning of the first line, and of those after it.
+    """
+    glued = unbroken.sub(lambda match: match[0].replace(" ", UNBROKEN_SPACE), text)
+    whole_words = {"break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.fill(glued, max(width, 20), initial_indent=indent, subsequent_indent=following, **whole_words)
+    return lines.replace(UNBROKEN_SPACE, " ")
 
 
 def fitted(pieces, width, between="  "):

@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
-from harness.help import UNBROKEN, HelpFormatter
+from harness.help import HelpFormatter
+from harness.lines import UNBROKEN_SPACE
 from harness.messages import shortened
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,7 +180,7 @@ class Constants(Mapping):
         if interval is not None:
             comment = comment.removeprefix(interval.text).strip()
             words = [interval.in_words()]
-        remark = "; ".join([*words, f"default {default}"]).replace(" ", UNBROKEN)
+        remark = "; ".join([*words, f"default {default}"]).replace(" ", UNBROKEN_SPACE)
         return f"{comment} ({remark})".strip()
 
     def convert(self, name, text):

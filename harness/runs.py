@@ -319,6 +319,14 @@ def resume_command(prog, run_dir, ranks):
     return f"{program_command(prog, launcher)} --resume {quoted(run_dir)}"
 
 
+def going_on(prog, run_dir, num_steps, ranks=1):
+    """Returns {label: text} to print after a training of so many steps: where its curve is, and how to train longer."""
+    return {
+        "see its curve": run_dir / "learning_curve.png",
+        "train longer": f"{resume_command(prog, run_dir, ranks)} --num_steps {2 * num_steps}",
+    }
+
+
 def program_command(prog, launcher="python"):
     """The command that starts one of our programs, such as "load_model.py" or "-m algorithms.NAME"."""
     script = prog if prog.startswith("-m ") else quoted(shown(ROOT / prog))

@@ -215,10 +215,8 @@ def smollm2():
     say(f"Converting SmolLM2, once, into {folder}. This takes about a minute.")
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
-        with (
-            waiting("converting SmolLM2"),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):  # transformers has bars of its own
+        # transformers has bars of its own.
+        with waiting("converting SmolLM2"), contextlib.redirect_stderr(io.StringIO()):
             convert_gguf(files[0], unfinished)
         with contextlib.suppress(OSError):  # another process was first
             unfinished.rename(folder)

@@ -16,7 +16,7 @@ from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, Progre
 from harness.device import RANKS
 from harness.messages import quoted
 from harness.options import CommandLineError, Constants, Values, check_at_most, check_divides
-from harness.runs import load_state, new_run_dir, program_command, read_run, resume_command
+from harness.runs import going_on, load_state, new_run_dir, program_command, read_run
 from harness.supervise import less_memory, memory_advice, train
 from ppo import PPOConfig
 
@@ -78,11 +78,9 @@ To watch or to score what was learned:
     c = Values(**run.constants)
     if run.state:
         check_algorithm(algorithm.name, run.state, run.directory)
-    lower = memory_advice("does not fit into memory; try a smaller model, or fewer games at once")
-    with (
-        lower,
-        waiting(f"{algorithm.name}: getting ready"),
-    ):  # games take seconds to load, language models up to a minute
+    advice = memory_advice("does not fit into memory; try a smaller model, or fewer games at once")
+    # Games take seconds to load, language models up to a minute.
+    with advice, waiting(f"{algorithm.name}: getting ready"):
         trainer = algorithm.build(c)
     if run.state:
         if algorithm.model_constants:
@@ -102,13 +100,8 @@ def callbacks_of(algorithm, c, run_dir, steps):
     metrics = run_dir / "metrics.csv"
     program = f"-m algorithms.{algorithm.name}"
     plan = f"{algorithm.name}: {steps:,} steps in all.\nCurve, metrics, checkpoints: {run_dir}."
-    endings = {
-        "watch it play"
-        if algorithm.frames
-        else "read its answers": f"{program_command(program)} --play {quoted(run_dir)}",
-        "see its curve": run_dir / "learning_curve.png",
-        "train longer": f"{resume_command(program, run_dir, 1)} --num_steps {2 * c.NUM_STEPS}",
-    }
+    label = "watch it play" if algorithm.frames else "read its answers"
+    endings = {label: f"{program_command(program)} --play {quoted(run_dir)}"} | going_on(program, run_dir, c.NUM_STEPS)
     callbacks = [RunDirectory(run_dir)]
     if c.EVAL_INTERVAL:
         callbacks.append(Evaluation(algorithm.evaluate, c.EVAL_INTERVAL))
