@@ -8,7 +8,9 @@ MiniHack-Room-Random-5x5-v0, and returns it with pages as observations. Both pac
 
 import importlib
 import math
+import os
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -17,7 +19,7 @@ ROWS = 24
 COLUMNS = 81  # with the newline at each line's end
 INSTALL = "pip install --no-deps -r games/requirements.txt"
 
-# The pages are NLE's "tty_chars". From the others it takes rewards and ends of episodes.
+# The pages are NLE's "tty_chars". Rewards and ends of episodes follow from the others.
 OBSERVATIONS = {"tty_chars", "chars", "glyphs", "blstats", "message", "program_state", "internal"}
 
 COMPASS = {"N": "north", "E": "east", "S": "south", "W": "west"}
@@ -36,23 +38,25 @@ def make(game_id, **kwargs):
 
     Raises:
         ModuleNotFoundError: its package is not installed.
-        gymnasium.error.Error: there is no such environment, or it cannot be seeded.
+        gymnasium.error.Error: there is no such environment, or it does not work.
     """
-    import_package("minihack" if "MiniHack" in game_id else "nle", game_id)
+    package = import_package("minihack" if "MiniHack" in game_id else "nle", game_id)
     if "NetHackChallenge" in game_id:
         raise gym.error.Error(
             "it refuses seeds, so that no game could be played again; NetHackScore-v0 is the same game"
         )
+    if package.__name__ == "minihack" and " " in package.__file__:
+        raise gym.error.Error(f"MiniHack makes no levels from a folder with a space in its path, {package.__file__}")
     kwargs = {"observation_keys": ("tty_chars",), "fix_moon_phase": True, **kwargs}
     return NetHackPages(gym.make(game_id, disable_env_checker=True, **kwargs))
 
 
 def import_package(package, game_id):
-    """Import a package, which registers its environments. Raises ModuleNotFoundError, which says what to install."""
+    """Import and return a package, which registers its environments. Raises ModuleNotFoundError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pkg_resources, which MiniHack imports, is deprecated.
-            importlib.import_module(package)
+            return importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{game_id} needs {error.name}: {INSTALL}", name=error.name) from None
 
@@ -90,7 +94,10 @@ class NetHackPages(gym.Wrapper):
         self.solved = game.StepStatus.__members__.get("TASK_SUCCESSFUL")
         self.steps = 0
         self.playing = False
-        fill_only(game, OBSERVATIONS)
+        write_no_logs(game)
+        # A manager of rewards may look for a fountain, and the key for a door: by their names.
+        if getattr(game, "reward_manager", None) is None and "KeyRoom" not in env.spec.id:
+            fill_only(game, OBSERVATIONS)
 
     def reset(self, *, seed=None, options=None):
         game = self.unwrapped
@@ -132,9 +139,17 @@ def action_name(action):
 
 
 def fill_only(game, keys):
-    """Let NLE fill none but these observations: to describe in words what each place shows takes a third of a step."""
+    """Let NLE fill only these observations. The names of all things on the map alone take a third of a step."""
     nethack = game.nethack
     buffers = {key: buffer for key, buffer in nethack._obs_buffers.items() if key in keys}
     nethack._pynethack.set_buffers(**buffers)
     empty = np.zeros(0, np.uint8)
     nethack._obs = tuple(buffers.get(key, empty) for key in nethack._obs_buffers)
+
+
+def write_no_logs(game):
+    """Keep NetHack from writing 370 bytes about each game into a temporary folder, of which a training plays millions."""
+    for name in ("logfile", "xlogfile"):
+        log = Path(game.nethack._vardir, name)
+        log.unlink()
+        log.symlink_to(os.devnull)
