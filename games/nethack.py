@@ -107,7 +107,7 @@ class NetHackPages(gym.Wrapper):
             self.np_random, _ = gym.utils.seeding.np_random(seed)
         core, display = self.np_random.integers(2**31, size=2)
         game.seed(int(core), int(display), reseed=False)
-        obs, _ = self.env.reset(options=options)
+        obs, _ = self.env.reset(options=options or None)  # NLE fails on an empty dict.
         self.steps = 0
         self.playing = True
         return page_of(obs), {}
@@ -148,7 +148,7 @@ def fill_only(game, keys):
 
 
 def write_no_logs(game):
-    """Keep NetHack from writing 370 bytes about each game into a temporary folder, of which a training plays millions."""
+    """Keep NetHack from writing 370 bytes about each game into a temporary folder: a training plays millions."""
     for name in ("logfile", "xlogfile"):
         log = Path(game.nethack._vardir, name)
         log.unlink()
