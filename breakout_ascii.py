@@ -57,9 +57,6 @@ def board_problem():
     moves = np.atleast_1d(PADDLE_MOVES)
     if moves.dtype.kind != "i" or np.sign(moves).tolist() != [0, -1, 1]:
         return f"PADDLE_MOVES must be 0, an integer below 0 and one above 0, not {PADDLE_MOVES}"
-    if ROWS > 256 or ROWS * COLUMNS > 9000:  # fast/line_index.py keeps a row in 8 bits and a pair in 16
-        size = f"{ROWS} and {ROWS * COLUMNS}"
-        return f"a page has at most 256 rows and 9000 characters, not {size}; lower ROWS or COLUMNS"
     room = COLUMNS - 3  # columns between the walls
     if len(PADDLE) > room:
         return f"PADDLE has {len(PADDLE)} characters, and between the walls there are {room} columns; shorten it"
@@ -694,6 +691,8 @@ class BreakoutAscii(gym.Env):
     """
 
     metadata = {"render_modes": ["ansi", "rgb_array", "human"], "render_fps": 15}
+    characters = CHARACTERS
+    actions = ("stay", "left", "right")
 
     def __init__(self, render_mode=None, max_episode_steps=MAX_EPISODE_STEPS):
         check_arguments(max_episode_steps, render_mode, self.metadata["render_modes"])

@@ -1,8 +1,10 @@
 """Measures how well a policy plays.
 
-Only the directions of the five serves are random, so a greedy policy plays at most 2^5 = 32 different games, and
-`exact` plays them all. (With other LIVES, 2^LIVES.) The score still jumps during a training: half of these games begin
-with the same serve, so one changed action can change 16 scores. `returned` varies less.
+In Breakout only the directions of the five serves are random, so a greedy policy plays at most 2^5 = 32 different
+games, and `exact` plays them all. (With other LIVES, 2^LIVES.) The score still jumps during a training: half of these
+games begin with the same serve, so one changed action can change 16 scores. `returned` varies less.
+
+In any other game, `episodes` plays a number of them with fixed seeds, and the score is a mean with a standard error.
 
 A player is a function that takes pages, (n, 1944) uint8 tokens, and returns actions (n,).
 """
@@ -36,11 +38,16 @@ from breakout_ascii import (
     new_games,
     standard_serves,
 )
+from games.game import BREAKOUT
 
 SERVES = np.array(list(itertools.product((-1, 1), repeat=LIVES)))  # (32, 5), the dx of the serves
 RANDOM_SCORE = 82  # random play of the standard game: 81.6 with a standard error of 0.5 in 12,000 games
 METRICS = ("score", "min", "max", "cleared", "length", "returned")  # of `evaluate`, without "games", always len(SERVES)
+OTHER_METRICS = ("score", "error", "min", "max", "length")  # the same for games other than Breakout
 GAMES_AT_ONCE = 1024
+FIRST_SEED = 1_000_000  # of the episodes of other games, far from the seeds of trainings
+EPISODES_AT_ONCE = 25
+RANDOM_STEPS = 20_000  # after which random play of another game has been measured, even if episodes are left
 
 
 class Results(NamedTuple):
@@ -52,9 +59,23 @@ class Results(NamedTuple):
     lengths: np.ndarray  # in steps
 
 
-def evaluate(policy):
-    """Let a policy play greedily. Returns the `summary` of all games, and "returned"."""
-    return {**exact(policy), "returned": returned(policy)}
+def is_breakout(game):
+    return game is None or game.id == BREAKOUT
+
+
+def evaluate(policy, game=None, num_episodes=0):
+    """Let a policy play a game greedily.
+
+    Args:
+        game: a `Game`; None for Breakout.
+        num_episodes: how many to play, of any game but Breakout.
+
+    Returns:
+        a dict with METRICS or, for other games, OTHER_METRICS, and how many "games" there were.
+    """
+    if is_breakout(game):
+        return {**exact(policy), "returned": returned(policy)}
+    return episodes(policy, game, num_episodes)
 
 
 def exact(policy, max_episode_steps=MAX_EPISODE_STEPS):
@@ -69,8 +90,15 @@ def play_all_games(player, max_episode_steps=MAX_EPISODE_STEPS):
 
 
 @functools.cache
-def levels():
-    """Return scores to compare with, {label: score}. They are measured unless the game is the standard one."""
+def levels(game=None, num_episodes=0):
+    """Return scores to compare with, {label: score}. They are measured unless the game is standard Breakout.
+
+    Args:
+        game: a `Game`; None for Breakout.
+        num_episodes: of random play, in any game but Breakout.
+    """
+    if not is_breakout(game):
+        return {"random play": random_score(game, num_episodes)}
     if BOARD == STANDARD_BOARD:
         return {"the whole wall, as a simple tracker plays it": MOST_POINTS, "random play": RANDOM_SCORE}
     rng = np.random.default_rng(0)
@@ -97,6 +125,72 @@ def sampled(policy, num_games, seed):
         parts.append(play_games(player, *new_games(numbers)))
     results = Results(*map(np.concatenate, zip(*parts)))
     return {**summary(results), "error": standard_error(results.scores)}
+
+
+def episodes(policy, game, num_episodes, seed=FIRST_SEED, sample=False):
+    """Let a policy play episodes of any game, greedily or with actions sampled from it.
+
+    Args:
+        game: a `Game`.
+        seed: of the first episode; the others have the seeds after it.
+
+    Returns:
+        the mean return as "score", its standard "error", the lowest and the highest return, how many "games" there
+        were, and their mean "length" in steps.
+    """
+    returns = []
+    lengths = []
+    for first in range(seed, seed + num_episodes, EPISODES_AT_ONCE):
+        seeds = range(first, min(first + EPISODES_AT_ONCE, seed + num_episodes))
+        player = sampling(policy, first) if sample else greedy(policy)
+        of_these, steps = play_episodes(player, game, seeds)
+        returns += of_these
+        lengths += steps
+    return {
+        "score": float(np.mean(returns)),
+        "error": standard_error(returns),
+        "min": min(returns),
+        "max": max(returns),
+        "games": num_episodes,
+        "length": float(np.mean(lengths)),
+    }
+
+
+def play_episodes(player, game, seeds):
+    """Let a player play an episode of a game with each of the seeds. Returns lists of their returns and lengths."""
+    envs = environments(game)[: len(seeds)]
+    pages = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
+    returns = [0.0] * len(envs)
+    lengths = [0] * len(envs)
+    playing = list(range(len(envs)))
+    while playing:
+        actions = player(pages[playing])
+        for i, action in zip(list(playing), actions):
+            pages[i], reward, terminated, truncated, _ = envs[i].step(int(action))
+            returns[i] += reward
+            lengths[i] += 1
+            if terminated or truncated:
+                playing.remove(i)
+    return returns, lengths
+
+
+@functools.cache
+def environments(game):
+    """Return EPISODES_AT_ONCE environments of a game, made once, because making them may take long."""
+    return [game.make() for _ in range(EPISODES_AT_ONCE)]
+
+
+def random_score(game, num_episodes):
+    """Return the mean return of random play in at most so many episodes and, from the second on, RANDOM_STEPS steps."""
+    rng = np.random.default_rng(0)
+    returns = []
+    steps = 0
+    while len(returns) < num_episodes and steps < RANDOM_STEPS:
+        seed = FIRST_SEED + len(returns)
+        played, lengths = play_episodes(lambda pages: rng.integers(len(game.actions), size=len(pages)), game, [seed])
+        returns += played
+        steps += sum(lengths)
+    return float(f"{np.mean(returns):.3g}")
 
 
 def standard_error(scores):
@@ -156,7 +250,7 @@ def greedy(policy):
     def player(tokens):
         distinct = {}
         which = [distinct.setdefault(page.tobytes(), len(distinct)) for page in tokens]
-        pages = np.frombuffer(b"".join(distinct), np.uint8).reshape(-1, TOKENS)
+        pages = np.frombuffer(b"".join(distinct), np.uint8).reshape(len(distinct), -1)
         logits, _ = act(policy.encode(pages.copy()))
         check_logits(logits)
         return logits.argmax(-1).cpu().numpy()[which]

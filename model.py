@@ -10,6 +10,9 @@ The blocks are nanoGPT's: pre-LayerNorm, causal self-attention, GELU MLP. Four t
 Left out: dropout, biases inside the blocks, weight tying, generation of text. This is the whole model, and it is slow,
 because every token goes through every block. fast/ computes the same up to rounding, one layer thousands of times
 faster, six layers about twice as fast.
+
+A page is rows * columns ASCII codes from a known set of characters. The shapes in comments are those of Breakout's,
+which has 24 rows of 81 characters, 1944 in all, from a set of 7.
 """
 
 import math
@@ -19,26 +22,33 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS
-
-UNKNOWN = len(CHARACTERS)
-CHARACTER_OF = torch.full((256,), UNKNOWN, dtype=torch.uint8)  # maps an ASCII code to its index in CHARACTERS
-CHARACTER_OF[list(CHARACTERS.encode())] = torch.arange(len(CHARACTERS), dtype=torch.uint8)
+UNKNOWN = 255  # in place of the index of a character
 
 
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT. Raises ValueError if they are not integers, or do not fit together."""
+    """What a GPT reads, what it chooses from, and its sizes. Raises ValueError if they do not fit together.
 
+    rows, columns: of a page; with the newline that ends each line.
+    characters: of which pages consist, different ASCII characters.
+    """
+
+    rows: int
+    columns: int
+    characters: str
+    n_action: int
     n_layer: int = 1
     n_head: int = 16
     n_embd: int = 64
     mlp_expansion: int = 4
-    n_action: int = 3
 
     def __post_init__(self):
-        if any(type(size) is not int or size < 1 for size in vars(self).values()):
-            raise ValueError(f"layers, heads, embedding, expansion and actions must be integers and at least 1: {self}")
+        sizes = {name: value for name, value in vars(self).items() if name != "characters"}
+        if any(type(size) is not int or size < 1 for size in sizes.values()):
+            raise ValueError(f"the sizes of a GPT must be integers and at least 1: {sizes}")
+        characters = self.characters
+        if type(characters) is not str or not 0 < len(set(characters)) == len(characters) or not characters.isascii():
+            raise ValueError(f"the characters of pages must be different ASCII characters, not {characters!r}")
         # Rows and columns have half of the dimensions each, and sinusoids() splits a half into sines and cosines.
         if self.n_embd % self.n_head or self.n_embd % 4:
             unit = math.lcm(self.n_head, 4)
@@ -48,12 +58,17 @@ class GPTConfig:
             raise ValueError(f"{sizes}; the nearest that fit: {fitting}")
 
     @property
+    def tokens(self):
+        """The length of a page."""
+        return self.rows * self.columns
+
+    @property
     def num_parameters(self):
         """The number of parameters of a GPT of these sizes, without building it."""
         C = self.n_embd
-        outputs = self.n_action + 1 + ROWS + COLUMNS
+        outputs = self.n_action + 1 + self.rows + self.columns
         block = 2 * C + 4 * C * C + 2 * self.mlp_expansion * C * C  # LayerNorms, attention, MLP
-        return (len(CHARACTERS) + ROWS + COLUMNS) * C + self.n_layer * block + C + (C + 1) * outputs
+        return (len(self.characters) + self.rows + self.columns) * C + self.n_layer * block + C + (C + 1) * outputs
 
 
 class CausalSelfAttention(nn.Module):
@@ -103,15 +118,15 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         C = config.n_embd
-        self.wte = nn.Embedding(len(CHARACTERS), C)
-        self.wre = nn.Embedding(ROWS, C)
-        self.wce = nn.Embedding(COLUMNS, C)
+        self.wte = nn.Embedding(len(config.characters), C)
+        self.wre = nn.Embedding(config.rows, C)
+        self.wce = nn.Embedding(config.columns, C)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(C, bias=False)
         self.policy_head = nn.Linear(C, config.n_action)
         self.value_head = nn.Linear(C, 1)
-        self.change_head = nn.Linear(C, ROWS + COLUMNS)  # which rows and columns of the next page differ
-        self.register_buffer("character_of", CHARACTER_OF.clone(), persistent=False)
+        self.change_head = nn.Linear(C, config.rows + config.columns)  # which rows and columns of the next page differ
+        self.register_buffer("character_of", character_indices(config.characters), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -119,8 +134,10 @@ class GPT(nn.Module):
         """Initialise the weights. With nanoGPT's std of 0.02 attention would be uniform: 1/1944 for the ball."""
         C = self.config.n_embd
         nn.init.normal_(self.wte.weight)
-        self.wre.weight.copy_(sinusoids(ROWS, C))
-        self.wce.weight.copy_(sinusoids(COLUMNS, C).roll(C // 2, dims=1))  # in the other half of the dimensions
+        self.wre.weight.copy_(sinusoids(self.config.rows, C))
+        self.wce.weight.copy_(
+            sinusoids(self.config.columns, C).roll(C // 2, dims=1)
+        )  # in the other half of the dimensions
         for block in self.blocks:
             query_key, value = block.attn.c_attn.weight.split([2 * C, C])
             nn.init.normal_(query_key, std=3 / math.sqrt(C))  # attention scores then differ by about ten
@@ -135,19 +152,18 @@ class GPT(nn.Module):
         return self.heads(self.features(self.encode(tokens)))
 
     def encode(self, tokens):
-        """Turn tokens, which are ASCII codes, into indices in CHARACTERS, (B, 1944) uint8.
+        """Turn tokens, which are ASCII codes, into indices of the config's characters, (B, 1944) uint8.
 
         tokens: (B, 1944) uint8, a tensor or an array. Raises ValueError for others, and for an unknown character.
         """
-        check_pages(tokens)
+        check_pages(tokens, self.config)
         tokens = torch.as_tensor(tokens, device=self.device)
         characters = self.character_of[tokens.int()]
         unknown = characters == UNKNOWN
         if unknown.any():
-            page, place = unknown.nonzero()[0].tolist()
-            code = int(tokens[page, place])
-            token = f"token {code} ({chr(code)!r}) of page {page}, position {place},"
-            raise ValueError(f"{token} is not in the character set {CHARACTERS!r}")
+            page, position = unknown.nonzero()[0].tolist()
+            where = f" of page {page}, position {position},"
+            raise ValueError(unknown_character(int(tokens[page, position]), self.config, where))
         return characters
 
     def features(self, characters):
@@ -163,8 +179,9 @@ class GPT(nn.Module):
 
     def embed(self, characters):
         """Return every position before the first block, (B, T, C), for characters (B, 1944)."""
-        position = torch.arange(TOKENS, device=self.device)
-        return self.wte(characters.int()) + self.wre(position // COLUMNS) + self.wce(position % COLUMNS)
+        position = torch.arange(self.config.tokens, device=self.device)
+        columns = self.config.columns
+        return self.wte(characters.int()) + self.wre(position // columns) + self.wce(position % columns)
 
     def heads(self, features):
         """Return action logits (B, A) and values (B,) for features (B, C)."""
@@ -188,7 +205,7 @@ class GPT(nn.Module):
 
     def changes(self, tokens, next_tokens):
         """Return what change_head predicts: which rows and columns differ in the next pages, (B, 24 + 81) bool."""
-        changed = (tokens != next_tokens).unflatten(1, (ROWS, COLUMNS))
+        changed = (tokens != next_tokens).unflatten(1, (self.config.rows, self.config.columns))
         return torch.cat([changed.any(2), changed.any(1)], dim=1)
 
     @property
@@ -196,12 +213,24 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
 
-def check_pages(tokens):
-    """Raise ValueError unless tokens, a tensor or an array, are (B, 1944) uint8 with B at least 1."""
-    right_shape = tokens.ndim == 2 and tokens.shape[1] == TOKENS and len(tokens) > 0
+def character_indices(characters):
+    """Return a table (256,) uint8 from an ASCII code to its index in a string of characters, or to UNKNOWN."""
+    table = torch.full((256,), UNKNOWN, dtype=torch.uint8)
+    table[list(characters.encode())] = torch.arange(len(characters), dtype=torch.uint8)
+    return table
+
+
+def check_pages(tokens, config):
+    """Raise ValueError unless tokens, a tensor or an array, are (B, rows * columns) uint8 with B at least 1."""
+    right_shape = tokens.ndim == 2 and tokens.shape[1] == config.tokens and len(tokens) > 0
     if not right_shape or str(tokens.dtype).removeprefix("torch.") != "uint8":
         got = f"{tuple(tokens.shape)} {tokens.dtype}"
-        raise ValueError(f"pages must be (B, {TOKENS}) uint8 tokens, B at least 1, not {got}")
+        raise ValueError(f"pages must be (B, {config.tokens}) uint8 tokens, B at least 1, not {got}")
+
+
+def unknown_character(code, config, where=""):
+    """Return the message of an error about a token that is no character of a page."""
+    return f"token {code} ({chr(code)!r}){where} is not in the character set {config.characters!r}"
 
 
 def sinusoids(n, C):

@@ -1,6 +1,8 @@
-"""Train a GPT to play Breakout by reading it:  python train_ppo.py
+"""Train a GPT to play a game by reading it:  python train_ppo.py
 
-This takes some five minutes on a laptop. Constants are edited at the top of this file, or changed for one run:
+The game is Breakout, which takes some five minutes on a laptop, or any other that is a page of text (games/README.md):
+    python train_ppo.py --game games.catch:Catch-v0 --num_steps 300000
+Constants are edited at the top of this file, or changed for one run:
     python train_ppo.py --num_steps 200000 --seed 1
 To go on with a run that was stopped:
     python train_ppo.py --resume runs/<name>
@@ -17,9 +19,11 @@ from dataclasses import asdict
 
 import torch
 
-from breakout_ascii import BOARD, MOST_POINTS, BreakoutAsciiVec, other_board
+from breakout_ascii import BOARD, MOST_POINTS, other_board
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
-from evaluation import METRICS, levels
+from evaluation import METRICS, OTHER_METRICS, levels
+from games.game import BREAKOUT, load_game
+from games.pages import PageError
 from harness.device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
 from harness.lines import in_words
 from harness.messages import quoted, say, shortened
@@ -31,6 +35,8 @@ from policies import evaluate_state, fast, make_gpt
 from ppo import PPO, PPOConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
+# game
+GAME: str = "BreakoutAscii-v0"  # any Gymnasium id whose pages are text, or "module:Name-v0"
 # length
 NUM_STEPS = 4_000_000  # [1, inf) environment steps in all; the learning rate falls over this length
 NUM_ENVS = 128  # [1, inf) games side by side
@@ -66,17 +72,27 @@ SEED = 0  # [0, 4_294_967_295] for the initial weights, the games, the actions a
 DEVICE: str = "auto"  # "cuda" if it works, else "cpu"; or one by name, such as "cuda:1"
 RUN_DIR: str = ""  # directory of the run; "" for runs/<date-time>
 EVAL_INTERVAL = 8  # [0, inf) updates between two evaluations; never if 0
+EVAL_EPISODES = 100  # [2, 100_000] episodes of an evaluation; Breakout's always has all games that greedy play can meet
 SAVE_FREQ = 8  # [1, inf) updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-KEPT = "NUM_ENVS N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run must not change these
+PRINTED = ("cleared", "returned", "error", "min", "max", "length")  # of an evaluation, beside the score
+KEPT = "GAME NUM_ENVS N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run must not change these
+
+
+def game_of(c):
+    """Return the `Game` to learn. Raises CommandLineError if there is none, or if it shows no pages."""
+    try:
+        return load_game(c.GAME)
+    except PageError as error:
+        raise CommandLineError(f"GAME: {error}") from error
 
 
 def check(c):
     """Raise CommandLineError for constants that do not fit together."""
     check_multiple("NUM_ENVS", c.NUM_ENVS, RANKS, "so that all ranks have as many games")
-    if c.PAIRED_ENVS:
+    if c.PAIRED_ENVS and game_of(c).pairs:
         check_multiple("NUM_ENVS", c.NUM_ENVS, 2 * RANKS, "so that games can be paired (off with --paired_envs false)")
     samples = c.NUM_ENVS * c.ROLLOUT_STEPS
     rollout = f"the {samples:,} samples of a rollout (NUM_ENVS * ROLLOUT_STEPS)"
@@ -88,9 +104,10 @@ def check(c):
 
 
 def gpt_config(c):
-    """Return the sizes of the GPT. Raises CommandLineError if they do not fit together."""
+    """Return what the GPT reads, and its sizes. Raises CommandLineError if they do not fit together."""
+    sizes = dict(n_layer=c.N_LAYER, n_head=c.N_HEAD, n_embd=c.N_EMBD, mlp_expansion=c.MLP_EXPANSION)
     try:
-        return GPTConfig(n_layer=c.N_LAYER, n_head=c.N_HEAD, n_embd=c.N_EMBD, mlp_expansion=c.MLP_EXPANSION)
+        return GPTConfig(**game_of(c).page_sizes(), **sizes)
     except ValueError as error:
         raise CommandLineError(error) from None
 
@@ -127,9 +144,24 @@ def check_ranks(run, c):
 
 def check_board(run):
     """Raise CommandLineError if a run was begun on another board: its curve and its best score would mix two games."""
-    if run.state and (begun_with := other_board(run.state.get("board"))):
+    if run.state and "board" in run.state and (begun_with := other_board(run.state["board"])):
         advice = "put that back in breakout_ascii.py, or begin a new run"
         raise CommandLineError(f"{run.directory} was begun with {shortened(begun_with)}; {advice}")
+
+
+def applicable(c):
+    """Return the constants with those off that the game has nothing for, and a line that says so, or ""."""
+    game = game_of(c)
+    asked_in_vain = {
+        "VARIED_STARTS": c.VARIED_STARTS and not game.varies,
+        "PAIRED_ENVS": c.PAIRED_ENVS and not game.pairs,
+        "MOVE_COEF": c.MOVE_COEF and not game.idles,  # the first action moves too
+    }
+    off = [name for name, in_vain in asked_in_vain.items() if in_vain]
+    if not off:
+        return c, ""
+    zeros = {name: type(getattr(c, name))(0) for name in off}
+    return Values(**vars(c) | zeros), f"{game.name} has nothing for these constants, which are off: {', '.join(off)}"
 
 
 def trains_on_gpu(device):
@@ -140,34 +172,47 @@ def trains_on_gpu(device):
 def build(c, device):
     """Return the PPO that trains, without callbacks."""
     torch.manual_seed(c.SEED)
+    game = game_of(c)
     config = gpt_config(c)
     policy = make_gpt(config, device)
     num_envs = c.NUM_ENVS // RANKS
-    if trains_on_gpu(device) and c.N_LAYER == 1:
+    if trains_on_gpu(device) and c.N_LAYER == 1 and game.id == BREAKOUT:
         env = fast.DeviceBreakout(num_envs, device, varied_starts=c.VARIED_STARTS)
     else:
-        env = BreakoutAsciiVec(num_envs, varied_starts=c.VARIED_STARTS)
+        env = game.make_vec(num_envs, c.VARIED_STARTS)
     ppo_config = PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__})
     runner = fast.GPURunner() if trains_on_gpu(device) else None
-    metadata = {"gpt_config": asdict(config), "constants": dict(vars(c)), "board": BOARD}
+    metadata = {"gpt_config": asdict(config), "constants": dict(vars(c)), "game": game.id}
+    if game.id == BREAKOUT:
+        metadata["board"] = BOARD
     return PPO(policy, env, ppo_config, metadata=metadata, runner=runner)
 
 
-def plan(c, ppo, run_dir):
-    """Return the lines that say what is about to happen."""
+def plan(c, ppo, run_dir, off=""):
+    """Return the lines that say what is about to happen. off: from `applicable`."""
+    game = game_of(c)
     parameters = sum(p.numel() for p in ppo.policy.parameters())
     layers = "one layer" if c.N_LAYER == 1 else f"{c.N_LAYER} layers"
     lines = [
-        f"A GPT of {layers} and {parameters:,} parameters learns Breakout on {ppo.device}: "
-        f"{ppo.total_steps:,} steps, in {c.NUM_ENVS} games at once.",
+        f"A GPT of {layers} and {parameters:,} parameters learns {'Breakout' if game.id == BREAKOUT else game.name} on "
+        f"{ppo.device}: {ppo.total_steps:,} steps, in {c.NUM_ENVS} games at once.",
         f"Curve, metrics, checkpoints: {run_dir}. Ctrl-C saves and stops.",
     ]
-    if c.EVAL_INTERVAL:
+    if game.id != BREAKOUT:
+        lines.append(f"A page has {game.rows} lines of {game.columns - 1} characters.")
+    lines += filter(None, [game.note, off])
+    if c.EVAL_INTERVAL and game.id == BREAKOUT:
         lines.append(f"See it play in a second terminal: {program_command('breakout_ascii.py')} --watch")
         lines.append(
-            f"score: mean points of greedy play; random play has {levels()['random play']}, a cleared wall "
+            f"score: mean points of greedy play; random play has {levels(game)['random play']}, a cleared wall "
             f"{MOST_POINTS}. cleared: how many of these games clear the wall. returned: the share of falling balls "
             "that the paddle returns. in training: mean points of the last 100 training games."
+        )
+    elif c.EVAL_INTERVAL:
+        lines.append(
+            f"score: mean return of greedy play in {c.EVAL_EPISODES} episodes; random play has "
+            f"{levels(game, c.EVAL_EPISODES)['random play']:g}. error: standard error of the score. in training: mean "
+            "return of the last 100 training episodes."
         )
     if trains_on_gpu(ppo.device):
         compiles = "compiles, and " if RANKS == 1 else ""
@@ -233,25 +278,27 @@ def evaluation_of(c, device):
     return Evaluation(evaluate, c.EVAL_INTERVAL, processes)
 
 
-def watch(ppo, c, run_dir, evaluation):
-    """Return the callbacks of rank 0, in the order in which they are called."""
+def watch(ppo, c, run_dir, evaluation, off=""):
+    """Return the callbacks of rank 0, in the order in which they are called. off: from `applicable`."""
     csv = run_dir / "metrics.csv"
+    game = game_of(c)
+    metrics = METRICS if game.id == BREAKOUT else OTHER_METRICS
     callbacks = [
         RunDirectory(run_dir),
         evaluation,
         ProgressBar(
-            plan(c, ppo, run_dir),
+            plan(c, ppo, run_dir, off),
             estimate=lambda: estimate(c, ppo),
-            metrics=("cleared", "returned", "min", "max", "length"),
+            metrics=[name for name in PRINTED if name in metrics],
             endings={
                 "watch it play": f"{program_command('load_model.py')} {quoted(run_dir)}",
                 **going_on("train_ppo.py", run_dir, c.NUM_STEPS, RANKS),
             },
             first_is_slow=trains_on_gpu(ppo.device),
         ),
-        MetricsCSV(csv, METRICS),
+        MetricsCSV(csv, metrics),
         TensorBoard(run_dir),
-        LearningCurve(run_dir / "learning_curve.png", csv, levels()),
+        LearningCurve(run_dir / "learning_curve.png", csv, levels(game, c.EVAL_EPISODES)),
         Checkpoints(run_dir, c.SAVE_FREQ, keep_stages=True),
     ]
     return [callback for callback in callbacks if callback is not None]
@@ -273,7 +320,7 @@ def main(argv=()):
     Raises CommandLineError, DeviceError or CheckpointError.
     """
     run = read_run(argv, "train_ppo.py", __doc__, CONSTANTS, KEPT, check)
-    c = Values(**run.constants)
+    c, off = applicable(Values(**run.constants))
     check_ranks(run, c)
     check_board(run)
     device = choose_device(c.DEVICE)
@@ -287,7 +334,7 @@ def main(argv=()):
         run_dir = None
         if RANK == 0:
             run_dir = run.directory or new_run_dir(c.RUN_DIR)
-            ppo.callbacks = watch(ppo, c, run_dir, evaluation_of(c, device))
+            ppo.callbacks = watch(ppo, c, run_dir, evaluation_of(c, device), off)
         return train(ppo, run_dir, "train_ppo.py", advice(c, run.constants))
 
 

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -121,7 +122,7 @@ def training_pages(policy, level, group_size=1):
     """Return a minibatch (BATCH_SIZE, 1944) as training draws it from a rollout in which the policy plays."""
     env = BreakoutAsciiVec(C.NUM_ENVS, varied_starts=C.VARIED_STARTS)
     rng = np.random.default_rng(0)
-    index = LineIndex()
+    index = LineIndex(policy.config)
     player = sampling(policy, seed=0)
     obs, _ = env.reset(seed=0)
     pages = []
@@ -196,7 +197,7 @@ def functions_to_time(gpt, pages):
 
 def speed_table(policy, args):
     rows = [game_row(args.repetitions)]
-    deep = make_gpt(GPTConfig(**DEEP), policy.device)
+    deep = make_gpt(GPTConfig(**asdict(policy.config) | DEEP), policy.device)
     for level in RANDOM_ACTIONS:
         rows += model_rows(f"one layer, {level} play", policy, training_pages(policy, level), args.repetitions)
         deep_pages = training_pages(policy, level, deep.group_size)
@@ -403,7 +404,7 @@ def games_table(policy, args):
 def layers_table(policy, args):
     rows = []
     for n in range(1, 7):
-        gpt = make_gpt(GPTConfig(**DEEP | {"n_layer": n}), policy.device)
+        gpt = make_gpt(GPTConfig(**asdict(policy.config) | DEEP | {"n_layer": n}), policy.device)
         pages = training_pages(policy, "random", gpt.group_size)
         rows += model_rows(f"{n} layers", gpt, pages, args.repetitions)
     return "speed for more and more layers: C = 96, 6 heads, random play", SPEED, rows

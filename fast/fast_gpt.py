@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 
-from breakout_ascii import COLUMNS, ROWS, TOKENS
 from fast.attention_tables import features_from_attention, pair_table
 from fast.line_index import LineIndex
 from fast.shared_attention import LineCache, share_pages, shared_attention
@@ -21,7 +20,7 @@ class FastGPT(GPT):
 
     def __init__(self, config):
         super().__init__(config)
-        self.index = LineIndex()
+        self.index = LineIndex(config)
         # `GPURunner` sets these two on a GPU, where more layers than one profit from them.
         self.bf16 = False
         self.compile_blocks = False
@@ -31,7 +30,7 @@ class FastGPT(GPT):
 
     def forward(self, tokens):
         index = self.index
-        self.index = LineIndex()  # only for this call, so that the present one does not grow by its lines
+        self.index = LineIndex(self.config)  # only for this call, so that the present one does not grow by its lines
         try:
             return super().forward(tokens)
         finally:
@@ -51,9 +50,10 @@ class FastGPT(GPT):
     def features(self, lines):
         """Do the work of `GPT.features` on line ids (B, 24), and return (B, C)."""
         if self.config.n_layer == 1 and self.index.pages_end_alike:
-            table, rstd = pair_table(self)
+            last_character = self.index.last_character
+            table, rstd = pair_table(self, last_character)
             y = shared_attention(table, rstd, share_pages(self.index, lines.numpy()))
-            return features_from_attention(self, y)
+            return features_from_attention(self, y, last_character)
         tree = prefix_tree(self.index, lines.cpu().numpy(), self.device)
         return prefix_features(self, tree, self.bf16, self.compile_blocks)
 
@@ -62,17 +62,20 @@ class FastGPT(GPT):
 
         All line ids and inference functions from before become invalid.
         """
-        index = LineIndex()
+        index = LineIndex(self.config)
         self.index = index
         from_features = super().inference_function()
-        from_lines = LineCache(self, index) if self.config.n_layer == 1 else None
+        from_lines = None
 
         def act(lines):
+            nonlocal from_lines
             if self.index is not index:
                 raise RuntimeError("this inference function is out of date: the policy has made a newer one")
-            if from_lines is not None and index.pages_end_alike:
-                return from_lines(lines)
-            return from_features(lines)
+            if self.config.n_layer > 1 or not index.pages_end_alike:
+                return from_features(lines)
+            if from_lines is None:  # only now is it known how pages end
+                from_lines = LineCache(self, index)
+            return from_lines(lines)
 
         return act
 
@@ -80,8 +83,9 @@ class FastGPT(GPT):
         """Do the work of `GPT.changes`, ten times as fast on a CPU, because few characters change."""
         if self.device.type != "cpu":
             return super().changes(tokens, next_tokens)
-        page, position = np.divmod(np.flatnonzero(np.asarray(tokens) != np.asarray(next_tokens)), TOKENS)
-        changes = np.zeros((len(tokens), ROWS + COLUMNS), bool)
-        changes[page, position // COLUMNS] = True
-        changes[page, ROWS + position % COLUMNS] = True
+        rows, columns = self.config.rows, self.config.columns
+        page, position = np.divmod(np.flatnonzero(np.asarray(tokens) != np.asarray(next_tokens)), rows * columns)
+        changes = np.zeros((len(tokens), rows + columns), bool)
+        changes[page, position // columns] = True
+        changes[page, rows + position % columns] = True
         return torch.from_numpy(changes)

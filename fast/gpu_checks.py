@@ -2,7 +2,8 @@
 
 The CPU computes these again:
 
-A  games       all steps, with NumPy's games, from the same state, actions and random numbers; everything must be equal
+A  games       all steps, with NumPy's games, from the same state, actions and random numbers; everything must be equal;
+               only if the games are on the GPU
 B  policy      log-probabilities and values of 256 samples in float64; the actions; the advantages
 C  gradient    the pages of all minibatches; for one, the terms of the loss and their gradient in float64
 D  steps       two of Adam's steps from the same weights, the second with half the learning rate, in float64
@@ -25,20 +26,18 @@ from breakout_ascii import (
     BRICK_ROWS,
     BRICK_TOP,
     BRICK_WIDTH,
-    CHARACTERS,
     PADDLE_MIDDLE,
     PADDLE_ROW,
     PADDLE_START,
     RIGHT_WALL,
     TOKENS,
-    BreakoutAsciiVec,
     Games,
     RandomNumbers,
     new_games,
 )
 from fast.fast_gpt import FastGPT
 from fast.shared_prefixes import features_of_every_token, prefix_tree
-from model import CHARACTER_OF, GPT
+from model import GPT
 from ppo import gae_lambda
 from rollout_buffer import Minibatch, RolloutBuffer, select
 
@@ -74,8 +73,8 @@ def check_update(ppo, before):
     """
     if isinstance(ppo.policy, FastGPT):  # with more layers NumPy plays, and `check_prefixes` checks the gradient
         return check_steps(ppo)
-    games = check_games(ppo, before["env"])
-    return [games, *check_policy(ppo, before), check_minibatches(ppo), *check_steps(ppo, gradient_on_cpu(ppo))]
+    checks = [check_games(ppo, before["env"])] if ppo.env_can.on_device else []
+    return [*checks, *check_policy(ppo, before), check_minibatches(ppo), *check_steps(ppo, gradient_on_cpu(ppo))]
 
 
 # --- games ------------------------------------------------------------------------------------------------------------
@@ -100,7 +99,7 @@ def check_games(ppo, state, name="A games, values that differ"):
     in_sync = True
     for t in range(steps):
         page = games.pages.reshape(num_games, TOKENS).copy()
-        expected = {"obs": CHARACTER_OF.numpy()[page]}
+        expected = {"obs": ppo.policy.character_of.cpu().numpy()[page]}
         if ppo.config.paired_envs:
             in_sync = in_sync & games.in_sync()
             expected["in_sync"] = in_sync
@@ -164,9 +163,9 @@ def gpt_on_cpu(config, weights, dtype):
     return gpt.to(dtype)
 
 
-def tokens_of(characters):
+def tokens_of(characters, config):
     """Return the tokens (B, 1944), an array, of characters (B, 1944), a tensor of indices of the character set."""
-    return np.frombuffer(CHARACTERS.encode(), np.uint8)[characters.cpu().numpy()]
+    return np.frombuffer(config.characters.encode(), np.uint8)[characters.cpu().numpy()]
 
 
 def logits_and_values(gpt, pages):
@@ -179,7 +178,7 @@ def check_policy(ppo, before):
     fields = {name: ppo.buffer.fields[name].flatten(0, 1) for name in ("obs", "actions", "logprobs", "values")}
     rows = torch.linspace(0, len(fields["actions"]) - 1, SAMPLES, device=ppo.device).long().unique()
     fields = {name: x[rows].cpu() for name, x in fields.items()}
-    pages = tokens_of(fields["obs"])
+    pages = tokens_of(fields["obs"], ppo.policy.config)
     actions = fields["actions"].unsqueeze(1)
     results = []
     for dtype in (torch.float64, torch.float32):
@@ -231,7 +230,7 @@ def check_minibatches(ppo):
     minibatches = ppo.buffer.minibatches
     lines = minibatches.obs
     pages = torch.stack([c[numbers].flatten(1) for c, numbers in zip(lines.characters, lines.pages)])  # (K, M, 1944)
-    multipliers = np.random.default_rng(0).integers(2**62, size=TOKENS)  # of a hash of each page
+    multipliers = np.random.default_rng(0).integers(2**62, size=pages.size(2))  # of a hash of each page
 
     def sorted_samples(pages, x):
         """Return a column for each sample, (6, n) int64, in an order that depends on the samples alone."""
@@ -252,7 +251,7 @@ def gradient_on_cpu(ppo):
     float32.
     """
     first = select(ppo.buffer.minibatches, torch.zeros_like(ppo.buffer.minibatch_position))
-    pages = tokens_of(first.obs.characters[first.obs.pages].flatten(1))
+    pages = tokens_of(first.obs.characters[first.obs.pages].flatten(1), ppo.policy.config)
     gradients = []
     for dtype in (torch.float32, torch.float64):
         gpt = gpt_on_cpu(ppo.policy.config, ppo.policy.state_dict(), dtype)
@@ -333,12 +332,8 @@ def adam(weights, exp_avg, exp_avg_sq, step, gradient, lr, options):
 # --- prefixes ---------------------------------------------------------------------------------------------------------
 
 
-def check_prefixes(gpt):
-    """Compare a `FastGPT` of more than one layer, with its shortcuts, with model.py on four pages of one game."""
-    env = BreakoutAsciiVec(1)
-    pages = [env.reset(seed=0)[0]]
-    pages += [env.step(np.array([1]))[0] for _ in range(3)]
-    pages = np.concatenate(pages)
+def check_prefixes(gpt, pages):
+    """Compare a `FastGPT` of more than one layer, with its shortcuts, with model.py on some pages that begin alike."""
     plain = GPT(gpt.config)
     plain.load_state_dict({name: x.cpu() for name, x in gpt.state_dict().items()})
     exact = plain.ln_f(plain.hidden(plain.encode(pages)))

@@ -75,18 +75,22 @@ class GPURunner:
             ppo.policy.compile_blocks = COMPILE in self.shortcuts
             ppo.policy.bf16 = BF16 in self.shortcuts
             return
+        games_on_gpu = ppo.env_can.on_device  # otherwise a step of the rollout cannot be compiled or recorded
         if COMPILE in self.shortcuts:
             self.loss = Compiled(self.loss, fullgraph=True)
-            # The first call, which is not compiled, creates the tensors of the rollout buffer.
-            self.rollout_step = Compiled(self.rollout_step, plain_calls=1, fullgraph=True)
+            if games_on_gpu:
+                # The first call, which is not compiled, creates the tensors of the rollout buffer.
+                self.rollout_step = Compiled(self.rollout_step, plain_calls=1, fullgraph=True)
         if GRAPHS in self.shortcuts:
             ppo.optimizer.param_groups[0]["capturable"] = True
             stream = torch.cuda.Stream(ppo.device)
-            self.rollout_step = GraphRunner(self.rollout_step, stream)
             self.train_step = GraphRunner(
                 self.train_step, stream, lambda: (ppo.buffer.minibatches, ppo.optimizer.state)
             )
-            self.recorded = [self.rollout_step, self.train_step]
+            self.recorded = [self.train_step]
+            if games_on_gpu:
+                self.rollout_step = GraphRunner(self.rollout_step, stream)
+                self.recorded.append(self.rollout_step)
 
     def collect_and_update(self):
         """Collect, update and check. Returns the statistics of the update.
@@ -129,7 +133,9 @@ class GPURunner:
         self.checks = []
         if self.more_layers:
             check = Blamed(check_prefixes, COMPILE) if COMPILE in self.shortcuts else check_prefixes
-            self.judge(check(self.ppo.policy))
+            self.judge(check(self.ppo.policy, self.ppo.obs[:4].cpu()))
+            return
+        if not self.ppo.env_can.on_device:
             return
         for _ in range(2):  # the second time from a recorded graph
             state = set_rare_cases(self.ppo)

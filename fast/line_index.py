@@ -7,11 +7,12 @@ text in common, so they are divided further, into pieces.
 For example, the ball of a new game moves from row 21 to row 20 in its first step. The second page has only two new
 lines: row 20, now with the ball, and row 21, now without it.
 
->>> from breakout_ascii import BreakoutAscii
+>>> from breakout_ascii import CHARACTERS, COLUMNS, ROWS, BreakoutAscii
+>>> from model import GPTConfig
 >>> game = BreakoutAscii()
 >>> first, _ = game.reset(seed=0)
 >>> second, *_ = game.step(0)
->>> index = LineIndex()
+>>> index = LineIndex(GPTConfig(ROWS, COLUMNS, CHARACTERS, n_action=3))
 >>> index.encode(np.stack([first, second]))[:, 18:]  # the last six lines of both pages
 array([[18, 19, 20, 21, 22, 23],
        [18, 19, 24, 25, 22, 23]])
@@ -30,11 +31,14 @@ import math
 import numpy as np
 import torch
 
-from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS
-from model import CHARACTER_OF, check_pages
+from model import character_indices, check_pages, unknown_character
 
-# Characters in a piece of a line: 9, or for lines of other lengths the divisor of the length that is nearest to that.
-PIECE = min((n for n in range(1, COLUMNS + 1) if COLUMNS % n == 0), key=lambda n: abs(math.log(n / 9)))
+SEVERAL = -1  # in place of the character that ends all pages
+
+
+def nearest_divisor(n, size):
+    """Return the divisor of n that is nearest to a size, as a ratio."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(math.log(d / size)))
 
 
 class LineIndex:
@@ -44,14 +48,17 @@ class LineIndex:
     tables grow with every new line.
     """
 
-    def __init__(self):
+    def __init__(self, config):
+        self.config = config
+        self.character_of = character_indices(config.characters).numpy()
+        piece = nearest_divisor(config.columns, 9)  # characters in a piece
         self.lines = {}  # {bytes of a line, its row and its characters: id of the line}
-        self.line_pieces = GrowingTable(COLUMNS // PIECE, dtype=torch.int64)  # row i: the ids of the 9 pieces of line i
-        self.pieces = {}  # {bytes of a piece, its 9 pairs: id of the piece}
-        self.piece_pairs = GrowingTable(PIECE, dtype=torch.int64)  # row i: the ids of the 9 pairs of piece i
+        self.line_pieces = GrowingTable(config.columns // piece, dtype=torch.int64)  # row i: the ids of line i's pieces
+        self.pieces = {}  # {bytes of a piece, its pairs: id of the piece}
+        self.piece_pairs = GrowingTable(piece, dtype=torch.int64)  # row i: the ids of piece i's pairs
         self.last_pages = None  # the argument of the last `encode`
         self.last_ids = None  # what it returned
-        self.pages_end_alike = True  # whether every page so far ended with a newline, as those of the game do
+        self.last_character = None  # the index of the character that ended every page so far, or SEVERAL
 
     def encode(self, tokens):
         """Replace the lines of pages by their ids.
@@ -60,14 +67,14 @@ class LineIndex:
         Returns: (B, 24) int64 array.
         Raises: ValueError for anything but pages.
         """
-        check_pages(tokens)
+        check_pages(tokens, self.config)
         tokens = np.asarray(tokens)
         changed, ids = self.changed_lines(tokens)
-        rows = changed % ROWS  # (n,)
-        lines = tokens.reshape(-1, COLUMNS)[changed]  # (n, 81)
-        keys = row_bytes(np.column_stack([rows.astype(np.uint8), lines]))
+        rows = changed % self.config.rows  # (n,)
+        lines = tokens.reshape(-1, self.config.columns)[changed]  # (n, 81)
+        keys = row_bytes(np.column_stack([rows.astype(np.uint32)[:, None].view(np.uint8), lines]))
         if not set(keys) <= self.lines.keys():  # some lines are new
-            check_characters(lines)
+            check_characters(lines, self.config)
             new = add_new(self.lines, keys)
             self.add_pieces(rows[new], lines[new])
         ids.reshape(-1)[changed] = ids_of(self.lines, keys)
@@ -83,28 +90,39 @@ class LineIndex:
         Returns: the positions of these lines among all B * 24, (n,), and an array (B, 24) that has the ids of the
         other lines already.
         """
+        rows = self.config.rows
         if self.last_pages is None or len(self.last_pages) != len(tokens):
-            return np.arange(len(tokens) * ROWS), np.empty((len(tokens), ROWS), np.int64)
-        changed = np.zeros(len(tokens) * ROWS, bool)
-        changed[np.flatnonzero(tokens != self.last_pages) // COLUMNS] = True
+            return np.arange(len(tokens) * rows), np.empty((len(tokens), rows), np.int64)
+        changed = np.zeros(len(tokens) * rows, bool)
+        changed[np.flatnonzero(tokens != self.last_pages) // self.config.columns] = True
         return changed.nonzero()[0], self.last_ids.copy()
 
     def add_pieces(self, rows, lines):
         """Enter the pieces of new lines: rows (n,), and their tokens (n, 81)."""
-        self.pages_end_alike &= bool((lines[rows == ROWS - 1, -1] == ord("\n")).all())
-        positions = rows[:, None] * COLUMNS + np.arange(COLUMNS)  # (n, 81)
-        pairs = CHARACTER_OF.numpy()[lines].astype(np.int64) * TOKENS + positions
-        pairs = pairs.reshape(-1, PIECE)  # (n * 9, 9)
-        keys = row_bytes(pairs.astype(np.uint16))
+        config = self.config
+        characters = self.character_of[lines].astype(np.int64)
+        ends = set(characters[rows == config.rows - 1, -1].tolist()) | {self.last_character} - {None}
+        if ends:
+            self.last_character = ends.pop() if len(ends) == 1 else SEVERAL
+        positions = rows[:, None] * config.columns + np.arange(config.columns)  # (n, 81)
+        pairs = characters * config.tokens + positions
+        pairs = pairs.reshape(-1, self.piece_pairs.storage.size(1))  # (n * 9, 9)
+        keys = row_bytes(pairs.astype(np.uint32))
         new = add_new(self.pieces, keys)
         self.piece_pairs.append(torch.from_numpy(pairs[new]))
-        self.line_pieces.append(torch.from_numpy(ids_of(self.pieces, keys)).view(-1, COLUMNS // PIECE))
+        pieces = torch.from_numpy(ids_of(self.pieces, keys))
+        self.line_pieces.append(pieces.view(len(lines), -1))
+
+    @property
+    def pages_end_alike(self):
+        """Whether all pages so far ended with the same character, as those of a game do, with a newline."""
+        return self.last_character != SEVERAL
 
 
-def check_characters(tokens):
+def check_characters(tokens, config):
     """Raise ValueError for a token that is no character of a page."""
-    if others := tokens.tobytes().translate(None, delete=CHARACTERS.encode()):
-        raise ValueError(f"token {others[0]} ({chr(others[0])!r}) is not in the character set {CHARACTERS!r}")
+    if others := tokens.tobytes().translate(None, delete=config.characters.encode()):
+        raise ValueError(unknown_character(others[0], config))
 
 
 def row_bytes(array):

@@ -34,9 +34,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fast.attention_tables import NUM_EMBEDDINGS, PAIRS, features_from_attention, pair_table
+from fast.attention_tables import embeddings_of_pairs, features_from_attention, num_embeddings, pair_table
 from fast.bags import Bags, bag_sums, make_bags
-from fast.line_index import GrowingTable
+from fast.line_index import GrowingTable, add_new, ids_of
 
 # An m that all parts have in common is the largest score minus HEADROOM, so each term of a denominator is at most
 # 2^HEADROOM. float32 ends at 2^128. The sum of 1944 terms may be 2^11 times as large, so values may reach 2^31.
@@ -50,7 +50,7 @@ class SharedPages(NamedTuple):
     """The pages of a minibatch, taken apart into distinct lines, pieces and pairs of a character and its position."""
 
     pairs: torch.Tensor  # (P,) the ids of the distinct pairs
-    embeddings: Bags  # the pairs as bags of three embeddings each, see PAIRS
+    embeddings: Bags  # the pairs as bags of three embeddings each
     parts: list  # three `Bags`: pieces as bags of pairs, lines as bags of pieces, pages as bags of lines
 
 
@@ -58,13 +58,16 @@ def share_pages(index, lines):
     """Return the `SharedPages` of pages that a `LineIndex` has encoded as line ids, an int64 array (B, 24)."""
     lines, lines_of_pages = distinct(lines, len(index.lines))
     pieces, pieces_of_lines = distinct(index.line_pieces.rows.numpy()[lines], len(index.pieces))
-    pairs, pairs_of_pieces = distinct(index.piece_pairs.rows.numpy()[pieces], len(PAIRS))
+    config = index.config
+    num_pairs = len(config.characters) * config.tokens
+    pairs, pairs_of_pieces = distinct(index.piece_pairs.rows.numpy()[pieces], num_pairs)
     parts = [
         make_bags(pairs_of_pieces, len(pairs)),
         make_bags(pieces_of_lines, len(pieces)),
         make_bags(lines_of_pages, len(lines)),
     ]
-    return SharedPages(torch.from_numpy(pairs), make_bags(PAIRS[pairs], NUM_EMBEDDINGS), parts)
+    embeddings = make_bags(embeddings_of_pairs(pairs, config), num_embeddings(config))
+    return SharedPages(torch.from_numpy(pairs), embeddings, parts)
 
 
 def distinct(ids, n):
@@ -217,32 +220,58 @@ def shared_attention(table, rstd, shared):
 class LineCache:
     """Reads pages with fixed weights, and computes the sums of every distinct line of a `LineIndex` only once.
 
-    All lines have the same m in each head. It comes from the largest score of all pairs, whether they are on a page or
-    not. Pages whose scores are too far below it are read as in training, by `shared_attention`.
+    All lines have the same m in each head. It comes from the largest score of all pairs that have been read so far, and
+    if it grows, what has been computed is rescaled. Pages whose scores are too far below it are read as in training, by
+    `shared_attention`.
     """
 
     @torch.no_grad()
     def __init__(self, gpt, index):
         self.gpt = gpt
         self.index = index
-        self.table, self.rstd = pair_table(gpt)
-        # The sums of all pairs, and of the pieces and lines that have been read so far:
-        _, _, self.pairs, _ = pair_sums(self.table, self.rstd, torch.from_numpy(PAIRS), rescale=False)
-        self.pieces = GrowingTable(*self.pairs.shape[1:], dtype=self.pairs.dtype)
-        self.lines = GrowingTable(*self.pairs.shape[1:], dtype=self.pairs.dtype)
+        self.last_character = index.last_character
+        self.table, self.rstd = pair_table(gpt, self.last_character)
+        self.m = self.table.new_full(self.table.shape[2:], -torch.inf)  # (H,)
+        self.pair_rows = {}  # {id of a pair that has been read: its row in `pairs`}
+        # The sums of the pairs, pieces and lines that have been read so far:
+        self.pairs, self.pieces, self.lines = (
+            GrowingTable(*self.table.shape[1:], dtype=self.table.dtype) for _ in range(3)
+        )
 
     @torch.no_grad()
     @denormals_flushed()
     def __call__(self, lines):
         """Return action logits (B, A) and values (B,) of pages, given as line ids (B, 24) on the CPU."""
         if len(self.lines) < len(self.index.lines):
-            new_pieces = self.index.piece_pairs.rows[len(self.pieces) :]
-            self.pieces.append(bag_sums(self.pairs, new_pieces))
-            new_lines = self.index.line_pieces.rows[len(self.lines) :]
-            self.lines.append(bag_sums(self.pieces.rows, new_lines))
+            self.add_lines()
         sums = bag_sums(self.lines.rows, lines)
         y = sums[:, 1:] / sums[:, :1]
         low = (sums[:, 0] <= 2.0**LEAST).any(1).nonzero().flatten()
         if len(low):
             y[low] = shared_attention(self.table, self.rstd, share_pages(self.index, lines[low].numpy()))
-        return self.gpt.heads(features_from_attention(self.gpt, y))
+        return self.gpt.heads(features_from_attention(self.gpt, y, self.last_character))
+
+    def add_lines(self):
+        """Compute the sums of the lines that are new in the index, and of their pieces and pairs."""
+        new_pieces = self.index.piece_pairs.rows[len(self.pieces) :]
+        pairs = new_pieces.flatten().tolist()
+        if new := add_new(self.pair_rows, pairs):
+            self.add_pairs(np.array(pairs)[new])
+        rows = torch.from_numpy(ids_of(self.pair_rows, pairs)).view_as(new_pieces)
+        self.pieces.append(bag_sums(self.pairs.rows, rows))
+        new_lines = self.index.line_pieces.rows[len(self.lines) :]
+        self.lines.append(bag_sums(self.pieces.rows, new_lines))
+
+    def add_pairs(self, pairs):
+        """Compute the sums of pairs, ids (P,), and rescale those of all others if the new ones have larger scores."""
+        # In a tensor of another size torch computes the last few powers in another way, and rounds them differently.
+        # With this size a pair has the same sums, whichever pairs are computed with it.
+        padded = np.resize(pairs, math.ceil(len(pairs) / 32) * 32)
+        embeddings = torch.from_numpy(embeddings_of_pairs(padded, self.index.config))
+        _, _, sums, m = pair_sums(self.table, self.rstd[padded], embeddings, rescale=False)
+        largest = torch.maximum(self.m, m)
+        if (largest > self.m).any():
+            for table in (self.pairs, self.pieces, self.lines):
+                table.rows.mul_(torch.exp2(self.m - largest))
+            self.m = largest
+        self.pairs.append(sums[: len(pairs)] * torch.exp2(m - largest))

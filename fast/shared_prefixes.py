@@ -9,12 +9,13 @@ For example, the ball of a new game moves from row 21 to row 20 in its first ste
 lines. The pages before and after that step share six chunks, and each has a seventh (rows 18 to 20) and an eighth of
 its own. So 10 chunks are computed instead of 16:
 
->>> from breakout_ascii import BreakoutAscii
+>>> from breakout_ascii import CHARACTERS, COLUMNS, ROWS, BreakoutAscii
 >>> from fast.line_index import LineIndex
+>>> from model import GPTConfig
 >>> game = BreakoutAscii()
 >>> first, _ = game.reset(seed=0)
 >>> second, *_ = game.step(0)
->>> index = LineIndex()
+>>> index = LineIndex(GPTConfig(ROWS, COLUMNS, CHARACTERS, n_action=3))
 >>> tree = prefix_tree(index, index.encode(np.stack([first, second])))
 >>> tree.chunks.shape
 torch.Size([10, 243])
@@ -34,12 +35,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from breakout_ascii import COLUMNS, TOKENS
 from fast.bags import bag_sums, make_bags
 from fast.cuda_graphs import Compiled
+from fast.line_index import nearest_divisor
 
-LINES = 3  # in a chunk, whose 243 characters nearly fill two of FlashAttention's blocks of 128
-CHUNK = LINES * COLUMNS  # characters
+CHUNK = 243  # characters, about as many as a chunk of whole lines has; they nearly fill two of FlashAttention's blocks
 
 
 class PrefixTree(NamedTuple):
@@ -50,7 +50,7 @@ class PrefixTree(NamedTuple):
     from the top of the page down.
     """
 
-    chunks: torch.Tensor  # (n, CHUNK) characters of each chunk
+    chunks: torch.Tensor  # (n, 243) characters of each chunk
     starts: torch.Tensor  # (n, 1) the position on the page at which each chunk starts
     paths: list  # for each length J = 1, 2, ..., 8 the paths of all prefixes of J chunks, as `Bags` of J chunks each
     pages: torch.Tensor  # (B,) the place of each page among the prefixes of eight chunks
@@ -58,8 +58,11 @@ class PrefixTree(NamedTuple):
 
 def prefix_tree(index, lines, device="cpu"):
     """Return the `PrefixTree` of pages that a `LineIndex` has encoded as line ids, an int64 array (B, 24)."""
+    config = index.config
+    lines_in_chunk = nearest_divisor(config.rows, CHUNK / config.columns)
+    size = lines_in_chunk * config.columns  # of a chunk
     order = np.lexsort(lines.T[::-1])  # pages that begin alike are next to each other
-    chunks = lines[order].reshape(len(order), -1, LINES).swapaxes(0, 1)  # (8, B, LINES)
+    chunks = lines[order].reshape(len(order), -1, lines_in_chunk).swapaxes(0, 1)  # (8, B, 3)
     # is_new (8, B): whether a page begins with another prefix of this length than the page before it, which it does if
     # any chunk so far differs.
     is_new = np.ones(chunks.shape[:2], bool)
@@ -71,9 +74,9 @@ def prefix_tree(index, lines, device="cpu"):
         members = prefixes[:length, new].T  # (number of prefixes of this length, length)
         num_chunks = int(ids[-1]) + 1  # of prefixes up to this length
         paths.append(make_bags(np.ascontiguousarray(members), num_chunks, device))
-    pieces = index.line_pieces.rows.numpy()[chunks[is_new]]  # (n, LINES, 9)
-    characters = index.piece_pairs.rows.numpy()[pieces].reshape(-1, CHUNK) // TOKENS
-    starts = is_new.nonzero()[0][:, None] * CHUNK
+    pieces = index.line_pieces.rows.numpy()[chunks[is_new]]  # (n, 3, 9)
+    characters = index.piece_pairs.rows.numpy()[pieces].reshape(-1, size) // config.tokens
+    starts = is_new.nonzero()[0][:, None] * size
     pages = np.empty_like(order)
     pages[order] = prefixes[-1] - prefixes[-1, 0]
     characters, starts, pages = (torch.from_numpy(x).to(device) for x in (characters, starts, pages))
@@ -126,7 +129,7 @@ def prefix_attention(q, kv, n_head, paths):
 
     Args:
         q: (n, T, C), the queries of the prefixes in `paths`.
-        kv: (number of chunks, CHUNK, 2C), the keys and values of all chunks.
+        kv: (number of chunks, T, 2C), the keys and values of all chunks.
         paths: of a `PrefixTree`, or some of them.
 
     Returns:
@@ -195,10 +198,11 @@ def features_of_every_token(gpt, tree, bf16=False, compile_blocks=False):
 
 
 def through_blocks(gpt, tree, blocks, compile_blocks):
-    """Send every chunk through `blocks`, and return (n, CHUNK, C)."""
+    """Send every chunk through `blocks`, and return (n, 243, C)."""
     before, after = halves(compile_blocks)
-    positions = tree.starts + torch.arange(CHUNK, device=gpt.device)
-    x = gpt.wte(tree.chunks) + gpt.wre(positions // COLUMNS) + gpt.wce(positions % COLUMNS)  # (n, CHUNK, C)
+    positions = tree.starts + torch.arange(tree.chunks.size(1), device=gpt.device)
+    columns = gpt.config.columns
+    x = gpt.wte(tree.chunks) + gpt.wre(positions // columns) + gpt.wce(positions % columns)  # (n, 243, C)
     for block in blocks:
         q, kv = before(block, x)
         x = after(block, x, prefix_attention(q, kv, gpt.config.n_head, tree.paths))

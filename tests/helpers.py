@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from breakout_ascii import CHARACTERS, TOKENS, BreakoutAsciiVec
+from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS, BreakoutAsciiVec
 from fast import DeviceBreakout, DeviceGPT
 from harness.options import Constants
 from model import GPT, GPTConfig
 from ppo import PPO, PPOConfig
 
+PAGE = dict(rows=ROWS, columns=COLUMNS, characters=CHARACTERS, n_action=3)  # of a GPTConfig for Breakout
 EPS = torch.finfo(torch.float32).eps
 # On Windows no program can be signalled, most users may not make links, and files that are open stay where they are.
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs signals, links or permissions of POSIX")
@@ -32,7 +33,7 @@ def tolerance(largest_score):
 
 def make_gpt(seed=0, kind=GPT, **config):
     torch.manual_seed(seed)
-    return kind(GPTConfig(**config))
+    return kind(GPTConfig(**PAGE, **config))
 
 
 def device_trainer(max_episode_steps=5000, seed=0, num_envs=4, device="cpu", runner=None, **changes):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import make_gpt
+from helpers import PAGE, make_gpt
 
 import train_ppo
 from algorithms.parts.language_model import tiny_model, train_tokenizer
@@ -387,7 +387,7 @@ def small(monkeypatch):
     game_row = functools.partial(throughput.game_row, num_envs=8, num_plain=2, steps=150)
     monkeypatch.setattr(throughput, "game_row", game_row)
     torch.manual_seed(0)
-    return throughput.make_gpt(throughput.GPTConfig(n_embd=8, n_head=2, mlp_expansion=1), torch.device("cpu"))
+    return throughput.make_gpt(throughput.GPTConfig(**PAGE, n_embd=8, n_head=2, mlp_expansion=1), torch.device("cpu"))
 
 
 ONCE = SimpleNamespace(repetitions=1, num_steps=64)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import all_new, foreign_end, largest_score, late_game, make_gpt, one_game, random_play, tolerance
+from helpers import PAGE, all_new, foreign_end, largest_score, late_game, make_gpt, one_game, random_play, tolerance
 
 import fast.shared_attention
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS, BreakoutAsciiVec
@@ -79,7 +79,7 @@ def test_one_layer_is_exact_when_scores_are_huge(pages, largest):
     characters = gpt.encode(tokens)
     expected = features_and_gradient(copy.deepcopy(gpt).double(), characters)
     on_cpu, on_device = twice(gpt, FastGPT), twice(gpt, DeviceGPT)
-    shared = Lines(*(x[0] for x in distinct_lines(characters.unsqueeze(0))))
+    shared = Lines(*(x[0] for x in distinct_lines(characters.unsqueeze(0), GPTConfig(**PAGE))))
     ways = (gpt, characters), (on_cpu, on_cpu.encode(tokens)), (on_device, characters), (on_device, shared)
     for model, encoded in ways:
         for x, reference in zip(features_and_gradient(model, encoded), expected):
@@ -147,11 +147,11 @@ def test_the_inference_function_reads_what_the_model_reads(games, config):
 
 
 def test_the_inference_function_rescales_the_pages_that_need_it(monkeypatch):
-    """The largest scores of some pages, but not of all, are far below those of the pairs on no page."""
+    """The largest scores of some pages, but not of all, are far below those of other pages."""
     gpt = make_gpt(kind=FastGPT)
     env = BreakoutAsciiVec(32, varied_starts=0.7)
     with torch.no_grad():
-        gpt.blocks[0].attn.c_attn.weight[: gpt.config.n_embd] *= 8
+        gpt.blocks[0].attn.c_attn.weight[: gpt.config.n_embd] *= 14
     obs, _ = env.reset(seed=0)
     for _ in range(30):
         obs, *_ = env.step(np.arange(32) % 3)
@@ -206,7 +206,7 @@ def test_changes_are_those_of_gpt():
 
 
 def test_which_shortcut_suits_which_device():
-    one, deep = GPTConfig(), GPTConfig(n_layer=2)
+    one, deep = GPTConfig(**PAGE), GPTConfig(**PAGE, n_layer=2)
     kinds = [type(gpt_for(config, torch.device(device))) for config in (one, deep) for device in ("cpu", "cuda", "mps")]
     assert kinds == [FastGPT, DeviceGPT, GPT, FastGPT, FastGPT, GPT]
     assert gpt_for(one, CPU).group_size == 1 and gpt_for(deep, CPU).group_size == 8
@@ -216,7 +216,7 @@ def test_which_shortcut_suits_which_device():
 
 
 def test_a_line_index_gives_every_distinct_line_one_id():
-    index = LineIndex()
+    index = LineIndex(GPTConfig(**PAGE))
     pages = random_play()
     first = index.encode(pages)
     known = len(index.lines)
@@ -238,11 +238,11 @@ def test_similar_lines_are_told_apart():
         pages[i * COLUMNS + np.arange(COLUMNS), np.arange(COLUMNS)] = c
     pages[:, COLUMNS : 2 * COLUMNS] = pages[:, :COLUMNS]
     expected = 2 * (6 * COLUMNS + 1) + 22  # rows 0 and 1 vary, the other 22 do not
-    index = LineIndex()
+    index = LineIndex(GPTConfig(**PAGE))
     index.encode(pages)
     assert len(index.lines) == expected
     characters = make_gpt(n_head=2, n_embd=8).encode(pages)
-    assert distinct_lines(characters.unsqueeze(0)).pages.unique().numel() == expected
+    assert distinct_lines(characters.unsqueeze(0), GPTConfig(**PAGE)).pages.unique().numel() == expected
 
 
 # fmt: off
@@ -266,7 +266,7 @@ def test_wrong_pages_are_refused(spoil, kind, n_layer):
 
 
 def test_a_refused_page_leaves_the_index_as_it_was():
-    index = LineIndex()
+    index = LineIndex(GPTConfig(**PAGE))
     pages = random_play()
     expected = index.encode(pages)
     bad = pages.copy()
@@ -285,15 +285,15 @@ def test_lines_are_the_text_of_the_pages():
         [np.concatenate([one_game(), random_play()]), np.concatenate([random_play(), one_game()[:1].repeat(6, 0)])]
     )
     characters = make_gpt(n_head=2, n_embd=8).encode(torch.from_numpy(pages.reshape(-1, TOKENS))).view(2, 9, TOKENS)
-    shared = distinct_lines(characters)
+    shared = distinct_lines(characters, GPTConfig(**PAGE))
     capacity = shared.rows.size(1)
     used = [len({(i % ROWS, line.tobytes()) for i, line in enumerate(batch.reshape(-1, COLUMNS))}) for batch in pages]
     assert used[0] != used[1]
     assert max(used) <= capacity < 2 * max(used)
-    assert distinct_lines(characters, min_capacity=4096).rows.size(1) == 4096
+    assert distinct_lines(characters, GPTConfig(**PAGE), min_capacity=4096).rows.size(1) == 4096
     for batch, n, lines in zip(characters, used, map(Lines._make, zip(*shared))):
         assert torch.equal(lines.pages.unique(), torch.arange(n))
-        for of_batch in (lines, every_line(batch)):
+        for of_batch in (lines, every_line(batch, GPTConfig(**PAGE))):
             assert torch.equal(of_batch.characters[of_batch.pages].flatten(1), batch)
             assert torch.equal(of_batch.rows[of_batch.pages], torch.arange(ROWS).expand(9, ROWS))
 
@@ -318,7 +318,7 @@ def test_a_new_cache_of_device_gpt_keeps_the_table_at_its_address():
 
 def test_a_prefix_tree_holds_each_prefix_once():
     pages = np.concatenate([one_game(), random_play(), all_new()])
-    index = LineIndex()
+    index = LineIndex(GPTConfig(**PAGE))
     tree = prefix_tree(index, index.encode(pages))
     texts = np.array([ord(c) for c in CHARACTERS], np.uint8)[tree.chunks]
     for length, of_length in enumerate(tree.paths, start=1):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import device_trainer, make_gpt
+from helpers import device_trainer, make_gpt, one_game
 from software_graph import Tape, tensors, use_software_graphs
 
 from breakout_ascii import BreakoutAsciiVec, Games
@@ -195,7 +195,7 @@ def round_to_tf32(x):
 def test_rounding_to_tf32_is_caught(monkeypatch):
     """A library that uses tensor cores for float32 in silence would be less exact than the training assumes."""
     table = attention_tables.pair_table
-    monkeypatch.setattr("fast.gpu_gpt.pair_table", lambda gpt: tuple(map(round_to_tf32, table(gpt))))
+    monkeypatch.setattr("fast.gpu_gpt.pair_table", lambda *args: tuple(map(round_to_tf32, table(*args))))
     assert {"B", "C"} <= failing_of_one_update(device_trainer(**CONFIG))
 
 
@@ -250,7 +250,7 @@ def test_nan_does_not_pass():
     gpt = deep_gpt()
     with torch.no_grad():
         gpt.blocks[1].mlp.c_fc.weight[0] = torch.nan
-    assert not any(check.passed for check in check_prefixes(gpt))
+    assert not any(check.passed for check in check_prefixes(gpt, one_game()[:4]))
 
 
 def deep_gpt():
@@ -262,7 +262,7 @@ def deep_gpt():
 
 def test_prefixes_in_bf16_pass():
     """The rounding of bfloat16 stays within what the check allows."""
-    assert failing(check_prefixes(deep_gpt())) == set()
+    assert failing(check_prefixes(deep_gpt(), one_game()[:4])) == set()
 
 
 def test_a_wrong_attention_mask_is_caught(monkeypatch):
@@ -274,7 +274,7 @@ def test_a_wrong_attention_mask_is_caught(monkeypatch):
         return y.transpose(1, 2).flatten(2)
 
     monkeypatch.setattr(shared_prefixes, "lower_right_attention", upper_left)
-    assert failing(check_prefixes(deep_gpt())) == {"E"}
+    assert failing(check_prefixes(deep_gpt(), one_game()[:4])) == {"E"}
 
 
 def test_a_gradient_that_misses_a_level_is_caught(monkeypatch):
@@ -285,7 +285,7 @@ def test_a_gradient_that_misses_a_level_is_caught(monkeypatch):
         return backward(ctx, *(d * (i != 7) for i, d in enumerate(gradients)))
 
     monkeypatch.setattr(shared_prefixes.Paths, "backward", staticmethod(missing))
-    checks = check_prefixes(deep_gpt())
+    checks = check_prefixes(deep_gpt(), one_game()[:4])
     assert [check.name for check in checks if not check.passed] == ["E gradient of each parameter, 1 - cosine"]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import PAGE
 
 from breakout_ascii import BreakoutAsciiVec
 from model import GPT, GPTConfig
@@ -19,7 +20,7 @@ def test_the_initial_weights_can_see():
     Supervised by a tracker's actions on varied pages, it imitates them after 300 thousand frames.
     """
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig())
+    gpt = GPT(GPTConfig(**PAGE))
     env = BreakoutAsciiVec(256, varied_starts=1.0)
     optimizer = torch.optim.Adam(gpt.parameters(), lr=1e-3)
     obs, _ = env.reset(seed=0)

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import every_score, late_game, make_gpt, random_play
+from helpers import PAGE, every_score, late_game, make_gpt, random_play
 
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS
 from model import GPTConfig, sinusoids
@@ -94,7 +94,7 @@ def test_changed_rows_and_columns():
 def test_wrong_configurations_are_refused(wrong, message):
     """Sizes must be at least 1 and fit together; what does not fit is named beside what would."""
     with pytest.raises(ValueError, match=message):
-        GPTConfig(**wrong)
+        GPTConfig(**PAGE | wrong)
 
 
 def test_initial_attention_finds_one_ball():

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gymnasium.vector import AutoresetMode, VectorEnv
-from helpers import device_trainer, largest_score, tolerance
+from helpers import PAGE, device_trainer, largest_score, tolerance
 
 from breakout_ascii import BreakoutAsciiVec
 from callbacks import Callback
@@ -165,7 +165,7 @@ def test_reward_scale():
 def breakout_ppo(seed=0, **changes):
     """A small PPO on Breakout: eight games, minibatches of 32 samples."""
     torch.manual_seed(seed)
-    policy = FastGPT(GPTConfig(n_head=4, n_embd=16))
+    policy = FastGPT(GPTConfig(**PAGE, n_head=4, n_embd=16))
     env = BreakoutAsciiVec(8, varied_starts=0.7)
     constants = dict(prediction_coef=0.1, rollout_steps=8, num_steps=1000, reward_scale=0.1)
     return PPO(policy, env, config(**constants | changes))
@@ -181,7 +181,7 @@ def shipped_ppo():
 def deep_ppo():
     """A PPO with two layers, which compute shared prefixes."""
     torch.manual_seed(0)
-    policy = FastGPT(GPTConfig(n_layer=2, n_head=2, n_embd=8))
+    policy = FastGPT(GPTConfig(**PAGE, n_layer=2, n_head=2, n_embd=8))
     return PPO(policy, BreakoutAsciiVec(2), config(rollout_steps=8, batch_size=8, epochs=1))
 
 

@@ -82,7 +82,7 @@ def test_files_and_options_on_the_pages_exist():
     scripts += [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "algorithms").rglob("*.py")]
     sources = "".join(script.read_text(encoding="utf-8") for script in scripts)
     constants = {name for program in TRAININGS for name in find_training(program).constants}
-    folders = [ROOT / name for name in (".", "fast", "harness", "viewer", "algorithms", "algorithms/parts")]
+    folders = [ROOT / name for name in (".", "fast", "games", "harness", "viewer", "algorithms", "algorithms/parts")]
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for name in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", text):

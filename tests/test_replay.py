@@ -8,6 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from helpers import PAGE
 from PIL import Image
 
 import viewer.replay.attention
@@ -52,7 +53,7 @@ def random_pages(n, seed=0):
 def test_attention_is_what_the_model_computes(n_layer):
     """With these weights in place of scaled_dot_product_attention in the last block, the features are the model's."""
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=8)).double()
+    gpt = GPT(GPTConfig(**PAGE, n_layer=n_layer, n_head=2, n_embd=8)).double()
     pages = random_pages(2)
     weights = attention(gpt, pages)
     assert weights.shape == (2, 2, 1944)
@@ -82,7 +83,7 @@ def test_heads_are_named_by_what_they_look_at():
         "line ends": 24,
     }
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(n_head=4, n_embd=16))
+    gpt = GPT(GPTConfig(**PAGE, n_head=4, n_embd=16))
     with torch.no_grad():
         gpt.blocks[0].attn.c_attn.weight[:32] = 0  # no head cares
     np.testing.assert_allclose(attention_shares(gpt, page), np.tile(counts / 1944, (4, 1)), atol=1e-6)
@@ -135,7 +136,7 @@ def test_the_last_ball_may_lie_over_an_end_of_the_paddle():
 
 
 def test_stages_of_a_run(tmp_path, capsys):
-    config = GPTConfig(n_head=4, n_embd=16)
+    config = GPTConfig(**PAGE, n_head=4, n_embd=16)
     for name, step in (
         ("checkpoint_0", 0),
         ("checkpoint_1", 90),
@@ -293,7 +294,7 @@ def test_the_browser_computes_what_pytorch_computes(opened, replay):
 @pytest.mark.browser
 def test_more_layers(opened, tmp_path):
     torch.manual_seed(0)
-    policy = make_gpt(GPTConfig(n_layer=2, n_head=2, n_embd=8), CPU)
+    policy = make_gpt(GPTConfig(**PAGE, n_layer=2, n_head=2, n_embd=8), CPU)
     frames = list(record(play(policy, 3)))
     (tmp_path / "deep.html").write_text(replay_html(frames, [Stage("", policy)], "", ""), encoding="utf-8")
     page = opened(path=tmp_path / "deep.html")

@@ -24,6 +24,7 @@ from helpers import SIGHUP, SIGQUIT, explained, logged_columns, needs_posix
 import callbacks
 import ppo
 import train_ppo
+from breakout_ascii import BreakoutAsciiVec
 from fast import DeviceBreakout
 from harness import runs, supervise
 from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, to_plain
@@ -310,7 +311,7 @@ def test_weights_that_are_not_finite_end_the_training_before_they_are_saved(tmp_
 
 def test_a_reward_that_is_not_finite_ends_the_training(tmp_path, monkeypatch, capsys):
     """No learning rate helps against it, so none is advised."""
-    step = train_ppo.BreakoutAsciiVec.step
+    step = BreakoutAsciiVec.step
 
     def spoiled(self, actions):
         obs, rewards, *rest = step(self, actions)
@@ -318,7 +319,7 @@ def test_a_reward_that_is_not_finite_ends_the_training(tmp_path, monkeypatch, ca
             rewards = rewards * math.nan
         return obs, rewards, *rest
 
-    monkeypatch.setattr(train_ppo.BreakoutAsciiVec, "step", spoiled)
+    monkeypatch.setattr(BreakoutAsciiVec, "step", spoiled)
     assert run(tmp_path, "run", "--paired_envs", "false") == 1
     printed = capsys.readouterr().err
     assert re.search("the rewards are not finite in update 3; check the environment.*--resume .*run\n", printed)
@@ -444,6 +445,7 @@ def test_measuring_how_long_a_training_takes_does_not_change_it(layers):
 FITTING = dict(
     NUM_STEPS=11, NUM_ENVS=3, ROLLOUT_STEPS=5, BATCH_SIZE=15, EPOCHS=5, LR=0.019, MIN_LR=0.0019, PAIRED_ENVS=False,
     N_LAYER=2, N_HEAD=2, N_EMBD=8, MLP_EXPANSION=3, SEED=4, DEVICE="cpu", RUN_DIR="run",
+    GAME="breakout_ascii:BreakoutAscii-v0",
 )  # fmt: skip
 
 
@@ -473,6 +475,8 @@ def test_every_constant_reaches_what_it_is_for(tmp_path):
         "run_dir": checkpoints.run_dir.name,
         "save_freq": checkpoints.save_freq,
         "eval_interval": evaluation.interval,
+        "eval_episodes": ppo.metadata["constants"]["EVAL_EPISODES"],
+        "game": f"breakout_ascii:{ppo.metadata['game']}",
     }
     assert {name: found[name.lower()] for name in other} == other
     assert torch.initial_seed() == c.SEED
@@ -1049,7 +1053,7 @@ def test_without_the_folder_of_shortcuts_everything_trains_and_plays(tmp_path):
     """
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    for name in ("harness", "viewer"):
+    for name in ("games", "harness", "viewer"):
         shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "imageio.py").write_text("raise ImportError('absent')")
     (tmp_path / "matplotlib.py").write_text("raise AttributeError('no _ARRAY_API')")

@@ -129,7 +129,7 @@ def test_names_of_runs_are_allowed_everywhere(tmp_path):
 
 def test_texts_of_programs_are_in_the_characters_of_a_western_windows():
     """Output that goes to a file or a pipe is in cp1252 there. Other characters would be printed as \\u2588."""
-    folders = ("algorithms", "fast", "harness", "viewer")
+    folders = ("algorithms", "fast", "games", "harness", "viewer")
     sources = [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
     assert len(sources) > 50
     for file in sources:
