@@ -100,17 +100,32 @@ class NetHackPages(gym.Wrapper):
             fill_only(game, OBSERVATIONS)
 
     def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.np_random, _ = gym.utils.seeding.np_random(seed)
+        obs = None
+        while obs is None:
+            obs = self.new_game(options or None)  # NLE fails on an empty dict.
+        self.steps = 0
+        return page_of(obs), {}
+
+    def new_game(self, options):
+        """Return the first observation of a new game, or None if the next seeds from `np_random` do not start one.
+
+        One game of NetHack in some thousands asks for the name of a scroll before the first step. NLE cannot answer,
+        warns, and would play another game without seeds.
+        """
         game = self.unwrapped
         if self.playing:
             game._quit_game(game.last_observation, False)  # NetHack leaks two kilobytes for each game that is not quit.
-        if seed is not None:
-            self.np_random, _ = gym.utils.seeding.np_random(seed)
         core, display = self.np_random.integers(2**31, size=2)
         game.seed(int(core), int(display), reseed=False)
-        obs, _ = self.env.reset(options=options or None)  # NLE fails on an empty dict.
-        self.steps = 0
         self.playing = True
-        return page_of(obs), {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Not in moveloop")
+            try:
+                return self.env.reset(options=options)[0]
+            except UserWarning:
+                return None
 
     def step(self, action):
         obs, reward, terminated, _, info = self.env.step(action)

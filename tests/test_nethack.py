@@ -165,6 +165,27 @@ def test_the_names_of_actions(make):
     assert len(set(make("NetHack-v0").actions)) == 86
 
 
+class Seeds:
+    """Draws these pairs of seeds, as `np_random` would."""
+
+    def __init__(self, *pairs):
+        self.pairs = iter(pairs)
+
+    def integers(self, high, size):
+        return next(self.pairs)
+
+
+@needs_nethack
+def test_a_game_that_nle_cannot_start_is_skipped(make):
+    """This Monk stands on a scroll that turns to dust when he picks it up, and is asked what to call it."""
+    env = make("NetHackScore-v0")
+    env.np_random = Seeds((1288245594, 1959840679), (1, 2))
+    page, _ = env.reset()
+    env.np_random = Seeds((1, 2))
+    assert np.array_equal(page, env.reset()[0])
+    assert lines_of(page)[0].startswith("Hello Agent")
+
+
 @needs_nethack
 def test_no_logs_are_written(make):
     env = make(ROOM)
