@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from breakout_ascii import BreakoutAsciiVec, to_image
-from viewer.drawing import write_gif
+from viewer.drawing import page_drawer, write_gif
 
 
 def test_to_image():
@@ -27,6 +27,24 @@ def test_to_image():
 def test_only_pages_have_pictures(tokens):
     with pytest.raises(ValueError, match="tokens must"):
         to_image(tokens)
+
+
+@pytest.mark.parametrize("rows, columns, factor", [(1, 8, 4), (16, 27, 2), (24, 81, 1), (50, 133, 1), (60, 5, 1)])
+def test_any_page_has_a_picture(rows, columns, factor):
+    """Every character is drawn as the same glyph wherever it is, and a small page larger."""
+    rng = np.random.default_rng(0)
+    page = rng.integers(32, 127, (rows, columns), np.uint8)
+    page[:, -1] = ord("\n")
+    page[0, 0] = ord("<")
+    picture = page_drawer(rows, columns, {"<": (1, 2, 250)})(page.reshape(-1))
+    assert picture.shape == (11 * rows * factor, 6 * (columns - 1) * factor, 3) and picture.dtype == np.uint8
+    assert (picture == picture[::factor, ::factor].repeat(factor, 0).repeat(factor, 1)).all()
+    cells = picture[::factor, ::factor].reshape(rows, 11, columns - 1, 6, 3).swapaxes(1, 2)
+    seen = {}
+    for code, cell in zip(page[:, :-1].ravel(), cells.reshape(-1, 11, 6, 3)):
+        np.testing.assert_array_equal(cell, seen.setdefault(code, cell))
+    assert len({cell.tobytes() for cell in seen.values()}) == len(seen)
+    assert {tuple(dot) for dot in cells[0, 0].reshape(-1, 3)} == {(24, 24, 24), (1, 2, 250)}
 
 
 def decoded(path):

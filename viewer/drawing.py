@@ -1,9 +1,16 @@
 """Draws pages as pictures, and writes pictures as gifs."""
 
+import string
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.GifImagePlugin import getdata, getheader
 
+PAPER = (24, 24, 24)  # RGB
+WHITE = (235, 235, 235)
+GREY = (150, 150, 150)
+LARGEST = 4  # the factor by which a small page is enlarged at most,
+LARGE = 400, 480  # as long as it has no more pixels than these, in height and in width
 PALETTE = 255  # colours in a frame of a gif; the 256th means "as before"
 LONGEST_MS = 600_000  # a frame of a gif stays at most so long; the format allows 655,350
 
@@ -29,13 +36,35 @@ def glyph_atlas(ink, paper):
 def draw_pages(pages, atlas):
     """Return pictures (..., 11 * rows, 6 * columns, 3) uint8 RGB of pages (..., rows, columns) of ASCII codes.
 
-    atlas: from `glyph_atlas`.
+    atlas: from `glyph_atlas`, for so many rows, or for one that is like all others.
     """
     *shape, rows, columns = pages.shape
-    row = np.arange(rows)[:, None, None]
+    row = np.arange(rows)[:, None, None] % len(atlas)
     line = np.arange(11)[:, None]
     dots = atlas[row, line, pages[..., None, :]]  # (..., rows, 11, columns, 6, 3)
     return dots.reshape(*shape, rows * 11, columns * 6, 3)
+
+
+def page_drawer(rows, columns, colours):
+    """Return a function that draws a page (rows * columns,) of ASCII codes, as a picture (H, W, 3) uint8 RGB.
+
+    Newlines, in the last column, are not drawn. Small pages are drawn larger, by a whole factor.
+
+    Args:
+        colours: {character: (red, green, blue)}; letters and digits are otherwise white, all else is grey.
+    """
+    ink = np.full((1, 128, 3), GREY, np.uint8)
+    ink[:, list((string.ascii_letters + string.digits + "@").encode())] = WHITE
+    for character, colour in colours.items():
+        ink[:, ord(character)] = colour
+    atlas = glyph_atlas(ink, np.full_like(ink, PAPER))
+    factor = max(1, min(LARGEST, LARGE[0] // (11 * rows), LARGE[1] // (6 * columns)))
+
+    def draw(page):
+        picture = draw_pages(page.reshape(rows, columns)[:, :-1], atlas)
+        return picture.repeat(factor, 0).repeat(factor, 1)
+
+    return draw
 
 
 def write_gif(path, pictures, frame_ms):
