@@ -1,9 +1,9 @@
 """Watch a trained GPT play:  python load_model.py
 
-This plays the best model of the newest run, or the shipped one if there is no run, and draws what it reads as a gif.
-Name a checkpoint or a run directory to play another. --out replay.html writes a page for the browser, which replays the
-game with the model's attention and lets you edit what it reads. --evaluate plays all 32 possible games and prints the
-score.
+This plays the best model of the newest run, or the shipped one if there is no run, in the game that it was trained on,
+and draws what it reads as a gif. Name a checkpoint or a run directory to play another. --out replay.html writes a page
+for the browser, which replays the game with the model's attention and lets you edit what it reads. --evaluate prints
+the score: of all 32 possible games of Breakout, or of many games of another.
 """
 
 import harness.start  # before the slow imports
@@ -20,69 +20,88 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from breakout_ascii import BRICK_COLUMNS, BRICK_ROWS, BreakoutAscii, to_image
-from evaluation import SERVES, exact, greedy, sampled, sampling
+from breakout_ascii import BRICK_COLUMNS, BRICK_ROWS
+from evaluation import FIRST_SEED, OTHER_METRICS, SERVES, episodes, exact, greedy, is_breakout, sampled, sampling
+from games.game import BREAKOUT, load_game
+from games.pages import PageError
 from harness.checkpoint import SUFFIX, CheckpointError, load_checkpoint
 from harness.device import set_threads
 from harness.files import replacing
-from harness.messages import printable, shown
+from harness.messages import printable, shortened, shown
 from harness.options import CommandLineError, Parser, given_path, within
 from harness.supervise import run_script
-from policies import find_model, load_policy, policy_of
+from policies import check_game, find_model, game_of, load_policy, policy_of
 from viewer.drawing import write_gif
 from viewer.replay.attention import plain_gpt
 from viewer.replay.document import Stage, replay_html
+from viewer.replay.kinds import kind_of
 from viewer.replay.pictures import attention_pictures
 from viewer.replay.recording import record
 
-FRAME_MS = 40  # 25 frames a second
 HTML_LIMITS = {"steps": 10_000, "episodes": 2}  # more than anybody watches; 10,000 steps make a page of 0.7 MB
+MOST_TOLD = 10  # lines about games, which may be short and many
+EVAL_EPISODES = 100  # unless the checkpoint says how many games its training evaluated
+
+
+class Situation(NamedTuple):
+    """Holds what a game has come to."""
+
+    page: np.ndarray  # (T,) uint8
+    steps: int = 0
+    score: float = 0.0  # the sum of the rewards
+    lives: int | None = None  # None if the game has none
+
+    def after(self, page, reward, info):
+        return Situation(page, self.steps + 1, self.score + reward, info.get("lives"))
 
 
 class Step(NamedTuple):
     """Holds one step of a game."""
 
-    page: np.ndarray  # (1944,) uint8, the page before the action
+    before: Situation
     action: int
-    next_page: np.ndarray  # (1944,) uint8, the page after the action
+    after: Situation
     info: dict  # from the environment, after the action
     over: bool  # whether the game ends here
     last: bool  # whether the game or the playing ends here
 
 
-def play(policy, steps=1000, episodes=None, seed=0, sample=False):
-    """Play a number of steps, or with `episodes` a number of whole games instead. Yields each `Step`."""
+def play(policy, env, steps=None, episodes=None, seed=0, sample=False):
+    """Play in an environment of pages, for a number of steps or of games, whichever ends first. Yields each `Step`."""
     player = sampling(policy, seed) if sample else greedy(policy)
-    env = BreakoutAscii()
-    page, _ = env.reset(seed=seed)
+    page, info = env.reset(seed=seed)
+    now = Situation(page, lives=info.get("lives"))
     games = 0
     for step in itertools.count(1):
-        action = int(player(page[None])[0])
-        next_page, _, terminated, truncated, info = env.step(action)
+        action = int(player(now.page[None])[0])
+        page, reward, terminated, truncated, info = env.step(action)
         over = terminated or truncated
         games += over
-        if episodes:
-            done = games == episodes
-        else:
-            done = step == steps
-        yield Step(page, action, next_page, info, over, over or done)
+        done = step == steps or games == episodes
+        after = now.after(page, reward, info)
+        yield Step(now, action, after, info, over, over or done)
         if done:
             return
-        page = env.reset()[0] if over else next_page
+        now = after
+        if over:
+            page, info = env.reset()
+            now = Situation(page, lives=info.get("lives"))
 
 
-def write_mp4(path, pictures):
+def write_mp4(path, pictures, frame_ms):
     """Write a video. Raises OSError if it is incomplete, which imageio does not notice."""
     import imageio  # here, because a gif does not need it
     import imageio_ffmpeg
 
     frames = 0
     as_mp4 = ["-f", "mp4"]  # the file may have another suffix, if a link points to it
-    options = dict(format="mp4", output_params=as_mp4, fps=1000 / FRAME_MS, macro_block_size=2)
+    options = dict(format="mp4", output_params=as_mp4, fps=1000 / frame_ms, macro_block_size=2)
     try:
         with imageio.get_writer(path, **options) as writer:
             for picture in pictures:
-                writer.append_data(picture)
+                height, width, _ = picture.shape
+                even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)))  # a video has no odd sizes
+                writer.append_data(even)
                 frames += 1
     except OSError as error:
         if error.errno is None:  # from imageio, with everything that ffmpeg printed
@@ -127,6 +146,7 @@ def read_command_line(argv):
         type=given_path,
         help="a checkpoint or run (default: the newest run, else the shipped model)",
     )
+    add("--game", metavar="ID", help="play this game, such as Catch-v0, instead of the one it was trained on")
     add("--steps", type=within("[1, 1_000_000_000]"), default=1000, help="steps to play (default 1000)")
     add("--episodes", type=within("[1, 1_000_000]"), help="whole games to play, instead of --steps")
     add("--out", type=given_path, default="gpt.gif", help="a .gif, .mp4 or .html (default gpt.gif)")
@@ -135,7 +155,8 @@ def read_command_line(argv):
     add("--seed", type=within("[0, 4_294_967_295]"), default=0, help="for the serves and --sample (default 0)")
     add("--sample", action="store_true", help="draw the actions at random instead of taking the most probable")
     evaluate = (
-        f"print a score instead: of all {len(SERVES)} games, or with --sample the mean of --episodes games (1000)"
+        f"print a score instead: of all {len(SERVES)} games, or with --sample the mean of --episodes games (1000); in "
+        f"other games than Breakout always the mean of --episodes games (as in its training, or {EVAL_EPISODES})"
     )
     add("--evaluate", action="store_true", help=evaluate)
     args = parser.parse_args(argv)
@@ -145,9 +166,6 @@ def read_command_line(argv):
         parser.error("--attention and --head are for a .gif or an .mp4; an .html shows every head in any case")
     if not args.evaluate:
         check_output(args)
-    elif args.episodes and not args.sample:
-        every = f"--evaluate plays all {len(SERVES)} games that greedy play can meet"
-        parser.error(f"{every}; --episodes goes with --sample")
     return args
 
 
@@ -163,16 +181,47 @@ def check_output(args):
     if args.suffix == ".mp4" and not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
         raise CommandLineError("an .mp4 needs one more package: pip install imageio-ffmpeg; or write a .gif")
     if args.suffix == ".html":
-        for option, most in HTML_LIMITS.items():
-            value = getattr(args, option)
-            if value is not None and value > most:
-                raise CommandLineError(f"--{option} must be at most {most} for an .html, not {value}")
+        check_limit("steps", args)
 
 
-def print_score(args, policy):
-    """Print the score as a line of JSON: exact, or the mean of sampled games with its standard error."""
-    result = sampled(policy, args.episodes or 1000, args.seed) if args.sample else exact(policy)
-    names = ("score", "error", "min", "max", "cleared", "games")
+def check_limit(option, args):
+    """Raise CommandLineError if the value of an option is too large for an .html."""
+    value = getattr(args, option)
+    most = HTML_LIMITS[option]
+    if value is not None and value > most:
+        raise CommandLineError(f"--{option} must be at most {most} for an .html, not {value}")
+
+
+def check_breakout(args):
+    """Raise CommandLineError for options that fit other games, but not Breakout."""
+    if args.evaluate and args.episodes and not args.sample:
+        every = f"--evaluate plays all {len(SERVES)} games of Breakout that greedy play can meet"
+        raise CommandLineError(f"{every}; --episodes goes with --sample")
+    if not args.evaluate and args.suffix == ".html":
+        check_limit("episodes", args)  # in other games, which may be short, the number of steps is limited instead
+
+
+def game_to_play(args, path, policy, meta):
+    """Return the `Game` to play. Raises CommandLineError or CheckpointError if there is none that fits the model."""
+    try:
+        game = load_game(args.game or game_of(meta))
+    except PageError as error:
+        raise CommandLineError(str(error) if args.game else f"{shown(path)}: {error}") from None
+    check_game(path, policy, meta, game)
+    if is_breakout(game):
+        check_breakout(args)
+    return game
+
+
+def print_score(args, policy, meta, game):
+    """Print the score as a line of JSON: exact, or the mean of several games with its standard error."""
+    if is_breakout(game):
+        result = sampled(policy, args.episodes or 1000, args.seed) if args.sample else exact(policy)
+        names = ("score", "error", "min", "max", "cleared", "games")
+    else:
+        number = args.episodes or meta.get("constants", {}).get("EVAL_EPISODES", EVAL_EPISODES)
+        result = episodes(policy, game, number, FIRST_SEED + args.seed, args.sample)
+        names = (*OTHER_METRICS, "games")
     print(json.dumps({name: result[name] for name in names if name in result}))
 
 
@@ -184,21 +233,41 @@ def watched(steps, total, ended):
         yield step
 
 
-def write(out, steps, args, path, policy, meta):
+def write(out, steps, args, path, policy, meta, game):
     """Write the steps of `play` to a file, as a page for the browser, a gif or an mp4."""
     if args.suffix == ".html":
-        about = f"{path.name}, trained for {meta.get('global_step', 0):,} steps"
-        text = replay_html(list(record(steps)), stages(path, policy, meta), path.name, about)
+        about = f"{path.name}, {trained(meta)}"
+        text = replay_html(list(record(steps)), stages(path, policy, meta), game, path.name, about)
         out.write_bytes(text.encode())
         return
+    kind = kind_of(game)
     if args.attention:
-        pictures = attention_pictures(plain_gpt(policy), record(steps), args.head)
-    else:
-        pictures = (to_image(step.next_page) for step in steps)
+        pictures = attention_pictures(plain_gpt(policy), record(steps), game, args.head)
+    elif is_breakout(game):
+        pictures = map(kind.drawer(game), (step.after.page for step in steps))
+    else:  # with the first page of each game, because a game may be short
+        pictures = map(kind.drawer(game), (frame.page for frame in record(steps)))
     if args.suffix == ".gif":
-        write_gif(out, pictures, FRAME_MS)
+        write_gif(out, pictures, kind.FRAME_MS)
     else:
-        write_mp4(str(out), pictures)
+        write_mp4(str(out), pictures, kind.FRAME_MS)
+
+
+def trained(meta):
+    """Return how long a model has been trained, and on which game unless it is Breakout."""
+    game_id = game_of(meta)
+    on = "" if game_id == BREAKOUT else f" on {shortened(game_id)}"
+    return f"trained for {meta.get('global_step', 0):,} steps{on}"
+
+
+def outcome(step, game):
+    """Return what came of a game, given its last step: its score, and what is left in Breakout."""
+    if not is_breakout(game):
+        return f"return {step.after.score:.6g} after {step.after.steps:,} steps"
+    info = step.info
+    bricks = BRICK_ROWS * BRICK_COLUMNS
+    left = f"{info['bricks']} of {bricks} bricks left" if info["bricks"] else "the wall is cleared"
+    return f"{info['score']} points, {left}, lives left: {info['lives']}"
 
 
 def main(argv=()):
@@ -207,25 +276,38 @@ def main(argv=()):
     path, why = find_model(args.model)
     policy, meta = load_policy(path)
     set_threads(policy.config.n_layer)
-    print(f"{shown(path)}: trained for {meta.get('global_step', 0):,} steps{why}")
-    if args.evaluate:
-        print_score(args, policy)
-        return 0
+    game = game_to_play(args, path, policy, meta)
+    print(f"{shown(path)}: {trained(meta)}{why}")
     if args.head is not None and not 0 <= args.head < policy.config.n_head:
         raise CommandLineError(f"--head must be from 0 to {policy.config.n_head - 1}, not {args.head}")
-    ended = []
-    played = play(policy, args.steps, args.episodes, args.seed, args.sample)
-    steps = watched(played, None if args.episodes else args.steps, ended)
-    with replacing(args.out) as unfinished:  # an older file stays until the new one is complete
-        write(unfinished, steps, args, path, policy, meta)
-    bricks = BRICK_ROWS * BRICK_COLUMNS
-    for number, step in enumerate(ended, 1):
-        info = step.info
-        left = f"{info['bricks']} of {bricks} bricks left" if info["bricks"] else "the wall is cleared"
-        cut = "" if step.over else "; not over, but the drawing ends here"
-        print(f"game {number}: {info['score']} points, {left}, lives left: {info['lives']}{cut}")
-    print(f"wrote {printable(args.out)} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
+    try:
+        if args.evaluate:
+            print_score(args, policy, meta, game)
+        else:
+            draw(args, path, policy, meta, game)
+    except PageError as error:  # a page that nothing before has shown
+        raise CommandLineError(str(error)) from None
     return 0
+
+
+def draw(args, path, policy, meta, game):
+    """Let the policy play, write the file, and print what came of each game."""
+    limit = args.steps
+    if args.episodes:
+        limit = HTML_LIMITS["steps"] if args.suffix == ".html" else None
+    ended = []
+    with contextlib.closing(game.make()) as env, replacing(args.out) as unfinished:
+        # An older file stays until the new one is complete.
+        played = play(policy, env, limit, args.episodes, args.seed, args.sample)
+        steps = watched(played, None if args.episodes else args.steps, ended)
+        write(unfinished, steps, args, path, policy, meta, game)
+    told = len(ended) if is_breakout(game) or len(ended) <= MOST_TOLD else MOST_TOLD - 1
+    for number, step in enumerate(ended[:told], 1):
+        cut = "" if step.over else "; not over, but the drawing ends here"
+        print(f"game {number}: {outcome(step, game)}{cut}")
+    if rest := [step.after.score for step in ended[told:] if step.over]:
+        print(f"{len(rest)} further game{'s' * (len(rest) > 1)}: mean return {np.mean(rest):.6g}")
+    print(f"wrote {printable(args.out)} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
 
 
 if __name__ == "__main__":

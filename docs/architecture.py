@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
-from breakout_ascii import CHARACTERS, COLUMNS, ROWS
+from breakout_ascii import CHARACTERS, COLUMNS, ROWS, BreakoutAscii
 from harness.figures import new_figure
 from harness.messages import shown
 from harness.options import Parser
@@ -226,8 +226,8 @@ def draw(policy, page):
 def main(argv=()):
     Parser("-m docs.architecture", __doc__).parse_args(argv)
     policy, _ = load_policy(SHIPPED)
-    step = next(islice(play(policy, steps=STEP + 1), STEP, None))
-    draw(policy, step.page).savefig(OUT, dpi=200)
+    step = next(islice(play(policy, BreakoutAscii(), STEP + 1), STEP, None))
+    draw(policy, step.before.page).savefig(OUT, dpi=200)
     print(f"wrote {shown(OUT)}")
     return 0
 

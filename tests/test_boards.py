@@ -233,10 +233,11 @@ def test_pictures_and_recordings_show_an_edited_game(board):
     from helpers import PAGE
 
     from breakout_ascii import BreakoutAsciiVec, to_image
+    from games.game import BREAKOUT, load_game
     from model import GPT, GPTConfig
-    from viewer.replay.attention import things_on
+    from viewer.replay.breakout import ball_and_paddle, changed_walls, things_on
     from viewer.replay.pictures import attention_pictures
-    from viewer.replay.recording import Frame, ball_and_paddle, changed_walls
+    from viewer.replay.recording import Frame
 
     env = BreakoutAsciiVec(1, varied_starts=1.0)
     page = env.reset(seed=0)[0][0]
@@ -250,8 +251,8 @@ def test_pictures_and_recordings_show_an_edited_game(board):
     assert (things_on(page[None]) == 4).sum() == len(board["BRICK"]) * env.games.bricks_left[0]
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(**PAGE, n_head=2, n_embd=8))
-    picture = next(attention_pictures(gpt, [Frame(page, 0, 0, 1)]))
-    assert picture.shape == (14 + 11 * board["ROWS"] // 2, 6 * (board["COLUMNS"] - 1), 3)
+    picture = next(attention_pictures(gpt, [Frame(page, 0, 0, 1)], load_game(BREAKOUT)))
+    assert picture.shape == (14 + 11 * board["ROWS"] // 2, max(300, 6 * (board["COLUMNS"] - 1)), 3)
 
 
 def test_a_gpt_learns_an_edited_game(board, tmp_path, capsys):

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import Mock
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -18,14 +19,32 @@ from PIL import Image
 import load_model
 from breakout_ascii import BreakoutAscii, standard_serves, to_image
 from evaluation import SERVES, play_games, summary
+from games.game import BREAKOUT, load_game
 from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.options import CommandLineError
 from load_model import main, play
 from model import GPT, GPTConfig
 from policies import SHIPPED, find_model, load_policy
 from train_ppo import CONSTANTS
+from viewer.drawing import page_drawer
+from viewer.replay import breakout
 
 ROOT = Path(__file__).parent.parent
+CATCH = "games.catch:Catch-v0"
+
+
+def played(policy, *limits, game_id=BREAKOUT, **options):
+    """Return the steps of a policy's play."""
+    return list(play(policy, load_game(game_id).make(), *limits, **options))
+
+
+def save_model(path, game_id, **more):
+    """Write a checkpoint of an untrained model of a game."""
+    torch.manual_seed(0)
+    config = GPTConfig(**load_game(game_id).page_sizes(), n_head=4, n_embd=16)
+    state = {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict()), "global_step": 5, "game": game_id}
+    save_checkpoint(path, state | more)
+    return str(path)
 
 
 @pytest.fixture
@@ -64,19 +83,19 @@ def test_gif_shows_every_step(checkpoint, tmp_path, capsys):
     out = tmp_path / "small.gif"
     main([str(checkpoint), "--steps", "150", "--out", str(out), "--sample", "--seed", "3"])
     policy, _ = load_policy(checkpoint)
-    played = list(play(policy, 150, seed=3, sample=True))
-    assert any(step.last for step in played[:-1]), "no game ended within the gif: the test shows less than it should"
+    steps = played(policy, 150, seed=3, sample=True)
+    assert any(step.last for step in steps[:-1]), "no game ended within the gif: the test shows less than it should"
     with Image.open(out) as gif:
         durations = 0
         for i in range(gif.n_frames):
             gif.seek(i)
             durations += gif.info["duration"]
             np.testing.assert_array_equal(
-                np.array(gif.convert("RGB")), to_image(played[i].next_page)
+                np.array(gif.convert("RGB")), to_image(steps[i].after.page)
             )  # exactly, colours too
-    assert durations == 150 * load_model.FRAME_MS
+    assert durations == 150 * 40
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("game")]
-    infos = [step.info for step in played if step.last]
+    infos = [step.info for step in steps if step.last]
     assert (
         len(lines) == len(infos)
         and f"game 1: {infos[0]['score']} points, {infos[0]['bricks']} of 91 bricks" in lines[0]
@@ -103,7 +122,7 @@ def test_a_gif_that_the_disk_has_no_room_for(checkpoint, tmp_path):
 def test_an_unfinished_gif_leaves_the_old_one(checkpoint, tmp_path, monkeypatch):
     """An interruption replaces no file and leaves no half of one."""
     (tmp_path / "old.gif").write_bytes(b"old")
-    monkeypatch.setattr(load_model, "to_image", lambda page: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(breakout, "to_image", lambda page: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         main([str(checkpoint), "--out", str(tmp_path / "old.gif")])
     assert (tmp_path / "old.gif").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == [
@@ -141,15 +160,17 @@ def test_the_shipped_model(tmp_path, capsys):
 def test_episodes_are_whole_games(checkpoint):
     """Two games are played to their ends."""
     policy, _ = load_policy(checkpoint)
-    played = list(play(policy, episodes=2, sample=True))
-    ends = [step for step in played if step.last]
-    assert len(ends) == 2 and played[-1] is ends[-1] and all(step.info["lives"] == 0 for step in ends)
+    steps = played(policy, episodes=2, sample=True)
+    ends = [step for step in steps if step.last]
+    assert len(ends) == 2 and steps[-1] is ends[-1] and all(step.info["lives"] == 0 for step in ends)
 
 
 def test_the_seed_decides_what_is_played(checkpoint):
     """The same seed gives the same pages, and another seed others."""
     policy, _ = load_policy(checkpoint)
-    frames = [np.stack([step.page for step in play(policy, 200, seed=seed, sample=True)]) for seed in (0, 0, 1)]
+    frames = [
+        np.stack([step.before.page for step in played(policy, 200, seed=seed, sample=True)]) for seed in (0, 0, 1)
+    ]
     assert np.array_equal(frames[0], frames[1]) and not np.array_equal(frames[0], frames[2])
 
 
@@ -352,7 +373,7 @@ def test_weights_that_are_finite_but_far_too_large(checkpoint):
     policy.policy_head.weight.data.fill_(3e38)
     for sample in (False, True):
         with pytest.raises(FloatingPointError, match="the logits are not finite"):
-            list(play(policy, 3, sample=sample))
+            played(policy, 3, sample=sample)
 
 
 def test_older_checkpoints_load(checkpoint, tmp_path):
@@ -361,3 +382,95 @@ def test_older_checkpoints_load(checkpoint, tmp_path):
     save_checkpoint(tmp_path / "older.safetensors", state | {"gpt_config": state["gpt_config"] | {"block_size": 1944}})
     page = BreakoutAscii().reset(seed=0)[0][None]
     assert torch.equal(load_policy(tmp_path / "older.safetensors")[0](page)[0], load_policy(checkpoint)[0](page)[0])
+
+
+# Other games than Breakout
+
+
+def test_the_gif_of_another_game_begins_with_its_first_page(tmp_path, capsys):
+    """Every game is shown from its first page to its last. The lines at the end say what each game has returned."""
+    model = save_model(tmp_path / "catch.safetensors", CATCH)
+    main([model, "--steps", "40", "--out", str(tmp_path / "catch.gif"), "--sample", "--seed", "1"])
+    steps = played(load_policy(model)[0], 40, game_id=CATCH, seed=1, sample=True)
+    pages = []
+    for step in steps:
+        pages += [step.before.page, step.after.page] if step.last else [step.before.page]
+    draw = page_drawer(16, 27, {"o": (255, 255, 255), "=": (230, 110, 200)})
+    with Image.open(tmp_path / "catch.gif") as gif:
+        assert gif.n_frames == len(pages) == 43 and gif.info["duration"] == 100
+        for i, page in enumerate(pages):
+            gif.seek(i)
+            np.testing.assert_array_equal(np.array(gif.convert("RGB")), draw(page))
+    returns = [step.after.score for step in steps if step.last]
+    first, *games, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("catch.safetensors: trained for 5 steps on games.catch:Catch-v0")
+    cut = "; not over, but the drawing ends here"
+    assert games == [
+        f"game {n}: return {score:g} after {length} steps{end}"
+        for n, score, length, end in zip((1, 2, 3), returns, (15, 15, 10), ("", "", cut), strict=True)
+    ]
+
+
+def test_many_games_are_told_in_few_lines(tmp_path, capsys):
+    """Most of them in one line, which has their mean."""
+    model = save_model(tmp_path / "catch.safetensors", CATCH)
+    main([model, "--episodes", "12", "--out", str(tmp_path / "catch.gif"), "--sample"])
+    returns = [s.after.score for s in played(load_policy(model)[0], episodes=12, game_id=CATCH, sample=True) if s.last]
+    games = capsys.readouterr().out.splitlines()[1:-1]
+    assert len(games) == 10 and games[8].startswith("game 9: return ")
+    assert games[-1] == f"3 further games: mean return {sum(returns[9:]) / 3:.6g}"
+
+
+def test_the_score_of_another_game(tmp_path, capsys):
+    """It is a mean over as many games as the training evaluated, unless --episodes says how many."""
+    model = save_model(tmp_path / "catch.safetensors", CATCH, constants={"EVAL_EPISODES": 7})
+    for words, games in (("", 7), ("--episodes 3", 3), ("--sample --episodes 30", 30)):
+        main([model, "--evaluate", *words.split()])
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert list(result) == ["score", "error", "min", "max", "length", "games"]
+        assert result["games"] == games and result["length"] == 15 and 0 <= result["score"] <= 1
+    save_model(tmp_path / "catch.safetensors", CATCH)
+    main([model, "--evaluate"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["games"] == 100
+
+
+def test_the_page_of_another_game_has_at_most_10_000_steps(tmp_path, monkeypatch, capsys):
+    """However many games are asked for. (Here it is 50, to save time.)"""
+    monkeypatch.setitem(load_model.HTML_LIMITS, "steps", 50)
+    model = save_model(tmp_path / "catch.safetensors", CATCH)
+    main([model, "--steps", "50", "--episodes", "5", "--out", str(tmp_path / "catch.html")])
+    games = capsys.readouterr().out.splitlines()[1:-1]
+    assert len(games) == 4 and games[-1].endswith("after 5 steps; not over, but the drawing ends here")
+
+
+def test_a_game_that_does_not_fit_or_cannot_be_made(tmp_path):
+    """One line names the model and the game, or the package that is missing."""
+    model = save_model(tmp_path / "catch.safetensors", CATCH)
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    save_checkpoint(elsewhere, load_checkpoint(model) | {"game": "no_such_package:Game-v0"})
+    for arguments, message in (
+        ([model, "--game", BREAKOUT], "catch.safetensors: .*Catch-v0.* cannot play BreakoutAscii-v0.*rows 16"),
+        (
+            [str(SHIPPED), "--game", CATCH],
+            "breakout.safetensors: .*BreakoutAscii-v0.* cannot play games.catch:Catch-v0",
+        ),
+        ([model, "--game", "Nowhere-v3"], "Nowhere-v3 cannot be made"),
+        ([model, "--game", "CartPole-v1"], "CartPole-v1 .*page"),
+        ([str(elsewhere)], "elsewhere.safetensors: no_such_package:Game-v0 cannot be made: .*no_such_package"),
+    ):
+        with pytest.raises((CommandLineError, CheckpointError), match=message) as error:
+            main([*arguments, "--out", str(tmp_path / "x.gif")])
+        assert "\n" not in str(error.value) and not (tmp_path / "x.gif").exists()
+
+
+def test_a_model_may_play_another_game_that_fits(tmp_path, capsys):
+    """CliffWalking on slippery ice has the same page and the same actions."""
+    gym.register(
+        "SlipperyCliff-v0", "gymnasium.envs.toy_text.cliffwalking:CliffWalkingEnv", kwargs={"is_slippery": True}
+    )
+    try:
+        model = save_model(tmp_path / "cliff.safetensors", "CliffWalking-v1")
+        main([model, "--game", "SlipperyCliff-v0", "--steps", "5", "--out", str(tmp_path / "cliff.gif")])
+    finally:
+        del gym.registry["SlipperyCliff-v0"]
+    assert "game 1: return -" in capsys.readouterr().out

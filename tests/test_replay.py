@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -13,26 +15,33 @@ from PIL import Image
 
 import viewer.replay.attention
 from breakout_ascii import BreakoutAsciiVec
+from games.game import BREAKOUT, load_game
 from harness.checkpoint import save_checkpoint
 from harness.options import CommandLineError
 from load_model import main, play
 from model import GPT, GPTConfig
 from policies import SHIPPED, load_policy, make_gpt
+from viewer.replay import breakout
 from viewer.replay.attention import (
-    THINGS,
     attention,
     attention_shares,
     evenly_spaced,
     main_thing,
     order_of_heads,
     plain_gpt,
-    things_on,
 )
 from viewer.replay.document import Stage, replay_html
 from viewer.replay.pictures import attention_pictures
-from viewer.replay.recording import ball_and_paddle, record
+from viewer.replay.recording import Frame, record
+from viewer.replay.text import changes_of, replay_data, things_of
 
 CPU = torch.device("cpu")
+GAME = load_game(BREAKOUT)
+
+
+def played(policy, *limits, game=GAME, **options):
+    """Return the steps of a policy's play."""
+    return list(play(policy, game.make(), *limits, **options))
 
 
 def data_of(text):
@@ -71,8 +80,9 @@ def test_attention_is_what_the_model_computes(n_layer):
 
 def test_heads_are_named_by_what_they_look_at():
     page = BreakoutAsciiVec(1).reset(seed=0)[0]
-    counts = np.bincount(things_on(page)[0], minlength=len(THINGS))
-    assert dict(zip(THINGS, counts)) == {
+    things = breakout.things_of(page)
+    counts = np.bincount(things.on(page)[0], minlength=len(things.names))
+    assert dict(zip(things.names, counts)) == {
         "ball": 1,
         "paddle's left end": 1,
         "paddle's middle": 5,
@@ -86,14 +96,14 @@ def test_heads_are_named_by_what_they_look_at():
     gpt = GPT(GPTConfig(**PAGE, n_head=4, n_embd=16))
     with torch.no_grad():
         gpt.blocks[0].attn.c_attn.weight[:32] = 0  # no head cares
-    np.testing.assert_allclose(attention_shares(gpt, page), np.tile(counts / 1944, (4, 1)), atol=1e-6)
-    looks = np.zeros((3, len(THINGS)))
+    np.testing.assert_allclose(attention_shares(gpt, page, things), np.tile(counts / 1944, (4, 1)), atol=1e-6)
+    looks = np.zeros((3, len(things.names)))
     looks[0, [1, 2, 3, 6]] = 0.2, 0.2, 0.2, 0.4
     looks[1, 6] = 1
     looks[2, 0] = 1
     expected = [("paddle", pytest.approx(0.6)), ("empty space", 1), ("ball", 1)]
-    assert [main_thing(head) for head in looks] == expected
-    assert order_of_heads(looks) == [2, 0, 1]
+    assert [main_thing(head, things) for head in looks] == expected
+    assert order_of_heads(looks, things) == [2, 0, 1]
 
 
 @pytest.mark.parametrize("length, seen", [(1, 1), (500, 500), (501, 251), (1351, 451)])
@@ -107,14 +117,14 @@ def test_the_file_holds_the_game(monkeypatch):
     template."""
     monkeypatch.setattr(viewer.replay.attention, "MEASURED", 20)  # the attention takes most of the time
     policy, _ = load_policy(SHIPPED)
-    steps = list(play(policy, episodes=2, sample=True, seed=1))
+    steps = played(policy, episodes=2, sample=True, seed=1)
     frames = list(record(steps))
     hostile = "</script><img src=x onerror=alert(1)>$data ${script}"
-    text = replay_html(frames, [Stage(hostile, policy)], hostile, hostile)
+    text = replay_html(frames, [Stage(hostile, policy)], GAME, hostile, hostile)
     data = data_of(text)
     assert len(frames) == len(steps) + 2 == len(data["frames"])
     assert data["name"] == data["stages"][0]["label"] == hostile
-    assert "<img" not in text and text.count("</script>") == 3
+    assert "<img" not in text and text.count("</script>") == 4
     ends = [frame for frame in data["frames"] if frame[3] < 0]
     assert [end[3:] for end in ends] == [[-1, step.info["score"], step.info["lives"]] for step in steps if step.last]
     assert [frame[3] for frame in data["frames"] if frame[3] >= 0] == [step.action for step in steps]
@@ -132,7 +142,7 @@ def test_the_last_ball_may_lie_over_an_end_of_the_paddle():
         page = np.full(1944, ord(" "), np.uint8)
         page[22 * 81 + left : 22 * 81 + left + 7] = ord("=")
         page[22 * 81 + x] = ord("O")
-        assert ball_and_paddle(page) == (x, 22, left)
+        assert breakout.ball_and_paddle(page) == (x, 22, left)
 
 
 def test_stages_of_a_run(tmp_path, capsys):
@@ -168,16 +178,16 @@ def test_pictures_show_attention(tmp_path):
     """For a head that looks only at the ball, the ball's cell is hot and the others are grey. All heads fit side by
     side."""
     policy, _ = load_policy(SHIPPED)
-    gpt, frames = plain_gpt(policy), list(record(play(policy, 30)))
+    gpt, frames = plain_gpt(policy), list(record(played(policy, 30)))
     head = int(attention(gpt, frames[20].page[None])[0, :, int((frames[20].page == ord("O")).argmax())].argmax())
-    one = list(attention_pictures(gpt, frames, head))
+    one = list(attention_pictures(gpt, frames, GAME, head))
     row, column = divmod(int((frames[20].page == ord("O")).argmax()), 81)
     picture = one[20][14:]
     assert picture.shape == (264, 480, 3)
     hot = picture[row * 11 : row * 11 + 11, column * 6 : column * 6 + 6].astype(int)
     assert (hot[..., 0] - hot[..., 2] > 100).mean() > 0.5
     assert (picture[..., 0].astype(int) - picture[..., 2] > 100).sum() < 2 * 66  # pixels of two characters
-    assert next(attention_pictures(gpt, frames[:1])).shape == (4 * (132 + 14), 4 * 240, 3)
+    assert next(attention_pictures(gpt, frames[:1], GAME)).shape == (4 * (132 + 14), 4 * 240, 3)
     main([str(SHIPPED), "--attention", "--steps", "5", "--out", str(tmp_path / "heads.gif")])
     with Image.open(tmp_path / "heads.gif") as gif:
         assert gif.size == (960, 584) and gif.n_frames == 6
@@ -200,6 +210,144 @@ def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+# Other games than Breakout
+
+
+class Markup(gym.Env):
+    """A game whose pages, actions and rewards are as hard to show as any: markup, quotes, 25 actions, a fine of -0.1.
+
+    Each action writes somewhere. Now and then a life is lost; an episode has 40 steps.
+    """
+
+    ROWS, COLUMNS = 5, 33
+    actions = ("<b>stay</b>", 'a "quoted" name', *(f"action {i}" for i in range(2, 25)))
+    colours = {"<": (255, 80, 80), '"': (90, 200, 255)}
+    text = r"""</script><script>alert(1)</script> <!-- &amp; ${data} $data '"` \\ \u003c"""
+
+    def __init__(self):
+        self.observation_space = gym.spaces.Box(0, 127, (self.ROWS, self.COLUMNS), np.uint8)
+        self.action_space = gym.spaces.Discrete(len(self.actions))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.page = np.frombuffer(self.text.ljust(self.ROWS * self.COLUMNS).encode(), np.uint8).copy()
+        self.steps = 0
+        self.lives = 3
+        return self.page.reshape(self.ROWS, self.COLUMNS).copy(), {"lives": self.lives}
+
+    def step(self, action):
+        self.steps += 1
+        self.page[self.np_random.integers(len(self.page))] = ord("<") + action
+        self.lives -= int(self.steps % 20 == 0)
+        reward = 1.0 if self.page[0] != ord("<") else -0.1
+        page = self.page.reshape(self.ROWS, self.COLUMNS).copy()
+        return page, reward, False, self.steps == 40, {"lives": self.lives}
+
+
+@pytest.fixture(scope="module")
+def markup():
+    """Return the `Game` of Markup."""
+    gym.register("Markup-v0", Markup)
+    yield load_game("Markup-v0")
+    del gym.registry["Markup-v0"]
+
+
+def restored(changes):
+    """Return the pages that `changes_of` has shortened, as text.js unpacks them."""
+    pages = []
+    for change in changes:
+        page = list(pages[-1]) if pages else []
+        for position, new in zip(change[::2], change[1::2]):
+            page[position : position + len(new)] = new
+        pages.append("".join(page))
+    return pages
+
+
+def test_pages_are_kept_as_their_changes():
+    """Whether nothing changes, a little, or all. A long game with few changes makes a small file."""
+    rng = np.random.default_rng(0)
+    pages = [rng.integers(32, 127, 1944, np.uint8)]
+    for number in (0, 1, 2, 30, 1944, *[6] * 200):
+        page = pages[-1].copy()
+        page[rng.integers(1944, size=number)] = rng.integers(32, 127, number)
+        pages.append(page)
+    changes = changes_of(np.stack(pages))
+    assert restored(changes) == [page.tobytes().decode() for page in pages]
+    assert changes[1] == [] and changes_of(np.stack(pages[:1])) == [[0, pages[0].tobytes().decode()]]
+    assert len(json.dumps(changes[6:], separators=(",", ":"))) / 200 < 75  # bytes a step, and 10,000 steps in 0.75 MB
+
+
+def test_heads_are_named_by_the_characters_they_look_at():
+    """The rarest character comes first. Those that cannot be seen come last, and have a name."""
+    page = np.frombuffer(b"@..#\n 'a#\n....\n", np.uint8)[None]
+    things = things_of(page)
+    assert sorted(things.names[:3]) == ["'" * 3, "'@'", "'a'"]
+    assert things.names[3:] == ["'#'", "'.'", "space", "line ends"]
+    assert [things.names[i] for i in things.on(page)[0, [0, 1, 4, 5]]] == ["'@'", "'.'", "line ends", "space"]
+    looks = np.array([[0, 0, 0, 0.1, 0, 0.9, 0], [0.6, 0, 0.4, 0, 0, 0, 0], [0, 0, 0, 0.6, 0.4, 0, 0]])
+    named = [main_thing(head, things) for head in looks]
+    assert named == [("space", 0.9), (things.names[0], 0.6), ("'#'", 0.6)] and order_of_heads(looks, things) == [
+        1,
+        2,
+        0,
+    ]
+
+
+def test_scores_are_as_short_as_they_can_be(markup):
+    """0.1 + 0.2 is 0.3, and 2.0 is 2. Lives are kept where a game has them."""
+    page = np.full(170, 32, np.uint8)
+    frames = [Frame(page, 0, score, lives) for score, lives in ((0.1 + 0.2, None), (2.0, 3), (-1e-9, None))]
+    assert json.dumps(replay_data(frames, markup)["frames"]) == "[[0, 0.3], [0, 2, 3], [0, 0]]"
+
+
+def test_the_file_holds_any_game(markup):
+    """Nothing on a page or in the name of an action becomes markup or a placeholder of a template."""
+    torch.manual_seed(0)
+    policy = make_gpt(GPTConfig(**markup.page_sizes(), n_head=4, n_embd=16), CPU)
+    steps = played(policy, 100, game=markup, sample=True)
+    frames = list(record(steps))
+    text = replay_html(frames, [Stage("", policy)], markup, "", "")
+    data = data_of(text)
+    assert text.count("<script") == text.count("</script>") == 4 and "<b>stay" not in text
+    assert restored(data["changes"]) == [bytes(frame.page).decode() for frame in frames]
+    assert data["actions"] == list(Markup.actions) and len(frames) == 103
+    assert [frame[0] for frame in data["frames"] if frame[0] < 0] == [-1, -1, -2]
+    assert data["frames"][40] == [-1, pytest.approx(steps[39].after.score), 1]
+    assert data["frames"][41] == [steps[40].action, 0, 3]
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 8), (7, 31), (50, 133)])
+def test_pictures_show_the_attention_on_any_page(rows, columns):
+    """A head that looks at one character alone makes its cell hot, and no other."""
+    game = SimpleNamespace(id="Other-v0", rows=rows, columns=columns, colours={})
+    characters = " .@\n"
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(rows, columns, characters, n_action=2, n_head=2, n_embd=8))
+    page = np.full((rows, columns), ord("."), np.uint8)
+    page[:, -1] = ord("\n")
+    row, column = rows // 2, columns // 2
+    page[row, column] = ord("@")
+    with torch.no_grad():  # the newline at the end asks for "@", and no place matters
+        gpt.wte.weight[:] = 0
+        gpt.wte.weight[2, 0] = gpt.wte.weight[3, 1] = 1
+        gpt.wre.weight[:] = gpt.wce.weight[:] = 0
+        gpt.blocks[0].attn.c_attn.weight[:] = 0
+        gpt.blocks[0].attn.c_attn.weight[:8, 1] = gpt.blocks[0].attn.c_attn.weight[8:16, 0] = 5
+    frame = Frame(page.reshape(-1), 0, 0)
+    picture = next(attention_pictures(gpt, [frame], game, head=1))[14:]
+    hot = np.argwhere(
+        (picture[..., 0].astype(int) - picture[..., 2] > 100).all(-1)
+        if picture.ndim == 4
+        else picture[..., 0].astype(int) - picture[..., 2] > 100
+    )
+    height = picture.shape[0] // rows
+    width = height * 6 // 11
+    assert len(hot) > 0.5 * height * width
+    assert set(hot[:, 0] // height) == {row} and set(hot[:, 1] // width) == {column}
+    both = next(attention_pictures(gpt, [frame], game))
+    assert both.shape[1] % 2 == 0 and both.shape[1] >= 300
+
+
 # In a browser
 
 
@@ -219,11 +367,12 @@ def replay(tmp_path_factory):
     policy, _ = load_policy(SHIPPED)
     torch.manual_seed(0)
     untrained = make_gpt(policy.config, CPU)
-    frames = list(record(play(policy, 1000)))
+    frames = list(record(played(policy, 1000)))
     path = tmp_path_factory.mktemp("replay") / "replay.html"
     hostile = "<img src=x onerror=alert(1)>"
     path.write_text(
-        replay_html(frames, [Stage("start", untrained), Stage(hostile, policy)], hostile, hostile), encoding="utf-8"
+        replay_html(frames, [Stage("start", untrained), Stage(hostile, policy)], GAME, hostile, hostile),
+        encoding="utf-8",
     )
     return path, frames, [untrained, policy]
 
@@ -295,8 +444,8 @@ def test_the_browser_computes_what_pytorch_computes(opened, replay):
 def test_more_layers(opened, tmp_path):
     torch.manual_seed(0)
     policy = make_gpt(GPTConfig(**PAGE, n_layer=2, n_head=2, n_embd=8), CPU)
-    frames = list(record(play(policy, 3)))
-    (tmp_path / "deep.html").write_text(replay_html(frames, [Stage("", policy)], "", ""), encoding="utf-8")
+    frames = list(record(played(policy, 3)))
+    (tmp_path / "deep.html").write_text(replay_html(frames, [Stage("", policy)], GAME, "", ""), encoding="utf-8")
     page = opened(path=tmp_path / "deep.html")
     for one, *expected in zip(
         page.evaluate(READ, [0, [bytes(frame.page).decode() for frame in frames]]),
@@ -318,9 +467,9 @@ def test_keys_slider_and_address(opened, replay):
     page.keyboard.press("ArrowRight")
     assert shown.text_content().startswith("Step 11 ")
     page.locator("#slider").fill("500")
-    assert f"Step 500 of 1000 · score {frames[500].score} " in shown.text_content()
+    assert f"Step 500 of 1000 · score {frames[500].score:g} " in shown.text_content()
     wait_for(page, "location.hash.includes('frame=500')")
-    assert frames[500].score > 0 and f"score {frames[500].score}" in page.locator("#said").text_content()
+    assert frames[500].score > 0 and f"score {frames[500].score:g}" in page.locator("#said").text_content()
     page.keyboard.press("p")  # with the slider focused
     point = next(i for i in range(501, 1001) if frames[i].score > frames[i - 1].score)
     assert shown.text_content().startswith(f"Step {point} ")
@@ -328,7 +477,7 @@ def test_keys_slider_and_address(opened, replay):
     point_before = max(i for i in range(1, point) if frames[i].score > frames[i - 1].score)
     assert shown.text_content().startswith(f"Step {point_before} ")
     page.keyboard.press("End")
-    assert f"score {frames[-1].score} · lives {frames[-1].lives} · the recording ends here" in shown.text_content()
+    assert f"score {frames[-1].score:g} · lives {frames[-1].lives} · the recording ends here" in shown.text_content()
     wait_for(page, "location.hash.includes('frame=1000')")  # once nothing has moved for a while
     for key in "lpp":
         page.keyboard.press(key)
@@ -449,3 +598,113 @@ def test_stages_and_looks(opened, replay, tmp_path):
             page = opened("#frame=300", width=width, scheme=scheme)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             page.screenshot(path=tmp_path / f"{scheme}_{width}.png", full_page=True)
+
+
+@pytest.fixture(scope="module")
+def other_replay(tmp_path_factory, markup):
+    """Write a replay of another game. Returns file, frames and policy."""
+    torch.manual_seed(0)
+    policy = make_gpt(GPTConfig(**markup.page_sizes()), CPU)
+    frames = list(record(played(policy, 100, game=markup, sample=True)))
+    path = tmp_path_factory.mktemp("other") / "replay.html"
+    path.write_text(replay_html(frames, [Stage("", policy)], markup, "", ""), encoding="utf-8")
+    return path, frames, policy
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("n_layer", [1, 2])
+def test_the_browser_reads_any_page(opened, tmp_path, markup, n_layer):
+    torch.manual_seed(0)
+    policy = make_gpt(GPTConfig(**markup.page_sizes(), n_layer=n_layer, n_head=4, n_embd=16), CPU)
+    frames = list(record(played(policy, 45, game=markup, sample=True)))
+    (tmp_path / "any.html").write_text(replay_html(frames, [Stage("", policy)], markup, "", ""), encoding="utf-8")
+    page = opened(path=tmp_path / "any.html")
+    texts = page.evaluate("frames.map((_, i) => textOf(pageOf(stateOf(i))))")
+    assert texts == [bytes(frame.page).decode() for frame in frames]
+    found = page.evaluate(READ, [0, texts])
+    pages = np.stack([frame.page for frame in frames])
+    for i, expected in enumerate((*numbers(policy, pages), attention(plain_gpt(policy), pages))):
+        np.testing.assert_allclose(np.array([one[i] for one in found]), expected, atol=1e-4, rtol=1e-4)
+    page.locator("#slider").fill("30")
+    shown = page.evaluate("[...element('page').children].map((line) => line.textContent).join('')")
+    assert shown == texts[30]
+
+
+@pytest.mark.browser
+def test_an_edit_by_character_changes_the_answer_as_pytorch_says(opened, other_replay):
+    """By mouse and keys, and in the field that a phone needs. Escape undoes all, and then lets the page go."""
+    path, frames, policy = other_replay
+    page = opened("#frame=50", path=path)
+    box = page.locator("#page").bounding_box()
+    tokens = frames[50].page.reshape(5, 34).copy()
+
+    def check():
+        assert page.evaluate("textOf(pageOf(current()))") == bytes(tokens.reshape(-1)).decode()
+        probabilities, values, changes = numbers(policy, tokens.reshape(1, -1))
+        np.testing.assert_allclose(page.evaluate("answer.probabilities"), probabilities[0], atol=1e-4)
+        np.testing.assert_allclose(page.evaluate("[...answer.changes]"), changes[0], atol=1e-4)
+        assert float(page.locator("#value").text_content()) == pytest.approx(values[0], abs=6e-4)
+
+    check()
+    assert page.locator("#write").is_disabled() and page.locator("#undo").is_disabled()
+    page.mouse.click(box["x"] + 10.5 * box["width"] / 33, box["y"] + 2.5 * box["height"] / 5)
+    page.mouse.move(box["x"] + 1, box["y"] + 1)  # the cursor stays where the click was
+    for key, row, column in (("<", 2, 10), ("ArrowRight", 0, 0), ("Space", 2, 11), ("ArrowDown", 0, 0), ("p", 3, 11)):
+        page.keyboard.press(key)
+        if not key.startswith("Arrow"):
+            tokens[row, column] = ord(" " if key == "Space" else key)
+        check()
+    assert "Row 3, column 11: p. " in page.locator("#cell").text_content()
+    page.locator("#write").press_sequentially("a&")
+    tokens[3, 11] = ord("&")
+    check()
+    page.locator("#write").press_sequentially("\u00e9")
+    assert "knows no character '\u00e9'" in page.locator("#cell").text_content()
+    check()
+    assert "edited" in page.locator("#status").text_content()
+    page.keyboard.press("Escape")
+    tokens = frames[50].page.reshape(5, 34).copy()
+    check()
+    page.locator("#page").focus()
+    page.keyboard.press("Escape")
+    assert page.locator("#write").is_disabled() and page.evaluate("cursor") is None
+    page.keyboard.press("h")  # is no character of the page now
+    check()
+    assert page.evaluate("shown.head") != "mean"
+
+
+@pytest.mark.browser
+def test_events_and_status_of_any_game(opened, other_replay):
+    _, frames, _ = other_replay
+    page = opened(path=other_replay[0])
+    status = page.locator("#status")
+    assert status.text_content() == "Step 0 of 102 \u00b7 game 1 of 3 \u00b7 return 0 \u00b7 lives 3"
+    page.keyboard.press("g")
+    assert status.text_content().startswith("Step 41 of 102 \u00b7 game 2 of 3 ")
+    page.keyboard.press("ArrowLeft")
+    assert status.text_content().endswith("\u00b7 lives 1 \u00b7 the game is over")
+    for key, sign in (("Shift+L", -1), ("p", 1)):
+        at = page.evaluate("shown.frame")
+        page.keyboard.press(key)
+        passed = [i for i in range(1, 103) if sign * (frames[i].score - frames[i - 1].score) > 0 and i != 41]
+        expected = max(i for i in passed if i < at) if sign < 0 else min(i for i in passed if i > at)
+        assert page.evaluate("shown.frame") == expected
+    page.keyboard.press("g")
+    page.keyboard.press("m")
+    page.keyboard.press("r")  # Breakout's
+    assert status.text_content().startswith("Step 41 ") and page.locator("#map").is_hidden()
+    assert page.locator("#actions tr").count() == 25
+
+
+@pytest.mark.browser
+def test_looks_of_any_game(opened, other_replay):
+    """With 25 actions nothing overflows, and the one that was taken can be seen."""
+    for scheme in ("light", "dark"):
+        for width in (1280, 400):
+            page = opened("#frame=30", path=other_replay[0], width=width, scheme=scheme)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            top, bottom = page.evaluate(
+                "(({ top, bottom }) => [top, bottom])(element('answers').getBoundingClientRect())"
+            )
+            row = page.locator("#actions tr.chosen").bounding_box()
+            assert top - 1 <= row["y"] and row["y"] + row["height"] <= bottom + 1

@@ -5,18 +5,16 @@
 "use strict";
 
 class GPT {
-  // config has n_layer, n_head, n_embd and n_action, game has characters, rows and columns, and weights are
-  // {name in model.py: Float32Array}.
-  constructor(config, weights, game) {
+  // config is a GPTConfig of model.py, and weights are {name in model.py: Float32Array}.
+  constructor(config, weights) {
     this.config = config;
     this.weights = weights;
-    this.game = game;
-    this.pairs = []; // at index character * T + position, the score and value of the pair, with one layer
+    this.pairs = new Map(); // {character * T + position: scores and value of the pair}, with one layer
     this.query = null; // of the last position; with one layer it is always the same
     this.block = `blocks.${config.n_layer - 1}.`; // the last one, which computes one query
   }
 
-  // Read a page, an array of T indices in game.characters. Returns {logits, probabilities, value, changes,
+  // Read a page, an array of T indices in the config's characters. Returns {logits, probabilities, value, changes,
   // attention}: changes are the probabilities of rows and then of columns, and attention is [head][position].
   read(page) {
     const sums = this.sum(page);
@@ -101,8 +99,7 @@ class GPT {
   }
 
   embedding(character, t) {
-    const { n_embd: C } = this.config;
-    const { columns } = this.game;
+    const { columns, n_embd: C } = this.config;
     const x = new Float64Array(C);
     const places = [["wte", character], ["wre", Math.floor(t / columns)], ["wce", t % columns]];
     for (const [name, i] of places) for (let c = 0; c < C; c++) x[c] += this.weights[name + ".weight"][i * C + c];
@@ -135,8 +132,10 @@ class GPT {
   }
 
   pair(character, t) {
-    const place = character * this.game.rows * this.game.columns + t;
-    return (this.pairs[place] ??= this.scoreAndValue(this.embedding(character, t)));
+    const place = character * this.config.rows * this.config.columns + t;
+    let pair = this.pairs.get(place);
+    if (!pair) this.pairs.set(place, (pair = this.scoreAndValue(this.embedding(character, t))));
+    return pair;
   }
 
   // Return every position after all blocks except the last. This is slow, and needed only with more than one layer.

@@ -1,9 +1,24 @@
 // The page around gpt.js. It shows a recorded game, the model's answer in each step, and its answer to an edited page.
+//
+// What differs between Breakout and other games is in breakout.js and text.js; one of them follows in the file. Each has
+//   ACTION, SCORE, LIVES           where these are in a frame
+//   SCORE_NAME                     what the points are called
+//   stateOf(i)                     the state of frame i, from which a page can be drawn, and which editing replaces
+//   pageOf(state)                  the page, as indices in game.characters
+//   partsOf(line, row)             the parts of a line of text that have one colour, each {text, name, colour}
+//   eventAt(i, name)               whether an event happened between frame i and the one before
+//   headName(head)                 what a head looks at
+//   describedToo(cell)             what else is to be said about a cell, or ""
+//   edit(cell), typed(event)       what a click or Enter does in a cell, and any other key with the page in focus
+//   firstCell()                    where the cursor is at first
+//   forget(), complete()           what happens before and after a page is drawn
+//   drawOver(context, w, h)        what is drawn over the heat; w and h are the size of a cell
+//   begin()                        what is done once, at the start
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const { game, frames, stages, config, things, actions } = data;
-const [X, Y, PADDLE, ACTION, SCORE, LIVES] = [0, 1, 2, 3, 4, 5]; // of a frame
+const { frames, stages, config, things, actions } = data;
+const game = { ...config, ...data.game };
 const T = game.rows * game.columns;
 const WIDTH = game.columns - 1; // the newline is not drawn
 // The colours of no weight and of the largest, in OKLab, where equal steps look equal.
@@ -17,18 +32,18 @@ const GAME_OVER = -1; // in place of an action, as in recording.py
 const MARGIN = 44; // of the chart, left and right
 const element = (id) => document.getElementById(id);
 const dark = matchMedia("(prefers-color-scheme: dark)");
+const manyActions = actions.length > 8;
+const longNames = actions.some((name) => name.length > 5); // which leave the bars little room
 const percent = (share) => (share >= 0.0995 ? (100 * share).toFixed(0) : (100 * share).toFixed(1)) + " %";
 
-const models = stages.map((stage) => new GPT(config, unpack(stage.weights), game));
-const bricksOf = unpackBricks();
+const models = stages.map((stage) => new GPT(config, unpack(stage.weights)));
 const shown = { frame: 0, head: MEAN, stage: stages.length - 1 };
 let edited = null; // the state of the page once it has been edited, as `stateOf` returns one
 let cursor = null; // the cell {row, column} that is described
 let playing = null; // the number of the next animation frame, while the replay plays
 let answer = null; // what the model read last
 let answered = null; // the stage and the page that `answer` belongs to
-let mapTask = 0; // the number of the latest map; an earlier one that is still being computed stops
-let mapped = null; // [row][column] of {best, probability}: the map, as far as it is computed
+let held = false; // whether the cursor stays in its cell when the mouse moves
 let later = null; // the timer of `settle`
 
 // What the file holds
@@ -45,55 +60,9 @@ function unpack(base64) {
   return weights;
 }
 
-// Return the wall of each frame, a string of 0 and 1, row by row. A frame without an entry in data.walls has the wall
-// of the frame before.
-function unpackBricks() {
-  const walls = [];
-  for (let i = 0; i < frames.length; i++) walls.push(data.walls[i] ?? walls[i - 1]);
-  return walls;
-}
-
-function stateOf(i) {
-  const frame = frames[i];
-  return { x: frame[X], y: frame[Y], paddle: frame[PADDLE], bricks: bricksOf[i] };
-}
-
 const current = () => edited ?? stateOf(shown.frame);
 
-// Draw a page as breakout_ascii.py does. Returns its characters as indices in game.characters.
-function pageOf({ x, y, paddle, bricks }) {
-  const lines = Array.from({ length: game.rows }, (_, row) =>
-    [...(row === 0 || row === game.rows - 1 ? "#".repeat(WIDTH) : "#" + " ".repeat(WIDTH - 2) + "#"), "\n"]);
-  for (let i = 0; i < bricks.length; i++) {
-    const row = game.brick_top + Math.floor(i / game.brick_columns);
-    const column = game.brick_left + game.brick.length * (i % game.brick_columns);
-    if (bricks[i] === "1") lines[row].splice(column, game.brick.length, ...game.brick);
-  }
-  lines[game.paddle_row].splice(paddle, game.paddle.length, ...game.paddle);
-  if (x !== null) lines[y][x] = "O";
-  return Uint8Array.from(lines.flat(), (character) => game.characters.indexOf(character));
-}
-
 const textOf = (page) => Array.from(page, (character) => game.characters[character]).join("");
-
-// The index of the brick in a cell, or -1
-function brickAt(row, column) {
-  const i = row - game.brick_top;
-  const j = Math.floor((column - game.brick_left) / game.brick.length);
-  return i >= 0 && i < game.brick_rows && j >= 0 && j < game.brick_columns ? i * game.brick_columns + j : -1;
-}
-
-// Return whether an event happened between frame i and the one before, for the buttons that jump to it.
-function eventAt(i, name) {
-  const [before, now] = [frames[i - 1], frames[i]];
-  if (!before || before[ACTION] < 0) return false; // a new game
-  if (name === "point") return now[SCORE] > before[SCORE];
-  if (name === "lost") return now[LIVES] < before[LIVES];
-  // A returned ball is in the row above the paddle. A frame before it was there, too, in another column, or in the
-  // paddle's row, where a slow ball waits.
-  const moved = now[X] !== before[X] || before[Y] !== now[Y];
-  return now[LIVES] === before[LIVES] && now[Y] === game.serve_row && before[Y] >= game.serve_row && moved;
-}
 
 // Drawing
 
@@ -103,8 +72,7 @@ function update() {
   // Nothing is computed when another head is chosen, which shows another part of the same answer.
   if (asked !== answered) answer = models[shown.stage].read(page);
   answered = asked;
-  mapped = null;
-  mapTask++;
+  forget();
   drawPage();
   drawHeat();
   drawAnswer();
@@ -118,13 +86,14 @@ function update() {
   if (frame[ACTION] < 0) end = frame[ACTION] === GAME_OVER ? " · the game is over" : " · the recording ends here";
   const edit = edited ? " · edited: answer and attention are those of the edited page" : "";
   const step = `Step ${shown.frame} of ${frames.length - 1}${number}`;
-  element("status").textContent = `${step} · score ${frame[SCORE]} · lives ${frame[LIVES]}${end}${edit}`;
+  const lives = frame[LIVES] === undefined ? "" : ` · lives ${frame[LIVES]}`;
+  element("status").textContent = `${step} · ${SCORE_NAME} ${frame[SCORE]}${lives}${end}${edit}`;
   element("slider").value = shown.frame;
   element("slider").setAttribute("aria-valuetext", `step ${shown.frame}`);
   element("undo").disabled = !edited;
   clearTimeout(later);
   if (!playing) later = setTimeout(settle, 300);
-  if (element("map").checked && !playing) startMap();
+  complete();
 }
 
 // The number of the game that a frame belongs to
@@ -135,8 +104,8 @@ const gameOf = (i) => 1 + frames.slice(0, i).filter((frame) => frame[ACTION] ===
 function settle() {
   const place = `#frame=${shown.frame}&head=${shown.head}&stage=${shown.stage}`;
   if (location.hash !== place) history.replaceState(null, "", place);
-  const probabilities = actions.map((name, i) => `${name} ${answer.probabilities[i].toFixed(2)}`);
-  say(`${element("status").textContent}. ${probabilities.join(", ")}`);
+  const told = actions.map((name, i) => [name, answer.probabilities[i]]).filter(([, p]) => p >= 0.01 || !manyActions);
+  say(`${element("status").textContent}. ${told.map(([name, p]) => `${name} ${p.toFixed(2)}`).join(", ")}`);
 }
 
 function say(text) {
@@ -145,16 +114,17 @@ function say(text) {
 
 // Show the text of the page, in spans of one colour. Lines that have not changed are left alone.
 function drawPage() {
-  const lines = textOf(pageOf(current())).split("\n");
+  const page = textOf(pageOf(current()));
   for (let row = 0; row < game.rows; row++) {
     const line = element("page").children[row];
-    if (line.dataset.text === lines[row]) continue;
-    line.dataset.text = lines[row];
-    line.replaceChildren(...lines[row].match(/#+|=+|O|[|_]+| +/g).map((part) => {
+    const text = page.slice(row * game.columns, row * game.columns + WIDTH);
+    if (line.dataset.text === text) continue;
+    line.dataset.text = text;
+    line.replaceChildren(...partsOf(text, row).map(({ text, name, colour }) => {
       const span = document.createElement("span");
-      span.textContent = part;
-      if ("|_".includes(part[0])) span.style.color = `var(--b${(row - game.brick_top) % 7})`;
-      else span.className = { "#": "wall", "=": "paddle", O: "ball" }[part[0]] ?? "";
+      span.textContent = text;
+      span.className = name ?? "";
+      if (colour) span.style.setProperty("--own", colour);
       return span;
     }), "\n");
   }
@@ -208,7 +178,7 @@ function drawHeat() {
     context.lineWidth = Math.min(weight >= 0.25 ? 2 : 1, w / 5); // on a small screen it must not hide the character
     context.strokeRect(column * w + 0.5, row * h + 0.5, w - 1, h - 1);
   }
-  if (mapped) drawMap(context, w, h);
+  drawOver(context, w, h);
   if (cursor) {
     context.setLineDash([2, 2]);
     context.lineWidth = 2;
@@ -226,13 +196,21 @@ function drawAnswer() {
   actions.forEach((name, i) => {
     const [label, bar, number] = element("actions").rows[i].cells;
     const chosen = i === (wasTaken ? taken : best);
-    const remark = wasTaken ? " taken" : " most probable";
+    const remark = wasTaken ? " taken" : longNames ? "" : " most probable";
     element("actions").rows[i].className = chosen ? "chosen" : "";
     label.textContent = (chosen ? "▶ " : "") + name;
     bar.firstChild.value = answer.probabilities[i];
     number.textContent = answer.probabilities[i].toFixed(3) + (chosen ? remark : "");
+    if (chosen && manyActions) showRow(element("actions").rows[i]);
   });
   element("value").textContent = answer.value.toFixed(3);
+}
+
+// Scroll a row of the long list of actions into view, and nothing else.
+function showRow({ offsetTop: top, offsetHeight: height }) {
+  const list = element("answers");
+  if (top < list.scrollTop) list.scrollTop = top;
+  else if (top + height > list.scrollTop + list.clientHeight) list.scrollTop = top + height - list.clientHeight;
 }
 
 // Show along the page's edges how probable it is, by the model, that a row or column changes next, with a dot where it
@@ -291,7 +269,7 @@ function drawChart() {
   const place = (i) => left + ((right - left) * i) / n;
   context.font = "12px system-ui, sans-serif";
   const lines = [ // name, numbers, variable of the colour, dashes, where the labels begin
-    ["score", frames.map((frame) => frame[SCORE]), "--accent", [], 4],
+    [SCORE_NAME, frames.map((frame) => frame[SCORE]), "--accent", [], 4],
     ["value", values, "--paddle", [5, 3], right + 4],
   ];
   for (const [name, numbers, variable, dash, labelAt] of lines) {
@@ -315,8 +293,8 @@ function drawChart() {
   context.strokeStyle = style("--ink");
   context.lineWidth = 1;
   context.strokeRect(place(shown.frame), top, 0, bottom - top);
-  const now = `score ${frames[shown.frame][SCORE]}, value ${values[shown.frame].toFixed(2)}`;
-  canvas.setAttribute("aria-label", `Score and value over ${n} steps; now ${now}`);
+  const now = `${SCORE_NAME} ${frames[shown.frame][SCORE]}, value ${values[shown.frame].toFixed(2)}`;
+  canvas.setAttribute("aria-label", `${SCORE_NAME} and value over ${n} steps; now ${now}`);
 }
 
 function drawScale() {
@@ -332,6 +310,7 @@ function drawScale() {
   context.fillStyle = style("--ink");
   context.font = "12px system-ui, sans-serif";
   for (const weight of [0.001, 0.01, 0.1]) {
+    if (weight * T <= 1.5) continue; // on a small page, where even the mean is no less
     context.fillRect(level(weight) * width, 0, 1, height / 2);
     context.fillText(`${100 * weight} %`, level(weight) * width - 10, height - 4);
   }
@@ -342,11 +321,8 @@ function drawScale() {
 function describeHeads() {
   const { shares, order, names } = stages[shown.stage];
   const mean = shares[0].map((_, i) => shares.reduce((sum, head) => sum + head[i], 0) / shares.length);
-  const endOf = (head, side) => Math.round(100 * shares[head][things.indexOf(`paddle's ${side} end`)]);
-  const ends = (head) => `${endOf(head, "left")} + ${endOf(head, "right")}`;
-  const nameOf = (head) => names[head][0] + (names[head][0] === "paddle" ? `, ends ${ends(head)} %` : "");
   const entries = [[MEAN, "all heads, mean", "", mean], ...order.map((head) =>
-    [head, `head ${head}: ${nameOf(head)}`, percent(names[head][1]), shares[head]])];
+    [head, `head ${head}: ${headName(head)}`, percent(names[head][1]), shares[head]])];
   element("heads").replaceChildren(...entries.map(([head, name, share, looks]) => {
     const button = document.createElement("button");
     const label = document.createElement("span");
@@ -397,10 +373,12 @@ function seek(i) {
   update();
 }
 
+const jumpTo = (name) => document.querySelector(`[data-event=${name}]`);
+
 function jump(name, step) {
   if (playing) pause();
   for (let i = shown.frame + step; i >= 0 && i < frames.length; i += step) if (eventAt(i, name)) return seek(i);
-  const none = `no ${step > 0 ? "further" : "earlier"} ${name === "lost" ? "lost ball" : name}`;
+  const none = `no ${step > 0 ? "further" : "earlier"} ${jumpTo(name).textContent}`;
   element("status").textContent = `${element("status").textContent.split(" · no ")[0]} · ${none}`;
   say(none);
 }
@@ -469,12 +447,10 @@ function describeCell() {
   heads.sort((a, b) => b[0] - a[0]);
   const weights = heads.map(([weight, i]) => `head ${i} ${percent(weight)}`).join(", ");
   const mean = answer.attention.reduce((sum, head) => sum + head[t], 0) / answer.attention.length;
-  const best = mapped?.[cursor.row]?.[cursor.column]?.best;
   let text = `Row ${cursor.row}, column ${cursor.column}: ${character === " " ? "empty" : character}. `;
   text += weights ? `Weights: ${weights}; ` : "Every head gives it less than 0.05 %; ";
   text += `mean ${(100 * mean).toFixed(2)} %.`;
-  if (best !== undefined) text += ` With the ball here: ${actions[best]}.`;
-  element("cell").textContent = text;
+  element("cell").textContent = text + describedToo(cursor);
 }
 
 function look(cell) {
@@ -483,79 +459,16 @@ function look(cell) {
   drawHeat();
 }
 
-function edit({ row, column }) {
-  const tool = document.querySelector("input[name=tool]:checked").value;
-  const state = { ...current() };
-  if (tool === "look") return say(element("cell").textContent);
-  if (playing) pause();
-  if (tool === "ball") Object.assign(state, { x: column, y: Math.min(row, game.paddle_row) });
-  if (tool === "paddle") state.paddle = Math.max(1, Math.min(game.paddle_max, column - game.paddle_middle));
-  if (tool === "brick") {
-    const i = brickAt(row, column);
-    if (i < 0) return;
-    state.bricks = state.bricks.slice(0, i) + (state.bricks[i] === "1" ? "0" : "1") + state.bricks.slice(i + 1);
-  }
-  edited = state;
-  update();
-}
-
-// The map shows the most probable action with the ball in each cell. It is computed a little at a time, so that the
-// page stays alive.
-
-function startMap() {
-  const task = ++mapTask;
-  const model = models[shown.stage];
-  const ball = game.characters.indexOf("O");
-  const cells = [];
-  const sums = model.sum(pageOf({ ...current(), x: null }));
-  mapped = Array.from({ length: game.rows }, () => []);
-  for (let row = 1; row <= game.paddle_row; row++) {
-    for (let column = 1; column < WIDTH - 1; column++) cells.push([row, column]);
-  }
-  const some = () => {
-    if (task !== mapTask) return;
-    const until = performance.now() + 50;
-    while (cells.length && performance.now() < until) {
-      const [row, column] = cells.pop();
-      const { probabilities } = model.readChanged(sums, row * game.columns + column, ball);
-      const best = probabilities.indexOf(Math.max(...probabilities));
-      mapped[row][column] = { best, probability: probabilities[best] };
-    }
-    drawHeat();
-    if (cells.length) setTimeout(some);
-    else describeCell();
-  };
-  setTimeout(some);
-}
-
-function drawMap(context, w, h) {
-  const signs = ["·", "◂", "▸"];
-  const papers = [null, colour(0.3), colour(1)];
-  const ink = style("--ink");
-  context.clearRect(0, 0, WIDTH * w, game.rows * h);
-  context.font = `${h * 0.8}px sans-serif`;
-  context.textAlign = "center";
-  context.textBaseline = "middle";
-  mapped.forEach((line, row) => line.forEach(({ best, probability }, column) => {
-    if (papers[best]) {
-      context.fillStyle = papers[best];
-      context.fillRect(column * w, row * h, w + 0.5, h + 0.5);
-    }
-    context.globalAlpha = 0.7 + 0.3 * probability ** 2;
-    context.fillStyle = ink;
-    context.fillText(signs[best], (column + 0.5) * w, (row + 0.5) * h);
-    context.globalAlpha = 1;
-  }));
-}
-
 // Wiring
 
+// Let the page fill the width of the board, but with characters that are not too large, and not much higher than a screen.
 function fit() {
   const page = element("page");
   const room = element("board").clientWidth;
+  const largest = Math.min(WIDTH < 45 ? 26 : 18, Math.max(6, 560 / game.rows));
   page.parentElement.style.fontSize = "100px";
   const perPixel = page.parentElement.getBoundingClientRect().width / 100;
-  page.parentElement.style.fontSize = Math.min(18, Math.floor((100 * room) / perPixel) / 100) + "px";
+  page.parentElement.style.fontSize = Math.min(largest, Math.floor((100 * room) / perPixel) / 100) + "px";
 }
 
 function redraw() {
@@ -571,9 +484,6 @@ const keys = {
   arrowright: () => step(1),
   home: () => seek(0),
   end: () => seek(frames.length - 1),
-  p: (way) => jump("point", way),
-  r: (way) => jump("return", way),
-  l: (way) => jump("lost", way),
   h: nextHead,
   m: () => element("map").click(),
   escape: undo,
@@ -603,7 +513,8 @@ const withModifier = (event) => event.ctrlKey || event.metaKey || event.altKey; 
 function keyOnPage(event) {
   if (withModifier(event)) return;
   const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-  const { row, column } = cursor ?? { row: current().y, column: current().x };
+  const { row, column } = cursor ?? firstCell();
+  const done = typed(event);
   if (event.key === "Enter") edit({ row, column });
   else if (move) {
     look({
@@ -611,16 +522,18 @@ function keyOnPage(event) {
       column: Math.max(0, Math.min(WIDTH - 1, column + move[1])),
     });
     say(element("cell").textContent);
-  } else return;
+  } else if (!done) return;
   event.preventDefault();
   event.stopPropagation();
 }
 
 function start() {
+  begin();
   element("about").textContent = data.about;
   document.title = `What the model sees: ${data.name}`;
   element("page").style.width = `${WIDTH}ch`;
   for (let row = 0; row < game.rows; row++) element("page").append(document.createElement("span"));
+  element("answers").classList.toggle("many", manyActions);
   for (const name of actions) {
     const row = element("actions").insertRow();
     const meter = document.createElement("meter");
@@ -637,7 +550,6 @@ function start() {
       return button;
     }));
   }
-  element("map").disabled = element("map-label").hidden = config.n_layer > 1; // which would take seconds for each cell
   element("slider").max = frames.length - 1;
   element("slider").oninput = (event) => {
     if (playing) pause();
@@ -647,13 +559,13 @@ function start() {
   element("back").onclick = () => step(-1);
   element("forward").onclick = () => step(1);
   element("undo").onclick = undo;
-  element("map").onchange = update;
-  for (const button of document.querySelectorAll("[data-event]")) {
+  for (const button of document.querySelectorAll(`#controls .${document.body.className} [data-event]`)) {
+    keys[button.dataset.key] = (way) => jump(button.dataset.event, way);
     button.onclick = () => jump(button.dataset.event, 1);
     button.disabled = !frames.some((_, i) => eventAt(i, button.dataset.event));
   }
-  element("page").onpointermove = (event) => look(cellAt(event));
-  element("page").onpointerleave = () => document.activeElement !== element("page") && look(null);
+  element("page").onpointermove = (event) => held || look(cellAt(event));
+  element("page").onpointerleave = () => held || document.activeElement === element("page") || look(null);
   element("page").onclick = (event) => {
     look(cellAt(event)); // because a finger, unlike a mouse, has not moved there before
     edit(cellAt(event));
@@ -673,7 +585,8 @@ function start() {
   };
   document.onkeydown = (event) => {
     const key = event.key.toLowerCase();
-    if (own[event.target.type]?.includes(key) || withModifier(event) || !keys[key]) return;
+    const kept = event.target.type === "text" ? key !== "escape" : own[event.target.type]?.includes(key);
+    if (kept || withModifier(event) || !keys[key]) return;
     keys[key](event.shiftKey ? -1 : 1);
     event.preventDefault();
   };
@@ -687,5 +600,3 @@ function start() {
     redraw();
   }).observe(element("board"));
 }
-
-start();
