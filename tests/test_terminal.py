@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,9 @@ import torch
 import breakout_ascii
 import viewer.terminal
 from breakout_ascii import BRICK_COLOURS, COLOURS
+from games.game import load_game
 from harness.checkpoint import BEST, LAST, CheckpointError, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig
 from policies import SHIPPED
 
 curses = pytest.importorskip("curses")
@@ -343,6 +346,18 @@ def test_what_is_watched(tmp_path, monkeypatch, shipped):
     (run_dir / BEST).write_bytes(b"x")
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         watch.WatchedModel(run_dir / BEST)
+
+
+def test_a_model_of_another_game_is_refused(tmp_path, monkeypatch, capsys):
+    """One line says which game it was trained on."""
+    config = GPTConfig(**load_game("games.catch:Catch-v0").page_sizes(), n_head=4, n_embd=16)
+    state = {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict()), "game": "games.catch:Catch-v0"}
+    save_checkpoint(tmp_path / "catch.safetensors", state)
+    monkeypatch.setattr(viewer.terminal, "terminal_problem", lambda: None)
+    assert viewer.terminal.main(["--watch", str(tmp_path / "catch.safetensors")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "was trained on games.catch:Catch-v0 and cannot play BreakoutAscii-v0, because it has rows 16" in error
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
