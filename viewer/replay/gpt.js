@@ -159,10 +159,14 @@ class GPT {
             scores[s] = score / Math.sqrt(D);
             if (scores[s] > max) max = scores[s];
           }
-          for (let s = 0; s <= t; s++) sum += scores[s] = Math.exp(scores[s] - max);
           for (let s = 0; s <= t; s++) {
-            for (let d = h * D; d < (h + 1) * D; d++) y[d] += (scores[s] / sum) * qkv[s][2 * C + d];
+            const less = max - scores[s];
+            if (less > 40) continue; // as in `sum`
+            const weight = Math.exp(-less);
+            sum += weight;
+            for (let d = h * D; d < (h + 1) * D; d++) y[d] += weight * qkv[s][2 * C + d];
           }
+          for (let d = h * D; d < (h + 1) * D; d++) y[d] /= sum;
         }
         return this.mlp(add(row, this.linear(block + "attn.c_proj", y)), block);
       });

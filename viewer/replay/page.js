@@ -284,9 +284,10 @@ function drawChart() {
     numbers.forEach((value, i) => context.lineTo(place(i), up(value)));
     context.stroke();
     context.fillText(name, labelAt, 11);
+    const digits = range < 1 ? 2 : 1;
     for (const value of new Set([low, high])) {
       const below = value === high && high > low ? 12 : 0; // pixels
-      context.fillText(Number.isInteger(value) ? value : value.toFixed(1), labelAt, up(value) + below);
+      context.fillText(Number.isInteger(value) ? value : value.toFixed(digits), labelAt, up(value) + below);
     }
   }
   context.setLineDash([]);
