@@ -52,7 +52,13 @@ class Situation(NamedTuple):
     lives: int | None = None  # None if the game has none
 
     def after(self, page, reward, info):
-        return Situation(page, self.steps + 1, self.score + reward, info.get("lives"))
+        return Situation(page, self.steps + 1, self.score + reward, lives_in(info))
+
+
+def lives_in(info):
+    """Return the lives that an environment's info tells, or None."""
+    lives = info.get("lives")
+    return int(lives) if isinstance(lives, int | np.integer) else None
 
 
 class Step(NamedTuple):
@@ -70,7 +76,7 @@ def play(policy, env, steps=None, episodes=None, seed=0, sample=False):
     """Play in an environment of pages, for a number of steps or of games, whichever ends first. Yields each `Step`."""
     player = sampling(policy, seed) if sample else greedy(policy)
     page, info = env.reset(seed=seed)
-    now = Situation(page, lives=info.get("lives"))
+    now = Situation(page, lives=lives_in(info))
     games = 0
     for step in itertools.count(1):
         action = int(player(now.page[None])[0])
@@ -85,7 +91,7 @@ def play(policy, env, steps=None, episodes=None, seed=0, sample=False):
         now = after
         if over:
             page, info = env.reset()
-            now = Situation(page, lives=info.get("lives"))
+            now = Situation(page, lives=lives_in(info))
 
 
 def write_mp4(path, pictures, frame_ms):
@@ -146,7 +152,7 @@ def read_command_line(argv):
         type=given_path,
         help="a checkpoint or run (default: the newest run, else the shipped model)",
     )
-    add("--game", metavar="ID", help="play this game, such as Catch-v0, instead of the one it was trained on")
+    add("--game", metavar="ID", help="play this game, such as games.catch:Catch-v0, not the one it was trained on")
     add("--steps", type=within("[1, 1_000_000_000]"), default=1000, help="steps to play (default 1000)")
     add("--episodes", type=within("[1, 1_000_000]"), help="whole games to play, instead of --steps")
     add("--out", type=given_path, default="gpt.gif", help="a .gif, .mp4 or .html (default gpt.gif)")

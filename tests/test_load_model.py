@@ -336,6 +336,14 @@ def test_mp4(checkpoint, tmp_path):
     )
 
 
+def test_an_mp4_of_odd_sizes(tmp_path, capfd):
+    """A page may have any size, but a video has an even one. Nothing is resized, and no warning printed."""
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    load_model.write_mp4(str(tmp_path / "x.mp4"), [np.full((33, 141, 3), 200, np.uint8)] * 3, 100)
+    about = next(ffmpeg.read_frames(str(tmp_path / "x.mp4")))
+    assert about["size"] == (142, 34) and about["fps"] == 10 and capfd.readouterr().err == ""
+
+
 def test_on_the_command_line(tmp_path):
     """The shipped model plays in a fresh clone whose path has a space and an umlaut, with no home and no imageio.
 

@@ -241,7 +241,7 @@ class Markup(gym.Env):
         self.lives -= int(self.steps % 20 == 0)
         reward = 1.0 if self.page[0] != ord("<") else -0.1
         page = self.page.reshape(self.ROWS, self.COLUMNS).copy()
-        return page, reward, False, self.steps == 40, {"lives": self.lives}
+        return page, reward, False, self.steps == 40, {"lives": np.int64(self.lives)}
 
 
 @pytest.fixture(scope="module")
@@ -655,6 +655,12 @@ def test_an_edit_by_character_changes_the_answer_as_pytorch_says(opened, other_r
             tokens[row, column] = ord(" " if key == "Space" else key)
         check()
     assert "Row 3, column 11: p. " in page.locator("#cell").text_content()
+    altgr = "{ key: '@', ctrlKey: true, altKey: true, modifierAltGraph: true, bubbles: true }"
+    page.evaluate(f"element('page').dispatchEvent(new KeyboardEvent('keydown', {altgr}))")
+    tokens[3, 11] = ord("@")
+    check()
+    page.evaluate("element('page').dispatchEvent(new KeyboardEvent('keydown', { key: 'd', altKey: true }))")
+    check()
     page.locator("#write").press_sequentially("a&")
     tokens[3, 11] = ord("&")
     check()

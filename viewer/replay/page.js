@@ -509,7 +509,9 @@ function undo() {
   update();
 }
 
-const withModifier = (event) => event.ctrlKey || event.metaKey || event.altKey; // these keys belong to the browser
+// Whether a key belongs to the browser. AltGr, which Windows reports as Ctrl and Alt, only makes other characters.
+const withModifier = (event) =>
+  (event.ctrlKey || event.metaKey || event.altKey) && !event.getModifierState("AltGraph");
 
 function keyOnPage(event) {
   if (withModifier(event)) return;
