@@ -211,7 +211,7 @@ def check_advantages(ppo, before, tolerance):
     gpt = gpt_on_cpu(ppo.policy.config, before["model"], torch.float64)
     _, last_values = logits_and_values(gpt, ppo.obs.cpu())
     lambd = gae_lambda(before["global_step"], config)
-    buffer.finish(last_values.float(), config.gamma, lambd, config.reward_scale)
+    buffer.finish(last_values.float(), config.gamma, lambd, ppo.reward_scale)
     expected = torch.stack([buffer.samples.advantages, buffer.samples.returns])
     found = torch.stack([ours.samples.advantages, ours.samples.returns]).cpu()
     error = largest(found - expected)

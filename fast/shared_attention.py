@@ -36,7 +36,7 @@ import torch
 
 from fast.attention_tables import embeddings_of_pairs, features_from_attention, num_embeddings, pair_table
 from fast.bags import Bags, bag_sums, make_bags
-from fast.line_index import GrowingTable, add_new, ids_of
+from fast.line_index import GrowingTable
 
 # An m that all parts have in common is the largest score minus HEADROOM, so each term of a denominator is at most
 # 2^HEADROOM. float32 ends at 2^128. The sum of 1944 terms may be 2^11 times as large, so values may reach 2^31.
@@ -220,8 +220,8 @@ def shared_attention(table, rstd, shared):
 class LineCache:
     """Reads pages with fixed weights, and computes the sums of every distinct line of a `LineIndex` only once.
 
-    All lines have the same m in each head. It comes from the largest score of all pairs that have been read so far, and
-    if it grows, what has been computed is rescaled. Pages whose scores are too far below it are read as in training, by
+    All lines have the same m in each head. It comes from the largest score of all pairs in `pairs`, and if that
+    grows, what has been computed is rescaled. Pages whose scores are too far below it are read as in training, by
     `shared_attention`.
     """
 
@@ -232,7 +232,9 @@ class LineCache:
         self.last_character = index.last_character
         self.table, self.rstd = pair_table(gpt, self.last_character)
         self.m = self.table.new_full(self.table.shape[2:], -torch.inf)  # (H,)
-        self.pair_rows = {}  # {id of a pair that has been read: its row in `pairs`}
+        # For each character in each row of a page, where the sums of its pairs begin in `pairs`; -1 until it is read.
+        # The id of a pair is that of its character and row, times columns, plus its column.
+        self.starts = np.full(len(index.config.characters) * index.config.rows, -1)
         # The sums of the pairs, pieces and lines that have been read so far:
         self.pairs, self.pieces, self.lines = (
             GrowingTable(*self.table.shape[1:], dtype=self.table.dtype) for _ in range(3)
@@ -253,21 +255,28 @@ class LineCache:
 
     def add_lines(self):
         """Compute the sums of the lines that are new in the index, and of their pieces and pairs."""
-        new_pieces = self.index.piece_pairs.rows[len(self.pieces) :]
-        pairs = new_pieces.flatten().tolist()
-        if new := add_new(self.pair_rows, pairs):
-            self.add_pairs(np.array(pairs)[new])
-        rows = torch.from_numpy(ids_of(self.pair_rows, pairs)).view_as(new_pieces)
-        self.pieces.append(bag_sums(self.pairs.rows, rows))
+        new_pieces = self.index.piece_pairs.rows[len(self.pieces) :].numpy()
+        characters_in_rows, columns = np.divmod(new_pieces, self.index.config.columns)
+        new = characters_in_rows[self.starts[characters_in_rows] < 0]
+        if len(new):
+            self.add_pairs(np.unique(new))
+        pairs = torch.from_numpy(self.starts[characters_in_rows] + columns)
+        self.pieces.append(bag_sums(self.pairs.rows, pairs))
         new_lines = self.index.line_pieces.rows[len(self.lines) :]
         self.lines.append(bag_sums(self.pieces.rows, new_lines))
 
-    def add_pairs(self, pairs):
-        """Compute the sums of pairs, ids (P,), and rescale those of all others if the new ones have larger scores."""
+    def add_pairs(self, characters_in_rows):
+        """Compute the sums of characters in rows, at all columns, which takes little longer than at those that occur.
+
+        If they have larger scores than all others, the sums of these are rescaled.
+        """
+        config = self.index.config
+        self.starts[characters_in_rows] = len(self.pairs) + config.columns * np.arange(len(characters_in_rows))
+        pairs = (characters_in_rows[:, None] * config.columns + np.arange(config.columns)).flatten()
         # In a tensor of another size torch computes the last few powers in another way, and rounds them differently.
         # With this size a pair has the same sums, whichever pairs are computed with it.
         padded = np.resize(pairs, math.ceil(len(pairs) / 32) * 32)
-        embeddings = torch.from_numpy(embeddings_of_pairs(padded, self.index.config))
+        embeddings = torch.from_numpy(embeddings_of_pairs(padded, config))
         _, _, sums, m = pair_sums(self.table, self.rstd[padded], embeddings, rescale=False)
         largest = torch.maximum(self.m, m)
         if (largest > self.m).any():
