@@ -112,6 +112,16 @@ def gae_lambda(global_step, config):
     return config.lambd + (config.lambd_end - config.lambd) * rise
 
 
+def discounted_returns(rewards, has_next, gamma):
+    """Return the discounted sum of the rewards (S, N) from each step on, to the end of its episode or the rollout's."""
+    returns = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        following = rewards[t] + gamma * has_next[t] * following
+        returns[t] = following
+    return returns
+
+
 def lost_lives(infos):
     """Return where this step lost a life, (N,) bool, also if that ended the episode; False if an env has no lives."""
     return infos.get("life_lost", False) | infos.get("final_info", {}).get("life_lost", False)
@@ -171,6 +181,10 @@ class EnvCapabilities:
         if hasattr(self.env, "start_rollout"):
             return self.env.start_rollout(steps)
 
+    def observation(self, saved):
+        """Return the observations after `load_state_dict`; by default those that were saved."""
+        return self.env.observation() if hasattr(self.env, "observation") else saved
+
     def state_dict(self):
         """What `load_state_dict` of the env needs to go on bit for bit; by default None: a resumed run starts anew."""
         if hasattr(self.env, "state_dict"):
@@ -224,6 +238,7 @@ class PPOConfig:
     prediction_coef: float = 0.0
     paired_envs: bool = False
     reward_scale: float = 1.0
+    normalize_rewards: bool = False
     seed: int = 0
 
 
@@ -287,6 +302,9 @@ class PPO(Trainer):
         self.in_sync = torch.zeros(env.num_envs // 2, dtype=torch.bool, device=self.device)
         self.stat_names = []
         self.step_stats = None  # (gradient steps of an epoch, statistics), at a fixed address for CUDA graphs
+        self.reward_scale = config.reward_scale
+        self.anew = 0  # how many games had to begin anew when a state was loaded
+        self.mean_square = 0.0  # of the discounted returns so far, if rewards are normalized
         self.episode_returns = deque(maxlen=100)  # of the last episodes that ended
         self.playing_share = 0.5  # how much of an update's time it plays; in the rest it learns
         self.started_at = time.perf_counter()  # this update
@@ -336,9 +354,23 @@ class PPO(Trainer):
         self.check_rollout(last_obs)
         _, last_values = self.act(last_obs)
         lambd = gae_lambda(self.global_step, self.config)
-        self.buffer.finish(last_values, self.config.gamma, lambd, self.config.reward_scale)
+        if self.config.normalize_rewards:
+            self.measure_returns()
+        self.buffer.finish(last_values, self.config.gamma, lambd, self.reward_scale)
         self.record_episode_returns()
         self.collected_at = time.perf_counter()
+
+    def measure_returns(self):
+        """Let rewards be divided by the root mean square of the discounted returns in the last rollouts.
+
+        So a game may count in thousandths or in millions. The mean forgets: who falls off every cliff at first has
+        returns that are a hundred times as large as later.
+        """
+        fields = self.buffer.fields
+        returns = discounted_returns(fields["rewards"].double(), fields["has_next"], self.config.gamma)
+        mean_square = self.average(returns.square().mean()).item()
+        self.mean_square += (mean_square - self.mean_square) * max(1 / (self.update_count + 1), 0.1)
+        self.reward_scale = self.config.reward_scale / (math.sqrt(self.mean_square) or 1.0)
 
     def start_rollout(self):
         """Draw the noise of the whole rollout, let the env prepare it, and pair environments."""
@@ -565,13 +597,15 @@ class PPO(Trainer):
             obs=self.obs,
             return_so_far=self.return_so_far,
             episode_returns=list(self.episode_returns),
+            **({"mean_square": self.mean_square} if self.config.normalize_rewards else {}),
         )
 
     def load_state_dict(self, state):
         """Go on from a state_dict, on the CPU bit for bit if the env has a state_dict too.
 
-        The state is rank 0's. Other ranks start new games.
+        The state is rank 0's. Other ranks start new games. `anew` says how many games could not go on.
         """
+        self.anew = 0
         self.load_training_state(state)
         load_optimizer(self.optimizer, state["optimizer"])
         self.optimizer.param_groups[0]["lr"] = self.lr  # the tensor that `update` fills
@@ -583,4 +617,18 @@ class PPO(Trainer):
             self.obs.copy_(state["obs"])
             self.return_so_far = to_numpy(state["return_so_far"])
             self.policy.encode(self.obs)  # raises ValueError unless these are observations
+            self.begin_anew_where(self.tensor(self.env_can.observation(self.obs)))
+        else:
+            self.anew = self.env.num_envs
         self.episode_returns = deque(state["episode_returns"], maxlen=100)
+        self.mean_square = state["mean_square"] if self.config.normalize_rewards else 0.0
+
+    def begin_anew_where(self, obs):
+        """Take over the observations (N, ...) of a loaded env where they are not those that were saved.
+
+        A game that does not repeat itself has begun a new episode there.
+        """
+        anew = (obs != self.obs).flatten(1).any(1)
+        self.obs.copy_(obs)
+        self.return_so_far[anew.cpu().numpy()] = 0
+        self.anew = int(anew.sum())

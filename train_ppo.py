@@ -15,7 +15,7 @@ import harness.start  # before the slow imports
 import functools
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -53,7 +53,7 @@ VALUE_LOSS_COEF = 0.5  # [0.0, inf) weight of half the squared error; Stable-Bas
 VALUE_CLIP = 0.0  # [0.0, inf) values are clipped to the old one +- this, and the larger error counts; off if 0.0
 ENTROPY_COEF = 0.01  # [0.0, inf) weight of the entropy bonus
 MOVE_COEF = 0.04  # [0.0, inf) cost of moving, in standard deviations of the advantage; off if 0.0
-REWARD_SCALE = 0.1  # (0.0, inf) multiplies rewards: a brick is worth 10 points in the game and 1 in training
+REWARD_SCALE = 0.1  # (0.0, inf) multiplies rewards, of which a brick has 10; those of other games first become alike
 # optimizer (Adam)
 LR = 2e-3  # (0.0, 1.0] learning rate of the first update
 MIN_LR = 5e-5  # [0.0, 1.0] learning rate at the end of half a cosine; no schedule if equal to LR
@@ -78,6 +78,7 @@ SAVE_FREQ = 8  # [1, inf) updates between two checkpoints
 
 CONSTANTS = Constants(globals())
 PRINTED = ("cleared", "returned", "error", "min", "max", "length")  # of an evaluation, beside the score
+TYPICAL_RETURN = 30  # points: the root mean square of Breakout's discounted returns. Other games' are scaled to it
 KEPT = "GAME NUM_ENVS N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run must not change these
 
 
@@ -180,7 +181,10 @@ def build(c, device):
         env = fast.DeviceBreakout(num_envs, device, varied_starts=c.VARIED_STARTS)
     else:
         env = game.make_vec(num_envs, c.VARIED_STARTS)
-    ppo_config = PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__})
+    named = {name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__ if name.upper() in vars(c)}
+    ppo_config = PPOConfig(**named)
+    if game.id != BREAKOUT:  # whose rewards have another unit
+        ppo_config = replace(ppo_config, normalize_rewards=True, reward_scale=TYPICAL_RETURN * c.REWARD_SCALE)
     runner = fast.GPURunner() if trains_on_gpu(device) else None
     metadata = {"gpt_config": asdict(config), "constants": dict(vars(c)), "game": game.id}
     if game.id == BREAKOUT:
@@ -331,6 +335,8 @@ def main(argv=()):
             ppo = build(c, device)
         if run.state:
             load_state(ppo, run)
+            if RANK == 0 and ppo.anew:
+                say(f"{ppo.anew} of {c.NUM_ENVS} games start anew, because their state cannot be saved")
         run_dir = None
         if RANK == 0:
             run_dir = run.directory or new_run_dir(c.RUN_DIR)

@@ -31,7 +31,7 @@ class Catch(gymnasium.Env):
         return self.observation(), {}
 
     def step(self, action):
-        self.paddle_x += (0, -1, 1)[action]
+        self.paddle_x += (0, -2, 2)[action]
         self.paddle_x = min(max(self.paddle_x, 0), COLUMNS - len(PADDLE))
         self.ball_y += 1
         landed = self.ball_y == ROWS - 1

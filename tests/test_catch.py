@@ -86,8 +86,8 @@ def test_the_ball_falls_by_one_row_a_step_in_its_column():
     assert places == [[(row, 2)] for row in range(1, ROWS)]
 
 
-@pytest.mark.parametrize("action, columns", [(STAY, [11, 11]), (LEFT, [10, 9]), (RIGHT, [12, 13])])
-def test_the_paddle_moves_by_one_column(action, columns):
+@pytest.mark.parametrize("action, columns", [(STAY, [11, 11]), (LEFT, [9, 7]), (RIGHT, [13, 15])])
+def test_the_paddle_moves_by_two_columns(action, columns):
     env = new_game(column=0)
     assert [lines_of(env.step(action)[0])[-1].index(PADDLE) for _ in range(2)] == columns
 

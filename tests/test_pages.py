@@ -1,0 +1,292 @@
+"""Pages of text from Gymnasium environments of every kind, and from vector environments that can be saved."""
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from gymnasium.vector import VectorEnv
+
+import breakout_ascii  # noqa: F401, registers Breakout
+from games import pages, vector
+from games.game import BREAKOUT, load_game
+from games.pages import PageError
+
+TEXT = "ab\ncd\n"
+
+
+class Shown(gymnasium.Env):
+    """Shows whatever a test wants: `observed` as an observation, `frames` as renderings, one after the other."""
+
+    metadata = {"render_modes": []}
+    observed = None
+    frames = ()
+    action_space = Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+        self.observation_space = space_of(self.observed)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.step_count = 0
+        return self.observed, {}
+
+    def step(self, action):
+        self.step_count += 1
+        self.action = action
+        return self.observed, 1, False, False, {}
+
+    def render(self):
+        return self.frames[min(self.step_count, len(self.frames) - 1)]
+
+
+def space_of(observed):
+    if isinstance(observed, dict):
+        return Dict({key: space_of(x) for key, x in observed.items()})
+    if isinstance(observed, np.ndarray):
+        low, high = (0, 255) if observed.dtype == np.uint8 else (-1, 1)
+        return Box(low, high, observed.shape, observed.dtype)
+    return Discrete(5)
+
+
+@pytest.fixture
+def register():
+    """Register environments that show something, and forget them after the test."""
+    registered = []
+
+    def register(observed=0, frames=(), **attributes):
+        if frames:
+            attributes["metadata"] = {"render_modes": ["ansi"]}
+        kind = type("Kind", (Shown,), {"observed": observed, "frames": frames, **attributes})
+        registered.append(f"Shown{len(registered)}-v0")
+        gymnasium.register(registered[-1], entry_point=kind)
+        return registered[-1]
+
+    yield register
+    for name in registered:
+        del gymnasium.registry[name]
+
+
+def codes(text):
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def text_of(page):
+    return page.tobytes().decode()
+
+
+GRID = codes("abcd").reshape(2, 2)
+
+
+@pytest.mark.parametrize(
+    "observed",
+    [
+        codes("ab\ncd\n"),
+        codes("ab\ncd"),
+        GRID,
+        codes("ab\ncd\n").reshape(2, 3),
+        {"page": GRID},
+        {"tty_chars": GRID, "chars": codes("xy\n")},
+        {"page": GRID, "inventory": np.uint8([7, 200]), "health": np.float32([0.5])},
+    ],
+    ids=["flat", "without the last newline", "grid", "grid with newlines", "dict", "tty_chars first", "one of several"],
+)
+def test_observations_that_are_pages(register, observed):
+    env = pages.make(register(observed))
+    page, _ = env.reset(seed=0)
+    assert text_of(page) == TEXT and page.dtype == np.uint8 and env.observation_space.contains(page)
+    assert (env.rows, env.columns, env.characters) == (2, 3, pages.PRINTABLE)
+    assert text_of(env.step(1)[0]) == TEXT
+
+
+def test_a_page_of_one_line(register):
+    env = pages.make(register(codes("abcdefg\n")))
+    assert (env.rows, env.columns) == (1, 8)
+
+
+@pytest.mark.parametrize(
+    "observed, reason",
+    [
+        (3, "of the space Discrete(5)"),
+        (np.float32([0.5]), "of the space Box"),
+        (np.zeros((2, 2, 3), np.uint8), "of the space Box"),
+        (codes("abcdef"), "their lines must be of one length, with a newline at the end of each"),
+        (codes("ab\ncde\n"), "their lines must be of one length"),
+        (np.uint8([[97, 0]]), "the character '\\x00' (code 0)"),
+        (np.uint8([[97, 200]]), "the character '\u00c8' (code 200)"),
+        ({"a": GRID, "b": GRID}, "one should be a page, not a and b"),
+        ({"a": np.float32([0.5])}, "one should be a page, not none"),
+    ],
+)
+def test_anything_else_is_refused_by_a_line_that_says_what_a_page_is(register, observed, reason):
+    with pytest.raises(PageError) as error:
+        pages.make(register(observed))
+    assert reason in str(error.value) and pages.A_PAGE in str(error.value) and "\n" not in str(error.value)
+
+
+def test_actions_that_are_not_discrete_are_refused(register):
+    with pytest.raises(PageError, match="MultiDiscrete actions; only Discrete ones"):
+        pages.make(register(GRID, action_space=MultiDiscrete([2, 2])))
+
+
+def test_actions_that_do_not_start_at_zero_are_shifted(register):
+    env = pages.make(register(GRID, action_space=Discrete(3, start=5)))
+    env.reset()
+    env.step(2)
+    assert env.action_space == Discrete(3) and env.unwrapped.action == 7
+
+
+@pytest.mark.parametrize("game_id", ["Nothing-v0", "nomodule:Nothing-v0", "games.catch:Nothing-v0", "no id"])
+def test_games_that_are_not_there(game_id):
+    with pytest.raises(PageError, match="cannot be made: .") as error:
+        pages.make(game_id)
+    assert "\n" not in str(error.value)
+
+
+def test_what_an_environment_names(register):
+    """Its alphabet, its actions and its colours are taken; what does not fit is refused."""
+    named = dict(characters="abcd\n", actions=("noop", "push"), colours={"a": (1, 2, 3)})
+    game = load_game(register(GRID, **named))
+    assert (game.characters, game.actions, game.colours, game.idles) == (*named.values(), True)
+    assert load_game(register(GRID)).actions == ("action 0", "action 1")
+    meanings = load_game(register(GRID, get_action_meanings=lambda self: ["NOOP", "FIRE"]))
+    assert meanings.actions == ("noop", "fire")
+    for wrong in ({"characters": "abcd"}, {"characters": "aab\n"}, {"characters": 7}, {"actions": ("one",)}):
+        with pytest.raises(PageError, match=next(iter(wrong))):
+            pages.make(register(GRID, **wrong))
+
+
+def test_a_character_that_appears_later_is_an_error_that_names_it(register):
+    observed = GRID.copy()
+    env = pages.make(register(observed, characters="abcd\n"))
+    env.reset()
+    observed[1, 1] = ord("~")
+    with pytest.raises(PageError, match=r"shows the character '~' \(code 126\), none of its characters 'abcd"):
+        env.step(0)
+
+
+def test_renderings_are_pages_of_the_largest_size():
+    """CliffWalking's four lines, and the newline at the end of each."""
+    env = pages.make("CliffWalking-v1")
+    page, _ = env.reset(seed=0)
+    cliff = "x  " + "C  " * 10 + "T\n"
+    assert text_of(page) == ("  ".join("o" * 12) + "\n") * 3 + cliff
+    page, reward, *_ = env.step(1)  # into the cliff
+    assert text_of(page).endswith(cliff) and reward == -100
+    assert env.note == ""
+
+
+def test_renderings_lose_their_colours_and_are_padded(register):
+    frames = ["\x1b[31ma\x1b[0mbc\nd\n", "ab", "ab\ncdef\n\n"]
+    env = pages.make(register(frames=frames))
+    page, _ = env.reset()
+    shown = [text_of(page), *(text_of(env.step(0)[0]) for _ in range(2))]
+    assert shown == ["abc \nd   \n", "ab  \n    \n", "ab  \ncdef\n"] and env.note == ""
+
+
+def test_what_colour_alone_tells_is_said():
+    for game_id in ("FrozenLake-v1", "Taxi-v4"):
+        assert "by colour alone" in pages.make(game_id).note
+
+
+def test_renderings_that_do_not_fit(register):
+    """A frame may outgrow those of random play, unless the environment names its size; other text is no page."""
+    frames = ["a"] * 600 + ["ab"]
+    for attributes, fits in (({}, False), ({"rows": 1, "columns": 3}, True)):
+        env = pages.make(register(frames=frames, **attributes))
+        env.reset()
+        env.unwrapped.step_count = 599
+        if fits:
+            assert text_of(env.step(0)[0]) == "ab\n"
+        else:
+            with pytest.raises(PageError, match="1 lines of up to 2 characters, and the page has room for 1 of 1"):
+                env.step(0)
+    with pytest.raises(PageError, match="'\u2588'"):
+        pages.make(register(frames=["\u2588"])).reset()
+
+
+# --- many games -------------------------------------------------------------------------------------------------------
+
+GAMES = ["games.catch:Catch-v0", "games.snake:Snake-v0", "CliffWalking-v1", "FrozenLake-v1"]
+
+
+@pytest.mark.parametrize("game_id", GAMES)
+def test_saved_games_go_on_bit_for_bit(game_id):
+    """A state, written as a checkpoint writes it, continues in new environments, also through the ends of episodes."""
+    game = load_game(game_id)
+    rng = np.random.default_rng(0)
+    env = game.make_vec(3)
+    obs, _ = env.reset(seed=5)
+    for _ in range(40):
+        obs, *_ = env.step(rng.integers(len(game.actions), size=3))
+    other = game.make_vec(3)
+    other.load_state_dict(env.state_dict())
+    np.testing.assert_array_equal(other.observation(), obs)
+    for _ in range(40):
+        actions = rng.integers(len(game.actions), size=3)
+        for ours, theirs in zip(env.step(actions)[:4], other.step(actions)[:4]):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_games_in_processes_of_their_own_are_the_same_games():
+    game_id = GAMES[0]
+    envs = [vector.make_vec(game_id, 2, processes) for processes in (False, True)]
+    rng = np.random.default_rng(0)
+    try:
+        first = [env.reset(seed=1)[0] for env in envs]
+        np.testing.assert_array_equal(*first)
+        for _ in range(30):
+            actions = rng.integers(3, size=2)
+            np.testing.assert_array_equal(*(env.step(actions)[0] for env in envs))
+        states = [env.state_dict() for env in envs]
+        np.testing.assert_equal(*states)
+        for env in envs:
+            env.load_state_dict(states[0])
+        np.testing.assert_array_equal(*(env.observation() for env in envs))
+    finally:
+        for env in envs:
+            env.close()
+
+
+def test_each_episode_has_a_seed_of_its_own():
+    """Otherwise every game would be the same; and the first has the seed that was given."""
+    env = vector.Repeatable(pages.make(GAMES[0]))
+    first = [env.reset(seed=3)[0].tobytes()] + [env.reset()[0].tobytes() for _ in range(20)]
+    again = [env.reset(seed=3)[0].tobytes()] + [env.reset()[0].tobytes() for _ in range(20)]
+    assert first == again and len(set(first)) > 5
+    assert first[0] == pages.make(GAMES[0]).reset(seed=3)[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seeds": [1]},
+        {"lengths": [1, -1]},
+        {"lengths": [10**6, 0]},
+        {"actions": np.int32([7, 0]).view(np.uint8), "lengths": [1, 1]},
+    ],
+)
+def test_a_damaged_state_is_refused(change):
+    env = load_game(GAMES[0]).make_vec(2)
+    env.reset(seed=0)
+    with pytest.raises(ValueError):
+        env.load_state_dict(env.state_dict() | change)
+
+
+def test_what_breakout_can():
+    """It has its own vector environment, varied starts, pairs and an action that does nothing; Catch has only that."""
+    breakout, catch = load_game(BREAKOUT), load_game(GAMES[0])
+    assert (breakout.has_vec, breakout.varies, breakout.pairs, breakout.idles) == (True, True, True, True)
+    assert (catch.has_vec, catch.varies, catch.pairs, catch.idles) == (False, False, False, True)
+    assert not load_game("CliffWalking-v1").idles
+    env = load_game("breakout_ascii:BreakoutAscii-v0").make_vec(2, varied_starts=0.5)
+    assert isinstance(env, VectorEnv) and env.varied_starts == 0.5
+
+
+def test_a_vector_environment_that_shows_no_pages_is_not_used(register):
+    """CartPole's shows numbers, and resets in the step after the end of an episode."""
+    spec = gymnasium.spec("CartPole-v1")
+    game_id = register(GRID)
+    gymnasium.registry[game_id].vector_entry_point = spec.vector_entry_point
+    game = load_game(game_id)
+    assert not game.has_vec and isinstance(game.make_vec(1), vector.RepeatableVec)
