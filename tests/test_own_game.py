@@ -1,7 +1,10 @@
 """The walk through the template in games/README.md is followed literally."""
 
 import importlib
+import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,7 +36,7 @@ def mine(tmp_path, monkeypatch):
     (diff,) = re.findall(r"^```diff\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
     template = (ROOT / "games" / "catch.py").read_text(encoding="utf-8")
     (tmp_path / "mine.py").write_text(edited(template, diff), encoding="utf-8")
-    monkeypatch.setattr(games, "__path__", [*games.__path__, str(tmp_path)])
+    monkeypatch.setattr(games, "__path__", [str(tmp_path), *games.__path__])
     yield importlib.import_module("games.mine")
     del sys.modules["games.mine"], games.mine, gymnasium.registry["Mine-v0"]
 
@@ -67,3 +70,29 @@ def test_every_ball_of_the_own_game_can_be_caught(mine):
             observation, reward, terminated, _, _ = env.step(0 if abs(offset) <= 1 else 1 if offset < 0 else 2)
         assert reward == 1
     assert len(starts) == 2 * mine.COLUMNS
+
+
+@pytest.mark.slow
+def test_the_walk_from_the_first_command_to_the_last(tmp_path):
+    """In a copy of the project, all commands run, and the game that was made is learned."""
+    leave_out = shutil.ignore_patterns(".*", "__pycache__", "runs")
+    folder = shutil.copytree(ROOT, tmp_path / "project", ignore=leave_out)
+    page = PAGE.read_text(encoding="utf-8").split("## Your own game")[1].split("\n### ")[0]
+    printed = ""
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", page, re.M | re.S):
+        if kind == "diff":
+            mine = folder / "games" / "mine.py"
+            mine.write_text(edited(mine.read_text(encoding="utf-8"), block), encoding="utf-8")
+        elif kind == "python":
+            subprocess.run([sys.executable, "-c", block], cwd=folder, check=True)
+        for command in re.findall(r"^(?:cp|python) .*$", block, re.M) if not kind else ():
+            program, *words = command.split()
+            if program == "cp":
+                shutil.copy(*(folder / word for word in words))
+            else:
+                done = subprocess.run(
+                    [sys.executable, *words], cwd=folder, check=True, stdout=subprocess.PIPE, text=True
+                )
+                printed = done.stdout
+    assert json.loads(printed.splitlines()[-1])["score"] >= 0.95
+    assert (folder / "gpt.gif").exists() and (folder / "replay.html").exists()
