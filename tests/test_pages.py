@@ -185,7 +185,8 @@ def test_renderings_lose_their_colours_and_are_padded(register):
 
 
 def test_what_colour_alone_tells_is_said():
-    for game_id in ("FrozenLake-v1", "Taxi-v4"):
+    taxi = max(name for name in gymnasium.registry if name.startswith("Taxi-v"))  # not all versions have v4
+    for game_id in ("FrozenLake-v1", taxi):
         assert "by colour alone" in pages.make(game_id).note
 
 
