@@ -1,9 +1,9 @@
-"""Tabulate and draw how runs of train_ppo.py learned:  python -m benchmarks.learning [SWEEP or RUN ...]
+"""Tabulate and draw how runs learned Breakout:  python -m benchmarks.learning [SWEEP or RUN ...]
 
 The default is runs/sweep/train_ppo, which `python sweep.py train_ppo --seed 0 1 2 3 4` leaves. Runs whose directories
 differ only in the seed are one variant, such as prediction_coef=0.0. The program prints three tables: every seed, the
 medians of each variant, and the lowest and highest values. It also writes the first table to learning.csv, and draws
-the first variant as learning.png.
+the first variant as learning.png. For runs of other games there is benchmarks.compare.
 """
 
 import harness.start  # before the slow imports
@@ -57,7 +57,7 @@ def evaluations(run_dir):
     curve = [[row["global_step"], row["seconds"] / 60, row["eval_score"], row["eval_cleared"]] for row in rows]
     curve = [evaluation for evaluation in curve if all(map(math.isfinite, evaluation))]
     if not curve:
-        raise CommandLineError(f"{run_dir / 'metrics.csv'} has no evaluations; leave this run out")
+        raise CommandLineError(f"{run_dir / 'metrics.csv'} has no evaluations of Breakout; leave this run out")
     return np.array(curve)
 
 

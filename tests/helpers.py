@@ -138,14 +138,16 @@ def blocks_of_python(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
-# The glossary's names of trainings.
-PPO_TRAININGS = {"train_ppo", "ppo_lunarlander", "ppo_llm_breakout"}
+# The glossary's names of trainings. train_ppo.py has two, because it logs other columns for games other than Breakout.
+TRAIN_PPO = {"Breakout", "other games"}
+PPO_TRAININGS = TRAIN_PPO | {"ppo_lunarlander", "ppo_llm_breakout"}
 OTHER_TRAININGS = {
     "REINFORCE": "reinforce_cartpole",
     "tic-tac-toe": "actor_critic_tictactoe",
     "DQN": "dqn_space_invaders",
     "GRPO": "grpo_text",
 }
+SEVERAL_TRAININGS = {"PPO": PPO_TRAININGS, "train_ppo": TRAIN_PPO}
 
 
 def trainings_in(words):
@@ -156,7 +158,7 @@ def trainings_in(words):
         return trainings_in("all") - trainings_in(words.removeprefix("all but "))
     named = set()
     for word in words.split(", "):
-        named |= PPO_TRAININGS if word == "PPO" else {OTHER_TRAININGS.get(word, word)}
+        named |= SEVERAL_TRAININGS.get(word) or {OTHER_TRAININGS.get(word, word)}
     return named
 
 

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import explained, logged_columns
 
 import train_ppo
 from breakout_ascii import BreakoutAsciiVec
@@ -69,6 +70,9 @@ def test_what_is_printed_and_logged(tmp_path, without_processes, capsys):
     assert "random play has 0." in printed and "3 episodes" in printed and "--watch" not in printed
     row = rows_of(tmp_path / "run")[-1]
     assert {f"eval_{name}" for name in OTHER_METRICS} == {name for name in row if name.startswith("eval_")}
+    assert logged_columns(tmp_path / "run") == explained("other games")  # in docs/glossary.md
+    best = load_checkpoint(tmp_path / "run" / "best_model.safetensors")
+    assert {f"eval_{name}" for name in best["evaluation"]} == explained("other games", evaluation=True)
     assert row["eval_length"] == "15.0" and float(row["eval_min"]) <= float(row["eval_score"]) <= float(row["eval_max"])
 
 

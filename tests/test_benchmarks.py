@@ -268,7 +268,7 @@ def test_which_runs_learning_reads(tmp_path):
     variants = ["", "lr=0.1", "lr=0.1", "a=1,b=2", "small_weights"]
     assert [learning.variant_of(tmp_path / name) for name in names] == variants
     leave_run(tmp_path / "empty", 0, [])
-    with pytest.raises(CommandLineError, match="metrics.csv has no evaluations; leave this run out"):
+    with pytest.raises(CommandLineError, match="metrics.csv has no evaluations of Breakout; leave this run out"):
         learning.main([tmp_path / "empty"])
 
 

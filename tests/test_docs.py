@@ -56,7 +56,7 @@ def test_the_ten_things_are_constants_that_there_are():
     """A heading of the page gives a constant of the training or of the game another value than it has here."""
     page = (ROOT / "docs" / "ten_things.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## (?:\d+|And).*$", page, re.M)
-    assert [heading.split(".")[0] for heading in headings[:-1]] == [f"## {i}" for i in range(1, 11)]
+    assert [heading.split(".")[0] for heading in headings[:-2]] == [f"## {i}" for i in range(1, 11)]
     edits = re.findall(r"\b([A-Z_]+) = ([^`=]+|\"=+\")(?=`)", "\n".join(headings))
     assert len(edits) >= 9
     for name, value in edits:

@@ -20,7 +20,12 @@ from sweep import TRAININGS, find_training
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-OTHER_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "algorithms" / "README.md", ROOT / "pretrained" / "README.md"]
+OTHER_PAGES = [
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "games" / "README.md",
+    ROOT / "algorithms" / "README.md",
+    ROOT / "pretrained" / "README.md",
+]
 PAGES = [README, *OTHER_PAGES, *sorted((ROOT / "docs").glob("*.md"))]
 # Options of other programs than ours.
 OTHERS = {"no-deps", "logdir", "standalone", "nproc_per_node", "index-url"}

@@ -375,8 +375,8 @@ def test_what_a_run_leaves(tmp_path, real_curves):
     best = load_checkpoint(run_dir / "best_model.safetensors")
     assert best["evaluation"]["score"] == max(float(row["eval_score"] or 0) for row in logged(run_dir))
     assert "optimizer" not in best and best["constants"] | {"RUN_ID": best["run_id"]} == constants
-    assert logged_columns(run_dir) == explained("train_ppo")
-    assert {f"eval_{name}" for name in best["evaluation"]} == explained("train_ppo", evaluation=True)
+    assert logged_columns(run_dir) == explained("Breakout")
+    assert {f"eval_{name}" for name in best["evaluation"]} == explained("Breakout", evaluation=True)
 
 
 def test_one_seed_one_run(straight, tmp_path):
