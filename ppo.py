@@ -355,7 +355,7 @@ class PPO(Trainer):
         _, last_values = self.act(last_obs)
         lambd = gae_lambda(self.global_step, self.config)
         if self.config.normalize_rewards:
-            self.measure_returns()
+            last_values = last_values + self.measure_returns()
         self.buffer.finish(last_values, self.config.gamma, lambd, self.reward_scale)
         self.record_episode_returns()
         self.collected_at = time.perf_counter()
@@ -365,12 +365,22 @@ class PPO(Trainer):
 
         So a game may count in thousandths or in millions. The mean forgets: who falls off every cliff at first has
         returns that are a hundred times as large as later.
+
+        In the first update the critic is also shifted to the mean return. Otherwise it believes that everything is
+        worth more than it is where all rewards are negative, and to end an episode, even in the goal, seems a loss.
+        Returns this shift of all values, (), later 0.
         """
         fields = self.buffer.fields
         returns = discounted_returns(fields["rewards"].double(), fields["has_next"], self.config.gamma)
         mean_square = self.average(returns.square().mean()).item()
         self.mean_square += (mean_square - self.mean_square) * max(1 / (self.update_count + 1), 0.1)
         self.reward_scale = self.config.reward_scale / (math.sqrt(self.mean_square) or 1.0)
+        if self.update_count > 0:
+            return 0.0
+        shift = self.average(returns.mean() * self.reward_scale - fields["values"].double().mean()).float()
+        for x in (self.policy.value_head.bias.detach(), fields["values"], fields["final_values"]):
+            x += shift
+        return shift
 
     def start_rollout(self):
         """Draw the noise of the whole rollout, let the env prepare it, and pair environments."""

@@ -196,3 +196,19 @@ def test_breakout_keeps_its_points():
     ppo = train_ppo.build(small(), torch.device("cpu"))
     assert isinstance(ppo.env, BreakoutAsciiVec) and ppo.config.reward_scale == 0.1 == ppo.reward_scale
     assert not ppo.config.normalize_rewards and "mean_square" not in ppo.state_dict()
+
+
+def test_the_critic_starts_at_the_mean_return():
+    """CliffWalking has negative rewards only. The shift is in the weights and in the stored values alike."""
+    ppo = train_ppo.build(small(GAME="CliffWalking-v1"), torch.device("cpu"))
+    before = ppo.policy.value_head.bias.item()
+    ppo.collect()
+    samples = ppo.buffer.samples
+    assert ppo.policy.value_head.bias.item() < before - 1
+    assert samples.old_values.mean() < -0.5
+    _, values = ppo.policy.inference_function()(samples.obs)
+    torch.testing.assert_close(values, samples.old_values, rtol=1e-4, atol=1e-4)
+    ppo.update()
+    bias = ppo.policy.value_head.bias.item()
+    ppo.collect()
+    assert ppo.policy.value_head.bias.item() == bias
