@@ -40,6 +40,7 @@ GAME: str = "BreakoutAscii-v0"  # any Gymnasium id whose pages are text, or "mod
 # length
 NUM_STEPS = 4_000_000  # [1, inf) environment steps in all; the learning rate falls over this length
 NUM_ENVS = 128  # [1, inf) games side by side
+ASYNC_ENVS: bool = False  # a process for each of them, for slow games on many cores; Breakout plays all in one
 ROLLOUT_STEPS = 128  # [1, inf) steps of every game between two updates: 128 * 128 = 16384 samples
 # PPO
 EPOCHS = 2  # [1, inf) passes over each rollout
@@ -157,6 +158,7 @@ def applicable(c):
         "VARIED_STARTS": c.VARIED_STARTS and not game.varies,
         "PAIRED_ENVS": c.PAIRED_ENVS and not game.pairs,
         "MOVE_COEF": c.MOVE_COEF and not game.idles,  # the first action moves too
+        "ASYNC_ENVS": c.ASYNC_ENVS and game.has_vec,
     }
     off = [name for name, in_vain in asked_in_vain.items() if in_vain]
     if not off:
@@ -180,7 +182,7 @@ def build(c, device):
     if trains_on_gpu(device) and c.N_LAYER == 1 and game.id == BREAKOUT:
         env = fast.DeviceBreakout(num_envs, device, varied_starts=c.VARIED_STARTS)
     else:
-        env = game.make_vec(num_envs, c.VARIED_STARTS)
+        env = game.make_vec(num_envs, c.VARIED_STARTS, c.ASYNC_ENVS)
     named = {name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__ if name.upper() in vars(c)}
     ppo_config = PPOConfig(**named)
     if game.id != BREAKOUT:  # whose rewards have another unit
@@ -267,6 +269,7 @@ def measured_update(c):
         if playing + learning < quickest:
             quickest = playing + learning
             playing_share = playing / quickest
+    trial.env.close()
     return quickest * samples / trial.samples_per_update, playing_share
 
 

@@ -6,6 +6,7 @@ episodes, but needs nothing from the environment, and works also where a game ca
 """
 
 import functools
+import multiprocessing
 import signal
 
 import gymnasium as gym
@@ -101,11 +102,11 @@ def make_vec(game_id, num_envs, processes=False):
     processes: whether each game runs in a process of its own.
     """
     kind = AsyncVectorEnv if processes else SyncVectorEnv
-    make = functools.partial(make_repeatable, game_id, processes)
+    make = functools.partial(make_repeatable, game_id)
     return RepeatableVec(kind([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP))
 
 
-def make_repeatable(game_id, own_process):
-    if own_process:
+def make_repeatable(game_id):
+    if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training, which then ends this process
     return Repeatable(pages.make(game_id))
