@@ -445,7 +445,7 @@ def test_measuring_how_long_a_training_takes_does_not_change_it(layers):
 FITTING = dict(
     NUM_STEPS=11, NUM_ENVS=3, ROLLOUT_STEPS=5, BATCH_SIZE=15, EPOCHS=5, LR=0.019, MIN_LR=0.0019, PAIRED_ENVS=False,
     N_LAYER=2, N_HEAD=2, N_EMBD=8, MLP_EXPANSION=3, SEED=4, DEVICE="cpu", RUN_DIR="run",
-    GAME="breakout_ascii:BreakoutAscii-v0",
+    GAME="breakout_ascii:BreakoutAscii-v0", ASYNC_ENVS=True,
 )  # fmt: skip
 
 
@@ -476,6 +476,7 @@ def test_every_constant_reaches_what_it_is_for(tmp_path):
         "save_freq": checkpoints.save_freq,
         "eval_interval": evaluation.interval,
         "eval_episodes": ppo.metadata["constants"]["EVAL_EPISODES"],
+        "async_envs": ppo.metadata["constants"]["ASYNC_ENVS"],
         "game": f"breakout_ascii:{ppo.metadata['game']}",
     }
     assert {name: found[name.lower()] for name in other} == other
