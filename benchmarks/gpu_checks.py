@@ -34,8 +34,8 @@ def gpu_training(c, device, shortcuts):
         env = DeviceBreakout(c.NUM_ENVS, device, varied_starts=c.VARIED_STARTS)
     else:
         env = BreakoutAsciiVec(c.NUM_ENVS, varied_starts=c.VARIED_STARTS)
-    config = PPOConfig(**{name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__})
-    return PPO(policy, env, config, runner=GPURunner(shortcuts))
+    named = {name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__ if name.upper() in vars(c)}
+    return PPO(policy, env, PPOConfig(**named), runner=GPURunner(shortcuts))
 
 
 def passes(c, device, state, shortcuts):
