@@ -304,6 +304,7 @@ class PPO(Trainer):
         self.step_stats = None  # (gradient steps of an epoch, statistics), at a fixed address for CUDA graphs
         self.reward_scale = config.reward_scale
         self.anew = 0  # how many games had to begin anew when a state was loaded
+        self.value_shift = 0.0
         self.mean_square = 0.0  # of the discounted returns so far, if rewards are normalized
         self.episode_returns = deque(maxlen=100)  # of the last episodes that ended
         self.playing_share = 0.5  # how much of an update's time it plays; in the rest it learns
@@ -355,7 +356,8 @@ class PPO(Trainer):
         _, last_values = self.act(last_obs)
         lambd = gae_lambda(self.global_step, self.config)
         if self.config.normalize_rewards:
-            last_values = last_values + self.measure_returns()
+            self.measure_returns()
+            last_values = last_values + self.value_shift
         self.buffer.finish(last_values, self.config.gamma, lambd, self.reward_scale)
         self.record_episode_returns()
         self.collected_at = time.perf_counter()
@@ -368,19 +370,20 @@ class PPO(Trainer):
 
         In the first update the critic is also shifted to the mean return. Otherwise it believes that everything is
         worth more than it is where all rewards are negative, and to end an episode, even in the goal, seems a loss.
-        Returns this shift of all values, (), later 0.
+        `value_shift` says by how much all values have been shifted after the rollout.
         """
         fields = self.buffer.fields
         returns = discounted_returns(fields["rewards"].double(), fields["has_next"], self.config.gamma)
         mean_square = self.average(returns.square().mean()).item()
         self.mean_square += (mean_square - self.mean_square) * max(1 / (self.update_count + 1), 0.1)
         self.reward_scale = self.config.reward_scale / (math.sqrt(self.mean_square) or 1.0)
-        if self.update_count > 0:
-            return 0.0
-        shift = self.average(returns.mean() * self.reward_scale - fields["values"].double().mean()).float()
-        for x in (self.policy.value_head.bias.detach(), fields["values"], fields["final_values"]):
-            x += shift
-        return shift
+        self.value_shift = 0.0
+        if self.update_count == 0:
+            self.value_shift = self.average(
+                returns.mean() * self.reward_scale - fields["values"].double().mean()
+            ).item()
+            for x in (self.policy.value_head.bias.detach(), fields["values"], fields["final_values"]):
+                x += self.value_shift
 
     def start_rollout(self):
         """Draw the noise of the whole rollout, let the env prepare it, and pair environments."""

@@ -183,7 +183,7 @@ def check_policy(ppo, before):
     results = []
     for dtype in (torch.float64, torch.float32):
         logits, values = logits_and_values(gpt_on_cpu(ppo.policy.config, before["model"], dtype), pages)
-        results.append((F.log_softmax(logits, dim=-1).double(), values.double()))
+        results.append((F.log_softmax(logits, dim=-1).double(), values.double() + ppo.value_shift))
     (exact, exact_values), (rounded, rounded_values) = results
     logprobs_check = Check(
         "B log-probabilities",
@@ -211,7 +211,8 @@ def check_advantages(ppo, before, tolerance):
     gpt = gpt_on_cpu(ppo.policy.config, before["model"], torch.float64)
     _, last_values = logits_and_values(gpt, ppo.obs.cpu())
     lambd = gae_lambda(before["global_step"], config)
-    buffer.finish(last_values.float(), config.gamma, lambd, ppo.reward_scale)
+    last_values = (last_values + ppo.value_shift).float()
+    buffer.finish(last_values, config.gamma, lambd, ppo.reward_scale)
     expected = torch.stack([buffer.samples.advantages, buffer.samples.returns])
     found = torch.stack([ours.samples.advantages, ours.samples.returns]).cpu()
     error = largest(found - expected)

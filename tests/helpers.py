@@ -33,7 +33,7 @@ def tolerance(largest_score):
 
 def make_gpt(seed=0, kind=GPT, **config):
     torch.manual_seed(seed)
-    return kind(GPTConfig(**PAGE, **config))
+    return kind(GPTConfig(**PAGE | config))
 
 
 def device_trainer(max_episode_steps=5000, seed=0, num_envs=4, device="cpu", runner=None, **changes):

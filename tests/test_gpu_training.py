@@ -4,6 +4,7 @@ All of it runs on the CPU here. A tape of aten calls takes the place of CUDA gra
 """
 
 import contextlib
+import dataclasses
 import sys
 import warnings
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from fast.cuda_graphs import BF16, COMPILE, GRAPHS, Compiled, GraphRunner, Short
 from fast.gpu_checks import check_games, check_prefixes, check_update, set_rare_cases
 from fast.gpu_games import TensorGames
 from fast.gpu_gpt import DeviceGPT
+from games.game import load_game
 from harness import supervise
 from harness.checkpoint import load_checkpoint, to_plain
 from harness.device import GPUError
@@ -303,6 +305,24 @@ def test_graphs_replay_what_eager_steps_do(monkeypatch, plain):
     assert torch.equal(ours.weights, plain.weights) and torch.equal(ours.obs, plain.obs)
     for name, x in plain.buffer.fields.items():
         assert torch.equal(ours.buffer.fields[name], x), name
+
+
+@pytest.mark.parametrize("game_id", ["games.catch:Catch-v0", "CliffWalking-v1"])
+def test_games_on_the_host_are_checked_too(monkeypatch, game_id):
+    """Another game is not played on a GPU. So only the training step is recorded, and all checks but A are made."""
+    learned = []
+    tapes = use_software_graphs(monkeypatch)
+    for runner in (None, GPURunner([GRAPHS])):
+        game = load_game(game_id)
+        policy = make_gpt(0, DeviceGPT, **game.page_sizes(), n_head=4, n_embd=16)
+        config = dataclasses.replace(device_trainer(**CONFIG).config, paired_envs=False, normalize_rewards=True)
+        ppo = PPO(policy, game.make_vec(8), config, runner=runner)
+        ppo.keep_snapshot()
+        ppo.learn()
+        learned.append(ppo)
+    checks = learned[1].runner.checks
+    assert len(tapes) == 1 and {check.name[0] for check in checks} == set("BCD") and failing(checks) == set()
+    assert torch.equal(learned[0].weights, learned[1].weights)
 
 
 def test_a_graph_is_recorded_and_checked_again_when_its_tensors_have_moved(monkeypatch):
