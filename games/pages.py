@@ -155,7 +155,8 @@ def make_env(game_id, **kwargs):
             kwargs["max_episode_steps"] = STEPS_WITHOUT_LIMIT
         return gym.make(name, disable_env_checker=True, **kwargs)
     except (gym.error.Error, ImportError) as error:
-        raise PageError(f"{game_id} cannot be made: {one_line(error)}") from error
+        reason = error if nethack.is_nethack(name) else one_line(error)  # the former says what to install
+        raise PageError(f"{game_id} cannot be made: {reason}") from error
 
 
 # --- pages in observations --------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Pages of text from Gymnasium environments of every kind, and from vector environments that can be saved."""
 
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
@@ -141,6 +143,13 @@ def test_games_that_are_not_there(game_id):
     with pytest.raises(PageError, match="cannot be made: .") as error:
         pages.make(game_id)
     assert "\n" not in str(error.value)
+
+
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nle", None)  # as if it were not installed
+    with pytest.raises(PageError) as error:
+        pages.make("NetHackScore-v0")
+    assert str(error.value).endswith(f"needs nle: {pages.nethack.INSTALL}")
 
 
 def test_what_an_environment_names(register):
