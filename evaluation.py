@@ -6,7 +6,7 @@ games begin with the same serve, so one changed action can change 16 scores. `re
 
 In any other game, `episodes` plays a number of them with fixed seeds, and the score is a mean with a standard error.
 
-A player is a function that takes pages, (n, 1944) uint8 tokens, and returns actions (n,).
+A player is a function that takes pages, (n, rows * columns) uint8 tokens, and returns actions (n,).
 """
 
 import functools

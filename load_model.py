@@ -29,6 +29,7 @@ from harness.device import set_threads
 from harness.files import replacing
 from harness.messages import printable, shortened, shown
 from harness.options import CommandLineError, Parser, given_path, within
+from harness.runs import imports_foreign_code
 from harness.supervise import run_script
 from policies import check_game, find_model, game_of, load_policy, policy_of
 from viewer.drawing import write_gif
@@ -209,6 +210,9 @@ def check_breakout(args):
 
 def game_to_play(args, path, policy, meta):
     """Return the `Game` to play. Raises CommandLineError or CheckpointError if there is none that fits the model."""
+    if not args.game and imports_foreign_code(game_of(meta)):
+        problem = f"its game {shortened(repr(game_of(meta)))} would run a module's code"
+        raise CheckpointError(f"{shown(path)}: {problem}; name it by --game if you trust that")
     try:
         game = load_game(args.game or game_of(meta))
     except PageError as error:
@@ -286,13 +290,10 @@ def main(argv=()):
     print(f"{shown(path)}: {trained(meta)}{why}")
     if args.head is not None and not 0 <= args.head < policy.config.n_head:
         raise CommandLineError(f"--head must be from 0 to {policy.config.n_head - 1}, not {args.head}")
-    try:
-        if args.evaluate:
-            print_score(args, policy, meta, game)
-        else:
-            draw(args, path, policy, meta, game)
-    except PageError as error:  # a page that nothing before has shown
-        raise CommandLineError(str(error)) from None
+    if args.evaluate:
+        print_score(args, policy, meta, game)
+    else:
+        draw(args, path, policy, meta, game)
     return 0
 
 

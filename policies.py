@@ -28,9 +28,9 @@ def make_gpt(config, device):
 def load_policy(path, device="cpu"):
     """Load the GPT of a checkpoint, or of a run directory.
 
-    Returns the GPT in eval mode, which maps (B, 1944) uint8 tokens to logits (B, 3) and values (B,), and a dict of
-    everything else in the checkpoint. Prints a line if it was trained on another board of Breakout than this program's.
-    Raises CheckpointError with a message of one line.
+    Returns the GPT in eval mode, which maps (B, rows * columns) uint8 tokens to logits (B, A) and values (B,), and a
+    dict of everything else in the checkpoint. Prints a line if it was trained on another board of Breakout than this
+    program's. Raises CheckpointError with a message of one line.
     """
     path, _ = find_model(path)
     meta = load_checkpoint(path)
@@ -44,6 +44,13 @@ def load_policy(path, device="cpu"):
             raise CheckpointError(f"{path}: {reads}, of another Breakout than this one: {shortened(trained_with)}")
         tell(f"note: {shown(path)} was trained with {shortened(trained_with)}")
     del meta["model"]
+    return policy, meta
+
+
+def load_breakout_policy(path):
+    """Do the work of `load_policy`, and raise CheckpointError for a model that cannot play Breakout too."""
+    policy, meta = load_policy(path)
+    check_game(path, policy, meta, load_game(BREAKOUT))
     return policy, meta
 
 

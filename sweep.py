@@ -66,7 +66,7 @@ class Training(NamedTuple):
     constants: Constants
     check: Any  # raises CommandLineError for constants that do not fit together
     check_run: Any = None  # raises CommandLineError for a `Run` that was begun with another version of the game
-    algorithm: Any = None  # the `Algorithm`; train_ppo has none, and needs no fresh games because its score is exact
+    algorithm: Any = None  # the `Algorithm`; None for train_ppo, which plays no fresh games
 
 
 def find_training(name):

@@ -317,6 +317,7 @@ def advice(c, constants):
     largest_first = ["BATCH_SIZE", "ROLLOUT_STEPS"] if c.BATCH_SIZE > c.NUM_ENVS else ["ROLLOUT_STEPS", "BATCH_SIZE"]
     return {
         MemoryError: less_memory(constants, largest_first, CONSTANTS, check),
+        PageError: "",  # a page that no earlier one has prepared us for
         FloatingPointError: f" --lr {c.LR / 2:g} --min_lr {min(c.MIN_LR, c.LR / 2):g}",
     }
 

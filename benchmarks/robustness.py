@@ -26,7 +26,7 @@ from harness.messages import shown
 from harness.options import Parser, given_path, within
 from harness.supervise import run_script
 from harness.tables import show_table
-from policies import SHIPPED, load_policy
+from policies import SHIPPED, load_breakout_policy
 
 STICKY = 0.1  # probability that the previous action is repeated
 COLUMNS = ("player", "condition", "games", "score", "of possible", "cleared", "lost", "caught in a cycle", "lives lost")
@@ -113,7 +113,7 @@ def read_command_line(argv):
 
 def main(argv=()):
     args = read_command_line(argv)
-    models = {shown(path): load_policy(path) for path in args.models}
+    models = {shown(path): load_breakout_policy(path) for path in args.models}
     set_threads(max(policy.config.n_layer for policy, _ in models.values()))
     for name, (_, meta) in models.items():
         print(f"{name}: trained for {meta.get('global_step', 0):,} steps")

@@ -22,6 +22,7 @@ from gymnasium.spaces import Box, Dict, Discrete
 
 from games import nethack
 from harness.messages import one_line, shortened
+from harness.options import CommandLineError
 
 PRINTABLE = "".join(map(chr, range(ord(" "), ord("~") + 1))) + "\n"
 STEPS_WITHOUT_LIMIT = 500  # after which an episode is truncated if its environment sets no limit
@@ -34,7 +35,7 @@ A_PAGE = (
 )
 
 
-class PageError(ValueError):
+class PageError(CommandLineError):
     """Says in one line why an environment, or one of its frames, is no page."""
 
 

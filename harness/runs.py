@@ -137,10 +137,17 @@ def constants_of(path, recorded, known, given=()):
         known.check(constants)
     except CommandLineError as error:
         raise CheckpointError(f"{path}: {error}; use another checkpoint") from None
-    if ":" in constants.get("ENV_ID", ""):  # Gymnasium would import the module before the colon
-        problem = f"its ENV_ID {shortened(repr(constants['ENV_ID']))} would run a module's code"
-        raise CheckpointError(f"{path}: {problem}; name it by --env_id if you trust that")
+    for name in ("ENV_ID", "GAME"):
+        if imports_foreign_code(constants.get(name, "")):
+            problem = f"its {name} {shortened(repr(constants[name]))} would run a module's code"
+            raise CheckpointError(f"{path}: {problem}; name it by --{name.lower()} if you trust that")
     return constants
+
+
+def imports_foreign_code(gym_id):
+    """Return whether making an environment with this id would import a module of another project."""
+    module, colon, _ = gym_id.rpartition(":")
+    return bool(colon) and module.split(".")[0] not in ("games", "breakout_ascii")
 
 
 # --- directories ------------------------------------------------------------------------------------------------------

@@ -8,11 +8,13 @@ import pytest
 import torch
 from helpers import explained, logged_columns
 
+import load_model
 import train_ppo
 from breakout_ascii import BreakoutAsciiVec
 from evaluation import EPISODES_AT_ONCE, FIRST_SEED, OTHER_METRICS, episodes, evaluate, levels, play_episodes
+from games.catch import Catch
 from games.game import load_game
-from harness.checkpoint import CheckpointError, load_checkpoint
+from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.options import CommandLineError, Values
 from model import GPT, GPTConfig
 from policies import check_game, game_of, load_policy
@@ -52,8 +54,6 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, without_process
 def test_games_that_do_not_repeat_themselves_start_anew(tmp_path, without_processes, monkeypatch, capsys):
     """A line says how many, and they go on from the page that is there."""
     run(tmp_path / "run", "--game", CATCH, "--num_steps", "128")
-    from games.catch import Catch
-
     reset = Catch.reset
     monkeypatch.setattr(
         Catch, "reset", lambda self, seed=None, options=None: reset(self, seed=None if seed is None else seed + 1)
@@ -91,6 +91,39 @@ def test_a_game_that_cannot_be_read_is_one_line(game_id):
     with pytest.raises(CommandLineError) as error:
         main(["--game", game_id])
     assert str(error.value).startswith("GAME: ") and game_id in str(error.value) and "\n" not in str(error.value)
+
+
+def test_modules_of_a_checkpoint_are_imported_only_if_they_are_named(tmp_path, without_processes, monkeypatch):
+    """A checkpoint may come from anybody. What it holds cannot run, and what it names runs only on request."""
+    run(tmp_path / "run", "--game", CATCH, "--num_steps", "64")
+    for name in ("last", "best_model"):
+        file = tmp_path / "run" / f"{name}.safetensors"
+        state = load_checkpoint(file)
+        save_checkpoint(file, state | {"game": "evil:X-v0", "constants": state["constants"] | {"GAME": "evil:X-v0"}})
+    with pytest.raises(CheckpointError, match="its GAME 'evil:X-v0' would run a module's code; name it by --game"):
+        main(["--resume", str(tmp_path / "run")])
+    with pytest.raises(CheckpointError, match="its game 'evil:X-v0' would run a module's code; name it by --game"):
+        load_model.main([str(tmp_path / "run"), "--evaluate"])
+    load_model.main([str(tmp_path / "run"), "--evaluate", "--game", CATCH, "--episodes", "2"])
+
+
+def test_a_page_that_cannot_be_read_ends_a_training_in_one_line(tmp_path, without_processes, monkeypatch, capsys):
+    """The run is saved, and says how it goes on."""
+    reset = Catch.reset
+
+    def reset_with_another_ball(self, seed=None, options=None):
+        page, info = reset(self, seed=seed, options=options)
+        self.games = getattr(self, "games", 0) + 1
+        if self.games > 3:
+            page[5] = ord("%")
+        return page, info
+
+    monkeypatch.setattr(Catch, "reset", reset_with_another_ball)
+    assert run(tmp_path / "run", "--game", CATCH, "--num_steps", "512", "--eval_interval", "0") == 1
+    printed = capsys.readouterr()
+    assert "shows the character '%' (code 37), none of its characters" in printed.err
+    assert "--resume" in printed.err and "Traceback" not in printed.err + printed.out
+    assert (tmp_path / "run" / "last.safetensors").exists()
 
 
 def test_a_run_keeps_its_game(tmp_path, without_processes):
@@ -166,8 +199,6 @@ def test_discounted_returns():
 
 def test_rewards_a_thousand_times_as_large_are_learned_in_the_same_way(monkeypatch):
     """What is normalized has no unit, up to rounding. Without rewards nothing is divided by zero."""
-    from games.catch import Catch
-
     step = Catch.step
 
     def scaled(factor):

@@ -26,7 +26,7 @@ IMPORTS = {
     "fast": ["harness", "breakout_ascii", "model", "rollout_buffer", "ppo"],
     "policies": ["harness", "breakout_ascii", "games", "model", "evaluation"],
     "train_ppo": ["harness", "breakout_ascii", "games", "model", "ppo", "callbacks", "evaluation", "policies"],
-    "viewer": ["harness", "breakout_ascii", "games", "model", "evaluation", "policies"],
+    "viewer": ["harness", "breakout_ascii", "model", "evaluation", "policies"],
     "load_model": ["harness", "breakout_ascii", "games", "evaluation", "policies", "viewer"],
     "algorithms": ["harness", "rollout_buffer", "trainer", "ppo", "callbacks", "evaluation", "viewer"],
     "sweep": ["harness", "train_ppo", "algorithms"],

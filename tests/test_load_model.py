@@ -455,7 +455,7 @@ def test_a_game_that_does_not_fit_or_cannot_be_made(tmp_path):
     """One line names the model and the game, or the package that is missing."""
     model = save_model(tmp_path / "catch.safetensors", CATCH)
     elsewhere = tmp_path / "elsewhere.safetensors"
-    save_checkpoint(elsewhere, load_checkpoint(model) | {"game": "no_such_package:Game-v0"})
+    save_checkpoint(elsewhere, load_checkpoint(model) | {"game": "games.gone:Game-v0"})
     for arguments, message in (
         ([model, "--game", BREAKOUT], "catch.safetensors: .*Catch-v0.* cannot play BreakoutAscii-v0.*rows 16"),
         (
@@ -464,7 +464,7 @@ def test_a_game_that_does_not_fit_or_cannot_be_made(tmp_path):
         ),
         ([model, "--game", "Nowhere-v3"], "Nowhere-v3 cannot be made"),
         ([model, "--game", "CartPole-v1"], "CartPole-v1 .*page"),
-        ([str(elsewhere)], "elsewhere.safetensors: no_such_package:Game-v0 cannot be made: .*no_such_package"),
+        ([str(elsewhere)], "elsewhere.safetensors: games.gone:Game-v0 cannot be made: .*games.gone"),
     ):
         with pytest.raises((CommandLineError, CheckpointError), match=message) as error:
             main([*arguments, "--out", str(tmp_path / "x.gif")])

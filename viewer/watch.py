@@ -11,11 +11,10 @@ import torch
 
 from breakout_ascii import MAX_EPISODE_STEPS
 from evaluation import check_logits, in_a_state_again
-from games.game import BREAKOUT, load_game
 from harness.checkpoint import BEST, LAST, CheckpointError
 from harness.messages import shortened, shown
 from harness.options import CommandLineError
-from policies import SHIPPED, check_game, find_model, load_policy
+from policies import SHIPPED, find_model, load_breakout_policy
 from viewer.terminal import LEFT, RIGHT, STAY, WATCH_KEYS, WIDTH, TerminalGame, key_lines
 
 ACTIONS = {LEFT: "left", STAY: "stay", RIGHT: "right"}
@@ -76,8 +75,7 @@ class WatchedModel:
 
     def load(self, version):
         """Load the model from the file. Raises CheckpointError, before anything has changed, if it cannot be read."""
-        policy, meta = load_policy(self.file)
-        check_game(self.file, policy, meta, load_game(BREAKOUT))
+        policy, meta = load_breakout_policy(self.file)
         forward = policy.inference_function()
         self.act = lambda page: forward(policy.encode(page[None].copy()))
         evaluation = meta.get("evaluation")
