@@ -13,6 +13,7 @@ An environment may name, as attributes, what a page alone does not show. All are
     colours        {character: (red, green, blue)} for pictures; agents do not see them
 """
 
+import functools
 import importlib
 import re
 
@@ -141,7 +142,7 @@ def make(game_id):
             env.close()
             raise
     env.close()
-    return pages_in_renderings(make_env(game_id, render_mode="ansi"))
+    return pages_in_renderings(game_id)
 
 
 def make_env(game_id, **kwargs):
@@ -214,22 +215,33 @@ def with_newlines(grid):
 # --- pages in renderings ----------------------------------------------------------------------------------------------
 
 
-def pages_in_renderings(env):
-    """Return `Pages` of an environment with render_mode="ansi". Raises PageError if its renderings are no text."""
-    frames = [str(frame) for frame in random_frames(env)]
-    texts = [plain_lines(frame) for frame in frames]
-    rows = max(len(lines) for lines in texts)
-    columns = 1 + max(len(line) for lines in texts for line in lines)
-    rows = named(env, "rows", rows)
-    columns = named(env, "columns", columns)
-    note = ""
-    if len({(*lines,) for lines in texts}) < len(set(frames)):
-        note = f"{env.spec.id} tells some things by colour alone, which its pages do not show"
+def pages_in_renderings(game_id):
+    """Return `Pages` of an environment whose renderings with render_mode="ansi" are pages."""
+    rows, columns, note = layout_of_renderings(game_id)
+    env = make_env(game_id, render_mode="ansi")
     return Pages(env, lambda _: page_of_lines(plain_lines(env.render()), rows, columns), rows, columns, note)
 
 
+@functools.cache  # because a training makes a hundred environments
+def layout_of_renderings(game_id):
+    """Return the rows and columns of the largest rendering in some random play, unless the environment names them.
+
+    Returns also a note about what only colours tell, or "".
+    """
+    env = make_env(game_id, render_mode="ansi")
+    frames = random_frames(env)
+    texts = [plain_lines(frame) for frame in frames]
+    rows = named(env, "rows", max(len(lines) for lines in texts))
+    columns = named(env, "columns", 1 + max(len(line) for lines in texts for line in lines))
+    note = ""
+    if len({(*lines,) for lines in texts}) < len(set(frames)):
+        note = f"{env.spec.id} tells some things by colour alone, which its pages do not show"
+    env.close()
+    return rows, columns, note
+
+
 def random_frames(env):
-    """Return what an environment renders in some steps of random play."""
+    """Return what an environment renders in some steps of random play, as text."""
     env.action_space.seed(0)
     over = True
     frames = []
@@ -240,7 +252,7 @@ def random_frames(env):
         else:
             _, _, terminated, truncated, _ = env.step(env.action_space.sample())
             over = terminated or truncated
-        frames.append(env.render())
+        frames.append(str(env.render()))
     return frames
 
 

@@ -1,5 +1,6 @@
 """Pages of text from Gymnasium environments of every kind, and from vector environments that can be saved."""
 
+import itertools
 import sys
 
 import gymnasium
@@ -14,6 +15,7 @@ from games.game import BREAKOUT, load_game
 from games.pages import PageError
 
 TEXT = "ab\ncd\n"
+NUMBERS = itertools.count()  # because what is known of a game is kept
 
 
 class Shown(gymnasium.Env):
@@ -60,7 +62,7 @@ def register():
         if frames:
             attributes["metadata"] = {"render_modes": ["ansi"]}
         kind = type("Kind", (Shown,), {"observed": observed, "frames": frames, **attributes})
-        registered.append(f"Shown{len(registered)}-v0")
+        registered.append(f"Shown{next(NUMBERS)}-v0")
         gymnasium.register(registered[-1], entry_point=kind)
         return registered[-1]
 
