@@ -693,6 +693,7 @@ class BreakoutAscii(gym.Env):
     metadata = {"render_modes": ["ansi", "rgb_array", "human"], "render_fps": 15}
     characters = CHARACTERS
     actions = ("stay", "left", "right")
+    moving_costs = True  # a little, in training
 
     def __init__(self, render_mode=None, max_episode_steps=MAX_EPISODE_STEPS):
         check_arguments(max_episode_steps, render_mode, self.metadata["render_modes"])

@@ -157,14 +157,14 @@ def applicable(c):
     asked_in_vain = {
         "VARIED_STARTS": c.VARIED_STARTS and not game.varies,
         "PAIRED_ENVS": c.PAIRED_ENVS and not game.pairs,
-        "MOVE_COEF": c.MOVE_COEF and not game.idles,  # the first action moves too
+        "MOVE_COEF": c.MOVE_COEF and not game.moving_costs,
         "ASYNC_ENVS": c.ASYNC_ENVS and game.has_vec,
     }
     off = [name for name, in_vain in asked_in_vain.items() if in_vain]
     if not off:
         return c, ""
     zeros = {name: type(getattr(c, name))(0) for name in off}
-    return Values(**vars(c) | zeros), f"{game.name} has nothing for these constants, which are off: {', '.join(off)}"
+    return Values(**vars(c) | zeros), f"Off, because {game.name} has nothing for them: {', '.join(off)}"
 
 
 def trains_on_gpu(device):
@@ -205,7 +205,10 @@ def plan(c, ppo, run_dir, off=""):
         f"Curve, metrics, checkpoints: {run_dir}. Ctrl-C saves and stops.",
     ]
     if game.id != BREAKOUT:
-        lines.append(f"A page has {game.rows} lines of {game.columns - 1} characters.")
+        size = f"{game.rows} lines of {game.columns - 1} characters"
+        if game.rows == 1:
+            size = f"one line of {game.columns - 1} characters (for more, end each with a newline)"
+        lines.append(f"A page of {game.made_by} has {size}.")
     lines += filter(None, [game.note, off])
     if c.EVAL_INTERVAL and game.id == BREAKOUT:
         lines.append(f"See it play in a second terminal: {program_command('breakout_ascii.py')} --watch")

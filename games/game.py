@@ -11,7 +11,6 @@ from gymnasium.vector import AutoresetMode
 from games import pages, vector
 
 BREAKOUT = "BreakoutAscii-v0"
-IDLE = ("stay", "noop")  # names of an action that does nothing
 
 
 class Game:
@@ -23,7 +22,8 @@ class Game:
         has_vec: whether it has a vector environment of its own that can be used
         varies: whether that takes `varied_starts`
         pairs: whether it can start pairs of games in the same state
-        idles: whether its first action does nothing, so that moving can have a cost
+        moving_costs: whether its first action does nothing, and training may charge for the others
+        made_by: its class, such as "games.catch.Catch"
 
     Raises PageError if there is no such game, or if it shows no pages.
     """
@@ -34,8 +34,9 @@ class Game:
         env = pages.make(game_id)
         for name in ("rows", "columns", "characters", "actions", "colours", "note"):
             setattr(self, name, getattr(env, name))
+        self.moving_costs = bool(pages.named(env, "moving_costs", False))
+        self.made_by = f"{type(env.unwrapped).__module__}.{type(env.unwrapped).__qualname__}"
         env.close()
-        self.idles = self.actions[0] in IDLE
         entry = getattr(gym.registry.get(game_id.split(":")[-1]), "vector_entry_point", None)
         vec = gym.make_vec(game_id, vectorization_mode="vector_entry_point") if entry else None
         self.has_vec = entry is not None and self.fits(vec)

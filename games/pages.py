@@ -9,7 +9,8 @@ An environment may name, as attributes, what a page alone does not show. All are
 
     characters     of which its pages consist, with "\\n"; otherwise all printable ASCII characters
     rows, columns  of its pages, with the newlines; needed only if a rendering may grow
-    actions        a name for each action; the first one is "stay" if it does nothing
+    actions        a name for each action
+    moving_costs   True if the first action does nothing, and training may charge for the others (MOVE_COEF)
     colours        {character: (red, green, blue)} for pictures; agents do not see them
 """
 
@@ -22,7 +23,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete
 
 from games import nethack
-from harness.messages import one_line, shortened
+from harness.messages import shortened
 from harness.options import CommandLineError
 
 PRINTABLE = "".join(map(chr, range(ord(" "), ord("~") + 1))) + "\n"
@@ -96,8 +97,12 @@ class Pages(gym.Wrapper):
     def page(self, obs):
         """Return an observation as a page. Raises PageError, which names the character, if one is unknown."""
         page = self.page_of(obs).reshape(-1)
+        if page.size != self.rows * self.columns:
+            size = f"{page.size} characters, newlines among them, and the first one had {self.rows * self.columns}"
+            raise PageError(f"{self.name} shows a page of {size}; all pages of a game have one size")
         if others := unknown(page, self.characters):
-            raise PageError(f"{self.name} shows {described(others[0])}, none of its characters {self.characters!r}")
+            which = f"{described(others[0])}, none of its characters {self.characters!r}"
+            raise PageError(f"{self.name} shows {which}; add it there, or draw something else")
         return page
 
 
@@ -157,8 +162,9 @@ def make_env(game_id, **kwargs):
             kwargs["max_episode_steps"] = STEPS_WITHOUT_LIMIT
         return gym.make(name, disable_env_checker=True, **kwargs)
     except (gym.error.Error, ImportError) as error:
-        reason = error if nethack.is_nethack(name) else one_line(error)  # the former says what to install
-        raise PageError(f"{game_id} cannot be made: {reason}") from error
+        own = "; a game of your own has its module in front, as games.catch:Catch-v0"
+        advice = "" if module or nethack.is_nethack(name) else own
+        raise PageError(f"{game_id} cannot be made: {' '.join(str(error).split())}{advice}") from error
 
 
 # --- pages in observations --------------------------------------------------------------------------------------------

@@ -65,8 +65,8 @@ def test_games_that_do_not_repeat_themselves_start_anew(tmp_path, without_proces
 def test_what_is_printed_and_logged(tmp_path, without_processes, capsys):
     assert run(tmp_path / "run", "--game", CATCH, "--num_steps", "128") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "learns Catch on cpu" in printed and "A page has 16 lines of 26 characters." in printed
-    assert "Catch has nothing for these constants, which are off: VARIED_STARTS, PAIRED_ENVS" in printed
+    assert "learns Catch on cpu" in printed and "A page of games.catch.Catch has 16 lines of 26 characters." in printed
+    assert "Off, because Catch has nothing for them: VARIED_STARTS, PAIRED_ENVS, MOVE_COEF" in printed
     assert "random play has 0." in printed and "3 episodes" in printed and "--watch" not in printed
     row = rows_of(tmp_path / "run")[-1]
     assert {f"eval_{name}" for name in OTHER_METRICS} == {name for name in row if name.startswith("eval_")}
@@ -81,7 +81,7 @@ def test_constants_that_ask_in_vain_are_off():
     values = Values(**CONSTANTS)
     assert train_ppo.applicable(values) == (values, "")
     c, line = train_ppo.applicable(Values(**CONSTANTS | {"GAME": "CliffWalking-v1"}))
-    assert line.endswith("off: VARIED_STARTS, PAIRED_ENVS, MOVE_COEF")
+    assert line.endswith(": VARIED_STARTS, PAIRED_ENVS, MOVE_COEF")
     assert (c.VARIED_STARTS, c.PAIRED_ENVS, c.MOVE_COEF) == (0.0, False, 0.0) and c.PAIRED_ENVS is False
     assert train_ppo.applicable(c)[1] == ""
 

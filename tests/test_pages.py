@@ -158,7 +158,8 @@ def test_what_an_environment_names(register):
     """Its alphabet, its actions and its colours are taken; what does not fit is refused."""
     named = dict(characters="abcd\n", actions=("noop", "push"), colours={"a": (1, 2, 3)})
     game = load_game(register(GRID, **named))
-    assert (game.characters, game.actions, game.colours, game.idles) == (*named.values(), True)
+    assert (game.characters, game.actions, game.colours, game.moving_costs) == (*named.values(), False)
+    assert load_game(register(GRID, moving_costs=True)).moving_costs
     assert load_game(register(GRID)).actions == ("action 0", "action 1")
     meanings = load_game(register(GRID, get_action_meanings=lambda self: ["NOOP", "FIRE"]))
     assert meanings.actions == ("noop", "fire")
@@ -173,6 +174,14 @@ def test_a_character_that_appears_later_is_an_error_that_names_it(register):
     env.reset()
     observed[1, 1] = ord("~")
     with pytest.raises(PageError, match=r"shows the character '~' \(code 126\), none of its characters 'abcd"):
+        env.step(0)
+
+
+def test_a_page_that_changes_its_size_is_an_error(register):
+    env = pages.make(register(codes("ab\ncd\n")))
+    env.reset()
+    env.unwrapped.observed = codes("ab\ncd\ne")
+    with pytest.raises(PageError, match="a page of 7 characters, newlines among them, and the first one had 6"):
         env.step(0)
 
 
@@ -286,11 +295,10 @@ def test_a_damaged_state_is_refused(change):
 
 
 def test_what_breakout_can():
-    """It has its own vector environment, varied starts, pairs and an action that does nothing; Catch has only that."""
+    """It has its own vector environment, varied starts, pairs and a cost of moving; Catch has none of them."""
     breakout, catch = load_game(BREAKOUT), load_game(GAMES[0])
-    assert (breakout.has_vec, breakout.varies, breakout.pairs, breakout.idles) == (True, True, True, True)
-    assert (catch.has_vec, catch.varies, catch.pairs, catch.idles) == (False, False, False, True)
-    assert not load_game("CliffWalking-v1").idles
+    assert (breakout.has_vec, breakout.varies, breakout.pairs, breakout.moving_costs) == (True, True, True, True)
+    assert (catch.has_vec, catch.varies, catch.pairs, catch.moving_costs) == (False, False, False, False)
     env = load_game("breakout_ascii:BreakoutAscii-v0").make_vec(2, varied_starts=0.5)
     assert isinstance(env, VectorEnv) and env.varied_starts == 0.5
 
