@@ -164,7 +164,7 @@ def make_env(game_id, **kwargs):
     except (gym.error.Error, ImportError) as error:
         own = "; a game of your own has its module in front, as games.catch:Catch-v0"
         advice = "" if module or nethack.is_nethack(name) else own
-        raise PageError(f"{game_id} cannot be made: {' '.join(str(error).split())}{advice}") from error
+        raise PageError(f"{game_id} cannot be made: {' '.join(str(error).split()).rstrip('.')}{advice}") from error
 
 
 # --- pages in observations --------------------------------------------------------------------------------------------
