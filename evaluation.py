@@ -158,7 +158,7 @@ def episodes(policy, game, num_episodes, seed=FIRST_SEED, sample=False):
 
 def play_episodes(player, game, seeds):
     """Let a player play an episode of a game with each of the seeds. Returns lists of their returns and lengths."""
-    envs = environments(game)[: len(seeds)]
+    envs = environments(game, len(seeds))
     pages = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
     returns = [0.0] * len(envs)
     lengths = [0] * len(envs)
@@ -175,9 +175,9 @@ def play_episodes(player, game, seeds):
 
 
 @functools.cache
-def environments(game):
-    """Return EPISODES_AT_ONCE environments of a game, made once, because making them may take long."""
-    return [game.make() for _ in range(EPISODES_AT_ONCE)]
+def environments(game, number):
+    """Return a number of environments of a game, made only once, because that may take long."""
+    return [game.make() for _ in range(number)]
 
 
 def random_score(game, num_episodes):

@@ -135,9 +135,8 @@ class GPT(nn.Module):
         C = self.config.n_embd
         nn.init.normal_(self.wte.weight)
         self.wre.weight.copy_(sinusoids(self.config.rows, C))
-        self.wce.weight.copy_(
-            sinusoids(self.config.columns, C).roll(C // 2, dims=1)
-        )  # in the other half of the dimensions
+        # Columns use the other half of the dimensions.
+        self.wce.weight.copy_(sinusoids(self.config.columns, C).roll(C // 2, dims=1))
         for block in self.blocks:
             query_key, value = block.attn.c_attn.weight.split([2 * C, C])
             nn.init.normal_(query_key, std=3 / math.sqrt(C))  # attention scores then differ by about ten

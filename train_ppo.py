@@ -172,6 +172,16 @@ def trains_on_gpu(device):
     return fast is not None and device.type == "cuda"
 
 
+def ppo_config(c):
+    """Return the PPOConfig of these constants."""
+    named = {name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__ if name.upper() in vars(c)}
+    config = PPOConfig(**named)
+    if game_of(c).id == BREAKOUT:
+        return config
+    # The rewards of other games may have any unit.
+    return replace(config, normalize_rewards=True, reward_scale=TYPICAL_RETURN * c.REWARD_SCALE)
+
+
 def build(c, device):
     """Return the PPO that trains, without callbacks."""
     torch.manual_seed(c.SEED)
@@ -183,15 +193,11 @@ def build(c, device):
         env = fast.DeviceBreakout(num_envs, device, varied_starts=c.VARIED_STARTS)
     else:
         env = game.make_vec(num_envs, c.VARIED_STARTS, c.ASYNC_ENVS)
-    named = {name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__ if name.upper() in vars(c)}
-    ppo_config = PPOConfig(**named)
-    if game.id != BREAKOUT:  # whose rewards have another unit
-        ppo_config = replace(ppo_config, normalize_rewards=True, reward_scale=TYPICAL_RETURN * c.REWARD_SCALE)
     runner = fast.GPURunner() if trains_on_gpu(device) else None
     metadata = {"gpt_config": asdict(config), "constants": dict(vars(c)), "game": game.id}
     if game.id == BREAKOUT:
         metadata["board"] = BOARD
-    return PPO(policy, env, ppo_config, metadata=metadata, runner=runner)
+    return PPO(policy, env, ppo_config(c), metadata=metadata, runner=runner)
 
 
 def plan(c, ppo, run_dir, off=""):

@@ -21,8 +21,8 @@ from harness.device import GPUError, choose_device, gpu_name, set_threads
 from harness.messages import one_line
 from harness.runs import read_run
 from harness.supervise import memory_advice, run_script
-from ppo import PPO, PPOConfig
-from train_ppo import CONSTANTS, KEPT, check, check_board, check_ranks, gpt_config
+from ppo import PPO
+from train_ppo import CONSTANTS, KEPT, check, check_board, check_ranks, gpt_config, ppo_config
 
 
 def gpu_training(c, device, shortcuts):
@@ -34,8 +34,7 @@ def gpu_training(c, device, shortcuts):
         env = DeviceBreakout(c.NUM_ENVS, device, varied_starts=c.VARIED_STARTS)
     else:
         env = BreakoutAsciiVec(c.NUM_ENVS, varied_starts=c.VARIED_STARTS)
-    named = {name: getattr(c, name.upper()) for name in PPOConfig.__dataclass_fields__ if name.upper() in vars(c)}
-    return PPO(policy, env, PPOConfig(**named), runner=GPURunner(shortcuts))
+    return PPO(policy, env, ppo_config(c), runner=GPURunner(shortcuts))
 
 
 def passes(c, device, state, shortcuts):
