@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harness.background import Background, CannotStart
-from harness.checkpoint import BEST, LAST, SUFFIX, CheckpointError, save_checkpoint
+from harness.checkpoint import BEST, LAST, STAGE, SUFFIX, CheckpointError, save_checkpoint
 from harness.device import unavailable
 from harness.figures import learning_curve
 from harness.files import atomic_write
@@ -55,6 +55,7 @@ TENSORBOARD_NAMES = {
 PLAIN_INTERVAL = 10  # seconds between progress lines where no bar can be drawn
 REDRAW_INTERVAL = 0.1  # seconds between two drawings of the bar, at least
 SHORTEST_BAR = 18  # characters that remain for the percentage and the bar itself
+STAGES = (0, 1, 3, 10, 30)  # percent of the steps after which `Checkpoints` keeps what a training has learned
 
 
 class Callback:
@@ -485,7 +486,8 @@ class Checkpoints(Callback):
     Args:
         save_freq: updates between two checkpoints.
         keep: how many of `checkpoint_<update>` stay.
-        keep_stages: keep also those of the start and of a tenth of the training, to show what was learned.
+        keep_stages: save also `stage_<environment steps>` at each of STAGES, to show how the policy came about. Such a
+            file holds the weights alone, in float16, and can only be played.
     """
 
     def __init__(self, run_dir, save_freq, keep=3, keep_stages=False):
@@ -494,12 +496,14 @@ class Checkpoints(Callback):
         self.keep = keep
         self.keep_stages = keep_stages
         self.unsaved_best = None  # the best policy state, until it is saved
+        self.newest_stage = -1  # the environment steps of the last one that was saved, if any was
 
     def on_training_start(self, trainer):
         if trainer.update_count == 0:
             self.save(LAST, trainer.snapshot)  # a run that is killed early can be resumed too
-            if self.keep_stages:
-                self.save(f"checkpoint_0{SUFFIX}", trainer.snapshot)
+        if self.keep_stages:
+            self.find_stages(trainer.global_step)
+            self.save_stage(trainer)
 
     def on_evaluation_end(self, trainer):
         if trainer.is_best:
@@ -508,6 +512,8 @@ class Checkpoints(Callback):
 
     def on_update_end(self, trainer):
         self.save_best()
+        if self.keep_stages:
+            self.save_stage(trainer)
         if trainer.update_count % self.save_freq == 0:
             trainer.keep_snapshot()
             self.save(LAST, trainer.snapshot)
@@ -534,19 +540,44 @@ class Checkpoints(Callback):
             return False
 
     def delete_old(self, trainer):
-        """Delete all of `checkpoint_<update>` up to this update, except the newest and the stages.
+        """Delete all of `checkpoint_<update>` up to this update, except the newest.
 
         Higher numbers may be left from before a resume. They are deleted once the training has reached them again.
         """
-        stages = []
-        if self.keep_stages:
-            updates_in_all = trainer.update_count * trainer.num_steps / trainer.global_step
-            stages = [0, math.ceil(updates_in_all / 10 / self.save_freq) * self.save_freq]
         old = {}
         for file in self.run_dir.glob(f"checkpoint_*{SUFFIX}"):
             number = file.stem.removeprefix("checkpoint_")
-            if number.isdecimal() and int(number) <= trainer.update_count and int(number) not in stages:
+            if number.isdecimal() and int(number) <= trainer.update_count:
                 old[int(number)] = file
         for update in sorted(old)[: -self.keep]:
             with contextlib.suppress(OSError):  # one file too many is no reason to stop
                 old[update].unlink()
+
+    def find_stages(self, steps):
+        """Find the newest stage up to these environment steps, after which the training begins or goes on.
+
+        Later ones are deleted, because the training takes those steps again, and perhaps in another way.
+        """
+        self.newest_stage = -1
+        for file in self.run_dir.glob(f"{STAGE}*{SUFFIX}"):
+            number = file.stem.removeprefix(STAGE)
+            if number.isdecimal() and int(number) <= steps:
+                self.newest_stage = max(self.newest_stage, int(number))
+            elif number.isdecimal():
+                with contextlib.suppress(OSError):  # one file too many is no reason to stop
+                    file.unlink()
+
+    def save_stage(self, trainer):
+        """Save the policy as a stage if one of STAGES has passed since the newest stage.
+
+        So a stage that the disk refused comes one update later, and several of STAGES in one update give one file. In a
+        run that is resumed with more steps, the policy with which it goes on makes up for those that it passed before.
+        """
+        steps = trainer.global_step
+        passed = max(percent for percent in STAGES if percent * trainer.num_steps <= 100 * steps)
+        if 100 * self.newest_stage >= passed * trainer.num_steps:
+            return
+        state = trainer.policy_state()
+        state["model"] = {name: weights.half() for name, weights in state["model"].items()}
+        if self.save(f"{STAGE}{steps}{SUFFIX}", state):
+            self.newest_stage = steps

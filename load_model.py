@@ -24,7 +24,7 @@ from breakout_ascii import BRICK_COLUMNS, BRICK_ROWS
 from evaluation import FIRST_SEED, OTHER_METRICS, SERVES, episodes, exact, greedy, is_breakout, sampled, sampling
 from games.game import BREAKOUT, load_game
 from games.pages import PageError
-from harness.checkpoint import SUFFIX, CheckpointError, load_checkpoint
+from harness.checkpoint import STAGE, SUFFIX, CheckpointError, load_checkpoint
 from harness.device import set_threads
 from harness.files import replacing
 from harness.messages import printable, shortened, shown
@@ -123,24 +123,17 @@ def write_mp4(path, pictures, frame_ms):
 
 
 def stages(path, policy, meta):
-    """Return a `Stage` for the start of the training and for a tenth of it, if the run has them, and for the model."""
+    """Return a `Stage` for the model, after those that its training left beside it, the least trained first."""
     steps = meta.get("global_step", 0)
     earlier = {}  # {environment steps: policy}
-    for file in path.parent.glob(f"checkpoint_*{SUFFIX}"):
-        with contextlib.suppress(CheckpointError, ValueError):
+    for file in path.parent.glob(f"{STAGE}*{SUFFIX}"):
+        with contextlib.suppress(CheckpointError, ValueError):  # a damaged one is left out
             state = load_checkpoint(file)
-            earlier_policy = policy_of(state)
-            earlier_steps = state.get("global_step", 0)
-            if earlier_steps < steps and earlier_policy.config == policy.config:
-                earlier[earlier_steps] = earlier_policy
-    chosen = []
-    untrained = earlier.pop(0, None)
-    if untrained is not None:
-        chosen.append(Stage("start", untrained))
-    if earlier:
-        nearest = min(earlier, key=lambda step: abs(step - steps / 10))
-        chosen.append(Stage(f"{nearest:,} steps", earlier[nearest]))
-    return [*chosen, Stage(f"{steps:,} steps" if steps else "start", policy)]
+            stage = policy_of(state)
+            if stage.config == policy.config and state.get("global_step", 0) < steps:
+                earlier[state.get("global_step", 0)] = stage
+    every = [*sorted(earlier.items()), (steps, policy)]
+    return [Stage(f"{taken:,} steps" if taken else "start", model) for taken, model in every]
 
 
 def read_command_line(argv):

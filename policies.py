@@ -71,8 +71,12 @@ def policy_of(state, device="cpu"):
     """Return the GPT, in eval mode, in the state of a checkpoint. Raises ValueError if there is none."""
     check_like(state, {"gpt_config": {}, "model": {}})
     config = config_of(state)
-    # Somebody may have wrapped the policy by torch.compile or DistributedDataParallel, which put these before names.
-    weights = {str(name).removeprefix("_orig_mod.").removeprefix("module."): x for name, x in state["model"].items()}
+    weights = {}
+    for name, x in state["model"].items():
+        # Somebody may have wrapped the policy by torch.compile or DistributedDataParallel, which put these first.
+        name = str(name).removeprefix("_orig_mod.").removeprefix("module.")
+        # The stages of a training are in float16, so that they take little room.
+        weights[name] = x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.float16 else x
     size = sum(x.numel() for x in weights.values() if isinstance(x, torch.Tensor))
     if config.num_parameters != size:  # checked before a large GPT is built, which may take minutes
         raise ValueError(f"it has {size:,} weights, its configuration {config.num_parameters:,}")

@@ -28,6 +28,7 @@ FORMAT_VERSION = "2"  # raise it when a change makes older code misread a file; 
 SUFFIX = ".safetensors"
 LAST = f"last{SUFFIX}"  # what a run is resumed from
 BEST = f"best_model{SUFFIX}"
+STAGE = "stage_"  # begins the names of small models that show how a training went; see callbacks.py
 PLAYED = (BEST, LAST)  # what is played of a run: the first of these that it has
 LONGEST_TEXT = 2**25  # characters of everything but the tensors; no training has as many
 COUNTERS = {"update_count": 0, "global_step": 0, "seconds": 0.0}  # compared in every file, because programs print them
@@ -194,9 +195,9 @@ def find_checkpoint(path, names=(LAST,)):
 def _newest_good(directory):
     """Returns the end of a message that names the newest checkpoint in `directory` that loads, or "" if none does.
 
-    The best model comes last, because no run can be resumed from it.
+    The best model comes last, because no run can be resumed from it. Stages of the training stand in for nothing.
     """
-    files = Path(directory).glob(f"*{SUFFIX}")
+    files = [file for file in Path(directory).glob(f"*{SUFFIX}") if not file.name.startswith(STAGE)]
     for file in sorted(files, key=lambda file: (file.name != BEST, _time_written(file)), reverse=True):
         with contextlib.suppress(ValueError):
             _read(file)

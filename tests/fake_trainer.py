@@ -81,8 +81,7 @@ class FakeTrainer:
         score = self.scores[self.update_count]
         evaluation = {"score": score, "min": score - 80, "max": score + 90, "cleared": 0, "games": 32}
         evaluation |= {"length": 812.5, "returned": 0.71}
-        counters = {"global_step": self.global_step, "seconds": self.seconds}
-        self.evaluating = self.policy_state() | counters | {"evaluation": evaluation}
+        self.evaluating = self.policy_state() | {"seconds": self.seconds, "evaluation": evaluation}
         self.pending = [self.evaluating]
 
     def finish_evaluation(self):
@@ -96,7 +95,8 @@ class FakeTrainer:
             self.emit("on_evaluation_end")
 
     def policy_state(self):
-        return {"update_count": self.update_count, "model": {"w": torch.ones(2)}}
+        counters = {"update_count": self.update_count, "global_step": self.global_step}
+        return counters | {"model": {"w": torch.ones(2)}}
 
     def keep_snapshot(self):
         self.snapshot = {**self.policy_state(), "best_score": self.best_score}

@@ -631,17 +631,6 @@ def test_checkpoints(tmp_path):
     assert load_checkpoint(tmp_path)["best_score"] == 300
 
 
-def test_stages_of_a_training_stay(tmp_path):
-    """The stages of 40 updates are the start, and the first checkpoint after a tenth."""
-    FakeTrainer([Checkpoints(tmp_path, save_freq=3, keep=1, keep_stages=True)], updates=40).learn()
-    assert {
-        "checkpoint_0.safetensors": 0,
-        "checkpoint_6.safetensors": 6,
-        "checkpoint_39.safetensors": 39,
-    }.items() <= updates(tmp_path).items()
-    assert len(list(tmp_path.glob("checkpoint_*.safetensors"))) == 3
-
-
 def test_the_newest_three_checkpoints_stay_and_without_evaluations_there_is_no_best_model(tmp_path):
     """Three is the default of `keep`."""
     FakeTrainer([Checkpoints(tmp_path, save_freq=1)], updates=5, scores={}).learn()
@@ -713,3 +702,95 @@ def test_a_full_disk_keeps_the_old_files(tmp_path, monkeypatch, capsys):
     assert all(line.startswith("warning: ") for line in capsys.readouterr().out.splitlines())
     ppo.learn()
     assert updates(tmp_path) == {"last.safetensors": 8, "checkpoint_8.safetensors": 8, "best_model.safetensors": 8}
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def with_stages(run_dir, updates, start=0):
+    """Return a trainer whose updates are 100 steps each, and which keeps stages in a directory."""
+    return FakeTrainer([Checkpoints(run_dir, save_freq=100, keep_stages=True)], updates=updates, start=start)
+
+
+def stages(run_dir):
+    """Return the environment steps of all stages, and check that they are what is in the files."""
+    steps = [load_checkpoint(path)["global_step"] for path in run_dir.glob("stage_*")]
+    assert {path.name for path in run_dir.glob("stage_*")} == {f"stage_{number}.safetensors" for number in steps}
+    return sorted(steps)
+
+
+@pytest.mark.parametrize(
+    "updates, expected",
+    [
+        (200, [0, 200, 600, 2000, 6000]),
+        (150, [0, 200, 500, 1500, 4500]),  # 1 % are 1.5 updates, and 3 % are 4.5
+        (50, [0, 100, 200, 500, 1500]),
+        (4, [0, 100, 200]),  # the first update is a quarter of them
+        (1, [0, 100]),
+    ],
+)
+def test_stages(tmp_path, updates, expected):
+    """They are the start, and the first update after 1, 3, 10 and 30 % of the steps, whatever `save_freq` is."""
+    with_stages(tmp_path, updates).learn()
+    assert stages(tmp_path) == expected
+    for path in tmp_path.glob("stage_*"):
+        state = load_checkpoint(path)
+        assert state["model"]["w"].dtype == torch.float16 and "best_score" not in state  # the smaller state
+
+
+def test_a_resumed_run_has_the_stages_of_a_straight_one(tmp_path):
+    """Those after the checkpoint are of steps that are now taken again. Files with other names are not ours."""
+    with_stages(tmp_path, 200).learn(until=120)
+    (tmp_path / "stage_mine.safetensors").write_bytes(b"")
+    resumed = with_stages(tmp_path, 200, start=10)
+    resumed.learn(until=11)
+    (tmp_path / "stage_mine.safetensors").unlink()
+    assert stages(tmp_path) == [0, 200, 600]
+    resumed.learn(until=50)
+    assert stages(tmp_path) == [0, 200, 600, 2000]
+    with_stages(tmp_path, 200, start=50).learn()  # nothing but what is to come
+    assert stages(tmp_path) == [0, 200, 600, 2000, 6000]
+
+
+@pytest.mark.parametrize(
+    "updates, more",
+    [
+        (201, [20_000]),  # 30 % are 6030 steps now, and the newest stage has 6000
+        (400, [20_000]),
+        (2000, [20_000, 60_000]),  # 10 % are 20,000
+        (20_000, [20_000, 60_000, 200_000, 600_000]),
+    ],
+)
+def test_a_longer_run_keeps_its_stages(tmp_path, updates, more):
+    """The policy with which it goes on makes up for what the longer training would have kept before."""
+    with_stages(tmp_path, 200).learn()
+    with_stages(tmp_path, updates, start=200).learn(until=7000)
+    assert stages(tmp_path) == [0, 200, 600, 2000, 6000, *more]
+
+
+def test_a_run_without_stages_gets_those_that_are_to_come(tmp_path):
+    """It may be of an older version; and a shorter training needs no more of them."""
+    with_stages(tmp_path, 200, start=10).learn()
+    assert stages(tmp_path) == [1000, 2000, 6000]
+    with_stages(tmp_path, 150, start=100).learn()
+    assert stages(tmp_path) == [1000, 2000, 6000]
+
+
+def test_a_stage_that_could_not_be_saved_is_saved_later(tmp_path, monkeypatch, capsys):
+    """The disk is full in updates 2 and 3 of 200, at 1 % of the steps."""
+    trainer = with_stages(tmp_path, 200)
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: fsync(fd) if trainer.update_count not in (2, 3) else disk_full())
+    trainer.learn(until=10)
+    assert stages(tmp_path) == [0, 400, 600]
+    assert "stage_200.safetensors: not saved" in capsys.readouterr().out
+
+
+@needs_posix
+def test_links_to_nothing_and_directories_among_the_stages_stop_nothing(tmp_path):
+    """A link is deleted like a stage, and a directory stays."""
+    (tmp_path / "stage_9999.safetensors").symlink_to("gone")
+    (tmp_path / "stage_99999.safetensors").mkdir()
+    with_stages(tmp_path, 200).learn(until=2)
+    (tmp_path / "stage_99999.safetensors").rmdir()
+    assert stages(tmp_path) == [0, 200]

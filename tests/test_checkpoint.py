@@ -425,6 +425,7 @@ def test_the_newest_good_checkpoint_is_named(tmp_path):
     ):
         save_checkpoint(tmp_path / name, state)
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    save_checkpoint(tmp_path / "stage_7.safetensors", {})  # newer than all, but it stands in for none of them
     (tmp_path / "last.safetensors").write_bytes(b"")
     (tmp_path / "directory.safetensors").mkdir()
     for name in ("last.safetensors", "lost.safetensors"):

@@ -65,6 +65,32 @@ def test_load_policy(checkpoint):
     assert logits.shape == (2, 3) and values.shape == (2,) and logits.dtype == values.dtype == torch.float32
 
 
+def test_a_stage_plays_with_its_rounded_weights(checkpoint, tmp_path, monkeypatch, capsys):
+    """It is played if somebody names it, and is no model of a run."""
+    state = load_checkpoint(checkpoint)
+    halves = {name: x.half() for name, x in state["model"].items()}
+    for name, weights in (("half", halves), ("rounded", {name: x.float() for name, x in halves.items()})):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        save_checkpoint(tmp_path / "runs" / name / "stage_5.safetensors", state | {"model": weights})
+    pages = torch.from_numpy(np.stack([BreakoutAscii().reset(seed=seed)[0] for seed in range(4)]))
+    half, rounded, exact = (
+        load_policy(path)[0](pages)
+        for path in (
+            tmp_path / "runs/half/stage_5.safetensors",
+            tmp_path / "runs/rounded/stage_5.safetensors",
+            checkpoint,
+        )
+    )
+    assert all(map(torch.equal, half, rounded)) and not torch.equal(half[1], exact[1])
+    assert half[0].dtype == half[1].dtype == torch.float32
+    monkeypatch.chdir(tmp_path)
+    assert main([str(Path("runs/half/stage_5.safetensors")), "--steps", "5"]) == 0
+    assert "stage_5.safetensors: trained for 5 steps" in capsys.readouterr().out
+    assert find_model(None)[0] == SHIPPED
+    with pytest.raises(CheckpointError, match="half: has no best_model.safetensors or last.safetensors in it"):
+        find_model("runs/half")
+
+
 def test_models_of_wrapped_policies_load(checkpoint, tmp_path):
     """Prefixes that wrappers put before the names of weights are ignored."""
     state = load_checkpoint(checkpoint)

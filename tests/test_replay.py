@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -16,7 +16,7 @@ from PIL import Image
 import viewer.replay.attention
 from breakout_ascii import BreakoutAsciiVec
 from games.game import BREAKOUT, load_game
-from harness.checkpoint import save_checkpoint
+from harness.checkpoint import load_checkpoint, save_checkpoint
 from harness.options import CommandLineError
 from load_model import main, play
 from model import GPT, GPTConfig
@@ -146,32 +146,41 @@ def test_the_last_ball_may_lie_over_an_end_of_the_paddle():
 
 
 def test_stages_of_a_run(tmp_path, capsys):
+    """The page has the stages of the run that its model went through, and the model itself."""
     config = GPTConfig(**PAGE, n_head=4, n_embd=16)
-    for name, step in (
-        ("checkpoint_0", 0),
-        ("checkpoint_1", 90),
-        ("checkpoint_2", 800),
-        ("checkpoint_3", 2000),
-        ("best_model", 1000),
+    for name, step, sizes in (
+        ("stage_0", 0, config),
+        ("stage_40960", 40_960, config),
+        ("stage_9000", 9_000, config),
+        ("stage_50000", 50_000, replace(config, n_embd=8)),  # of another model
+        ("stage_2000000", 2_000_000, config),
+        ("checkpoint_1", 500, config),
+        ("best_model", 1_000_000, config),
     ):
         torch.manual_seed(step)
+        weights = {key: x.half() if "stage" in name else x for key, x in GPT(sizes).state_dict().items()}
         save_checkpoint(
-            tmp_path / f"{name}.safetensors",
-            {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict()), "global_step": step},
+            tmp_path / f"{name}.safetensors", {"gpt_config": asdict(sizes), "model": weights, "global_step": step}
         )
-    (tmp_path / "checkpoint_9.safetensors").write_bytes(b"damaged")
-    main([str(tmp_path), "--steps", "20", "--out", str(tmp_path / "replay.html")])
-    data = data_of((tmp_path / "replay.html").read_text(encoding="utf-8"))
-    assert [stage["label"] for stage in data["stages"]] == ["start", "90 steps", "1,000 steps"]
-    assert len({stage["weights"] for stage in data["stages"]}) == 3 and "wrote" in capsys.readouterr().out
-    assert data["frames"][-1][3] == -2  # the recording ends there, the game does not
-    save_checkpoint(
-        tmp_path / "foreign.safetensors", {"gpt_config": asdict(config), "model": dict(GPT(config).state_dict())}
-    )  # says no steps
-    main([str(tmp_path / "foreign.safetensors"), "--steps", "2", "--out", str(tmp_path / "replay.html")])
-    assert [stage["label"] for stage in data_of((tmp_path / "replay.html").read_text(encoding="utf-8"))["stages"]] == [
-        "start"
-    ]
+    (tmp_path / "stage_60000.safetensors").write_bytes(b"damaged")
+
+    def data(model):
+        assert main([str(model), "--steps", "20", "--out", str(tmp_path / "replay.html")]) == 0
+        return data_of((tmp_path / "replay.html").read_text(encoding="utf-8"))
+
+    def labels(model):
+        return [stage["label"] for stage in data(model)["stages"]]
+
+    of_run = data(tmp_path)
+    assert [stage["label"] for stage in of_run["stages"]] == ["start", "9,000 steps", "40,960 steps", "1,000,000 steps"]
+    assert len({stage["weights"] for stage in of_run["stages"]}) == 4 and "wrote" in capsys.readouterr().out
+    assert of_run["frames"][-1][3] == -2  # the recording ends there, the game does not
+    assert labels(tmp_path / "stage_9000.safetensors") == ["start", "9,000 steps"]
+    assert labels(tmp_path / "stage_0.safetensors") == ["start"]
+    state = load_checkpoint(tmp_path / "best_model.safetensors")
+    del state["global_step"]
+    save_checkpoint(tmp_path / "foreign.safetensors", state)
+    assert labels(tmp_path / "foreign.safetensors") == ["start"]  # it says no steps
 
 
 def test_pictures_show_attention(tmp_path):

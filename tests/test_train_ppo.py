@@ -32,6 +32,7 @@ from harness.device import DeviceError
 from harness.lines import wrapped_lines
 from harness.options import CommandLineError, Values
 from harness.supervise import StopTraining, interrupt, less_memory, signals_handled
+from policies import load_policy
 from ppo import PPO
 from train_ppo import CONSTANTS, check, main
 
@@ -131,6 +132,11 @@ def assert_the_same_run(straight, other):
     assert len(logged(straight)) == 6 and logged(straight) == logged(other)
 
 
+def stage_weights(run_dir):
+    """Return {name: weights} of the stages of a run."""
+    return {file.name: load_checkpoint(file)["model"] for file in run_dir.glob("stage_*.safetensors")}
+
+
 # fmt: off
 @pytest.mark.parametrize("signum, status, place, call, update", [
     (signal.SIGINT, 130, (PPO, "train_step"), 3 * 4 + 1, 3),
@@ -162,6 +168,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
     assert load_checkpoint(tmp_path / "stopped")["update_count"] == update or update is None
     assert main(["--resume", str(tmp_path / "stopped")]) == 0
     assert_the_same_run(straight, tmp_path / "stopped")
+    assert same(stage_weights(straight), stage_weights(tmp_path / "stopped"))
     assert signal.getsignal(signum) in (signal.default_int_handler, signal.SIG_DFL)
 
 
@@ -365,9 +372,10 @@ def test_what_a_run_leaves(tmp_path, real_curves):
     run_dir = tmp_path / "run"
     run(tmp_path, "run")
     names = {file.name for file in run_dir.iterdir() if "tfevents" not in file.name}
-    checkpoints = {f"checkpoint_{update}.safetensors" for update in (0, 2, 4, 6)}
+    checkpoints = {f"checkpoint_{update}.safetensors" for update in (2, 4, 6)}
+    stages = {f"stage_{steps}.safetensors" for steps in (0, 32, 64)}
     models = {"best_model.safetensors", "last.safetensors"}
-    assert names == {"config.json", "run.lock", "metrics.csv", "learning_curve.png", *models, *checkpoints}
+    assert names == {"config.json", "run.lock", "metrics.csv", "learning_curve.png", *models, *checkpoints, *stages}
     assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     constants = json.loads((run_dir / "config.json").read_text())
     assert constants == {**CONSTANTS, **constants}
@@ -377,6 +385,33 @@ def test_what_a_run_leaves(tmp_path, real_curves):
     assert "optimizer" not in best and best["constants"] | {"RUN_ID": best["run_id"]} == constants
     assert logged_columns(run_dir) == explained("Breakout")
     assert {f"eval_{name}" for name in best["evaluation"]} == explained("Breakout", evaluation=True)
+
+
+def test_stages_are_the_policy_of_their_update(straight):
+    """A stage is the rounded policy of the checkpoint after the same update, and is played with the same numbers."""
+    stage, checkpoint = straight / "stage_64.safetensors", straight / "checkpoint_2.safetensors"
+    rounded = {name: x.half() for name, x in load_checkpoint(checkpoint)["model"].items()}
+    assert same(stage_weights(straight)[stage.name], rounded)
+    policy, meta = load_policy(stage)
+    expected = {name: x.float() for name, x in rounded.items()}
+    assert same(dict(policy.state_dict()), expected) and meta["global_step"] == 64 and "optimizer" not in meta
+    for name in ("game", "board", "gpt_config", "constants", "run_id"):
+        assert same(meta[name], load_checkpoint(checkpoint)[name])
+    assert stage.stat().st_size < checkpoint.stat().st_size / 4
+    with pytest.raises(CheckpointError, match="stage_64.safetensors: holds a model to play, not a run to resume"):
+        main(["--resume", str(stage)])
+
+
+def test_stages_change_nothing_that_is_learned(straight, tmp_path, monkeypatch):
+    """A training that keeps none has the same weights, random states and rows."""
+
+    def without(run_dir, save_freq, keep_stages):
+        return callbacks.Checkpoints(run_dir, save_freq)
+
+    monkeypatch.setattr(train_ppo, "Checkpoints", without)
+    run(tmp_path, "run")
+    assert stage_weights(straight) and not stage_weights(tmp_path / "run")
+    assert_the_same_run(straight, tmp_path / "run")
 
 
 def test_one_seed_one_run(straight, tmp_path):
