@@ -32,7 +32,7 @@ from harness.options import CommandLineError, Parser, given_path, within
 from harness.runs import imports_foreign_code
 from harness.supervise import run_script
 from policies import check_game, find_model, game_of, load_policy, policy_of
-from viewer.drawing import write_gif
+from viewer.drawing import with_status, write_gif
 from viewer.replay.attention import plain_gpt
 from viewer.replay.document import Stage, replay_html
 from viewer.replay.kinds import kind_of
@@ -236,6 +236,24 @@ def watched(steps, total, ended):
         yield step
 
 
+def situations_of(steps):
+    """Yield the situation before each of the steps, and that after the last one of a game."""
+    for step in steps:
+        yield step.before
+        if step.last:
+            yield step.after
+
+
+def status_line(situation, game):
+    """Return what the picture of a situation says under the page: `score 560   lives 5   step 1,000`.
+
+    Each number has room to grow, so that nothing jumps when it gains a digit.
+    """
+    score = f"score {situation.score:<5.6g} " if is_breakout(game) else f"return {situation.score:<8.6g} "
+    lives = "" if situation.lives is None else f"lives {situation.lives:<3} "
+    return f"{score}{lives}step {situation.steps:<11,}"
+
+
 def write(out, steps, args, path, policy, meta, game):
     """Write the steps of `play` to a file, as a page for the browser, a gif or an mp4."""
     if args.suffix == ".html":
@@ -244,12 +262,16 @@ def write(out, steps, args, path, policy, meta, game):
         out.write_bytes(text.encode())
         return
     kind = kind_of(game)
-    if args.attention:
-        pictures = attention_pictures(plain_gpt(policy), record(steps), game, args.head)
-    elif is_breakout(game):
-        pictures = map(kind.drawer(game), (step.after.page for step in steps))
+    if is_breakout(game) and not args.attention:
+        situations = (step.after for step in steps)
     else:  # with the first page of each game, because a game may be short
-        pictures = map(kind.drawer(game), (frame.page for frame in record(steps)))
+        situations = situations_of(steps)
+    situations, drawn = itertools.tee(situations)
+    if args.attention:
+        pictures = attention_pictures(plain_gpt(policy), drawn, game, args.head)
+    else:
+        pictures = map(kind.drawer(game), (situation.page for situation in drawn))
+    pictures = with_status(pictures, (status_line(situation, game) for situation in situations))
     if args.suffix == ".gif":
         write_gif(out, pictures, kind.FRAME_MS)
     else:
@@ -271,6 +293,33 @@ def outcome(step, game):
     bricks = BRICK_ROWS * BRICK_COLUMNS
     left = f"{info['bricks']} of {bricks} bricks left" if info["bricks"] else "the wall is cleared"
     return f"{info['score']} points, {left}, lives left: {info['lives']}"
+
+
+def tell(ended, args, game):
+    """Print what came of each game, given their last steps. Only the last game may have been cut off."""
+    told = len(ended) if is_breakout(game) or len(ended) <= MOST_TOLD else MOST_TOLD - 1
+    for number, step in enumerate(ended, 1):
+        if number <= told or not step.over:
+            cut = "" if step.over else cut_off(number, args, game)
+            print(f"game {number}: {outcome(step, game)}{cut}")
+        elif number == told + 1:
+            rest = [step.after.score for step in ended[told:] if step.over]
+            print(f"{len(rest)} further game{'s' * (len(rest) > 1)}: mean return {np.mean(rest):.6g}")
+
+
+def cut_off(number, args, game):
+    """Return what to say of the game of this number, which the playing has cut off: where, and how to see its end."""
+    html = args.suffix == ".html"
+    most = HTML_LIMITS["steps"]
+    steps = most if args.episodes else args.steps
+    if html and steps == most:
+        further = ", the most in an .html"
+    elif html and is_breakout(game) and number > HTML_LIMITS["episodes"]:
+        further = f"; --steps {most} plays on"
+    else:
+        further = f"; --episodes {number} plays to the end"
+        further += f" or to {most} steps" if html and not is_breakout(game) else ""  # Breakout ends before that
+    return f"; cut off after {steps} steps{' in all' if number > 1 else ''}{further}"
 
 
 def main(argv=()):
@@ -301,12 +350,7 @@ def draw(args, path, policy, meta, game):
         played = play(policy, env, limit, args.episodes, args.seed, args.sample)
         steps = watched(played, None if args.episodes else args.steps, ended)
         write(unfinished, steps, args, path, policy, meta, game)
-    told = len(ended) if is_breakout(game) or len(ended) <= MOST_TOLD else MOST_TOLD - 1
-    for number, step in enumerate(ended[:told], 1):
-        cut = "" if step.over else "; not over, but the drawing ends here"
-        print(f"game {number}: {outcome(step, game)}{cut}")
-    if rest := [step.after.score for step in ended[told:] if step.over]:
-        print(f"{len(rest)} further game{'s' * (len(rest) > 1)}: mean return {np.mean(rest):.6g}")
+    tell(ended, args, game)
     print(f"wrote {printable(args.out)} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
 
 

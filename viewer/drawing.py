@@ -11,6 +11,7 @@ WHITE = (235, 235, 235)
 GREY = (150, 150, 150)
 LARGEST = 4  # the factor by which a small page is enlarged at most,
 LARGE = 400, 480  # as long as it has no more pixels than these, in height and in width
+MARGIN = 4  # pixels around a status line
 PALETTE = 255  # colours in a frame of a gif; the 256th means "as before"
 LONGEST_MS = 600_000  # a frame of a gif stays at most so long; the format allows 655,350
 
@@ -65,6 +66,34 @@ def page_drawer(rows, columns, colours):
         return picture.repeat(factor, 0).repeat(factor, 1)
 
     return draw
+
+
+def with_status(pictures, lines):
+    """Yield each picture with a line of text under it.
+
+    The text is drawn twice as large as a terminal's where a picture has room for that, and a picture that has no room
+    even for small text is made wider.
+
+    Args:
+        pictures: an iterable of arrays (H, W, 3) uint8 RGB, all of one size.
+        lines: an iterable of as many str. What is longer than the first one is cut off there, so that all pictures
+            remain of one size.
+    """
+    ink = np.full((1, 128, 3), WHITE, np.uint8)
+    atlas = glyph_atlas(ink, np.zeros_like(ink))
+    columns = None
+    for picture, line in zip(pictures, lines, strict=True):
+        columns = columns or len(line)
+        text = draw_pages(np.frombuffer(line.ljust(columns)[:columns].encode(), np.uint8)[None], atlas)
+        factor = 2 if picture.shape[1] >= MARGIN + 2 * text.shape[1] else 1
+        status = np.pad(text.repeat(factor, 0).repeat(factor, 1), ((MARGIN, MARGIN), (MARGIN, 0), (0, 0)))
+        width = max(picture.shape[1], status.shape[1])
+        yield np.concatenate([padded(picture, width), padded(status, width)])
+
+
+def padded(picture, width):
+    """Return a picture with black at its right, so that it is so wide."""
+    return np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)))
 
 
 def write_gif(path, pictures, frame_ms):

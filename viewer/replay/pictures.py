@@ -6,6 +6,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from viewer.drawing import padded
 from viewer.replay.attention import attention_of_pages, attention_shares, evenly_spaced, main_thing
 from viewer.replay.kinds import kind_of
 
@@ -16,11 +17,11 @@ NARROWEST = 150  # pixels, the least width of a picture, which a label needs
 
 
 def attention_pictures(gpt, frames, game, head=None):
-    """Yield an RGB picture for each of the frames of a replay, with the attention of one head or, side by side, of all.
+    """Yield an RGB picture for each of the pages of a replay, with the attention of one head or, side by side, of all.
 
     Args:
         gpt: a plain GPT.
-        frames: an iterable of `Frame`.
+        frames: an iterable of objects that have a page, such as `Frame`.
         game: a `Game`.
         head: the number of the head; None for all heads, at half the size.
     """
@@ -96,11 +97,6 @@ def heated(grey, heat, ink):
     Pixels that are brighter than `ink` become black where it is hot.
     """
     return np.where((grey > ink) & (heat > 0.5), 0, np.maximum(grey, heat * HOT)).astype(np.uint8)
-
-
-def padded(picture, width):
-    """Return a picture with black at its right, so that it is so wide."""
-    return np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)))
 
 
 def side_by_side(tiles):
