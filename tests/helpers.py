@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from breakout_ascii import CHARACTERS, COLUMNS, ROWS, TOKENS, BreakoutAsciiVec
 from fast import DeviceBreakout, DeviceGPT
@@ -175,3 +176,24 @@ def logged_columns(run_dir):
     """Return the columns of a run's metrics.csv, without those of its evaluations."""
     header = (run_dir / "metrics.csv").read_text(encoding="utf-8").split("\n")[0]
     return {name for name in header.split(",") if not name.startswith("eval_")}
+
+
+def status_in(picture):
+    """Read the text of the status line under a page, (text, factor by which it is enlarged), from a picture (H, W, 3).
+
+    Pillow draws each character once more, to compare with.
+    """
+    font = ImageFont.load_default_imagefont()
+    glyphs = {}
+    for character in map(chr, range(32, 127)):
+        glyph = Image.new("L", (6, 11))
+        ImageDraw.Draw(glyph).text((0, 0), character, fill=1, font=font)
+        glyphs[(np.array(glyph) > 0).tobytes()] = character
+    white = (picture == 235).all(2)
+    for factor in (1, 2):
+        dots = white[-4 - 11 * factor : -4 : factor, 4::factor]  # there are 4 pixels around it
+        dots = dots[:, : dots.shape[1] // 6 * 6].reshape(11, -1, 6).swapaxes(0, 1)
+        text = "".join(glyphs.get(cell.tobytes(), "?") for cell in dots)
+        if "?" not in text:
+            return text.rstrip(), factor
+    raise AssertionError("there is no status line")

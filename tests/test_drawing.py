@@ -4,10 +4,11 @@ import weakref
 
 import numpy as np
 import pytest
+from helpers import status_in
 from PIL import Image
 
 from breakout_ascii import BreakoutAsciiVec, to_image
-from viewer.drawing import page_drawer, write_gif
+from viewer.drawing import page_drawer, with_status, write_gif
 
 
 def test_to_image():
@@ -45,6 +46,21 @@ def test_any_page_has_a_picture(rows, columns, factor):
         np.testing.assert_array_equal(cell, seen.setdefault(code, cell))
     assert len({cell.tobytes() for cell in seen.values()}) == len(seen)
     assert {tuple(dot) for dot in cells[0, 0].reshape(-1, 3)} == {(24, 24, 24), (1, 2, 250)}
+
+
+@pytest.mark.parametrize(
+    "width, factor, whole", [(168, 1, 196), (312, 1, 312), (387, 1, 387), (388, 2, 388), (480, 2, 480)]
+)
+def test_a_status_line_stands_under_every_picture(width, factor, whole):
+    """Large where there is room; a narrow picture is made wider. Nothing above it changes, and no size ever does."""
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (4, 11, width, 3), np.uint8)
+    lines = ["score 0      step 1".ljust(32), "score 1,234  step 2", "score 1".ljust(32, "."), "x" * 40]
+    for picture, line, shown in zip(pictures, lines, with_status(iter(pictures), iter(lines)), strict=True):
+        assert shown.shape == (11 + 11 * factor + 8, whole, 3) and shown.dtype == np.uint8
+        np.testing.assert_array_equal(shown[:11, :width], picture)
+        assert not shown[:11, width:].any()
+        assert status_in(shown) == (line[:32].rstrip(), factor)
 
 
 def decoded(path):

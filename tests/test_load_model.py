@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import PAGE, largest_score, tolerance
+from helpers import PAGE, largest_score, status_in, tolerance
 from PIL import Image
 
 import load_model
@@ -105,7 +105,8 @@ def test_models_of_wrapped_policies_load(checkpoint, tmp_path):
 
 
 def test_gif_shows_every_step(checkpoint, tmp_path, capsys):
-    """Its frames are the pages after each action, for 40 ms each, with their exact colours."""
+    """Its frames are the pages after each action, for 40 ms each, with their exact colours, and what they have come
+    to."""
     out = tmp_path / "small.gif"
     main([str(checkpoint), "--steps", "150", "--out", str(out), "--sample", "--seed", "3"])
     policy, _ = load_policy(checkpoint)
@@ -113,12 +114,17 @@ def test_gif_shows_every_step(checkpoint, tmp_path, capsys):
     assert any(step.last for step in steps[:-1]), "no game ended within the gif: the test shows less than it should"
     with Image.open(out) as gif:
         durations = 0
+        in_game = 0
         for i in range(gif.n_frames):
             gif.seek(i)
             durations += gif.info["duration"]
-            np.testing.assert_array_equal(
-                np.array(gif.convert("RGB")), to_image(steps[i].after.page)
-            )  # exactly, colours too
+            picture = np.array(gif.convert("RGB"))
+            np.testing.assert_array_equal(picture[:264], to_image(steps[i].after.page))  # exactly, colours too
+            in_game += 1
+            info = steps[i].info
+            text, factor = status_in(picture)
+            assert text == f"score {info['score']:<3}   lives {info['lives']}   step {in_game:,}" and factor == 2
+            in_game = 0 if steps[i].last else in_game
     assert durations == 150 * 40
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("game")]
     infos = [step.info for step in steps if step.last]
@@ -180,7 +186,7 @@ def test_the_shipped_model(tmp_path, capsys):
     main([str(SHIPPED), "--out", str(tmp_path / "gpt.gif")])
     with Image.open(tmp_path / "gpt.gif") as gif:
         assert gif.n_frames == 1000
-    assert 50_000 < (tmp_path / "gpt.gif").stat().st_size < 244_294  # of the palette for all frames that it once had
+    assert 50_000 < (tmp_path / "gpt.gif").stat().st_size < 500_000  # half of it for the steps, which change every time
 
 
 def test_episodes_are_whole_games(checkpoint):
@@ -430,15 +436,18 @@ def test_the_gif_of_another_game_begins_with_its_first_page(tmp_path, capsys):
     for step in steps:
         pages += [step.before.page, step.after.page] if step.last else [step.before.page]
     draw = page_drawer(16, 27, {"o": (255, 255, 255), "=": (230, 110, 200)})
+    numbers = [(step % 16, 0 if step % 16 < 15 else steps[step // 16 * 15 + 14].after.score) for step in range(43)]
     with Image.open(tmp_path / "catch.gif") as gif:
         assert gif.n_frames == len(pages) == 43 and gif.info["duration"] == 100
         for i, page in enumerate(pages):
             gif.seek(i)
-            np.testing.assert_array_equal(np.array(gif.convert("RGB")), draw(page))
+            picture = np.array(gif.convert("RGB"))
+            np.testing.assert_array_equal(picture[:352], draw(page))
+            assert status_in(picture) == (f"return {numbers[i][1]:<8g} step {numbers[i][0]}", 1)
     returns = [step.after.score for step in steps if step.last]
     first, *games, last = capsys.readouterr().out.splitlines()
     assert first.endswith("catch.safetensors: trained for 5 steps on games.catch:Catch-v0")
-    cut = "; not over, but the drawing ends here"
+    cut = "; cut off after 40 steps in all; --episodes 3 plays to the end"
     assert games == [
         f"game {n}: return {score:g} after {length} steps{end}"
         for n, score, length, end in zip((1, 2, 3), returns, (15, 15, 10), ("", "", cut), strict=True)
@@ -453,6 +462,63 @@ def test_many_games_are_told_in_few_lines(tmp_path, capsys):
     games = capsys.readouterr().out.splitlines()[1:-1]
     assert len(games) == 10 and games[8].startswith("game 9: return ")
     assert games[-1] == f"3 further games: mean return {sum(returns[9:]) / 3:.6g}"
+    main([model, "--steps", "160", "--out", str(tmp_path / "catch.gif"), "--sample"])
+    *_, rest, cut, _ = capsys.readouterr().out.splitlines()
+    assert rest == f"1 further game: mean return {returns[9]:.6g}"
+    assert cut == "game 11: return 0 after 10 steps; cut off after 160 steps in all; --episodes 11 plays to the end"
+
+
+@pytest.mark.parametrize(
+    "game_id, words, number, further",
+    [
+        (BREAKOUT, "", 1, "1000 steps; --episodes 1 plays to the end"),
+        (BREAKOUT, "--steps 30 --out x.mp4", 1, "30 steps; --episodes 1 plays to the end"),
+        (BREAKOUT, "--steps 9000 --out x.html", 2, "9000 steps in all; --episodes 2 plays to the end"),
+        (BREAKOUT, "--steps 9000 --out x.html", 3, "9000 steps in all; --steps 10000 plays on"),
+        (BREAKOUT, "--steps 10000 --out x.html", 7, "10000 steps in all, the most in an .html"),
+        (CATCH, "--steps 10", 1, "10 steps; --episodes 1 plays to the end"),
+        (CATCH, "--steps 10 --out x.html", 1, "10 steps; --episodes 1 plays to the end or to 10000 steps"),
+        (CATCH, "--episodes 700 --out x.html", 667, "10000 steps in all, the most in an .html"),
+    ],
+)
+def test_where_a_game_is_cut_off_and_how_to_see_its_end(game_id, words, number, further):
+    """What is advised is allowed, and plays on."""
+    args = load_model.read_command_line(words.split())
+    game = load_game(game_id)
+    assert load_model.cut_off(number, args, game) == f"; cut off after {further}"
+    for option in re.findall(r"--\w+ \d+", further):
+        advised = load_model.read_command_line(f"{option} --out {args.out}".split())
+        if game_id == BREAKOUT:
+            load_model.check_breakout(advised)
+
+
+def test_numbers_of_a_status_line_stay_where_they_are():
+    """Whether they are small or large, in games with lives and without. The longest of all are shown as well."""
+    catch = load_game(CATCH)
+    lines = [
+        load_model.status_line(load_model.Situation(None, steps, score, lives), catch)
+        for steps, score, lives in ((0, 0.0, 3), (1_000, 0.1 + 0.2, 0), (999_999, -123.456, 12))
+    ]
+    assert [line.rstrip() for line in lines] == [
+        "return 0        lives 3   step 0",
+        "return 0.3      lives 0   step 1,000",
+        "return -123.456 lives 12  step 999,999",
+    ]
+    assert len(set(map(len, lines))) == 1
+    line = load_model.status_line(load_model.Situation(None, 1_000_000, -1234567.0), catch)
+    assert line.rstrip() == "return -1.23457e+06 step 1,000,000"
+
+
+def test_the_status_under_pictures_of_attention(tmp_path):
+    """One line for all heads, about the page that they read."""
+    model = save_model(tmp_path / "catch.safetensors", CATCH)
+    for words, size in (("--head 1", (312, 385)), ("--attention", (320, 399))):
+        main([model, *words.split(), "--steps", "15", "--out", str(tmp_path / "heads.gif")])
+        with Image.open(tmp_path / "heads.gif") as gif:
+            assert gif.size == size and gif.n_frames == 16
+            for i in range(16):
+                gif.seek(i)
+                assert status_in(np.array(gif.convert("RGB")))[0].endswith(f"step {i}")
 
 
 def test_the_score_of_another_game(tmp_path, capsys):
@@ -474,7 +540,7 @@ def test_the_page_of_another_game_has_at_most_10_000_steps(tmp_path, monkeypatch
     model = save_model(tmp_path / "catch.safetensors", CATCH)
     main([model, "--steps", "50", "--episodes", "5", "--out", str(tmp_path / "catch.html")])
     games = capsys.readouterr().out.splitlines()[1:-1]
-    assert len(games) == 4 and games[-1].endswith("after 5 steps; not over, but the drawing ends here")
+    assert len(games) == 4 and games[-1].endswith("after 5 steps; cut off after 50 steps in all, the most in an .html")
 
 
 def test_a_game_that_does_not_fit_or_cannot_be_made(tmp_path):

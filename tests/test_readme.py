@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import blocks_of_python
+from helpers import blocks_of_python, status_in
 from PIL import Image, ImageSequence
 
 import load_model
@@ -188,7 +188,7 @@ def test_the_readme_is_short_and_has_its_command_early():
 
 
 def test_the_gif_of_the_readme_is_a_whole_game_that_clears_the_wall():
-    """Bricks are left on every frame but the last."""
+    """Bricks are left on every frame but the last. The status line says so too."""
 
     def bricks(frame):
         return (np.array(frame.convert("RGB"))[..., None, :] == np.uint8(BRICK_COLOURS)).all(-1).any()
@@ -199,7 +199,14 @@ def test_the_gif_of_the_readme_is_a_whole_game_that_clears_the_wall():
             for i, frame in enumerate(ImageSequence.Iterator(gif))
             if i in (0, gif.n_frames - 2, gif.n_frames - 1)
         ]
+        assert status_in(np.array(gif.convert("RGB")))[0].startswith("score 960   lives 5   step ")
     assert had_bricks == [True, True, False]
+
+
+def test_gifs_on_pages_are_small():
+    """A page with them opens quickly."""
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "images").rglob("*.gif")}
+    assert len(sizes) > 5 and max(sizes.values()) < 1_000_000, sizes
 
 
 def test_messages_that_troubleshooting_explains_are_provoked():

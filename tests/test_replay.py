@@ -199,7 +199,7 @@ def test_pictures_show_attention(tmp_path):
     assert next(attention_pictures(gpt, frames[:1], GAME)).shape == (4 * (132 + 14), 4 * 240, 3)
     main([str(SHIPPED), "--attention", "--steps", "5", "--out", str(tmp_path / "heads.gif")])
     with Image.open(tmp_path / "heads.gif") as gif:
-        assert gif.size == (960, 584) and gif.n_frames == 6
+        assert gif.size == (960, 614) and gif.n_frames == 6
 
 
 @pytest.mark.parametrize(
