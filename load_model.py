@@ -34,12 +34,14 @@ from harness.supervise import run_script
 from policies import check_game, find_model, game_of, load_policy, policy_of
 from viewer.drawing import with_status, write_gif
 from viewer.replay.attention import plain_gpt
-from viewer.replay.document import Stage, replay_html
+from viewer.replay.document import COARSE, Stage, replay_html
 from viewer.replay.kinds import kind_of
 from viewer.replay.pictures import attention_pictures
 from viewer.replay.recording import record
+from viewer.replay.weights import rounded
 
-HTML_LIMITS = {"steps": 10_000, "episodes": 2}  # more than anybody watches; 10,000 steps make a page of 0.7 MB
+HTML_LIMITS = {"steps": 10_000, "episodes": 2}  # more than anybody watches; 10,000 steps of one model take 0.35 MB
+STAGE_STEPS = 2000  # are enough to see how an earlier stage of the training plays
 MOST_TOLD = 10  # lines about games, which may be short and many
 EVAL_EPISODES = 100  # unless the checkpoint says how many games its training evaluated
 
@@ -123,7 +125,10 @@ def write_mp4(path, pictures, frame_ms):
 
 
 def stages(path, policy, meta):
-    """Return a `Stage` for the model, after those that its training left beside it, the least trained first."""
+    """Return a `Stage` for the model, after those that its training left beside it, the least trained first.
+
+    The weights of these are rounded, so that they play as the page shows them.
+    """
     steps = meta.get("global_step", 0)
     earlier = {}  # {environment steps: policy}
     for file in path.parent.glob(f"{STAGE}*{SUFFIX}"):
@@ -131,6 +136,7 @@ def stages(path, policy, meta):
             state = load_checkpoint(file)
             stage = policy_of(state)
             if stage.config == policy.config and state.get("global_step", 0) < steps:
+                rounded(stage, COARSE)
                 earlier[state.get("global_step", 0)] = stage
     every = [*sorted(earlier.items()), (steps, policy)]
     return [Stage(f"{taken:,} steps" if taken else "start", model) for taken, model in every]
@@ -254,12 +260,16 @@ def status_line(situation, game):
     return f"{score}{lives}step {situation.steps:<11,}"
 
 
-def write(out, steps, args, path, policy, meta, game):
-    """Write the steps of `play` to a file, as a page for the browser, a gif or an mp4."""
+def write(out, steps, args, path, policy, meta, game, env):
+    """Write the steps of `play` in an environment to a file, as a page for the browser, a gif or an mp4."""
     if args.suffix == ".html":
         about = f"{path.name}, {trained(meta)}"
-        text = replay_html(list(record(steps)), stages(path, policy, meta), game, path.name, about)
-        out.write_bytes(text.encode())
+        *earlier, stage = stages(path, policy, meta)
+        frames = list(record(steps, kind_of(game).starts(env)))
+        steps = min(STAGE_STEPS, sum(frame.action >= 0 for frame in frames))
+        limits = steps, args.episodes, args.seed, args.sample
+        played = [*play_stages(earlier, game, *limits), (stage, frames)]
+        out.write_bytes(replay_html(played, game, path.name, about).encode())
         return
     kind = kind_of(game)
     if is_breakout(game) and not args.attention:
@@ -276,6 +286,15 @@ def write(out, steps, args, path, policy, meta, game):
         write_gif(out, pictures, kind.FRAME_MS)
     else:
         write_mp4(str(out), pictures, kind.FRAME_MS)
+
+
+def play_stages(stages, game, *limits):
+    """Let stages of a training play, each for itself, for `replay_html`. limits: what `play` takes."""
+    played = []
+    for stage in stages:
+        with contextlib.closing(game.make()) as env:
+            played.append((stage, list(record(play(stage.policy, env, *limits), kind_of(game).starts(env)))))
+    return played
 
 
 def trained(meta):
@@ -349,7 +368,7 @@ def draw(args, path, policy, meta, game):
         # An older file stays until the new one is complete.
         played = play(policy, env, limit, args.episodes, args.seed, args.sample)
         steps = watched(played, None if args.episodes else args.steps, ended)
-        write(unfinished, steps, args, path, policy, meta, game)
+        write(unfinished, steps, args, path, policy, meta, game, env)
     tell(ended, args, game)
     print(f"wrote {printable(args.out)} ({os.path.getsize(args.out) / 1e6:.2f} MB)")
 

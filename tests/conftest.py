@@ -56,3 +56,59 @@ def short_runs(monkeypatch):
 
     monkeypatch.setattr(training, "LearningCurve", lambda *args: Callback())
     monkeypatch.setattr(Constants, "unread", lambda constants: [])
+
+
+@pytest.fixture(scope="session")
+def markup():
+    """Return the `Game` of a game that is hard to show."""
+    import gymnasium as gym
+    from replay_helpers import Markup
+
+    from games.game import load_game
+
+    gym.register("Markup-v0", Markup)
+    yield load_game("Markup-v0")
+    del gym.registry["Markup-v0"]
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Return a browser."""
+    import shutil
+
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium):
+    """Return a function that opens a page in a new tab. Any error, dialog or request fails the test at the end."""
+    problems = []
+    pages = []
+
+    def open_page(path, place="#frame=0", width=1280, height=900, **options):
+        page = chromium.new_page(viewport={"width": width, "height": height}, **options)
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: problems.extend([] if request.url.startswith("file:") else [request.url]))
+        page.goto(path.as_uri() + place)
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert not problems
+
+
+@pytest.fixture(scope="session")
+def replay(tmp_path_factory):
+    """Write the page of the shipped model."""
+    from replay_helpers import write_shipped
+
+    return write_shipped(tmp_path_factory.mktemp("replay") / "replay.html")

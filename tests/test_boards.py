@@ -1,6 +1,7 @@
 """Edited constants at the top of breakout_ascii.py: all follows from them, or one line says why there is no game."""
 
 import contextlib
+import json
 import re
 import sys
 import types
@@ -34,7 +35,7 @@ BOARDS = {
 def ours():
     """Return the names of the loaded modules of the game and of everything that is built on it."""
     parts = "breakout_ascii games model evaluation fast policies viewer load_model train_ppo helpers".split()
-    return [name for name in sys.modules if name.split(".")[0] in parts]
+    return [name for name in sys.modules if name.split(".")[0] in (*parts, "replay_helpers")]
 
 
 def edited_source(changes):
@@ -229,13 +230,13 @@ def test_the_levels_of_an_edited_game_are_measured():
 
 
 def test_pictures_and_recordings_show_an_edited_game(board):
-    """What the viewer reads from a page is the state of the game, and its pictures have the size of the page."""
+    """What the viewer sees on a page is the state of the game, and its pictures have the size of the page."""
     from helpers import PAGE
 
     from breakout_ascii import BreakoutAsciiVec, to_image
     from games.game import BREAKOUT, load_game
     from model import GPT, GPTConfig
-    from viewer.replay.breakout import ball_and_paddle, changed_walls, things_on
+    from viewer.replay.breakout import NAMES, things_of
     from viewer.replay.pictures import attention_pictures
     from viewer.replay.recording import Frame
 
@@ -244,15 +245,43 @@ def test_pictures_and_recordings_show_an_edited_game(board):
     rng = np.random.default_rng(0)
     for _ in range(60):
         games = env.games
-        assert ball_and_paddle(page) == (games.ball_x[0], games.ball_y[0], games.paddle_x[0])
-        assert changed_walls(page[None])[0] == "".join("01"[brick] for brick in games.bricks[0].ravel().astype(int))
+        things = np.array(NAMES)[things_of(page[None]).on(page[None])[0]].reshape(board["ROWS"], board["COLUMNS"])
+        assert np.argwhere(things == "ball").tolist() == [[games.ball_y[0], games.ball_x[0]]]
+        left = np.argwhere(things == "paddle's left end").tolist()
+        assert left == [[board["ROWS"] - 2, games.paddle_x[0]]] and (things == "paddle's right end").sum() == 1
+        assert (things == "paddle's middle").sum() == len(board["PADDLE"]) - 2
+        assert (things == "bricks").sum() == len(board["BRICK"]) * games.bricks_left[0]
         page = env.step(rng.integers(3, size=1))[0][0]
     assert to_image(page).shape == (11 * board["ROWS"], 6 * (board["COLUMNS"] - 1), 3)
-    assert (things_on(page[None]) == 4).sum() == len(board["BRICK"]) * env.games.bricks_left[0]
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(**PAGE, n_head=2, n_embd=8))
     picture = next(attention_pictures(gpt, [Frame(page, 0, 0, 1)], load_game(BREAKOUT)))
     assert picture.shape == (14 + 11 * board["ROWS"] // 2, max(300, 6 * (board["COLUMNS"] - 1)), 3)
+
+
+def test_a_recording_holds_an_edited_game(board):
+    """The page in the browser is told every constant, and a recording has the serves of each game and its actions."""
+    from helpers import PAGE
+    from replay_helpers import GAME, recorded
+
+    from breakout_ascii import BOARD, Games
+    from model import GPT, GPTConfig
+    from viewer.replay.breakout import game_data, replay_data
+
+    known = json.loads(json.dumps(game_data(GAME) | vars(GPTConfig(**PAGE))))
+    assert {name: known[name.lower()] for name in BOARD} == BOARD
+    torch.manual_seed(0)
+    frames = recorded(GPT(GPTConfig(**PAGE, n_head=2, n_embd=8)), 200, sample=True)
+    pages = iter(frame.page for frame in frames)
+    for game in replay_data(frames)["games"]:
+        assert np.shape(game["serves"]) == (board["LIVES"], 3)
+        one = Games(1)
+        one.reset(np.array([True]), np.array([game["serves"]]), np.ones_like(one.bricks))
+        assert one.pages.tobytes() == next(pages).tobytes()
+        for action in map(int, game["actions"]):
+            one.step(np.array([action]))
+            assert one.pages.tobytes() == next(pages).tobytes()
+    assert next(pages, None) is None
 
 
 def test_a_gpt_learns_an_edited_game(board, tmp_path, capsys):

@@ -1,27 +1,28 @@
 """A replay shows the game as it was played, and what its model computes, also in JavaScript."""
 
+import itertools
 import json
 import re
-import shutil
+import string
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from helpers import PAGE
 from PIL import Image
+from replay_helpers import CPU, GAME, Markup, data_of, numbers, random_pages, recorded
 
 import viewer.replay.attention
-from breakout_ascii import BreakoutAsciiVec
-from games.game import BREAKOUT, load_game
+from breakout_ascii import BRICK_COLUMNS, BRICK_ROWS, BreakoutAscii, BreakoutAsciiVec, Games
+from evaluation import greedy
 from harness.checkpoint import load_checkpoint, save_checkpoint
 from harness.options import CommandLineError
-from load_model import main, play
+from load_model import Situation, Step, main, play
 from model import GPT, GPTConfig
 from policies import SHIPPED, load_policy, make_gpt
-from viewer.replay import breakout
+from viewer.replay import breakout, text
 from viewer.replay.attention import (
     attention,
     attention_shares,
@@ -30,32 +31,24 @@ from viewer.replay.attention import (
     order_of_heads,
     plain_gpt,
 )
-from viewer.replay.document import Stage, replay_html
+from viewer.replay.document import SCRIPTS, Stage, replay_html
 from viewer.replay.pictures import attention_pictures
 from viewer.replay.recording import Frame, record
 from viewer.replay.text import changes_of, replay_data, things_of
-
-CPU = torch.device("cpu")
-GAME = load_game(BREAKOUT)
+from viewer.replay.weights import rounded, written
 
 
-def played(policy, *limits, game=GAME, **options):
-    """Return the steps of a policy's play."""
-    return list(play(policy, game.make(), *limits, **options))
-
-
-def data_of(text):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
-
-
-def random_pages(n, seed=0):
-    """Return pages of random play from varied starts."""
-    env = BreakoutAsciiVec(n, varied_starts=1.0)
-    obs, _ = env.reset(seed=seed)
-    rng = np.random.default_rng(seed)
-    for _ in range(20):
-        obs, *_ = env.step(rng.integers(3, size=n))
-    return obs
+def read_weights(text, largest, letters, shape):
+    """Return the weights in a text, an array of this shape, as weights.py says that they are written."""
+    alphabet = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
+    weights = []
+    for first in range(0, len(text), letters):
+        number = 0
+        for letter in text[first : first + letters]:
+            number = number * 64 + alphabet.index(letter)
+        weights.append(number - 64**letters // 2)
+    units = np.reshape(largest, (-1, 1)) / (64**letters // 2 - 1)
+    return np.reshape(np.reshape(weights, (len(largest), -1)) * units, shape)
 
 
 @pytest.mark.parametrize("n_layer", [1, 2])
@@ -112,37 +105,149 @@ def test_heads_are_measured_on_at_most_500_pages_spread_evenly(length, seen):
     assert len(chosen) == seen <= 500 and len(set(np.diff(chosen))) <= 1 and chosen[0] == 0
 
 
+def played_again(games):
+    """Yield the pages of the games in the data of a page, by the rules in Python."""
+    whole = np.ones((1, BRICK_ROWS, BRICK_COLUMNS), bool)
+    for game in games:
+        one = Games(1)
+        one.reset(np.array([True]), np.array([game["serves"]]), whole)
+        yield one.pages.flatten()
+        for action in game["actions"]:
+            one.step(np.array([int(action)]))
+            yield one.pages.flatten()
+
+
 def test_the_file_holds_the_game(monkeypatch):
-    """It has every frame, with the last page of each game. A hostile name becomes neither markup nor a placeholder of a
-    template."""
+    """It has serves and actions, from which every page follows. A hostile name becomes neither markup nor a placeholder
+    of a template."""
     monkeypatch.setattr(viewer.replay.attention, "MEASURED", 20)  # the attention takes most of the time
     policy, _ = load_policy(SHIPPED)
-    steps = played(policy, episodes=2, sample=True, seed=1)
-    frames = list(record(steps))
+    env = GAME.make()
+    one, two = itertools.tee(play(policy, env, episodes=2, sample=True, seed=1))
+    frames = list(record(one, breakout.starts(env)))
+    steps = list(two)
     hostile = "</script><img src=x onerror=alert(1)>$data ${script}"
-    text = replay_html(frames, [Stage(hostile, policy)], GAME, hostile, hostile)
+    text = replay_html([(Stage(hostile, policy), frames)], GAME, hostile, hostile, {3: 940})
     data = data_of(text)
-    assert len(frames) == len(steps) + 2 == len(data["frames"])
-    assert data["name"] == data["stages"][0]["label"] == hostile
-    assert "<img" not in text and text.count("</script>") == 4
-    ends = [frame for frame in data["frames"] if frame[3] < 0]
-    assert [end[3:] for end in ends] == [[-1, step.info["score"], step.info["lives"]] for step in steps if step.last]
-    assert [frame[3] for frame in data["frames"] if frame[3] >= 0] == [step.action for step in steps]
-    assert len(text) < 3_000_000
+    (stage,) = data["stages"]
+    assert len(frames) == len(steps) + 2 == len(stage["values"])
+    assert data["name"] == data["about"] == stage["label"] == hostile and data["without"] == {"3": 940}
+    assert "<img" not in text and text.count("</script>") == 2 + len((*SCRIPTS, *breakout.SCRIPTS))
+    first, second = stage["games"]
+    assert first["serves"] != second["serves"] and first["end"] == second["end"] == -1
+    assert first["actions"] + second["actions"] == "".join(str(step.action) for step in steps)
+    pages = np.stack([frame.page for frame in frames])
+    np.testing.assert_array_equal(np.stack(list(played_again(stage["games"]))), pages)
+    assert len(text) < 400_000
     page = re.sub(r"<script[^>]*application/json.*?</script>|http-equiv", "", text, flags=re.S)
     assert "http" not in page  # nothing is fetched
-    pages = np.stack([frame.page for frame in frames])
     with torch.no_grad():
         values = torch.cat([policy(pages[i : i + 500])[1] for i in range(0, len(pages), 500)])
-    np.testing.assert_allclose(data["stages"][0]["values"], values, atol=1e-3)
+    np.testing.assert_allclose(stage["values"], values, atol=0.006)
 
 
-def test_the_last_ball_may_lie_over_an_end_of_the_paddle():
-    for x, left in ((20, 20), (26, 20), (40, 20)):
-        page = np.full(1944, ord(" "), np.uint8)
-        page[22 * 81 + left : 22 * 81 + left + 7] = ord("=")
-        page[22 * 81 + x] = ord("O")
-        assert breakout.ball_and_paddle(page) == (x, 22, left)
+def test_a_recording_that_is_cut_ends_in_another_way_than_a_game():
+    """Each game has its own serves, and the first is known before a second one begins."""
+    torch.manual_seed(0)
+    policy = make_gpt(GPTConfig(**PAGE, n_head=2, n_embd=8), CPU)
+    frames = recorded(policy, 300, sample=True)
+    (data,) = breakout.replay_data(frames).values()
+    assert len(data) > 1 and [game["end"] for game in data] == [-1] * (len(data) - 1) + [-2]
+    assert sum(len(game["actions"]) for game in data) == 300 == len(frames) - len(data)
+    assert all(np.shape(game["serves"]) == (5, 3) for game in data)
+    assert len({str(game["serves"]) for game in data}) > 1
+    np.testing.assert_array_equal(np.stack(list(played_again(data))), [frame.page for frame in frames])
+    (cut,) = breakout.replay_data(recorded(policy, 1)).values()
+    assert [len(game["actions"]) for game in cut] == [1] and cut[0]["end"] == -2
+
+
+def test_a_recording_keeps_how_each_game_began():
+    """Whatever `start_of` says in the first step of a game, it is in the first frame of that game, and in no other."""
+    page = np.zeros(2, np.uint8)
+    before = [Situation(page, steps, lives=2) for steps in (0, 1, 0)]
+    after = Situation(page, 1, 7.0, 1)
+    steps = [Step(now, 2, after, {}, over, over) for now, over in zip(before, (False, True, True))]
+    number = itertools.count(10)
+    frames = list(record(steps, lambda: next(number)))
+    assert [frame.start for frame in frames] == [10, None, None, 11, None]
+    assert [frame.action for frame in frames] == [2, 2, -1, 2, -1]
+    assert [frame.score for frame in frames] == [0, 0, 7, 0, 7] and [frame.lives for frame in frames] == [2, 2, 1, 2, 1]
+    steps[2] = steps[2]._replace(over=False)
+    assert list(record(steps))[-1].action == -2 and all(frame.start is None for frame in record(steps))
+
+
+# Weights as text
+
+
+def test_weights_are_written_to_within_half_a_unit():
+    """Each row has a unit of its own; the text says the same as the weights that `rounded` leaves."""
+    rng = np.random.default_rng(0)
+    for letters in (2, 3):
+        for shape in ((5,), (1, 1), (200, 7), (3, 4, 5)):
+            weights = torch.from_numpy(
+                rng.standard_normal(shape) * 10.0 ** rng.integers(-6, 6, (*shape[:-1], 1))
+            ).float()
+            text, largest = written(weights, letters)
+            assert len(text) == letters * weights.numel() and len(largest) == weights.numel() // shape[-1]
+            again = read_weights(text, largest, letters, shape)
+            unit = np.reshape(largest, (*shape[:-1], 1)) / (64**letters // 2 - 1)
+            assert (np.abs(again - weights.numpy()) <= 0.5001 * unit).all()
+            np.testing.assert_allclose(unit[..., 0] * (64**letters // 2 - 1), weights.abs().amax(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("letters", [2, 3])
+def test_the_largest_weight_is_never_written_as_its_opposite(letters):
+    """Whatever its digits are, it needs no more letters than others."""
+    weights = torch.logspace(-3, 3, 5000, dtype=torch.double).float()[:, None] * torch.tensor([1.0, -1.0, 0.3])
+    again = read_weights(*written(weights, letters), letters, weights.shape)
+    np.testing.assert_allclose(again, weights.numpy(), rtol=4 / 64**letters)
+
+
+def test_rows_of_zeros_and_of_a_huge_range_can_be_written():
+    """A zero stays a zero, and so does a row of them. A huge weight rounds its own row to zeros, but no other."""
+    weights = torch.tensor([[0.0, 0.0, 0.0], [1e30, 1.0, -1e30], [1e-30, 0.0, -5e-31], [0.5, -0.25, 0.0]])
+    for letters in (2, 3):
+        again = read_weights(*written(weights, letters), letters, weights.shape)
+        assert (again[0] == 0).all() and again[1, 1] == 0 and again[2, 1] == again[3, 2] == 0
+        rows = np.array([[1e30, 0, -1e30], [1e-30, 0, -5e-31], [0.5, -0.25, 0]])
+        np.testing.assert_allclose(again[1:], rows, rtol=3 / 64**letters)
+
+
+@pytest.mark.parametrize("letters", [2, 3])
+def test_rounded_weights_are_what_the_page_reads_however_often_they_are_rounded(letters):
+    """An earlier stage plays with its rounded weights before these are written, which rounds them once more."""
+    policy, _ = load_policy(SHIPPED)
+    pages = random_pages(50)
+    exact = numbers(policy, pages)
+    rounded(policy, letters)
+    once = {name: weights.clone() for name, weights in policy.state_dict().items()}
+    for name, weights in once.items():
+        again = read_weights(*written(weights, letters), letters, weights.shape)
+        assert torch.equal(torch.from_numpy(again).float(), weights), name
+    rounded(policy, letters)
+    assert all(torch.equal(weights, once[name]) for name, weights in policy.state_dict().items())
+    error = max(np.abs(ours - theirs).max() for ours, theirs in zip(numbers(policy, pages)[::2], exact[::2]))
+    assert 0 < error < {2: 0.1, 3: 2e-4}[letters]  # of probabilities
+
+
+def actions_of(stage, config, serves, steps):
+    """Return the actions, as text, of the model whose weights the page has for a stage, in a game with these serves."""
+    gpt = GPT(config)
+    state = gpt.state_dict()
+    letters = iter(stage["weights"])
+    largest = iter(stage["largest"])
+    for name, weights in state.items():
+        text = "".join(itertools.islice(letters, stage["letters"] * weights.numel()))
+        of_rows = list(itertools.islice(largest, weights.numel() // weights.shape[-1]))
+        state[name] = torch.from_numpy(read_weights(text, of_rows, stage["letters"], weights.shape)).float()
+    gpt.load_state_dict(state)
+    env = BreakoutAscii()
+    page, _ = env.reset(options={"serves": np.array(serves)[:, 1]})
+    actions = ""
+    for _ in range(steps):
+        actions += str(greedy(gpt)(page[None])[0])
+        page, *_ = env.step(int(actions[-1]))
+    return actions
 
 
 def test_stages_of_a_run(tmp_path, capsys):
@@ -173,8 +278,12 @@ def test_stages_of_a_run(tmp_path, capsys):
 
     of_run = data(tmp_path)
     assert [stage["label"] for stage in of_run["stages"]] == ["start", "9,000 steps", "40,960 steps", "1,000,000 steps"]
-    assert len({stage["weights"] for stage in of_run["stages"]}) == 4 and "wrote" in capsys.readouterr().out
-    assert of_run["frames"][-1][3] == -2  # the recording ends there, the game does not
+    assert [stage["letters"] for stage in of_run["stages"]] == [2, 2, 2, 3] and "wrote" in capsys.readouterr().out
+    for stage in of_run["stages"]:
+        (game,) = stage["games"]
+        assert game["end"] == -2  # the recording ends there, the game does not
+        assert game["actions"] == actions_of(stage, config, game["serves"], 20)
+    assert len({stage["weights"] for stage in of_run["stages"]}) == 4
     assert labels(tmp_path / "stage_9000.safetensors") == ["start", "9,000 steps"]
     assert labels(tmp_path / "stage_0.safetensors") == ["start"]
     state = load_checkpoint(tmp_path / "best_model.safetensors")
@@ -187,7 +296,7 @@ def test_pictures_show_attention(tmp_path):
     """For a head that looks only at the ball, the ball's cell is hot and the others are grey. All heads fit side by
     side."""
     policy, _ = load_policy(SHIPPED)
-    gpt, frames = plain_gpt(policy), list(record(played(policy, 30)))
+    gpt, frames = plain_gpt(policy), recorded(policy, 30)
     head = int(attention(gpt, frames[20].page[None])[0, :, int((frames[20].page == ord("O")).argmax())].argmax())
     one = list(attention_pictures(gpt, frames, GAME, head))
     row, column = divmod(int((frames[20].page == ord("O")).argmax()), 81)
@@ -220,45 +329,6 @@ def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch):
 
 
 # Other games than Breakout
-
-
-class Markup(gym.Env):
-    """A game whose pages, actions and rewards are as hard to show as any: markup, quotes, 25 actions, a fine of -0.1.
-
-    Each action writes somewhere. Now and then a life is lost; an episode has 40 steps.
-    """
-
-    ROWS, COLUMNS = 5, 33
-    actions = ("<b>stay</b>", 'a "quoted" name', *(f"action {i}" for i in range(2, 25)))
-    colours = {"<": (255, 80, 80), '"': (90, 200, 255)}
-    text = r"""</script><script>alert(1)</script> <!-- &amp; ${data} $data '"` \\ \u003c"""
-
-    def __init__(self):
-        self.observation_space = gym.spaces.Box(0, 127, (self.ROWS, self.COLUMNS), np.uint8)
-        self.action_space = gym.spaces.Discrete(len(self.actions))
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.page = np.frombuffer(self.text.ljust(self.ROWS * self.COLUMNS).encode(), np.uint8).copy()
-        self.steps = 0
-        self.lives = 3
-        return self.page.reshape(self.ROWS, self.COLUMNS).copy(), {"lives": self.lives}
-
-    def step(self, action):
-        self.steps += 1
-        self.page[self.np_random.integers(len(self.page))] = ord("<") + action
-        self.lives -= int(self.steps % 20 == 0)
-        reward = 1.0 if self.page[0] != ord("<") else -0.1
-        page = self.page.reshape(self.ROWS, self.COLUMNS).copy()
-        return page, reward, False, self.steps == 40, {"lives": np.int64(self.lives)}
-
-
-@pytest.fixture(scope="module")
-def markup():
-    """Return the `Game` of Markup."""
-    gym.register("Markup-v0", Markup)
-    yield load_game("Markup-v0")
-    del gym.registry["Markup-v0"]
 
 
 def restored(changes):
@@ -302,27 +372,29 @@ def test_heads_are_named_by_the_characters_they_look_at():
     ]
 
 
-def test_scores_are_as_short_as_they_can_be(markup):
+def test_scores_are_as_short_as_they_can_be():
     """0.1 + 0.2 is 0.3, and 2.0 is 2. Lives are kept where a game has them."""
     page = np.full(170, 32, np.uint8)
     frames = [Frame(page, 0, score, lives) for score, lives in ((0.1 + 0.2, None), (2.0, 3), (-1e-9, None))]
-    assert json.dumps(replay_data(frames, markup)["frames"]) == "[[0, 0.3], [0, 2, 3], [0, 0]]"
+    assert json.dumps(replay_data(frames)["frames"]) == "[[0, 0.3], [0, 2, 3], [0, 0]]"
 
 
 def test_the_file_holds_any_game(markup):
     """Nothing on a page or in the name of an action becomes markup or a placeholder of a template."""
     torch.manual_seed(0)
     policy = make_gpt(GPTConfig(**markup.page_sizes(), n_head=4, n_embd=16), CPU)
-    steps = played(policy, 100, game=markup, sample=True)
-    frames = list(record(steps))
-    text = replay_html(frames, [Stage("", policy)], markup, "", "")
-    data = data_of(text)
-    assert text.count("<script") == text.count("</script>") == 4 and "<b>stay" not in text
-    assert restored(data["changes"]) == [bytes(frame.page).decode() for frame in frames]
+    steps = list(play(policy, markup.make(), 100, sample=True))
+    frames = recorded(policy, 100, game=markup, sample=True)
+    html = replay_html([(Stage("", policy), frames)], markup, "", "")
+    data = data_of(html)
+    assert html.count("<script") == html.count("</script>") == 2 + len((*SCRIPTS, *text.SCRIPTS))
+    assert "<b>stay" not in html
+    (stage,) = data["stages"]
+    assert restored(stage["changes"]) == [bytes(frame.page).decode() for frame in frames]
     assert data["actions"] == list(Markup.actions) and len(frames) == 103
-    assert [frame[0] for frame in data["frames"] if frame[0] < 0] == [-1, -1, -2]
-    assert data["frames"][40] == [-1, pytest.approx(steps[39].after.score), 1]
-    assert data["frames"][41] == [steps[40].action, 0, 3]
+    assert [frame[0] for frame in stage["frames"] if frame[0] < 0] == [-1, -1, -2]
+    assert stage["frames"][40] == [-1, pytest.approx(steps[39].after.score), 1]
+    assert stage["frames"][41] == [steps[40].action, 0, 3]
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 8), (7, 31), (50, 133)])
@@ -355,371 +427,3 @@ def test_pictures_show_the_attention_on_any_page(rows, columns):
     assert set(hot[:, 0] // height) == {row} and set(hot[:, 1] // width) == {column}
     both = next(attention_pictures(gpt, [frame], game))
     assert both.shape[1] % 2 == 0 and both.shape[1] >= 300
-
-
-# In a browser
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def replay(tmp_path_factory):
-    """Write a replay of 1000 steps, with an untrained model as the first stage. Returns file, frames and policies."""
-    policy, _ = load_policy(SHIPPED)
-    torch.manual_seed(0)
-    untrained = make_gpt(policy.config, CPU)
-    frames = list(record(played(policy, 1000)))
-    path = tmp_path_factory.mktemp("replay") / "replay.html"
-    hostile = "<img src=x onerror=alert(1)>"
-    path.write_text(
-        replay_html(frames, [Stage("start", untrained), Stage(hostile, policy)], GAME, hostile, hostile),
-        encoding="utf-8",
-    )
-    return path, frames, [untrained, policy]
-
-
-@pytest.fixture
-def opened(chromium, replay):
-    """Return a function that opens the page in a new tab. Any error, dialog or request fails the test at the end."""
-    problems, pages = [], []
-
-    def open_page(place="", path=replay[0], width=1280, scheme="light"):
-        page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: problems.extend([] if request.url.startswith("file:") else [request.url]))
-        page.goto(path.as_uri() + place)
-        pages.append(page)
-        return page
-
-    yield open_page
-    for page in pages:
-        page.close()
-    assert not problems
-
-
-def numbers(policy, pages):
-    """Return probabilities, values and predicted changes of a policy on pages."""
-    with torch.no_grad():
-        features = policy.features(policy.encode(pages))
-        logits, values = policy.heads(features)
-        return logits.softmax(-1).numpy(), values.numpy(), policy.change_head(features).sigmoid().numpy()
-
-
-def wait_for(page, expression):
-    """Wait until an expression is true. Playwright's own function would evaluate a string, which the page forbids."""
-    for _ in range(600):
-        if page.evaluate(expression):
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError(f"not within 30 s: {expression}")
-
-
-READ = """([stage, texts]) => texts.map((text) => {
-  const read = models[stage].read(Uint8Array.from(text, (character) => game.characters.indexOf(character)));
-  return [read.probabilities, read.value, [...read.changes], read.attention.map((head) => [...head])];
-})"""
-
-
-@pytest.mark.browser
-def test_the_browser_computes_what_pytorch_computes(opened, replay):
-    """Compare hundreds of pages of the replay and of random play, for an untrained and for the shipped model."""
-    _, frames, policies = replay
-    page = opened()
-    pages = np.concatenate([np.stack([frame.page for frame in frames[::10]]), random_pages(100)])
-    drawn = page.evaluate("frames.map((_, i) => textOf(pageOf(stateOf(i))))")
-    assert drawn == [bytes(frame.page).decode() for frame in frames]
-    for stage, policy in enumerate(policies):
-        found = [page.evaluate(READ, [stage, [bytes(p).decode() for p in part]]) for part in np.array_split(pages, 10)]
-        found = [np.array([one[i] for part in found for one in part]) for i in range(4)]
-        expected = (
-            *numbers(policy, pages),
-            np.concatenate([attention(plain_gpt(policy), part) for part in np.array_split(pages, 10)]),
-        )
-        for ours, theirs in zip(found, expected):
-            np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.browser
-def test_more_layers(opened, tmp_path):
-    torch.manual_seed(0)
-    policy = make_gpt(GPTConfig(**PAGE, n_layer=2, n_head=2, n_embd=8), CPU)
-    frames = list(record(played(policy, 3)))
-    (tmp_path / "deep.html").write_text(replay_html(frames, [Stage("", policy)], GAME, "", ""), encoding="utf-8")
-    page = opened(path=tmp_path / "deep.html")
-    for one, *expected in zip(
-        page.evaluate(READ, [0, [bytes(frame.page).decode() for frame in frames]]),
-        *numbers(policy, np.stack([frame.page for frame in frames])),
-    ):
-        for ours, theirs in zip(one, expected):
-            np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    page.keyboard.press("m")
-    assert page.locator("#map").is_hidden() and not page.locator("#map").is_checked()
-
-
-@pytest.mark.browser
-def test_keys_slider_and_address(opened, replay):
-    _, frames, _ = replay
-    page = opened("#frame=10&head=3")
-    shown = page.locator("#status")
-    assert shown.text_content().startswith("Step 10 of 1000")
-    assert page.locator("[data-head='3']").get_attribute("aria-checked") == "true"
-    page.keyboard.press("ArrowRight")
-    assert shown.text_content().startswith("Step 11 ")
-    page.locator("#slider").fill("500")
-    assert f"Step 500 of 1000 · score {frames[500].score:g} " in shown.text_content()
-    wait_for(page, "location.hash.includes('frame=500')")
-    assert frames[500].score > 0 and f"score {frames[500].score:g}" in page.locator("#said").text_content()
-    page.keyboard.press("p")  # with the slider focused
-    point = next(i for i in range(501, 1001) if frames[i].score > frames[i - 1].score)
-    assert shown.text_content().startswith(f"Step {point} ")
-    page.keyboard.press("Shift+P")
-    point_before = max(i for i in range(1, point) if frames[i].score > frames[i - 1].score)
-    assert shown.text_content().startswith(f"Step {point_before} ")
-    page.keyboard.press("End")
-    assert f"score {frames[-1].score:g} · lives {frames[-1].lives} · the recording ends here" in shown.text_content()
-    wait_for(page, "location.hash.includes('frame=1000')")  # once nothing has moved for a while
-    for key in "lpp":
-        page.keyboard.press(key)
-    assert shown.text_content().endswith("the recording ends here · no further point")
-    assert page.locator("#said").text_content() == "no further point"
-    assert page.locator("[data-event=lost]").is_disabled()
-    page.keyboard.press("Home")
-    page.keyboard.press("h")
-    page.locator("#speed").select_option("60")
-    page.locator("#slider").focus()
-    page.keyboard.press("Space")
-    wait_for(page, "shown.frame >= 5")
-    page.keyboard.press("Space")
-    assert page.evaluate("playing") is None
-    wait_for(page, "location.hash.includes(`frame=${shown.frame}&head=${shown.head}`)")
-    page.goto(page.url.split("#")[0] + "#frame=nonsense&head=99&stage=-1")
-    assert page.evaluate("shown.head") == "mean"
-
-
-@pytest.mark.browser
-def test_an_edit_changes_the_answer_as_pytorch_says(opened, replay):
-    """Edit by mouse and by keyboard; the map gives the same answer for every cell."""
-    _, frames, policies = replay
-    page = opened("#frame=200")
-    box = page.locator("#page").bounding_box()
-
-    def click(row, column):
-        page.mouse.click(box["x"] + (column + 0.5) * box["width"] / 80, box["y"] + (row + 0.5) * box["height"] / 24)
-
-    def check():
-        text = page.evaluate("textOf(pageOf(current()))")
-        tokens = np.frombuffer(text.encode(), np.uint8)[None]
-        probabilities, values, _ = numbers(policies[1], tokens.copy())
-        np.testing.assert_allclose(page.evaluate("answer.probabilities"), probabilities[0], atol=1e-4)
-        np.testing.assert_allclose(page.evaluate("answer.value"), values[0], atol=1e-4, rtol=1e-4)
-        assert float(page.locator("#value").text_content()) == pytest.approx(values[0], abs=6e-4)
-        return tokens.reshape(24, 81).copy()
-
-    before = check()
-    page.locator("input[value=ball]").check()
-    click(15, 20)
-    assert check()[15, 20] == ord("O") and page.evaluate("edited") is not None
-    page.locator("input[value=paddle]").check()
-    click(22, 30)
-    assert bytes(check()[22, 27:34]) == b"======="
-    page.locator("input[value=brick]").check()
-    click(5, 8)
-    assert (check()[5, 7] == ord("|")) != (before[5, 7] == ord("|"))
-    page.locator("#page").focus()
-    page.keyboard.press("ArrowDown")
-    page.keyboard.press("Enter")  # the cursor is below the brick that was clicked
-    assert (check()[6, 7] == ord("|")) != (before[6, 7] == ord("|"))
-    assert "Row 6, column 8" in page.locator("#cell").text_content()
-    page.locator("#map").check()
-    wait_for(page, "mapped !== null && mapped[1][1] !== undefined")
-    told = page.evaluate("mapped.map((line) => line.map((cell) => cell && cell.best))")
-    state, cells = check(), [(row, column) for row in range(1, 23) for column in range(1, 79)]
-    state[state == ord("O")] = ord(" ")
-    pages = np.repeat(state.reshape(1, -1), len(cells), 0)
-    pages[np.arange(len(cells)), [row * 81 + column for row, column in cells]] = ord("O")
-    expected = np.concatenate([numbers(policies[1], part)[0] for part in np.array_split(pages, 8)])
-    margins = np.sort(expected)[:, -1] - np.sort(expected)[:, -2]
-    wrong = [cell for cell, p, m in zip(cells, expected, margins) if m > 1e-3 and told[cell[0]][cell[1]] != p.argmax()]
-    assert not wrong and (margins > 1e-3).mean() > 0.9
-    page.keyboard.press("Escape")
-    assert np.array_equal(check(), before)
-
-
-@pytest.mark.browser
-def test_what_a_character_is_looked_at_by_goes_when_the_mouse_has_gone(opened):
-    page = opened("#frame=200")
-    box = page.locator("#page").bounding_box()
-    page.mouse.move(box["x"] + 9, box["y"] + 9)
-    assert page.locator("#cell").text_content().startswith("Row ")
-    page.mouse.move(box["x"] + 9, 2)
-    assert page.locator("#cell").text_content().startswith("Point at a character")
-    page.locator("#page").focus()
-    page.keyboard.press("Alt+ArrowDown")  # the browser's
-    assert page.locator("#cell").text_content().startswith("Point at a character")
-
-
-@pytest.mark.browser
-def test_text_that_wraps_starts_nothing_anew(opened):
-    """On a narrow screen the text about a cell grows by a line when the map is ready; the map is not computed again."""
-    page = opened("#frame=200", width=320)
-    page.locator("#map").check()
-    page.evaluate("look({ row: current().y, column: current().x })")
-    wait_for(page, "element('cell').textContent.includes('With the ball here')")
-    task = page.evaluate("mapTask")
-    page.wait_for_timeout(500)
-    assert page.evaluate("mapTask") == task
-    assert page.evaluate("element('cell').textContent.includes('With the ball here')")
-
-
-@pytest.mark.browser
-def test_a_finger_inspects_a_character(chromium, replay):
-    context, problems = chromium.new_context(viewport={"width": 400, "height": 800}, has_touch=True), []
-    page = context.new_page()
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(replay[0].as_uri() + "#frame=200")
-    box = page.locator("#page").bounding_box()
-    page.touchscreen.tap(box["x"] + 10.5 * box["width"] / 80, box["y"] + 12.5 * box["height"] / 24)
-    assert page.locator("#cell").text_content().startswith("Row 12, column 10: ") and not problems
-    context.close()
-
-
-@pytest.mark.browser
-def test_stages_and_looks(opened, replay, tmp_path):
-    """Another stage shows another model on the same frame. Nothing overflows at any width, in either colour scheme."""
-    _, frames, policies = replay
-    page = opened("#frame=300")
-    page.locator("#stages button").first.click()
-    probabilities, _, _ = numbers(policies[0], frames[300].page[None])
-    np.testing.assert_allclose(page.evaluate("answer.probabilities"), probabilities[0], atol=1e-4)
-    assert "<img" in page.locator("#about").text_content()
-    for scheme in ("light", "dark"):
-        for width in (1280, 400):
-            page = opened("#frame=300", width=width, scheme=scheme)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            page.screenshot(path=tmp_path / f"{scheme}_{width}.png", full_page=True)
-
-
-@pytest.fixture(scope="module")
-def other_replay(tmp_path_factory, markup):
-    """Write a replay of another game. Returns file, frames and policy."""
-    torch.manual_seed(0)
-    policy = make_gpt(GPTConfig(**markup.page_sizes()), CPU)
-    frames = list(record(played(policy, 100, game=markup, sample=True)))
-    path = tmp_path_factory.mktemp("other") / "replay.html"
-    path.write_text(replay_html(frames, [Stage("", policy)], markup, "", ""), encoding="utf-8")
-    return path, frames, policy
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("n_layer", [1, 2])
-def test_the_browser_reads_any_page(opened, tmp_path, markup, n_layer):
-    torch.manual_seed(0)
-    policy = make_gpt(GPTConfig(**markup.page_sizes(), n_layer=n_layer, n_head=4, n_embd=16), CPU)
-    frames = list(record(played(policy, 45, game=markup, sample=True)))
-    (tmp_path / "any.html").write_text(replay_html(frames, [Stage("", policy)], markup, "", ""), encoding="utf-8")
-    page = opened(path=tmp_path / "any.html")
-    texts = page.evaluate("frames.map((_, i) => textOf(pageOf(stateOf(i))))")
-    assert texts == [bytes(frame.page).decode() for frame in frames]
-    found = page.evaluate(READ, [0, texts])
-    pages = np.stack([frame.page for frame in frames])
-    for i, expected in enumerate((*numbers(policy, pages), attention(plain_gpt(policy), pages))):
-        np.testing.assert_allclose(np.array([one[i] for one in found]), expected, atol=1e-4, rtol=1e-4)
-    page.locator("#slider").fill("30")
-    shown = page.evaluate("[...element('page').children].map((line) => line.textContent).join('')")
-    assert shown == texts[30]
-
-
-@pytest.mark.browser
-def test_an_edit_by_character_changes_the_answer_as_pytorch_says(opened, other_replay):
-    """By mouse and keys, and in the field that a phone needs. Escape undoes all, and then lets the page go."""
-    path, frames, policy = other_replay
-    page = opened("#frame=50", path=path)
-    box = page.locator("#page").bounding_box()
-    tokens = frames[50].page.reshape(5, 34).copy()
-
-    def check():
-        assert page.evaluate("textOf(pageOf(current()))") == bytes(tokens.reshape(-1)).decode()
-        probabilities, values, changes = numbers(policy, tokens.reshape(1, -1))
-        np.testing.assert_allclose(page.evaluate("answer.probabilities"), probabilities[0], atol=1e-4)
-        np.testing.assert_allclose(page.evaluate("[...answer.changes]"), changes[0], atol=1e-4)
-        assert float(page.locator("#value").text_content()) == pytest.approx(values[0], abs=6e-4)
-
-    check()
-    assert page.locator("#write").is_disabled() and page.locator("#undo").is_disabled()
-    page.mouse.click(box["x"] + 10.5 * box["width"] / 33, box["y"] + 2.5 * box["height"] / 5)
-    page.mouse.move(box["x"] + 1, box["y"] + 1)  # the cursor stays where the click was
-    for key, row, column in (("<", 2, 10), ("ArrowRight", 0, 0), ("Space", 2, 11), ("ArrowDown", 0, 0), ("p", 3, 11)):
-        page.keyboard.press(key)
-        if not key.startswith("Arrow"):
-            tokens[row, column] = ord(" " if key == "Space" else key)
-        check()
-    assert "Row 3, column 11: p. " in page.locator("#cell").text_content()
-    altgr = "{ key: '@', ctrlKey: true, altKey: true, modifierAltGraph: true, bubbles: true }"
-    page.evaluate(f"element('page').dispatchEvent(new KeyboardEvent('keydown', {altgr}))")
-    tokens[3, 11] = ord("@")
-    check()
-    page.evaluate("element('page').dispatchEvent(new KeyboardEvent('keydown', { key: 'd', altKey: true }))")
-    check()
-    page.locator("#write").press_sequentially("a&")
-    tokens[3, 11] = ord("&")
-    check()
-    page.locator("#write").press_sequentially("\u00e9")
-    assert "knows no character '\u00e9'" in page.locator("#cell").text_content()
-    check()
-    assert "edited" in page.locator("#status").text_content()
-    page.keyboard.press("Escape")
-    tokens = frames[50].page.reshape(5, 34).copy()
-    check()
-    page.locator("#page").focus()
-    page.keyboard.press("Escape")
-    assert page.locator("#write").is_disabled() and page.evaluate("cursor") is None
-    page.keyboard.press("h")  # is no character of the page now
-    check()
-    assert page.evaluate("shown.head") != "mean"
-
-
-@pytest.mark.browser
-def test_events_and_status_of_any_game(opened, other_replay):
-    _, frames, _ = other_replay
-    page = opened(path=other_replay[0])
-    status = page.locator("#status")
-    assert status.text_content() == "Step 0 of 102 \u00b7 game 1 of 3 \u00b7 return 0 \u00b7 lives 3"
-    page.keyboard.press("g")
-    assert status.text_content().startswith("Step 41 of 102 \u00b7 game 2 of 3 ")
-    page.keyboard.press("ArrowLeft")
-    assert status.text_content().endswith("\u00b7 lives 1 \u00b7 the game is over")
-    for key, sign in (("Shift+L", -1), ("p", 1)):
-        at = page.evaluate("shown.frame")
-        page.keyboard.press(key)
-        passed = [i for i in range(1, 103) if sign * (frames[i].score - frames[i - 1].score) > 0 and i != 41]
-        expected = max(i for i in passed if i < at) if sign < 0 else min(i for i in passed if i > at)
-        assert page.evaluate("shown.frame") == expected
-    page.keyboard.press("g")
-    page.keyboard.press("m")
-    page.keyboard.press("r")  # Breakout's
-    assert status.text_content().startswith("Step 41 ") and page.locator("#map").is_hidden()
-    assert page.locator("#actions tr").count() == 25
-
-
-@pytest.mark.browser
-def test_looks_of_any_game(opened, other_replay):
-    """With 25 actions nothing overflows, and the one that was taken can be seen."""
-    for scheme in ("light", "dark"):
-        for width in (1280, 400):
-            page = opened("#frame=30", path=other_replay[0], width=width, scheme=scheme)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            top, bottom = page.evaluate(
-                "(({ top, bottom }) => [top, bottom])(element('answers').getBoundingClientRect())"
-            )
-            row = page.locator("#actions tr.chosen").bounding_box()
-            assert top - 1 <= row["y"] and row["y"] + row["height"] <= bottom + 1

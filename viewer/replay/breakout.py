@@ -1,40 +1,53 @@
-"""Shows Breakout. The file of a replay holds only where the ball, the paddle and the bricks are."""
+"""Shows Breakout. The file of a replay holds only serves and actions, and the browser plays the games again."""
 
 import numpy as np
 
 from breakout_ascii import (
+    BALL_INTERVAL,
     BRICK,
     BRICK_COLUMNS,
     BRICK_LEFT,
+    BRICK_POINTS,
     BRICK_ROWS,
     BRICK_TOP,
-    BRICK_WIDTH,
-    COLUMNS,
+    CLEAR_POINTS,
+    LIVES,
+    MAX_EPISODE_STEPS,
     PADDLE,
     PADDLE_MAX,
     PADDLE_MIDDLE,
+    PADDLE_MOVES,
     PADDLE_ROW,
-    ROWS,
+    PADDLE_START,
     SERVE_ROW,
-    WALL,
+    SERVE_X,
     to_image,
 )
 from viewer.replay.attention import Things
 
-KIND = "breakout"  # the script, breakout.js
+KIND = "breakout"  # the class of the page in the browser
+SCRIPTS = ("game.js", "live.js", "breakout.js")
 FRAME_MS = 40  # 25 frames a second
 GAP = 0  # because a page has walls at its sides
-GAME = {  # for that script
+GAME = {  # for that script and for game.js, which has the rules
     "brick": BRICK,
     "brick_top": BRICK_TOP,
     "brick_left": BRICK_LEFT,
     "brick_rows": BRICK_ROWS,
     "brick_columns": BRICK_COLUMNS,
+    "brick_points": BRICK_POINTS,
+    "clear_points": CLEAR_POINTS,
     "paddle": PADDLE,
     "paddle_row": PADDLE_ROW,
     "paddle_max": PADDLE_MAX,
     "paddle_middle": PADDLE_MIDDLE,
+    "paddle_moves": [int(columns) for columns in PADDLE_MOVES],
+    "paddle_start": PADDLE_START,
+    "serve_x": SERVE_X,
     "serve_row": SERVE_ROW,
+    "ball_interval": BALL_INTERVAL,
+    "lives": LIVES,
+    "max_episode_steps": MAX_EPISODE_STEPS,
 }
 NAMES = (
     "ball", "paddle's left end", "paddle's middle", "paddle's right end", "bricks", "walls", "empty space", "line ends",
@@ -42,40 +55,38 @@ NAMES = (
 PARTS_OF = ("ball", "paddle", "paddle", "paddle", "bricks", "walls", "empty space", "line ends")
 
 
+def game_data(game):
+    """Return what the browser has to know of the game."""
+    return GAME
+
+
 def drawer(game):
     """Return a function that draws a page as a picture, in the colours of Breakout."""
     return to_image
 
 
-def replay_data(frames, game):
-    """Return what breakout.js needs to show frames, a list of `Frame`."""
-    pages = np.stack([frame.page for frame in frames])
-    return {
-        "game": GAME,
-        "frames": [[*ball_and_paddle(frame.page), frame.action, int(frame.score), frame.lives] for frame in frames],
-        "walls": changed_walls(pages),
-    }
+def starts(env):
+    """Return a function that returns what decides the game of an environment, besides the actions: its serves.
 
-
-def ball_and_paddle(page):
-    """Return the column and the row of the ball, and the column of the paddle's left end, on a page (1944,)."""
-    row, column = divmod(int((page == ord("O")).argmax()), COLUMNS)
-    left, right = np.flatnonzero(page == ord("="))[[0, -1]] % COLUMNS
-    if right - left < len(PADDLE) - 1:  # the last ball of a game lies over an end of the paddle
-        left = min(left, column)
-    return column, row, int(left)
-
-
-def changed_walls(pages):
-    """Find the pages (n, 1944) whose wall differs from that of the page before.
-
-    Returns:
-        {index of such a page: its bricks row by row, as text of 0 and 1}; the first page is always there.
+    They are a list (5, 3) of ints.
     """
-    left_ends = pages.reshape(-1, ROWS, COLUMNS)[:, *WALL][..., ::BRICK_WIDTH]
-    bricks = (left_ends == ord(BRICK[0])).reshape(len(pages), -1)
-    changed = np.flatnonzero(np.r_[True, (bricks[1:] != bricks[:-1]).any(1)])
-    return {int(i): "".join("01"[brick] for brick in bricks[i].astype(int)) for i in changed}
+    return lambda: env.unwrapped.games.serves[0].tolist()
+
+
+def replay_data(frames):
+    """Return the games of a recording, from which game.js plays them again: their serves, and the actions as text.
+
+    frames: a list of `Frame`.
+    """
+    games = []
+    for frame in frames:
+        if frame.start is not None:
+            games.append({"serves": frame.start, "actions": ""})
+        if frame.action < 0:
+            games[-1]["end"] = frame.action
+        else:
+            games[-1]["actions"] += str(frame.action)
+    return {"games": games}
 
 
 def things_of(pages):

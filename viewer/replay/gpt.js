@@ -4,6 +4,28 @@
 // page, and keys and values depend only on a character and its position. Each such pair is computed once.
 "use strict";
 
+const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+// Return the weights {name: Float32Array} of a stage, as weights.py has written them. shapes: {name: shape}.
+function unpack({ weights, largest, letters }, shapes) {
+  const digit = Object.fromEntries([...LETTERS].map((letter, i) => [letter.charCodeAt(0), i]));
+  const half = 64 ** letters / 2;
+  const unpacked = {};
+  let at = 0; // the next letter
+  let row = 0; // of all matrices together
+  for (const [name, shape] of Object.entries(shapes)) {
+    const length = shape.at(-1);
+    const rows = shape.slice(0, -1).reduce((product, size) => product * size, 1);
+    unpacked[name] = Float32Array.from({ length: rows * length }, (_, i) => {
+      let number = 0;
+      for (let k = 0; k < letters; k++) number = 64 * number + digit[weights.charCodeAt(at++)];
+      return (number - half) * (largest[row + Math.floor(i / length)] / (half - 1));
+    });
+    row += rows;
+  }
+  return unpacked;
+}
+
 class GPT {
   // config is a GPTConfig of model.py, and weights are {name in model.py: Float32Array}.
   constructor(config, weights) {
@@ -12,6 +34,7 @@ class GPT {
     this.pairs = new Map(); // {character * T + position: scores and value of the pair}, with one layer
     this.query = null; // of the last position; with one layer it is always the same
     this.block = `blocks.${config.n_layer - 1}.`; // the last one, which computes one query
+    this.silent = new Set(); // the heads whose output is left out
   }
 
   // Read a page, an array of T indices in the config's characters. Returns {logits, probabilities, value, changes,
@@ -20,7 +43,8 @@ class GPT {
     const sums = this.sum(page);
     const { n_head, n_embd: C } = this.config;
     const attention = sums.weights.map((weights, h) => weights.map((weight) => weight / sums.weight[h]));
-    const attended = sums.value.map((sum, c) => sum / sums.weight[Math.floor((c * n_head) / C)]);
+    const headOf = (c) => Math.floor((c * n_head) / C);
+    const attended = sums.value.map((sum, c) => (this.silent.has(headOf(c)) ? 0 : sum / sums.weight[headOf(c)]));
     return { ...this.answer(sums.last, attended), attention };
   }
 
@@ -33,6 +57,7 @@ class GPT {
     const before = this.pair(sums.page[t], t);
     const now = this.pair(character, t);
     for (let h = 0; h < n_head; h++) {
+      if (this.silent.has(h)) continue;
       const less = sums.weights[h][t];
       const more = Math.exp(now.scores[h] - sums.max[h]);
       // Too little would be left but rounding, or the new weight is too large.

@@ -1,26 +1,48 @@
 // What page.js shows of any game but Breakout, whose pages are kept as text, and edited character by character.
 "use strict";
 
-const [ACTION, SCORE, LIVES] = [0, 1, 2]; // of a frame
 const SCORE_NAME = "return";
-const pages = unpackPages();
+const LIVE = false; // because the rules of other games are not here
+const hand = null;
+const moveAsDigit = () => "";
+const playedOn = () => null;
+const playOneStep = () => false;
 
-// Return the pages of all frames, one after the other. data.changes has for each frame [position, text, position, text,
-// ...]: what differs from the page before. The first frame's is the whole page.
-function unpackPages() {
-  const pages = new Uint8Array(frames.length * T);
+const frameOf = (state, { score, lives }) => ({ state, action: null, score, lives });
+const pageOf = (state) => state;
+const howItEnded = () => "the game is over";
+
+// Return the frames of a recording. stage.changes has for each of them [position, text, position, text, ...]: what differs
+// from the page before. The first frame's is the whole page.
+function recordingOf({ frames, changes, values }) {
   const indexOf = Object.fromEntries([...game.characters].map((character, i) => [character, i]));
-  data.changes.forEach((changes, i) => {
-    if (i) pages.copyWithin(i * T, (i - 1) * T, i * T);
-    for (let k = 0; k < changes.length; k += 2) {
-      pages.set(Array.from(changes[k + 1], (character) => indexOf[character]), i * T + changes[k]);
+  let page = new Uint8Array(T);
+  return frames.map(([action, score, lives], i) => {
+    page = page.slice();
+    for (let k = 0; k < changes[i].length; k += 2) {
+      page.set(Array.from(changes[i][k + 1], (character) => indexOf[character]), changes[i][k]);
     }
+    return { state: page, action, score, lives, value: values[i] };
   });
-  return pages;
 }
 
-const stateOf = (i) => pages.subarray(i * T, (i + 1) * T);
-const pageOf = (state) => state;
+// The address holds what an edit changed: position and character, and so on.
+function written(state) {
+  const recorded = recordings[from][branch].state;
+  return [...state.keys()].filter((t) => state[t] !== recorded[t]).flatMap((t) => [t, state[t]]).join(".");
+}
+
+function unwritten(text, base) {
+  const numbers = text === "" ? [] : text.split(".").map(Number);
+  const state = base.state.slice();
+  for (let k = 0; k < numbers.length; k += 2) {
+    const [t, character] = numbers.slice(k, k + 2);
+    if (!(t in state) || t % game.columns === WIDTH) return null;
+    if (!game.characters[character] || game.characters[character] === "\n") return null;
+    state[t] = character;
+  }
+  return { ...frameOf(state, base), edited: true };
+}
 
 // The parts of a line that have one colour. A character that cannot be printed is shown as a dot.
 function partsOf(line) {
@@ -29,20 +51,20 @@ function partsOf(line) {
     const colour = game.colours[character];
     const printed = character >= " " && character <= "~" ? character : "·";
     if (parts.length && parts.at(-1).rgb === colour) parts.at(-1).text += printed;
-    else parts.push({ text: printed, rgb: colour, name: colour && "own", colour: colour && `rgb(${colour.join(" ")})` });
+    else parts.push({ text: printed, rgb: colour, ...(colour && { name: "own", colour: `rgb(${colour.join(" ")})` }) });
   }
   return parts;
 }
 
 function eventAt(i, name) {
-  const [before, now] = [frames[i - 1], frames[i]];
+  const [before, now] = [line[i - 1], line[i]];
   if (!before) return false;
-  if (name === "game") return before[ACTION] < 0;
-  const gained = before[ACTION] < 0 ? 0 : now[SCORE] - before[SCORE];
+  const over = before.action === GAME_OVER || before.action === RECORDING_ENDS;
+  if (name === "game") return over;
+  const gained = over ? 0 : now.score - before.score;
   return name === "gain" ? gained > 0 : gained < 0;
 }
 
-const headName = (head) => stages[shown.stage].names[head][0];
 const firstCell = () => ({ row: 0, column: 0 });
 
 function describedToo() {
@@ -64,17 +86,16 @@ function write(character) {
     element("cell").textContent = `The model knows no character '${character}'.`;
     return say(element("cell").textContent);
   }
-  if (playing) pause();
   cursor ??= firstCell();
   held = true;
-  edited = current().slice();
-  edited[cursor.row * game.columns + cursor.column] = index;
-  update();
+  const page = current().slice();
+  page[cursor.row * game.columns + cursor.column] = index;
+  change(page);
 }
 
 function typed({ key }) {
   if (key.startsWith("Arrow")) held = true;
-  if (key === "Escape" && !edited) letGo();
+  if (key === "Escape" && past.length === 0) letGo();
   if ([...key].length > 1) return false;
   write(key);
   return true;
@@ -87,16 +108,17 @@ function letGo() {
   look(null);
 }
 
-const forget = () => {};
 const complete = () => {};
+const grab = () => null;
+const captionOfHead = () => "This head looks here";
 
 // Underline what has been edited, and frame the cell that is written to.
 function drawOver(context, w, h) {
   context.fillStyle = context.strokeStyle = style("--accent");
-  if (edited) {
-    const recorded = stateOf(shown.frame);
+  if (line[shown.frame].edited) {
+    const [page, recorded] = [current(), recordings[from][branch].state];
     for (let t = 0; t < T; t++) {
-      if (edited[t] === recorded[t]) continue;
+      if (page[t] === recorded[t]) continue;
       context.fillRect((t % game.columns) * w, (Math.floor(t / game.columns) + 1) * h - 2, w, 2);
     }
   }
@@ -106,8 +128,8 @@ function drawOver(context, w, h) {
 }
 
 function begin() {
-  const label = "The page of text that the model reads. Arrow keys move a cursor over it, and any character is written there.";
-  element("page").setAttribute("aria-label", label);
+  const keys = "Arrow keys move a cursor over it, and any character is written there.";
+  element("page").setAttribute("aria-label", `The page of text that the model reads. ${keys}`);
   element("speed").value = "10";
   element("map").disabled = true;
   element("write").oninput = ({ data }) => {

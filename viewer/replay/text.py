@@ -5,7 +5,8 @@ import numpy as np
 from viewer.drawing import page_drawer
 from viewer.replay.attention import Things
 
-KIND = "text"  # the script, text.js
+KIND = "text"  # the class of the page in the browser
+SCRIPTS = ("text.js",)
 GAP = 4
 FRAME_MS = 100  # slow enough to follow games in which every step is a turn
 NAMES = {" ": "space", "\n": "line ends"}  # of characters that cannot be seen
@@ -17,10 +18,19 @@ def drawer(game):
     return page_drawer(game.rows, game.columns, game.colours)
 
 
-def replay_data(frames, game):
-    """Return what text.js needs to show frames, a list of `Frame`."""
+def game_data(game):
+    """Return what the browser has to know of the game."""
+    return {"colours": game.colours}
+
+
+def starts(env):
+    """Return a function that returns nothing, because the pages themselves are kept."""
+    return lambda: None
+
+
+def replay_data(frames):
+    """Return a recording, a list of `Frame`, as text.js unpacks it."""
     return {
-        "game": {"colours": game.colours},
         "frames": [[frame.action, rounded(frame.score), *lives_of(frame)] for frame in frames],
         "changes": changes_of(np.stack([frame.page for frame in frames])),
     }
