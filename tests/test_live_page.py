@@ -485,8 +485,11 @@ def test_it_opens_moving_with_three_captions(opened, replay):
     assert still.evaluate("[playing, shown.frame]") == [None, 0]
     still.locator("#caption-answer .dismiss").click()
     assert still.locator(".caption").first.is_hidden()
-    linked = opened(replay.path, "#frame=3")
+    linked = opened(replay.path, "#frame=3&off=2")
     assert linked.locator(".caption").first.is_hidden() and linked.evaluate("playing") is None
+    linked.locator("#afresh").click()
+    wait_for(linked, "shown.frame >= 4")
+    assert linked.locator(".caption").first.is_visible() and linked.evaluate("silent.size") == 0
 
 
 def test_nothing_overflows(opened, replay, catch):

@@ -438,6 +438,10 @@ function wireControls() {
   element("back").onclick = () => step(-1);
   element("forward").onclick = () => step(1);
   element("undo").onclick = undo;
+  element("afresh").onclick = () => {
+    history.replaceState(null, "", location.pathname + location.search);
+    location.reload();
+  };
   element("zoom").onclick = zoom;
   for (const button of document.querySelectorAll(`#controls .${document.body.classList[0]} [data-event]`)) {
     keys[button.dataset.key] = (way) => jump(button.dataset.event, way);
