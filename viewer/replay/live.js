@@ -30,7 +30,7 @@ const moveAsDigit = ({ action, hand, best }) => action + actions.length * (hand 
 
 // Return a frame, in which the move of a digit is made, and the frame after it. Return null if that is no move there.
 function playedOn(frame, digit) {
-  if (!LIVE || !frame || digit >= 3 * actions.length || isOver(frame.state)) return null;
+  if (!frame || digit >= 3 * actions.length || isOver(frame.state)) return null;
   const action = digit % actions.length;
   const advice = Math.floor(digit / actions.length);
   const move = { action, hand: advice > 0, best: advice === 2 ? null : action, by: reader() };
@@ -53,7 +53,7 @@ const isAsRecorded = () => silent.size === 0 && Number(element("temperature").va
 // was one to play.
 function playOneStep() {
   const frame = line[shown.frame];
-  if (!LIVE || frame.action === GAME_OVER || (hand === null && frame.action !== null)) return false;
+  if (frame.action === GAME_OVER || (hand === null && frame.action !== null)) return false;
   if (frame.action !== null) playOnFrom(shown.frame);
   else if (frame.edited) branchOff(shown.frame, frame, branch); // so that undo goes back to the edit
   const { probabilities, logits, value } = read();
