@@ -21,7 +21,7 @@ import torch
 
 from breakout_ascii import BOARD, MOST_POINTS, other_board
 from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
-from evaluation import METRICS, OTHER_METRICS, levels
+from evaluation import METRICS, OTHER_METRICS, VARIED_GAMES, levels
 from games.game import BREAKOUT, load_game
 from games.pages import PageError
 from harness.device import RANK, RANKS, available_cores, choose_device, joined_ranks, memory_of, set_threads
@@ -78,7 +78,7 @@ SAVE_FREQ = 8  # [1, inf) updates between two checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-PRINTED = ("cleared", "returned", "error", "min", "max", "length")  # of an evaluation, beside the score
+PRINTED = ("cleared", "varied", "error", "min", "max", "length")  # of an evaluation, beside the score
 TYPICAL_RETURN = 30  # points: the root mean square of Breakout's discounted returns. Other games' are scaled to it
 KEPT = "GAME NUM_ENVS N_LAYER N_HEAD N_EMBD MLP_EXPANSION SEED RUN_DIR".split()  # a resumed run must not change these
 
@@ -220,8 +220,9 @@ def plan(c, ppo, run_dir, off=""):
         lines.append(f"See it play in a second terminal: {program_command('breakout_ascii.py')} --watch")
         lines.append(
             f"score: mean points of greedy play; random play has {levels(game)['random play']}, a cleared wall "
-            f"{MOST_POINTS}. cleared: how many of these games clear the wall. returned: the share of falling balls "
-            "that the paddle returns. in training: mean points of the last 100 training games."
+            f"{MOST_POINTS}. cleared: how many of these games clear the wall. varied: the share cleared of "
+            f"{VARIED_GAMES} games with random serves or walls. in training: mean points of the last 100 training "
+            "games."
         )
     elif c.EVAL_INTERVAL:
         lines.append(

@@ -28,6 +28,14 @@ def check_finite(when, **quantities):
             raise FloatingPointError(f"{reason}; try a lower learning rate")
 
 
+def quality(evaluation):
+    """Return what makes one evaluation better than another: its score, and then its share of varied games cleared.
+
+    Only evaluations of Breakout have varied games. Many models reach the highest score, and not all play equally well.
+    """
+    return evaluation["score"], evaluation.get("varied", 0.0)
+
+
 REPORT_INTERVAL = 0.1  # seconds between two reports of an update's progress, at least
 
 
@@ -57,7 +65,7 @@ class Trainer:
         self.stop_requested = False
         self.pending = []  # the policy states that are being evaluated
         self.evaluated = None  # the policy state that was evaluated last, with its "evaluation"
-        self.best_score = -math.inf
+        self.best = {"score": -math.inf}  # the best evaluation so far
         self.is_best = False  # whether the last evaluation was better than all before
 
     @torch.enable_grad()  # even if a notebook has disabled gradients
@@ -132,10 +140,15 @@ class Trainer:
     def evaluation_end(self, state, evaluation):
         """Take the result of evaluating `state`, an earlier policy_state(): a dict with at least a "score"."""
         self.evaluated = state | {"evaluation": evaluation}
-        self.is_best = evaluation["score"] > self.best_score
-        self.best_score = max(self.best_score, evaluation["score"])
+        self.is_best = quality(evaluation) > quality(self.best)
+        if self.is_best:
+            self.best = evaluation
         self.tick()
         self.emit("on_evaluation_end")
+
+    @property
+    def best_score(self):
+        return self.best["score"]
 
     def request_stop(self):
         self.stop_requested = True
@@ -178,5 +191,6 @@ class Trainer:
         """Load what `training_state` returned. The subclass loads `more`."""
         load_weights(self.policy, state["model"])
         self.pending = [saved | self.metadata for saved in state["evaluations"]]
-        for name in ("update_count", "global_step", "seconds", "best_score"):
+        self.best = {"score": state["best_score"]}
+        for name in ("update_count", "global_step", "seconds"):
             setattr(self, name, state[name])

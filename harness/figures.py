@@ -34,8 +34,25 @@ def learning_curve(rows, levels):
     draw_scores(left, rows, levels, "global_step", unit, label)
     draw_scores(right, rows, levels, "seconds", 60, "minutes")
     left.set(ylabel="score per episode")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    handles, labels = left.get_legend_handles_labels()
+    if any(math.isfinite(row["eval_varied"]) for row in rows):
+        handles += draw_varied(left, rows, "global_step", unit)
+        labels.append(handles[-1].get_label())
+        draw_varied(right, rows, "seconds", 60)[0].axes.set(ylabel="share of varied games cleared")
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
     return figure
+
+
+def draw_varied(axes, rows, column, unit):
+    """Draw the share of varied games that were cleared, on a second vertical axis. Returns the line in a list."""
+    twin = axes.twinx()
+    evaluated = [row for row in rows if math.isfinite(row["eval_varied"])]
+    shares = [row["eval_varied"] for row in evaluated]
+    x = [row[column] / unit for row in evaluated]
+    line = twin.plot(x, shares, color="tab:purple", linewidth=1.3, label="varied games cleared (right axis)")
+    twin.set_ylim(0, 1.02)
+    twin.spines["top"].set_visible(False)
+    return line
 
 
 def unit_of_steps(steps):

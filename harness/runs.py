@@ -314,10 +314,9 @@ def load_state(trainer, run):
         done = f"{run.directory} has done {trainer.global_step:,} steps already"
         raise CommandLineError(f"{done}; to go on, give a larger --num_steps")
     try:
-        best = load_checkpoint(run.directory / BEST, {"evaluation": {"score": 0.0}})
-        trainer.best_score = best["evaluation"]["score"]
+        trainer.best = load_checkpoint(run.directory / BEST, {"evaluation": {"score": 0.0}})["evaluation"]
     except CheckpointError:  # there is none, or it is damaged: the next evaluation writes one
-        trainer.best_score = -math.inf
+        trainer.best = {"score": -math.inf}
 
 
 def resume_command(prog, run_dir, ranks):

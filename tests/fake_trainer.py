@@ -9,7 +9,7 @@ import torch
 STATS = (
     "policy_loss value_loss entropy prediction_loss approx_kl approx_kl_max clipfrac explained_variance grad_norm lr"
 ).split()
-EVALUATED = ("score", "min", "max", "cleared", "length", "returned")
+EVALUATED = ("score", "min", "max", "cleared", "length", "varied", "returned")
 SCORES = {2: 90.0, 4: 300.0, 6: 250.0, 8: 400.0}  # {update: score of its evaluation}; other updates are not evaluated
 UPDATES = 8
 
@@ -80,7 +80,7 @@ class FakeTrainer:
     def begin_evaluation(self):
         score = self.scores[self.update_count]
         evaluation = {"score": score, "min": score - 80, "max": score + 90, "cleared": 0, "games": 32}
-        evaluation |= {"length": 812.5, "returned": 0.71}
+        evaluation |= {"length": 812.5, "varied": 0.25, "returned": 0.71}
         self.evaluating = self.policy_state() | {"seconds": self.seconds, "evaluation": evaluation}
         self.pending = [self.evaluating]
 

@@ -101,7 +101,7 @@ def test_every_game_of_a_condition_is_played_to_its_end(monkeypatch):
     """This holds for the first game too, and however many are played at once."""
     serves, bricks, sticky = robustness.conditions(1, 0, True)["standard"]
     results = robustness.play(still, serves, bricks, sticky, 0, True)
-    np.testing.assert_array_equal(np.stack(results, 1), [play_one(dx) for dx in SERVES])
+    np.testing.assert_array_equal(np.stack(results[:4], 1), [play_one(dx) for dx in SERVES])
     assert (results.bricks > 0).all() and (results.lives == 0).all()
     monkeypatch.setattr(robustness, "GAMES_AT_ONCE", 5)
     np.testing.assert_array_equal(results, robustness.play(still, serves, bricks, sticky, 0, True))

@@ -364,19 +364,19 @@ def test_an_evaluation_belongs_to_the_row_of_its_update(tmp_path, delay, capsys)
 def test_plain_lines(capsys):
     """Where the output is a file, not a terminal, there is no bar. The first score is the best, which is not said."""
     endings = {"go on": "like this", "stop": "now"}
-    metrics = ("cleared", "returned")
+    metrics = ("cleared", "varied")
     FakeTrainer([ProgressBar("what happens now", metrics=metrics, endings=endings)], seconds_per_update=6).learn()
     out, err = capsys.readouterr()
     lines = """
 what happens now
         200 steps     12s  in training 20.0  17 steps/s  36s left
-        200 steps     12s  score  90.0        cleared 0  returned 0.71
+        200 steps     12s  score  90.0        cleared 0  varied 0.25
         400 steps     24s  in training 40.0  17 steps/s  24s left
-        400 steps     24s  score 300.0  best  cleared 0  returned 0.71
+        400 steps     24s  score 300.0  best  cleared 0  varied 0.25
         600 steps     36s  in training 60.0  17 steps/s  12s left
-        600 steps     36s  score 250.0        cleared 0  returned 0.71
+        600 steps     36s  score 250.0        cleared 0  varied 0.25
         800 steps     48s  in training 80.0  17 steps/s  0s left
-        800 steps     48s  score 400.0  best  cleared 0  returned 0.71
+        800 steps     48s  score 400.0  best  cleared 0  varied 0.25
 trained 800 steps in 48s, best score 400.0
   go on: like this
   stop:  now
@@ -481,7 +481,7 @@ def test_tensorboard(tmp_path):
     losses = {f"losses/{name}" for name in STATS if name.endswith("loss") or name == "grad_norm"}
     charts = {"charts/learning_rate", "charts/SPS", "charts/episodic_return"}
     others = {"policy/entropy", "policy/approx_kl", "policy/approx_kl_max", "policy/clipfrac"}
-    evals = {f"eval/{n}" for n in "score min max cleared games length returned".split()}
+    evals = {f"eval/{n}" for n in "score min max cleared games length varied returned".split()}
     assert set(tags) == losses | charts | others | {"value/explained_variance"} | evals
     assert eval_scores(tmp_path) == [(100 * u, s) for u, s in SCORES.items()]
     assert [e.step for e in events.Scalars("policy/entropy")] == [100 * u for u in range(1, 9)]  # none twice

@@ -8,15 +8,16 @@ from evaluation import (
     METRICS,
     RANDOM_SCORE,
     SERVES,
+    VARIED_SEED,
     evaluate,
     exact,
     greedy,
     play_games,
-    returned,
     sampled,
     sampling,
     standard_error,
     tracker,
+    varied_games,
 )
 from ppo import Policy
 
@@ -87,8 +88,42 @@ def test_a_paddle_that_stands_still():
     result = evaluate(Still(0))
     scores = [play_one(Still(0), serves, 5000)[0] for serves in SERVES]
     assert result["score"] == np.mean(scores) and (result["min"], result["max"]) == (min(scores), max(scores))
-    assert result["returned"] < 0.2 < 0.9 < returned(Tracker(1))
+    assert result["returned"] < 0.2 and result["varied"] < 0.05
     assert set(METRICS) < set(result)
+
+
+def test_varied_games_are_played_beside_the_32(monkeypatch):
+    """All results are as if each kind of games were played alone. The tracker returns all balls that can be reached."""
+    monkeypatch.setattr(evaluation, "VARIED_GAMES", 16)
+    monkeypatch.setattr(evaluation, "greedy", lambda policy: tracker)
+    result = evaluate(None)
+    assert {name: result[name] for name in exact(None)} == exact(None)
+    varied = play_games(tracker, *varied_games(16, VARIED_SEED), deterministic=True)
+    assert result["varied"] == (varied.bricks == 0).mean() and 0.5 < result["varied"] <= 1
+    misses = (5 - varied.lives).sum()
+    assert result["returned"] == varied.returned.sum() / (varied.returned.sum() + misses) > 0.9
+
+
+def test_half_of_the_varied_games_have_other_serves_and_half_other_walls():
+    serves, bricks = varied_games(100, seed=1)
+    whole = bricks.all((1, 2))
+    standard = (serves[:, :, 0] == 40).all(1)
+    assert whole[:50].all() and not standard[:50].any()
+    assert standard[50:].all() and whole[50:].sum() < 5 and 0.3 < bricks[50:].mean() < 0.7
+    assert all((a == b).all() for a, b in zip(varied_games(100, seed=1), (serves, bricks)))
+
+
+def test_returned_balls_are_counted():
+    """As many balls come back up from the paddle's row as a game played step by step says."""
+    env = BreakoutAscii()
+    obs, _ = env.reset(options={"serves": SERVES[0]})
+    returned = 0
+    for _ in range(300):
+        falling = env.games.dy[0] == 1
+        obs, _, _, _, info = env.step(int(tracker(obs[None])[0]))
+        returned += int(falling and env.games.dy[0] == -1 and env.games.ball_y[0] == 21 and not info["life_lost"])
+    results = play_games(tracker, standard_serves(SERVES[:1]), np.ones((1, 7, 13), bool), 300, deterministic=True)
+    assert results.returned[0] == returned > 5
 
 
 def test_sampled_games_follow_their_seed():

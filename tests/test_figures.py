@@ -16,7 +16,7 @@ def test_learning_curve_shows_the_scores(tmp_path):
     FakeTrainer([MetricsCSV(csv, EVALUATED)]).learn()
     rows = read_metrics(csv)
     figure = figures.learning_curve(rows, LEVELS)
-    steps, minutes = figure.axes
+    steps, minutes, varied, varied_too = figure.axes
     lines = {line.get_label().split(":")[0]: line for line in steps.get_lines()}
     assert set(lines["random play"].get_ydata()) == {82}
     assert set(lines["the best"].get_ydata()) == {960}
@@ -24,6 +24,8 @@ def test_learning_curve_shows_the_scores(tmp_path):
     assert minutes.get_lines()[2].get_xdata().tolist() == pytest.approx([u * 1.5 / 60 for u in SCORES])
     assert steps.get_ylim() == minutes.get_ylim() and steps.get_ylim()[0] == 0 and steps.get_ylim()[1] > 960
     assert (steps.get_xlabel(), minutes.get_xlabel()) == ("steps", "minutes")
+    for axes in (varied, varied_too):
+        assert axes.get_lines()[0].get_ydata().tolist() == [0.25] * len(SCORES) and axes.get_ylim()[0] == 0
     for row in rows:
         row["global_step"] *= 100
     steps = figures.learning_curve(rows, LEVELS).axes[0]

@@ -62,7 +62,7 @@ def test_progress_fits_the_terminal(width):
     """No line is longer than the terminal, and each has steps, time and score, however narrow it is."""
     endings = {"go on": "python train_ppo.py --resume runs/a-name --num_steps 100000"}
     plan = "A line about what is going to happen, which is longer than sixty columns."
-    bar = ProgressBar(plan, metrics=("cleared", "returned", "length"), endings=endings)
+    bar = ProgressBar(plan, metrics=("cleared", "varied", "length"), endings=endings)
     with Terminal(width) as terminal:
         FakeTrainer([bar], seconds_per_update=6).learn()
         text = terminal.lines()
@@ -74,7 +74,7 @@ def test_progress_fits_the_terminal(width):
     bars = [line for line in others if "%|" in line]
     assert min(len(line.split("|")[1]) for line in bars) > 8
     assert "800/800  48s  0s left  score 400.0" in bars[-1]
-    assert ("returned" in "\n".join(others)) == (width >= 80)
+    assert ("varied" in "\n".join(others)) == (width >= 80)
     assert ("in training 80.0" in bars[-1]) == (width >= 80)
 
 
@@ -113,7 +113,7 @@ def test_files_get_whole_lines(capsys):
     FakeTrainer([ProgressBar("a plan " * 50)], updates=2).learn()
     first, *_, line, last = capsys.readouterr().out.splitlines()
     assert first == "a plan " * 50
-    assert line.endswith("min 10  max 180  cleared 0  games 32  length 812.5  returned 0.71")
+    assert line.endswith("min 10  max 180  cleared 0  games 32  length 812.5  varied 0.25  returned 0.71")
     assert columns(io.StringIO()) is None and columns(None) is None
 
 

@@ -589,6 +589,15 @@ def test_events_come_in_order_and_evaluations_decide_what_is_best():
     assert ppo.best_score == 8
 
 
+def test_among_equal_scores_the_share_of_varied_games_cleared_decides():
+    ppo = breakout_ppo(num_steps=64)
+    better = []
+    for score, varied in ((900.0, 0.9), (960.0, 0.5), (960.0, 0.4), (960.0, 0.7), (945.0, 0.8), (960.0, 0.7)):
+        ppo.evaluation_end(ppo.policy_state(), {"score": score, "varied": varied})
+        better.append(ppo.is_best)
+    assert better == [True, True, False, True, False, False] and ppo.best == {"score": 960.0, "varied": 0.7}
+
+
 def test_returns_of_episodes_are_in_points():
     """They are sums of unscaled rewards, and go on across rollouts until the episode ends."""
     ppo = breakout_ppo(rollout_steps=2)
