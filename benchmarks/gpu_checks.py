@@ -25,21 +25,21 @@ from ppo import PPO
 from train_ppo import CONSTANTS, KEPT, check, check_board, check_ranks, gpt_config, ppo_config
 
 
-def gpu_training(c, device, shortcuts):
-    """Return the PPO that a GPU would run with these constants and shortcuts, on any device."""
+def gpu_training(c, device, runner, kind=PPO):
+    """Return the PPO, or a subclass of it, that a GPU would run with these constants and this runner, on any device."""
     torch.manual_seed(c.SEED)
-    kind = DeviceGPT if c.N_LAYER == 1 else FastGPT
-    policy = kind(gpt_config(c)).to(device)
+    gpt = DeviceGPT if c.N_LAYER == 1 else FastGPT
+    policy = gpt(gpt_config(c)).to(device)
     if c.N_LAYER == 1:
         env = DeviceBreakout(c.NUM_ENVS, device, varied_starts=c.VARIED_STARTS)
     else:
         env = BreakoutAsciiVec(c.NUM_ENVS, varied_starts=c.VARIED_STARTS)
-    return PPO(policy, env, ppo_config(c), runner=GPURunner(shortcuts))
+    return kind(policy, env, ppo_config(c), runner=runner)
 
 
 def passes(c, device, state, shortcuts):
     """Print the table of one update that takes these shortcuts, and return whether it passed."""
-    ppo = gpu_training(c, device, shortcuts)
+    ppo = gpu_training(c, device, GPURunner(shortcuts))
     if state:
         ppo.load_state_dict(state)
     ppo.keep_snapshot()
@@ -69,7 +69,7 @@ def main(argv=()):
     print(gpu_name(device))
     print(f"\n  {'check':<44} {'error':>9} {'tolerance':>9}")
     with memory_advice(f"the model does not fit into the memory of {device}; try a smaller --n_embd or --n_layer"):
-        suitable = shortcuts_for(gpu_training(c, device, [])) if device.type == "cuda" else []
+        suitable = shortcuts_for(gpu_training(c, device, GPURunner([]))) if device.type == "cuda" else []
         passed = []
         for n in range(len(suitable) + 1):
             for shortcuts in itertools.combinations(suitable, n):

@@ -231,11 +231,10 @@ def check_minibatches(ppo):
     minibatches = ppo.buffer.minibatches
     lines = minibatches.obs
     pages = torch.stack([c[numbers].flatten(1) for c, numbers in zip(lines.characters, lines.pages)])  # (K, M, 1944)
-    multipliers = np.random.default_rng(0).integers(2**62, size=pages.size(2))  # of a hash of each page
 
     def sorted_samples(pages, x):
         """Return a column for each sample, (6, n) int64, in an order that depends on the samples alone."""
-        hashes = pages.flatten(end_dim=-2).cpu().numpy().astype(np.int64) @ multipliers
+        hashes = np.array([hash(page.tobytes()) for page in pages.flatten(end_dim=-2).cpu().numpy()])
         float_bits = [values.view(torch.int32) for values in (x.old_logprobs, x.old_values, x.returns)]
         rows = [values.flatten().cpu().numpy().astype(np.int64) for values in (x.actions, *float_bits, x.has_next)]
         table = np.stack([hashes, *rows])
