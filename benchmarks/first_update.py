@@ -166,7 +166,10 @@ def show(result):
 
 def main(argv=()):
     parser = Parser("-m benchmarks.first_update", __doc__)
-    parser.add_argument("--without", nargs="+", choices=SHORTCUTS, default=[], help="shortcuts that are not taken")
+    names = ", ".join(SHORTCUTS)
+    parser.add_argument(
+        "--without", nargs="+", choices=SHORTCUTS, default=[], metavar="NAME", help=f"shortcuts not to take: {names}"
+    )
     parser.add_argument("--updates", type=within("[1, inf)"), default=3, help="after the first (default 3)")
     parser.add_argument("--json", type=given_path, help="a file to which all figures are written")
     args, rest = parser.parse_known_args(argv)

@@ -307,6 +307,21 @@ def test_graphs_replay_what_eager_steps_do(monkeypatch, plain):
         assert torch.equal(ours.buffer.fields[name], x), name
 
 
+def test_rare_cases_are_played_from_the_recorded_graph(monkeypatch):
+    """They are checked once, so it has to be with what the training will use."""
+    tapes = use_software_graphs(monkeypatch)
+    recordings = []
+
+    def noting(ppo):
+        recordings.append(len(tapes))
+        return set_rare_cases(ppo)
+
+    monkeypatch.setattr(gpu_training, "set_rare_cases", noting)
+    ppo = checked([GRAPHS], num_steps=48)
+    ppo.learn()
+    assert recordings == [1] and "A games in rare cases" in ppo.runner.checks[0].name
+
+
 @pytest.mark.parametrize("game_id", ["games.catch:Catch-v0", "CliffWalking-v1"])
 def test_games_on_the_host_are_checked_too(monkeypatch, game_id):
     """Another game is not played on a GPU. So only the training step is recorded, and all checks but A are made."""

@@ -8,7 +8,7 @@ import pytest
 import load_model
 import sweep
 from algorithms import actor_critic, reinforce_cartpole
-from benchmarks import learning, peers, robustness
+from benchmarks import first_update, learning, on_a_gpu, peers, robustness
 from harness.help import filled
 from harness.options import Interval
 
@@ -69,7 +69,7 @@ def programs():
     """Return {name: main} of programs whose help a reader may ask for."""
     names = [name if name == "train_ppo" else f"algorithms.{name}" for name in sweep.TRAININGS]
     trainings = [importlib.import_module(name) for name in names]
-    others = [actor_critic, load_model, sweep, learning, peers, robustness]
+    others = [actor_critic, load_model, sweep, learning, peers, robustness, first_update, on_a_gpu]
     return {module.__name__: module.main for module in trainings + others}
 
 
