@@ -2,8 +2,9 @@
 
 The default is runs/sweep/train_ppo, which `python sweep.py train_ppo --seed 0 1 2 3 4` leaves. Runs whose directories
 differ only in the seed are one variant, such as prediction_coef=0.0. The program prints three tables: every seed, the
-medians of each variant, and the lowest and highest values. It also writes the first table to learning.csv, and draws
-the first variant as learning.png. For runs of other games there is benchmarks.compare.
+medians of each variant, and its interquartile means with 95 % bootstrap intervals, and lowest and highest values. It
+also writes the first table to learning.csv, and draws the first variant as learning.png. For runs of other games there
+is benchmarks.compare.
 """
 
 import harness.start  # before the slow imports
@@ -49,13 +50,15 @@ def variant_of(run_dir):
 
 
 def evaluations(run_dir):
-    """Return steps, minutes, score and games cleared of each evaluation of a run, (evaluations, 4).
+    """Return steps, minutes, score, games cleared and share of varied games cleared of a run's n evaluations, (n, 5).
 
-    Raises CommandLineError if there are none.
+    An older run has no varied games, so these are nan. Raises CommandLineError if there are no evaluations.
     """
     rows = read_metrics(run_dir / "metrics.csv")
-    curve = [[row["global_step"], row["seconds"] / 60, row["eval_score"], row["eval_cleared"]] for row in rows]
-    curve = [evaluation for evaluation in curve if all(map(math.isfinite, evaluation))]
+    names = "global_step seconds eval_score eval_cleared eval_varied".split()
+    curve = [[row[name] for name in names] for row in rows]
+    curve = [[steps, seconds / 60, *results] for steps, seconds, *results in curve if math.isfinite(steps + seconds)]
+    curve = [evaluation for evaluation in curve if all(map(math.isfinite, evaluation[:4]))]
     if not curve:
         raise CommandLineError(f"{run_dir / 'metrics.csv'} has no evaluations of Breakout; leave this run out")
     return np.array(curve)
@@ -72,9 +75,10 @@ def seed_row(variant, seed, curve):
     for mark in MARKS:
         steps, minutes, *_ = next((e for e in curve if e[2] >= mark), (math.inf, math.inf))
         row |= {f"{mark}: M steps": finite(steps / 1e6, 2), f"{mark}: min": finite(minutes, 1)}
-    steps, _, score, cleared = curve[curve[:, 2].argmax()]
+    steps, _, score, cleared, varied = max(curve, key=lambda e: (e[2], np.nan_to_num(e[4])))  # as best_model is chosen
     best = {"best": finite(score, 1), "best: games cleared": int(cleared), "best: M steps": finite(steps / 1e6, 2)}
-    return row | best | {"last": finite(curve[-1, 2], 1)}
+    last = {"last": finite(curve[-1, 2], 1), "last: varied": finite(curve[-1, 4], 3)}
+    return row | best | {"best: varied": finite(varied, 3)} | last
 
 
 def finite(x, digits):
@@ -87,7 +91,7 @@ def summary_row(rows, name, statistic):
     row = {"variant": rows[0]["variant"], "seeds": len(rows), "of the seeds": name}
     for column in list(rows[0])[2:]:
         x = statistic([math.inf if row[column] is None else row[column] for row in rows])
-        row[column] = finite(x, 2 if "steps" in column else 1)
+        row[column] = finite(x, 3 if "varied" in column else 2 if "steps" in column else 1)
     return row
 
 
@@ -98,6 +102,23 @@ def interquartile_mean(scores):
     """Return the mean over the last axis without its lowest and highest quarter (Agarwal et al. 2021)."""
     cut = scores.shape[-1] // 4
     return np.sort(scores, axis=-1)[..., cut : scores.shape[-1] - cut].mean(-1)
+
+
+def bootstrap_interval(scores):
+    """Return the ends of the 95 % bootstrap interval of the interquartile mean over the last axis, (2, ...)."""
+    seeds = scores.shape[-1]
+    drawn = np.random.default_rng(0).integers(seeds, size=(2000, seeds))
+    means = interquartile_mean(scores[..., drawn])
+    return np.percentile(means, (2.5, 97.5), axis=-1, method="nearest")  # which can be infinite, but not between
+
+
+RANGES = [  # of a column over the seeds
+    ("min", min),
+    ("max", max),
+    ("interquartile mean", lambda x: interquartile_mean(np.array(x))),
+    ("interval, low", lambda x: bootstrap_interval(np.array(x))[0]),
+    ("interval, high", lambda x: bootstrap_interval(np.array(x))[1]),
+]
 
 
 def drawn_levels():
@@ -117,10 +138,9 @@ def draw(curves):
     """
     figure = new_figure(12, 4.8)
     shortest = min(map(len, curves.values()))  # a run may lack a row that a full disk refused
-    data = np.array([curve[:shortest] for curve in curves.values()])  # (seeds, evaluations, 4)
+    data = np.array([curve[:shortest] for curve in curves.values()])  # (seeds, evaluations, 5)
     scores = data[:, :, 2].T  # (evaluations, seeds)
-    drawn = np.random.default_rng(0).integers(len(data), size=(2000, len(data)))
-    low, high = np.percentile(interquartile_mean(scores[:, drawn]), (2.5, 97.5), axis=1)
+    low, high = bootstrap_interval(scores)
     left, right = figure.subplots(1, 2, sharey=True)
     panels = [
         (left, 0, 1e6, "million environment steps"),
@@ -173,12 +193,11 @@ def main(argv=()):
     out = Path(args.out or args.runs[0])
     variants = read_variants(args.runs)
     tables = [[seed_row(name or "default constants", seed, curve) for name, seed, curve in runs] for runs in variants]
-    ranges = [("min", min), ("max", max)]
     show_table([row for table in tables for row in table], labels=2)
     print()
     show_table([summary_row(table, "median", statistics.median) for table in tables], labels=3)
     print()
-    show_table([summary_row(table, name, statistic) for table in tables for name, statistic in ranges], labels=3)
+    show_table([summary_row(table, name, statistic) for table in tables for name, statistic in RANGES], labels=3)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "learning.csv", [row for table in tables for row in table])
     print(f"\nwrote {shown(out / 'learning.csv')}, the first table")

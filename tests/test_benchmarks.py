@@ -186,9 +186,9 @@ def test_the_table_of_robustness(tmp_path, monkeypatch, capsys):
 
 # learning.py
 
-CURVES = {  # seed: (steps, seconds, score, games cleared) of each evaluation
-    0: [(1_000_000, 60, 350.0, 0), (2_000_000, 120, 960.0, 32), (4_000_000, 180, 945.0, 30)],
-    1: [(1_000_000, 90, 100.0, 0), (2_000_000, 180, 650.5, 1), (4_000_000, 270, 640.0, 2)],
+CURVES = {  # seed: (steps, seconds, score, games cleared, share of varied games cleared) of each evaluation
+    0: [(1_000_000, 60, 350.0, 0, 0.0), (2_000_000, 120, 960.0, 32, 0.5), (4_000_000, 180, 945.0, 30, 0.75)],
+    1: [(1_000_000, 90, 100.0, 0, 0.0), (2_000_000, 180, 650.5, 1, 0.125), (4_000_000, 270, 640.0, 2, 0.25)],
 }
 MARKS = [f"{mark}: {unit}" for mark in (300, 600, 900, 960) for unit in ("M steps", "min")]
 
@@ -198,8 +198,10 @@ def leave_run(run_dir, seed, curve):
     run_dir.mkdir(parents=True)
     (run_dir / "config.json").write_text(json.dumps({"SEED": seed, "NUM_STEPS": 4_000_000}))
     rows = [",".join(map(str, (i, *evaluation))) for i, evaluation in enumerate(curve, start=1)]
-    rows += ["9,3500000,999,,", "10,3600000,999,n/a,", '11,3700000,999,"81,25",3']
-    (run_dir / "metrics.csv").write_text("\n".join(["update,global_step,seconds,eval_score,eval_cleared", *rows, ""]))
+    rows += ["9,3500000,999,,,", "10,3600000,999,n/a,,", '11,3700000,999,"81,25",3,']
+    (run_dir / "metrics.csv").write_text(
+        "\n".join(["update,global_step,seconds,eval_score,eval_cleared,eval_varied", *rows, ""])
+    )
 
 
 def test_variants_beside_each_other(tmp_path, capsys):
@@ -234,26 +236,50 @@ def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):
         "the first table",
         "the curves of default constants",
     ]
-    last = ["best", "best: games cleared", "best: M steps", "last"]
+    last = ["best", "best: games cleared", "best: M steps", "best: varied", "last", "last: varied"]
     name = "gamma=0.9,paired_envs=False"
     assert seeds == (
         ["variant", "seed", *MARKS, *last],
         [
-            ["default constants", "0", "1", "1", "2", "2", "2", "2", "2", "2", "960", "32", "2", "945"],
-            ["default constants", "1", "2", "3", "2", "3", "-", "-", "-", "-", "650.5", "1", "2", "640"],
-            [name, "0", "1", "1", *6 * ["-"], "350", "0", "1", "350"],
+            ["default constants", "0", "1", "1", "2", "2", "2", "2", "2", "2", "960", "32", "2", "0.5", "945", "0.75"],
+            ["default constants", "1", "2", "3", "2", "3", *4 * ["-"], "650.5", "1", "2", "0.125", "640", "0.25"],
+            [name, "0", "1", "1", *6 * ["-"], "350", "0", "1", "0", "350", "0"],
         ],
     )
     assert medians == (
         ["variant", "seeds", "of the seeds", *MARKS, *last],
         [
-            ["default constants", "2", "median", "1.5", "2", "2", "2.5", *4 * ["-"], "805.2", "16.5", "2", "792.5"],
-            [name, "1", "median", "1", "1", *6 * ["-"], "350", "0", "1", "350"],
+            [
+                "default constants",
+                "2",
+                "median",
+                "1.5",
+                "2",
+                "2",
+                "2.5",
+                *4 * ["-"],
+                "805.2",
+                "16.5",
+                "2",
+                "0.312",
+                "792.5",
+                "0.5",
+            ],
+            [name, "1", "median", "1", "1", *6 * ["-"], "350", "0", "1", "0", "350", "0"],
         ],
     )
-    assert ranges[0] == medians[0] and ranges[1][:2] == [
-        ["default constants", "2", "min", "1", "1", "2", "2", "2", "2", "2", "2", "650.5", "1", "2", "640"],
-        ["default constants", "2", "max", "2", "3", "2", "3", "-", "-", "-", "-", "960", "32", "2", "945"],
+    means = ["1.5", "2", "2", "2.5", *4 * ["-"], "805.2", "16.5", "2", "0.312", "792.5", "0.5"]
+    lows = ["1", "1", *6 * ["2"], "650.5", "1", "2", "0.125", "640", "0.25"]
+    highs = ["2", "3", "2", "3", *4 * ["-"], "960", "32", "2", "0.5", "945", "0.75"]
+    statistics = {
+        "min": lows,
+        "max": highs,
+        "interquartile mean": means,
+        "interval, low": lows,
+        "interval, high": highs,
+    }
+    assert ranges[0] == medians[0] and ranges[1][:5] == [
+        ["default constants", "2", name, *numbers] for name, numbers in statistics.items()
     ]
     unfinished = tmp_path / "gamma=0.9,seed=0,paired_envs=False"
     assert output.err == f"{unfinished} has not finished: its last evaluation is after 1,000,000 steps\n"
