@@ -37,10 +37,10 @@ def test_metrics(path):
         "update", "global_step", "seconds", *STATS, "steps_per_second", "episode_return", *evaluation,
     ]  # fmt: skip
     assert [row[0] for row in rows] == list("12345678")
-    assert rows[0][-7:] == ["nan", "", "", "", "", "", ""]
+    assert rows[0][-8:] == ["nan", *[""] * 7]
     assert rows[3][:4] == ["4", "400", "6.0", str(4 / 3)]
-    assert rows[3][-7:] == ["40.0", "300.0", "220.0", "390.0", "0", "812.5", "0.71"]
-    assert rows[4][-6:] == [""] * 6
+    assert rows[3][-8:] == ["40.0", "300.0", "220.0", "390.0", "0", "812.5", "0.25", "0.71"]
+    assert rows[4][-7:] == [""] * 7
 
 
 def test_every_row_is_on_disk_at_once(path):
