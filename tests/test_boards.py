@@ -265,13 +265,14 @@ def test_a_recording_holds_an_edited_game(board):
     from replay_helpers import GAME, recorded
 
     from breakout_ascii import BOARD, Games
-    from model import GPT, GPTConfig
+    from model import GPTConfig
+    from policies import make_gpt
     from viewer.replay.breakout import game_data, replay_data
 
     known = json.loads(json.dumps(game_data(GAME) | vars(GPTConfig(**PAGE))))
     assert {name: known[name.lower()] for name in BOARD} == BOARD
     torch.manual_seed(0)
-    frames = recorded(GPT(GPTConfig(**PAGE, n_head=2, n_embd=8)), 200, sample=True)
+    frames = recorded(make_gpt(GPTConfig(**PAGE, n_head=2, n_embd=8), torch.device("cpu")), 200, sample=True)
     pages = iter(frame.page for frame in frames)
     for game in replay_data(frames)["games"]:
         assert np.shape(game["serves"]) == (board["LIVES"], 3)
