@@ -2,7 +2,7 @@
 
 The default is runs/sweep/train_ppo, which `python sweep.py train_ppo --seed 0 1 2 3 4` leaves. Runs whose directories
 differ only in the seed are one variant, such as prediction_coef=0.0. The program prints three tables: every seed, the
-medians of each variant, and its interquartile means with 95 % bootstrap intervals, and lowest and highest values. It
+medians of each variant, and its lowest and highest values, interquartile means and their 95 % bootstrap intervals. It
 also writes the first table to learning.csv, and draws the first variant as learning.png. For runs of other games there
 is benchmarks.compare.
 """
@@ -57,11 +57,10 @@ def evaluations(run_dir):
     rows = read_metrics(run_dir / "metrics.csv")
     names = "global_step seconds eval_score eval_cleared eval_varied".split()
     curve = [[row[name] for name in names] for row in rows]
-    curve = [[steps, seconds / 60, *results] for steps, seconds, *results in curve if math.isfinite(steps + seconds)]
     curve = [evaluation for evaluation in curve if all(map(math.isfinite, evaluation[:4]))]
     if not curve:
         raise CommandLineError(f"{run_dir / 'metrics.csv'} has no evaluations of Breakout; leave this run out")
-    return np.array(curve)
+    return np.array(curve) / [1, 60, 1, 1, 1]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -112,7 +111,7 @@ def bootstrap_interval(scores):
     return np.percentile(means, (2.5, 97.5), axis=-1, method="nearest")  # which can be infinite, but not between
 
 
-RANGES = [  # of a column over the seeds
+STATISTICS = [  # of a column over the seeds
     ("min", min),
     ("max", max),
     ("interquartile mean", lambda x: interquartile_mean(np.array(x))),
@@ -197,7 +196,7 @@ def main(argv=()):
     print()
     show_table([summary_row(table, "median", statistics.median) for table in tables], labels=3)
     print()
-    show_table([summary_row(table, name, statistic) for table in tables for name, statistic in RANGES], labels=3)
+    show_table([summary_row(table, name, statistic) for table in tables for name, statistic in STATISTICS], labels=3)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "learning.csv", [row for table in tables for row in table])
     print(f"\nwrote {shown(out / 'learning.csv')}, the first table")
