@@ -170,13 +170,12 @@ def test_a_window_that_is_too_small_says_what_is_needed_and_the_game_waits():
 
 
 def test_a_game_that_is_over_says_the_score_until_a_new_one_begins():
-    # Nobody moves, so every ball is lost, at the latest after 40 steps.
-    keys = [(3 * i, ord(" ")) for i in range(5)] + [(16, ord("r"))]
-    screen = played(*keys, end=16.5)
-    assert f"GAME OVER: {score(screen.at(15.9))} points" in screen.text_at(15.9) and "r: new game" in screen.text_at(
-        15.9
-    )
-    assert "lives 0" in screen.at(15.9)[0] and "lives 5" in screen.at(16.4)[0] and ball(screen.at(16.4)) == (21, 40)
+    # Nobody moves, so every ball is lost, in all 32 games at the latest after 54 steps, which take 2.7 s.
+    keys = [(4 * i, ord(" ")) for i in range(5)] + [(20, ord("r"))]
+    screen = played(*keys, end=20.5)
+    over = screen.text_at(19.9)
+    assert f"GAME OVER: {score(screen.at(19.9))} points" in over and "r: new game" in over
+    assert "lives 0" in over and "lives 5" in screen.at(20.4)[0] and ball(screen.at(20.4)) == (21, 40)
 
 
 def test_keys_change_the_speed():
