@@ -85,13 +85,28 @@ def test_allowed_actions():
         ActionSpaceWrapper(Counting(), ["JUMP"])
 
 
-def test_small_frames_are_means():
-    frame = np.arange(210 * 160, dtype=np.uint32).reshape(210, 160) % 251
-    small = SmallFrame(Counting()).observation(frame.astype(np.uint8))
-    expected = torch.nn.functional.interpolate(
-        torch.tensor(frame[None, None], dtype=torch.float64), (SIZE, SIZE), mode="area"
-    )[0, 0]
-    assert small.shape == (SIZE, SIZE) and small.dtype == np.uint8 and abs(small.mean() - expected.mean()) < 1
+def area_means(line, target):
+    """The last axis cut into `target` equal parts, and the mean of each: every pixel is first cut into `target`."""
+    return np.repeat(line.astype(float), target, axis=-1).reshape(*line.shape[:-1], target, -1).mean(-1)
+
+
+@pytest.mark.parametrize("rows", [210, 250, 84])  # as most games, as some, and as large as the result
+def test_small_frames_are_means_of_areas(rows):
+    """Each pixel of the frame counts in proportion to the area that it shares with the small one."""
+    frame = np.random.default_rng(0).integers(256, size=(rows, 160)).astype(np.uint8)
+    small = SmallFrame(Counting()).observation(frame)
+    expected = area_means(area_means(frame, SIZE).T, SIZE).T
+    assert small.shape == (SIZE, SIZE) and small.dtype == np.uint8
+    np.testing.assert_allclose(small, expected, rtol=0, atol=0.5 + 1e-9)  # rounded, and nothing else
+
+
+def test_a_moving_sprite_does_not_flicker():
+    """A row keeps its brightness wherever it is: with a whole pixel for one target, 2 or 3 rows would share a mean."""
+    frames = np.zeros((209, 210, 160), np.uint8)
+    frames[np.arange(209), np.arange(209)] = 250
+    frames[np.arange(209), np.arange(1, 210)] = 250
+    brightness = [SmallFrame(Counting()).observation(frame).sum(dtype=int) / SIZE for frame in frames]
+    assert set(brightness) == {2 * 250 * SIZE / 210}
 
 
 def test_a_real_game():
@@ -219,6 +234,26 @@ def test_what_is_drawn_has_happened(steps):
         assert end or (*next_stack,) == expected_next
         drawn.add((*stack,))
     assert len(drawn) <= len(replay) and len(drawn) > 0.7 * len(replay)
+
+
+def memory_of_cut_off_steps(finished=()):
+    """A memory of six steps of a game, of which all but those listed were cut off."""
+    replay = Replay(6, 1, 4)
+    for t in range(6):
+        frames = np.full((1, SIZE, SIZE), t, np.uint8)
+        replay.add(frames, np.array([True]), [t], [0.0], [False], [t not in finished])
+    return replay
+
+
+def test_a_memory_of_which_nothing_can_be_drawn():
+    """The newest step has no next frame, so it cannot be drawn although it is finished."""
+    for finished in (), (5,):
+        with pytest.raises(
+            CommandLineError, match="^every step in the replay memory was cut off, .*; check the time limit"
+        ):
+            memory_of_cut_off_steps(finished).sample(4, np.random.default_rng(0))
+    _, actions, *_ = memory_of_cut_off_steps((4,)).sample(4, np.random.default_rng(0))
+    assert actions.tolist() == [4] * 4
 
 
 def test_each_frame_is_kept_once():

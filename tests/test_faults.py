@@ -270,7 +270,7 @@ def free(run_dir):
 
 def test_no_training_needs_what_only_draws():
     """Trainings can be imported where Pillow, matplotlib and TensorBoard are missing."""
-    names = ("reinforce_cartpole", "actor_critic_tictactoe", "ppo_lunarlander", "grpo_text")
+    names = ("reinforce_cartpole", "actor_critic_tictactoe", "ppo_lunarlander", "dqn_space_invaders", "grpo_text")
     trainings = ["train_ppo", *(f"algorithms.{name}" for name in names)]
     broken = "import sys; sys.modules |= dict.fromkeys(['PIL', 'matplotlib', 'tensorboard', 'torch.utils.tensorboard'])"
     subprocess.run([sys.executable, "-c", f"{broken}; import {', '.join(trainings)}"], cwd=ROOT, check=True)

@@ -121,14 +121,13 @@ def trainings():
 def test_no_training_imports_what_draws():
     """A machine that only trains needs neither the viewer nor Pillow, and a training starts without loading Matplotlib.
 
-    Where a training draws in the end, a function imports what it needs. Those on Atari read pictures, with Pillow.
+    Where a training draws in the end, a function imports what it needs.
     """
     drawing = {"load_model", "viewer", "PIL", "imageio", "matplotlib", "tensorboard"}
     assert len(trainings()) >= 7
     for name in ("train_ppo", "ppo", "callbacks", *trainings()):
         imported = imported_at_once(name)
-        allowed = {"PIL"} if "algorithms.parts.atari" in imported else set()
-        assert drawing & {part_of(module) for module in imported} <= allowed, name
+        assert not drawing & {part_of(module) for module in imported}, name
 
 
 def test_no_training_imports_another():
