@@ -4,6 +4,16 @@ Group relative policy optimisation (Shao et al. 2024): the model draws several a
 scores each. The advantage of an answer is how much better it is than the others of its group, so that no value function
 is needed. The tokens of good answers become more probable.
 
+Several losses go by the name of GRPO, which differ in how much a token counts. LOSS chooses one, by TRL's name for it:
+
+bnpo     All tokens of a step count the same. TRL's default, dapo, is equal to this if a step is one batch, as here.
+grpo     All answers count the same, so that a token of a long answer counts less (Shao et al. 2024).
+dr_grpo  A token counts 1 / MAX_NEW_TOKENS of an answer, whatever the lengths of the answers. Advantages are not divided
+         by the standard deviation of their group (Liu et al. 2025).
+
+In all of them KL_COEF times the divergence from the initial model is added to the loss of each token. Its estimator is
+not the one of Shao et al., whose gradient is that of another divergence; see `divergence`.
+
 Answers are drawn at TEMPERATURE, and log-probabilities are computed at the same temperature. With TOP_P below 1, only
 the most probable tokens are drawn, but the log-probabilities remain those of the whole distribution. The gradient is
 then that of a policy from which nobody draws, and tokens that are never drawn are never judged. Keep TOP_P at 1 unless
@@ -75,7 +85,8 @@ TOP_P = 1.0  # [0.01, 1.0] draw only from the likeliest tokens that together hav
 NUM_STEPS = 50  # [1, inf) rounds of drawing answers and learning from them
 EPOCHS = 1  # [1, inf) gradient steps on each batch of answers; clipping matters only with more than one
 EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
-NORMALIZE: bool = True  # divide advantages by the standard deviation of their group; false: only subtract the mean
+LOSS: str = "bnpo"  # how much each token counts: "bnpo", "grpo" or "dr_grpo"; see the docstring
+NORMALIZE: bool = True  # divide advantages by the standard deviation of their group, unless LOSS is "dr_grpo"
 KL_COEF = 0.05  # [0.0, inf) weight of the KL divergence from the initial model, which keeps answers sensible; off if 0
 # optimizer (Adam)
 LR = 1e-5  # (0.0, 1.0] learning rate
@@ -91,6 +102,7 @@ WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 
 CONSTANTS = Constants(globals())
 KEPT = "LORA_RANK TEMPERATURE SEED RUN_DIR".split()
+LOSSES = "bnpo", "grpo", "dr_grpo"
 PROMPTS = [
     "Why is the sky blue?", "What is a river?", "How does a bicycle stay upright?",
     "Why do leaves fall in autumn?", "What is bread made of?", "How do birds fly?", "Why does ice float?",
@@ -169,12 +181,48 @@ def group_advantages(rewards, normalize=True):
 
     Args:
         rewards: (groups, K).
-        normalize: whether to divide by the standard deviation of the group.
+        normalize: whether to divide by the standard deviation of the group, which has Bessel's correction, as in TRL.
     """
     advantages = rewards - rewards.mean(1, keepdim=True)
     if normalize:
-        advantages = advantages / (rewards.std(1, correction=0, keepdim=True) + 1e-4)
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
     return advantages
+
+
+def token_weights(drawn, loss, max_new_tokens):
+    """How much each drawn token counts in a mean over all of them, (M,); the docstring of this file describes LOSS.
+
+    Args:
+        drawn: (N, T) bool, as `Writer.write` returns it; M of the tokens are drawn.
+        loss: one of LOSSES.
+    """
+    lengths = drawn.sum(1, keepdim=True).float()
+    divisor = {"bnpo": lengths.mean(), "grpo": lengths, "dr_grpo": max_new_tokens}[loss]
+    return (lengths.mean() / divisor).expand(drawn.shape)[drawn]
+
+
+def divergence(new_logprobs, old_logprobs, reference_logprobs):
+    """Estimate KL(new, reference) at each token that the old policy drew, (M,); the tokens before it are given.
+
+    Without the ratio, as in Shao et al. (2024, equation 4), the mean has this value only while the old policy is the
+    new one, and its gradient is that of KL(reference, new): it leaves out that the new policy draws the tokens. The
+    mean of the product has the right value and the right gradient for any old policy (DeepSeek-V3.2, 2025, equation 7).
+    """
+    ratio = (new_logprobs - old_logprobs).exp()
+    return ratio * k3(reference_logprobs - new_logprobs)
+
+
+def grpo_loss(new_logprobs, old_logprobs, reference_logprobs, advantages, weights, eps_clip, kl_coef):
+    """Return PPO's clipped loss plus the penalty on the divergence from the reference, and statistics.
+
+    Args:
+        new_logprobs, old_logprobs, reference_logprobs, advantages: (M,), of the drawn tokens.
+        weights: (M,), as `token_weights` returns them.
+    """
+    # The clipped loss is proportional to the size of the advantages, so they can carry the weights.
+    loss, stats = policy_loss(new_logprobs, old_logprobs, weights * advantages, eps_clip)
+    kl = divergence(new_logprobs, old_logprobs, reference_logprobs)
+    return loss + kl_coef * (weights * kl).mean(), stats | {"kl_reference": kl.detach().mean()}
 
 
 class GRPO(Trainer):
@@ -205,7 +253,8 @@ class GRPO(Trainer):
         tokens, mask, drawn, rewards = self.collect()
         written = time.perf_counter()
         groups = rewards.view(-1, self.c.NUM_SAMPLES)
-        advantages = group_advantages(groups, self.c.NORMALIZE).flatten().to(self.device)
+        normalize = self.c.NORMALIZE and self.c.LOSS != "dr_grpo"
+        advantages = group_advantages(groups, normalize).flatten().to(self.device)
         stats = self.update(tokens, mask, drawn, advantages)
         self.writing_share = (written - start) / (time.perf_counter() - start)
         return stats | {
@@ -262,35 +311,34 @@ class GRPO(Trainer):
     def update(self, tokens, mask, drawn, advantages):
         """EPOCHS gradient steps on drawn answers. Returns statistics; raises FloatingPointError if it diverges.
 
-        Every token that was drawn has the same weight. In Shao et al. every answer has the same weight, so that a token
-        of a long answer has less.
-
         Args:
             tokens, mask, drawn: as `Writer.write` returns them.
             advantages: (N,).
         """
         T = drawn.shape[1]
+        c = self.c
         self.report_learning(0)
+        weights = token_weights(drawn, c.LOSS, c.MAX_NEW_TOKENS)
         advantages = advantages[:, None].expand(drawn.shape)[drawn]  # one for each token, as all quantities below
         with torch.no_grad(), self.reference() as model:
             reference_logprobs = self.policy.logprobs(model, tokens, mask, T)[drawn]
         old_logprobs = None
-        for epoch in range(self.c.EPOCHS):
+        for epoch in range(c.EPOCHS):
             self.report_learning(1 + epoch)
             logprobs = self.policy.logprobs(self.policy.model, tokens, mask, T)[drawn]
             if old_logprobs is None:
                 old_logprobs = logprobs.detach()  # these weights have drawn the answers
-            loss, stats = policy_loss(logprobs, old_logprobs, advantages, self.c.EPS_CLIP)
-            kl = k3(reference_logprobs - logprobs).mean()
+            loss, stats = grpo_loss(
+                logprobs, old_logprobs, reference_logprobs, advantages, weights, c.EPS_CLIP, c.KL_COEF
+            )
             self.optimizer.zero_grad()
-            (loss + self.c.KL_COEF * kl).backward()
-            grad_norm = nn.utils.clip_grad_norm_(self.trained, self.c.MAX_GRAD_NORM).item()
-            check_finite(f"in step {self.update_count + 1}", loss=loss + kl, gradient=grad_norm)
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(self.trained, c.MAX_GRAD_NORM).item()
+            check_finite(f"in step {self.update_count + 1}", loss=loss, gradient=grad_norm)
             self.optimizer.step()
         self.update_count += 1
         self.global_step += 1
-        stats = {name: x.item() for name, x in stats.items()}
-        return stats | {"kl_reference": kl.item(), "grad_norm": grad_norm}
+        return {name: x.item() for name, x in stats.items()} | {"grad_norm": grad_norm}
 
     def state_dict(self):
         """Everything that a resumed run needs."""
@@ -446,6 +494,8 @@ def check(c):
     if c.POLICY_MODEL == TINY:
         reason = f"POLICY_MODEL {TINY} knows no words to learn from"
         raise CommandLineError(f"{reason}; take smollm2, a folder, or a model of the hub")
+    if c.LOSS not in LOSSES:
+        raise CommandLineError(f"LOSS (--loss) must be one of {', '.join(LOSSES)}, not {shortened(repr(c.LOSS))}")
 
 
 # --- playing ----------------------------------------------------------------------------------------------------------

@@ -50,10 +50,13 @@ from algorithms.grpo_text import (
     HELD_OUT,
     PROMPTS,
     brief,
+    divergence,
     friendly,
     group_advantages,
+    grpo_loss,
     make_reward,
     sentences,
+    token_weights,
 )
 from algorithms.parts.language_model import (
     RewardModel,
@@ -196,7 +199,8 @@ def test_a_model_that_draws_otherwise_than_it_scores_is_refused(tokenizer):
 
 def test_advantages_by_hand():
     rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
-    torch.testing.assert_close(group_advantages(rewards), torch.tensor([[-1.0, 1.0], [0.0, 0.0]]), rtol=0, atol=1e-3)
+    normalized = torch.tensor([[-0.5, 0.5], [0.0, 0.0]]).mul(math.sqrt(2))  # the deviation has Bessel's correction
+    torch.testing.assert_close(group_advantages(rewards), normalized, rtol=0, atol=1e-3)
     assert group_advantages(rewards, normalize=False).tolist() == [[-1.0, 1.0], [0.0, 0.0]]
 
 
@@ -206,6 +210,98 @@ def test_k3_estimates_the_divergence():
     terms = k3((q / p).log())
     assert terms.min() >= 0 and k3(torch.zeros(3)).abs().max() == 0
     torch.testing.assert_close((p * terms).sum(), (p * (p / q).log()).sum())
+
+
+def gradient(value, logits):
+    return torch.autograd.grad(value, logits, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_the_divergence_has_the_right_value_and_the_right_gradient(on_policy):
+    """Both are expectations over the five categories that the old policy draws from. With k3 alone the policy would be
+    pulled along the gradient of the divergence in the other direction."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    new, reference = logits.log_softmax(0), torch.randn(5, dtype=torch.float64).log_softmax(0)
+    old = new.detach() if on_policy else torch.randn(5, dtype=torch.float64).log_softmax(0)
+    kl = (new.exp() * (new - reference)).sum()
+    expected = (old.exp() * divergence(new, old, reference)).sum()
+    torch.testing.assert_close(expected, kl, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient(expected, logits), gradient(kl, logits), rtol=0, atol=1e-14)
+    if on_policy:
+        other = (reference.exp() * (reference - new)).sum()
+        alone = gradient((old.exp() * k3(reference - new)).sum(), logits)
+        torch.testing.assert_close(alone, gradient(other, logits), rtol=0, atol=1e-14)
+        assert (alone - gradient(kl, logits)).norm() > 0.1
+
+
+def trl_loss(kind, new, old, reference, drawn, rewards, eps_clip, kl_coef, longest):
+    """The loss of TRL 1.16's GRPOTrainer with loss_type `kind` and its default use_bias_correction_kl, token by token.
+
+    new, old, reference: (N, T) log-probabilities. rewards: (groups, K). dr_grpo comes with scale_rewards "none".
+    """
+    answers = []
+    for group in rewards.tolist():
+        mean = sum(group) / len(group)
+        std = math.sqrt(sum((reward - mean) ** 2 for reward in group) / (len(group) - 1))
+        scale = 1 if kind == "dr_grpo" else std + 1e-4
+        answers += [[(reward - mean) / scale] for reward in group]  # the advantage, and then the losses of the tokens
+    for i, j in drawn.nonzero().tolist():
+        ratio = torch.exp(new[i, j] - old[i, j])
+        log_ratio = reference[i, j] - new[i, j]
+        kl = ratio * (torch.exp(log_ratio) - log_ratio - 1)
+        advantage = answers[i][0]
+        surrogate = torch.min(ratio * advantage, ratio.clamp(1 - eps_clip, 1 + eps_clip) * advantage)
+        answers[i].append(kl_coef * kl - surrogate)
+    sums = [sum(losses) for _, *losses in answers]
+    lengths = [len(losses) for _, *losses in answers]
+    if kind == "grpo":
+        return sum(x / length for x, length in zip(sums, lengths)) / len(answers)
+    return sum(sums) / {"bnpo": sum(lengths), "dapo": sum(lengths), "dr_grpo": len(answers) * longest}[kind]
+
+
+DRAWN = torch.arange(7) < torch.tensor([[7], [1], [3], [2], [5], [4]])  # of six answers, in two groups
+SCORES = torch.tensor([[0.3, 0.9, 0.1], [0.5, 0.5, 0.8]])
+KINDS = {"bnpo": "bnpo", "grpo": "grpo", "dr_grpo": "dr_grpo", "dapo": "bnpo"}  # {TRL's: ours}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_and_its_gradient_are_those_of_trl(kind):
+    """The policy has moved since it drew the answers, so far that ratios are clipped."""
+    torch.manual_seed(0)
+    new, old, reference = torch.randn(3, *DRAWN.shape, dtype=torch.float64).mul(0.5).sub(2)
+    new.requires_grad_()
+    ours = KINDS[kind]
+    advantages = group_advantages(SCORES.double(), ours != "dr_grpo").flatten()
+    of_tokens = advantages[:, None].expand(DRAWN.shape)[DRAWN]
+    weights = token_weights(DRAWN, ours, 9)
+    loss, stats = grpo_loss(new[DRAWN], old[DRAWN], reference[DRAWN], of_tokens, weights, 0.2, 0.1)
+    theirs = trl_loss(kind, new, old, reference, DRAWN, SCORES.double(), 0.2, 0.1, 9)
+    torch.testing.assert_close(loss, theirs, rtol=1e-6, atol=0)  # the weights are float32
+    torch.testing.assert_close(gradient(loss, new), gradient(theirs, new), rtol=0, atol=1e-7)
+    assert stats["clipfrac"] > 0.2 and stats["kl_reference"] > 0.1
+
+
+@pytest.mark.parametrize("kind", ["bnpo", "grpo", "dr_grpo"])
+def test_a_step_follows_the_loss_of_trl(kind, tokenizer):
+    """The policy has moved away from the reference, so that the penalty has a gradient too."""
+    grpo = small_grpo(tokenizer, None, NUM_SAMPLES=3, MAX_NEW_TOKENS=9, MAX_GRAD_NORM=1e9, KL_COEF=0.5, LOSS=kind)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in grpo.trained:
+            p.add_(0.02 * torch.randn_like(p))
+    tokens = torch.randint(1, 200, (6, 10))
+    mask = torch.cat([torch.ones(6, 3, dtype=torch.long), DRAWN.long()], 1)
+    logprobs = grpo.policy.logprobs(grpo.policy.model, tokens, mask, 7)
+    with torch.no_grad(), grpo.reference() as model:
+        reference = grpo.policy.logprobs(model, tokens, mask, 7)
+    loss = trl_loss(kind, logprobs, logprobs.detach(), reference, DRAWN, SCORES, 0.2, 0.5, 9)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, grpo.trained)])
+    grpo.collect = lambda: (tokens, mask, DRAWN, SCORES.flatten())
+    stats = grpo.collect_and_update()
+    taken = torch.cat([p.grad.flatten() for p in grpo.trained])
+    torch.testing.assert_close(taken, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert stats["kl_reference"] > 0.01
 
 
 def test_rewards_by_hand():
@@ -623,6 +719,7 @@ def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys)
         (["--policy_model", "tiny"], "knows no words"),
         (["--policy_model", "no/such-model"], "cannot be loaded"),
         (["--num_samples", 1], "NUM_SAMPLES"),
+        (["--loss", "luspo"], r"^LOSS \(--loss\) must be one of bnpo, grpo, dr_grpo, not 'luspo'$"),
         (["--reward_model", "no/such-model"], "cannot be loaded"),
         (["--top_p", 0], "TOP_P"),
         (["--policy_model", "damaged"], "cannot be loaded"),
