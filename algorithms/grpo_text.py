@@ -189,6 +189,11 @@ def group_advantages(rewards, normalize=True):
     return advantages
 
 
+def normalizes(c):
+    """Whether a run with these constants divides advantages by the standard deviation of their group."""
+    return c.NORMALIZE and c.LOSS != "dr_grpo"
+
+
 def token_weights(drawn, loss, max_new_tokens):
     """How much each drawn token counts in a mean over all of them, (M,); the docstring of this file describes LOSS.
 
@@ -253,8 +258,7 @@ class GRPO(Trainer):
         tokens, mask, drawn, rewards = self.collect()
         written = time.perf_counter()
         groups = rewards.view(-1, self.c.NUM_SAMPLES)
-        normalize = self.c.NORMALIZE and self.c.LOSS != "dr_grpo"
-        advantages = group_advantages(groups, normalize).flatten().to(self.device)
+        advantages = group_advantages(groups, normalizes(self.c)).flatten().to(self.device)
         stats = self.update(tokens, mask, drawn, advantages)
         self.writing_share = (written - start) / (time.perf_counter() - start)
         return stats | {

@@ -10,9 +10,8 @@ grpo            Ours and TRL's GRPOTrainer, with the same model, prompts, reward
 
 A step of `grpo` draws 8 answers and learns from them. Its time is a median, without evaluations, logs and
 checkpoints. Both trainings use the same random numbers in a step, so they draw the same answers until their weights
-differ by more than rounding. Three differences remain. TRL divides by a standard deviation with
-Bessel's correction, so its advantages are 6 % smaller, which Adam undoes except for the clipping of gradients. Ours
-reads the answers once more, to measure the divergence from the model at the start. TRL measures entropies.
+differ by more than rounding. TRL gets our settings, among them the loss. The penalty on the divergence is TRL's
+default, and so has the gradient of KL(policy, start). Besides, TRL measures entropies.
 
 Needs algorithms/requirements.txt, and `pip install stable-baselines3` for the first two or `pip install trl` for
 grpo.
@@ -230,11 +229,11 @@ def train_their_writer(c, prompts):
             max_completion_length=c.MAX_NEW_TOKENS,
             temperature=c.TEMPERATURE,
             top_p=c.TOP_P,
-            loss_type="bnpo",
-            scale_rewards="group" if c.NORMALIZE else "none",
+            loss_type=c.LOSS,
+            scale_rewards="group" if grpo.normalizes(c) else "none",
             epsilon=c.EPS_CLIP,
             beta=c.KL_COEF,
-            use_bias_correction_kl=False,
+            use_bias_correction_kl=True,  # the default only since TRL's pull request 6503
             learning_rate=c.LR,
             lr_scheduler_type="constant",
             weight_decay=0.0,
@@ -268,7 +267,6 @@ def tell(name, seconds, rewards, more=""):
 def writers(seed, num_steps, model):
     """Train both on the same prompts, one after the other, and print what each has reached."""
     need("trl")  # or say at once that it is missing
-    grpo.check(SimpleNamespace(POLICY_MODEL=model))
     constants = {
         **grpo.CONSTANTS,
         "POLICY_MODEL": model,
@@ -280,11 +278,13 @@ def writers(seed, num_steps, model):
         "EPOCHS": 1,
     }
     c = SimpleNamespace(**constants)
+    grpo.check(c)
+    writer, _, models = grpo.make_models(c, torch.device("cpu"))
 
     def score_of(weights):
-        return grpo.evaluate({"constants": vars(c), "model": weights})
+        return grpo.evaluate({"constants": vars(c), "model": weights, "models": models})
 
-    before = score_of(grpo.make_writer(c, torch.device("cpu")).state_dict())
+    before = score_of(writer.state_dict())
     weights, seconds, prompts = train_our_writer(c)
     results = {"ours": (score_of(weights), seconds)}
     weights, seconds = train_their_writer(c, prompts)
