@@ -300,7 +300,7 @@ def test_a_step_follows_the_loss_of_trl(kind, tokenizer):
     grpo.collect = lambda: (tokens, mask, DRAWN, SCORES.flatten())
     stats = grpo.collect_and_update()
     taken = torch.cat([p.grad.flatten() for p in grpo.trained])
-    torch.testing.assert_close(taken, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(taken, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     assert stats["kl_reference"] > 0.01
 
 
