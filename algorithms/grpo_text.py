@@ -210,8 +210,8 @@ def divergence(new_logprobs, old_logprobs, reference_logprobs):
     """Estimate KL(new, reference) at each token that the old policy drew, (M,); the tokens before it are given.
 
     Without the ratio, as in Shao et al. (2024, equation 4), the mean has this value only while the old policy is the
-    new one, and its gradient is then that of KL(reference, new): it leaves out that the new policy draws the tokens. The
-    mean of the product has the right value and the right gradient for any old policy (DeepSeek-V3.2, 2025, equation 7).
+    new one, and its gradient is then that of KL(reference, new): it leaves out that the new policy draws the tokens.
+    With it, the mean has the right value and the right gradient for any old policy (DeepSeek-V3.2, 2025, equation 7).
     """
     ratio = (new_logprobs - old_logprobs).exp()
     return ratio * k3(reference_logprobs - new_logprobs)
