@@ -140,21 +140,30 @@ class SmallFrame(gym.ObservationWrapper):
 
     def observation(self, frame):
         rows, columns = frame.shape
-        sums = overlaps(rows, SIZE) @ frame.astype(np.float32) @ overlaps(columns, SIZE).T
+        lines = sum(lengths[:, None] * frame[row] for row, lengths in overlaps(rows, SIZE))  # (84, 160)
+        sums = sum(lengths * lines[:, column] for column, lengths in overlaps(columns, SIZE))  # (84, 84)
         return np.rint(sums / (rows * columns)).astype(np.uint8)
 
 
 @functools.cache
 def overlaps(source, target):
-    """How much of a line of `source` pixels each pixel of a line of `target` pixels covers: (target, source) float32.
+    """How a line of `target` pixels covers an equally long line of `source` pixels.
 
-    The line is source * target units long, so all numbers are integers, and float32 adds them exactly, in any order: a
-    frame looks the same on every processor.
+    Lengths are integers, because the line counts as source * target long. With them all processors get the same frames.
+    A product of matrices would say the same, but NumPy would start threads for it, which trainings side by side, or
+    beside an evaluation, would wait for most of the time.
+
+    Returns a list of pairs: the first pixel that each of the target covers, (target,), and the length that it covers of
+    it, (target,) int32; then the second pixel and its length, and so on.
     """
-    starts = np.arange(target)[:, None] * source
-    source_starts = np.arange(source) * target
-    ends = np.minimum(starts + source, source_starts + target)
-    return np.maximum(ends - np.maximum(starts, source_starts), 0).astype(np.float32)
+    starts = np.arange(target) * source
+    pairs = []
+    for i in range(source // target + 2):
+        pixels = starts // target + i
+        lengths = np.minimum(starts + source, (pixels + 1) * target) - np.maximum(starts, pixels * target)
+        if lengths.max() > 0:
+            pairs.append((np.minimum(pixels, source - 1), np.maximum(lengths, 0).astype(np.int32)))
+    return pairs
 
 
 # --- stacks and the replay memory -------------------------------------------------------------------------------------
