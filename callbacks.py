@@ -81,7 +81,7 @@ class Callback:
         pass
 
     def on_progress(self, trainer):
-        """`trainer.doing` and `trainer.unfinished_steps` say how far the current update is."""
+        """`trainer.doing`, `trainer.unfinished_steps` and `trainer.prepared` say how far the current update is."""
 
     def on_update_end(self, trainer):
         pass
@@ -202,7 +202,8 @@ class Evaluation(Callback):
 class ProgressBar(Callback):
     """Prints a line for each evaluation. Between them it shows a bar on a terminal, and elsewhere prints more lines.
 
-    On a terminal every line fits its width, so what comes last in a line may be left out.
+    On a terminal every line fits its width, so what comes last in a line may be left out. While a training prepares,
+    the bar shows how much of that is done.
 
     Args:
         plan: text to print first, about what is going to happen.
@@ -257,6 +258,8 @@ class ProgressBar(Callback):
         self.update_bar(trainer)
 
     def on_progress(self, trainer):
+        if trainer.prepared is not None:
+            self.measure_from_here(trainer)  # the rate is that of the steps that count
         self.update_bar(trainer)
         self.print_progress(trainer)
 
@@ -302,7 +305,7 @@ class ProgressBar(Callback):
             return
         position = trainer.global_step + trainer.unfinished_steps
         self.bar.total = max(self.bar.total, position)  # the last update of some trainings goes beyond
-        self.bar.n = position
+        self.bar.n = position if trainer.prepared is None else trainer.prepared * self.bar.total
         now = time.monotonic()
         if now - self.drawn_at < REDRAW_INTERVAL and position < self.bar.total:
             return
@@ -317,6 +320,8 @@ class ProgressBar(Callback):
             in_training(trainer),
             rate,
         ]
+        if trainer.prepared is not None:
+            pieces = [trainer.doing, format_duration(trainer.seconds)]
         self.bar.ncols = self.bar_width()
         self.bar.set_description_str(fitted(pieces, self.bar.ncols - SHORTEST_BAR), refresh=False)
         self.bar.refresh()

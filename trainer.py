@@ -61,6 +61,7 @@ class Trainer:
         self.snapshot = None  # a copy of the state before this update, from which an interrupted run is resumed
         self.doing = ""  # what the current update does, and how far it is, such as "learning 12/64"; "" between updates
         self.unfinished_steps = 0.0  # environment steps that the work of the current update is worth so far
+        self.prepared = None  # while the update does what no steps count for: the share of it that is done
         self.reported_at = -math.inf
         self.stop_requested = False
         self.pending = []  # the policy states that are being evaluated
@@ -86,6 +87,7 @@ class Trainer:
             self.stats["steps_per_second"] = (self.global_step - before) / (time.perf_counter() - start)
             self.doing = ""
             self.unfinished_steps = 0.0
+            self.prepared = None
             self.tick()
             self.emit("on_update_end")
             self.keep_snapshot()
@@ -108,7 +110,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.hear(event, self)
 
-    def report(self, doing, done, total, unfinished_steps=0.0):
+    def report(self, doing, done, total, unfinished_steps=0.0, preparing=False):
         """Tell the callbacks how far the current update is. Call it as often as you like; most calls do nothing.
 
         Args:
@@ -116,6 +118,7 @@ class Trainer:
             done, total: of the things that it does, such as minibatches.
             unfinished_steps: how many of the update's environment steps its work so far is worth, if `global_step` does
                 not count them yet.
+            preparing: whether no steps will ever count for this work, such as filling a replay memory.
         """
         now = time.perf_counter()
         if now - self.reported_at < REPORT_INTERVAL:
@@ -123,6 +126,7 @@ class Trainer:
         self.reported_at = now
         self.doing = f"{doing} {done:,}/{total:,}"
         self.unfinished_steps = unfinished_steps
+        self.prepared = min(done / total, 1.0) if preparing else None
         self.tick()
         self.emit("on_progress")
 

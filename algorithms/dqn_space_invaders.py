@@ -197,7 +197,7 @@ class DQN(Trainer):
         """Play until the memory holds enough to learn from; these steps are not counted."""
         while self.replay.added * self.c.NUM_ENVS < self.c.BURN_IN or not len(self.replay):
             self.check_stop()
-            self.report("filling the memory", self.replay.added * self.c.NUM_ENVS, self.c.BURN_IN)
+            self.report("filling the memory", self.replay.added * self.c.NUM_ENVS, self.c.BURN_IN, preparing=True)
             self.act()
 
     def act(self):

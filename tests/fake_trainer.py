@@ -31,6 +31,7 @@ class FakeTrainer:
         self.num_steps = self.total_steps = 100 * updates
         self.doing = ""
         self.unfinished_steps = 0.0
+        self.prepared = None
         self.seconds_per_update = seconds_per_update
         self.scores = scores
         self.stats_names = stats

@@ -451,6 +451,27 @@ def test_bar_of_a_resumed_run(monkeypatch, capsys):
     assert "800/800  12s  0s left  score 400.0  in training 80.0" in last
 
 
+def test_the_bar_shows_how_far_a_preparation_is(monkeypatch, capsys):
+    """It fills, begins anew with the first step, and the time that is left does not include the preparation."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("callbacks.REDRAW_INTERVAL", -1.0)
+    trainer = FakeTrainer([ProgressBar()])
+    trainer.emit("on_training_start")
+    for done in (2500, 7500):
+        trainer.seconds += 30
+        trainer.prepared = done / 10_000
+        trainer.doing = f"filling the memory {done:,}/10,000"
+        trainer.emit("on_progress")
+    trainer.prepared = None
+    trainer.update(1)
+    *_, first, second, step = [line.split("| ") for line in terminal.getvalue().split("\r") if "|" in line]
+    assert first[0].startswith(" 25%|") and first[1].rstrip() == "filling the memory 2,500/10,000  30s"
+    assert second[0].startswith(" 75%|") and second[1].rstrip() == "filling the memory 7,500/10,000  1m00s"
+    assert step[0].startswith(" 12%|") and step[1].split()[:3] == ["100/800", "1m01s", "10s"]  # of 1.5 s an update
+
+
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
 
 
