@@ -5,16 +5,25 @@ the discounted return that followed it. There is no value function; a return is 
 the same update, which are normalised to mean 0 and standard deviation 1.
 
 Subtracting a baseline, a number that an episode's actions do not influence, leaves the expected gradient unchanged and
-removes much of its variance. The mean of an update's returns is almost such a baseline, but not quite: an episode's own
-returns and its length are part of it, so it biases the gradient. So does dividing by the standard deviation and by the
-number of steps. All three biases shrink like 1 / EPISODES. In exchange, the size of a gradient step does not depend on
-the scale of the returns, and the same learning rate works for returns of 20 and of 500.
+removes much of its variance. The mean of an update's returns is no such baseline, because an episode's own returns are
+part of it. So it changes the expected gradient, its direction too. If all episodes have T steps, and an update
+M = EPISODES * T of them, an action at step t is made more probable by a reward at step u >= t in proportion to
+
+    gamma^(u - t) - (1 + gamma + ... + gamma^u) / M
+
+instead of gamma^(u - t). Dividing by the standard deviation changes the direction further, and so does dividing by the
+number of steps if episodes differ in length. All these changes shrink like 1 / EPISODES; the tests compute them exactly
+for games of a few steps. In exchange, the size of a gradient step does not depend on the scale of the returns, and the
+same learning rate works for returns of 20 and of 500.
 
 Left out: an entropy bonus, and a baseline that depends on the state. An episode that is cut off after 500 steps counts
 as finished.
 """
 
 import harness.start  # before the slow imports
+
+import math
+from collections import deque
 
 import gymnasium as gym
 import numpy as np
@@ -24,8 +33,10 @@ import torch.nn.functional as F
 
 from algorithms.parts.playing import episode_frames, episode_returns, summary
 from algorithms.parts.training import Algorithm, check_lr, run_algorithm
+from callbacks import Callback
 from harness.checkpoint import load_optimizer, load_weights
 from harness.device import choose_device, set_threads
+from harness.messages import say
 from harness.options import Constants
 from harness.supervise import run_script
 from ppo import entropy_loss, learning_rate
@@ -35,6 +46,7 @@ from trainer import Trainer, check_finite
 # length
 NUM_STEPS = 150_000  # [1, inf) environment steps in all
 EPISODES = 8  # [2, 4096] whole episodes between two updates, played side by side
+STOP_AT = 0.0  # [0.0, 500.0] stop once the last 100 episodes have this mean return; never if 0, 475 counts as solved
 # REINFORCE
 GAMMA = 0.99  # [0.0, 1.0] discount per step
 # optimizer (Adam)
@@ -110,6 +122,18 @@ class Reinforce(Trainer):
         self.envs = gym.make_vec(ENV_ID, c.EPISODES, vectorization_mode="sync")
         self.generator = torch.Generator().manual_seed(c.SEED)  # of episodes and actions
         self.episodes = 0
+        self.episode_returns = deque(maxlen=100)  # of the last episodes
+
+    @property
+    def mean_return(self):
+        """Of the last 100 episodes; nan before there are as many."""
+        enough = len(self.episode_returns) == self.episode_returns.maxlen
+        return float(np.mean(self.episode_returns)) if enough else math.nan
+
+    @property
+    def is_solved(self):
+        """Whether the episodes are as long as STOP_AT asks."""
+        return 0 < self.c.STOP_AT <= self.mean_return
 
     def collect_and_update(self):
         """One update: play episodes and learn from them. Returns its statistics."""
@@ -167,19 +191,25 @@ class Reinforce(Trainer):
         self.update_count += 1
         self.global_step += int(played.sum())
         self.episodes += self.envs.num_envs
+        self.episode_returns.extend(rewards.sum(0).tolist())
+        if self.is_solved:
+            self.num_steps = self.global_step  # this update is the last
         return {
             "loss": loss.item(),
             "entropy": entropy_stats["entropy"].item(),
             "grad_norm": grad_norm,
             "lr": lr,
             "episodes": float(self.episodes),
-            "episode_return": rewards.sum(0).mean().item(),
+            "episode_return": float(np.mean(self.episode_returns)),
         }
 
     def state_dict(self):
         """Everything that a resumed run needs."""
         return self.training_state(
-            optimizer=self.optimizer.state_dict(), generator=self.generator.get_state(), episodes=self.episodes
+            optimizer=self.optimizer.state_dict(),
+            generator=self.generator.get_state(),
+            episodes=self.episodes,
+            episode_returns=list(self.episode_returns),
         )
 
     def load_state_dict(self, state):
@@ -188,6 +218,16 @@ class Reinforce(Trainer):
         load_optimizer(self.optimizer, state["optimizer"])
         self.generator.set_state(state["generator"])
         self.episodes = state["episodes"]
+        self.episode_returns.extend(state["episode_returns"])
+
+
+class SayWhenSolved(Callback):
+    """Says why a training ended before its last step."""
+
+    def on_training_end(self, trainer):
+        if trainer.is_solved:
+            reached = f"the last 100 episodes have a mean return of {trainer.mean_return:.1f}"
+            say(f"solved after {trainer.episodes:,} episodes: {reached}; to train longer, add --stop_at 0")
 
 
 def build(c):
@@ -236,6 +276,7 @@ ALGORITHM = Algorithm(
     frame_ms=20,
     levels={"maximum": 500, "solved": 475, "random play": 22},
     check=check_lr,
+    callbacks=lambda c, run_dir: [SayWhenSolved()],
     memory_constants=("EPISODES",),
 )
 

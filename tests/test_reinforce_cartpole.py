@@ -1,5 +1,6 @@
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import torch
 from algorithms_helpers import (
     durations,
     evaluated,
+    logged,
     reports_of_an_update,
     run,
     same,
@@ -36,7 +38,7 @@ from algorithms.reinforce_cartpole import (
     normalize,
     reinforce_loss,
 )
-from harness.checkpoint import CheckpointError, save_checkpoint
+from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.options import CommandLineError, Values
 from harness.runs import locked
 from viewer.drawing import write_gif
@@ -64,6 +66,83 @@ def test_the_gradient_is_that_of_the_formula():
     torch.testing.assert_close(logits.grad, expected)
 
 
+def small_game(steps, can_end):
+    """All episodes of a game with two actions, and rewards that depend on all actions so far.
+
+    An episode is a list of (number of the state, action, reward). If it can end, action 0 ends it; it then has as many
+    rewards of 1 as steps, as in CartPole.
+    """
+    rng = np.random.default_rng(0)
+    states, rewards, episodes = {}, {}, []
+    for actions in itertools.product((0, 1), repeat=steps):
+        episode = []
+        for t, action in enumerate(actions):
+            state = states.setdefault(actions[:t], len(states))
+            reward = 1.0 if can_end else rewards.setdefault(actions[: t + 1], rng.normal())
+            episode.append((state, action, reward))
+            if can_end and action == 0:
+                break
+        if episode not in episodes:
+            episodes.append(episode)
+    return episodes, torch.tensor(rng.normal(size=(len(states), 2)), requires_grad=True)
+
+
+def logprobs_of(episode, logits):
+    return torch.stack([logits.log_softmax(-1)[state, action] for state, action, _ in episode])
+
+
+def expected_gradient(episodes, logits, n, weights_of, gamma):
+    """The exact expectation of minus the gradient of `reinforce_loss`, over all updates of n episodes, in float64.
+
+    weights_of: takes the returns of an update's steps, and returns what `reinforce_loss` takes in their place.
+    """
+    logprobs = [logprobs_of(episode, logits) for episode in episodes]
+    expected = 0.0
+    for chosen in itertools.combinations_with_replacement(range(len(episodes)), n):  # whose order does not matter
+        returns = []
+        for i in chosen:
+            rewards = torch.tensor([[reward] for _, _, reward in episodes[i]], dtype=torch.float64)
+            ends = torch.arange(len(rewards))[:, None] == len(rewards) - 1
+            returns.append(discounted_returns(rewards, ends, gamma)[:, 0])
+        orders = math.factorial(n) / math.prod(math.factorial(chosen.count(i)) for i in set(chosen))
+        probability = orders * math.exp(sum(logprobs[i].sum().item() for i in chosen))
+        taken = torch.cat([logprobs[i] for i in chosen])
+        expected = expected - probability * reinforce_loss(taken, weights_of(torch.cat(returns)))
+    return torch.autograd.grad(expected, logits)[0].flatten()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_what_subtracting_the_mean_return_does_to_the_expected_gradient(n):
+    """It is as the docstring says, and so neither the gradient of the returns nor, for few episodes, its direction."""
+    steps, gamma = 3, 0.9
+    episodes, logits = small_game(steps, can_end=False)
+    expected = 0.0
+    for episode in episodes:
+        logprobs = logprobs_of(episode, logits)
+        probability = logprobs.detach().sum().exp()
+        for t in range(steps):
+            for u in range(t, steps):
+                weight = gamma ** (u - t) - sum(gamma**k for k in range(u + 1)) / (n * steps)
+                expected = expected + probability * logprobs[t] * weight * episode[u][2] / steps
+    formula = torch.autograd.grad(expected, logits)[0].flatten()
+    mean_subtracted = expected_gradient(episodes, logits, n, lambda returns: returns - returns.mean(), gamma)
+    torch.testing.assert_close(mean_subtracted, formula, rtol=0, atol=1e-12)
+    unchanged = expected_gradient(episodes, logits, n, lambda returns: returns - 7.0, gamma)  # by any fixed number
+    torch.testing.assert_close(unchanged, expected_gradient(episodes, logits, 1, lambda returns: returns, gamma))
+    assert torch.cosine_similarity(mean_subtracted, unchanged, dim=0) < 0.9999
+
+
+def test_the_bias_of_normalized_returns_shrinks_with_more_episodes():
+    """Twice the episodes halve the angle between the expected gradient and the policy gradient."""
+    episodes, logits = small_game(3, can_end=True)
+    exact = expected_gradient(episodes, logits, 1, lambda returns: returns * len(returns), 0.9)  # a sum, and no mean
+    angles = []
+    for n in (8, 16):
+        gradient = expected_gradient(episodes, logits, n, normalize, 0.9)
+        angles.append(torch.cosine_similarity(gradient, exact, dim=0).acos().item())
+    assert angles[0] > 0.01 and angles[0] / angles[1] == pytest.approx(2, rel=0.1)
+
+
 def test_a_bandit_is_learned():
     """Two actions that are worth 0 and 1: the better one becomes almost certain."""
     generator, logits = torch.Generator().manual_seed(0), torch.zeros(2, requires_grad=True)
@@ -80,6 +159,23 @@ def test_a_bandit_is_learned():
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, without_processes):
     straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, SMALL, tmp_path, 400, 200)
     assert same(straight, resumed) and straight[0]["update_count"] > 3
+
+
+def test_it_stops_once_it_is_solved(tmp_path, without_processes, capsys):
+    """With the first update after which the last 100 episodes are long enough; a resumed run remembers theirs."""
+    words = [*SMALL.split(), "--num_steps", 100_000, "--stop_at", 15, "--eval_interval", 0, "--run_dir"]
+    assert run(ALGORITHM, *words, tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    rows = logged(tmp_path / "run")
+    assert len(rows) == 50 and "solved after 100 episodes: the last 100 episodes have a mean return of " in out
+    assert float(rows[-1]["episode_return"]) >= 15
+    state = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    assert len(state["episode_returns"]) == 100 and sum(state["episode_returns"]) == state["global_step"]
+    assert run(ALGORITHM, "--resume", tmp_path / "run") == 0
+    assert len(logged(tmp_path / "run")) == 51 and "solved after 102 episodes" in capsys.readouterr().out
+    steps = state["global_step"] + 200
+    assert run(ALGORITHM, "--resume", tmp_path / "run", "--stop_at", 0, "--num_steps", steps) == 0
+    assert len(logged(tmp_path / "run")) > 52 and "solved" not in capsys.readouterr().out
 
 
 def test_the_shipped_model_balances_the_pole(tmp_path, monkeypatch, capsys):
