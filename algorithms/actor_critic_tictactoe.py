@@ -2,8 +2,8 @@
 
 The actor chooses moves, the critic estimates the result of the game, and moves that did better than the critic expected
 become more probable. The opponents are frozen copies of earlier policies. They sometimes move at random, so that the
-learner meets every position. Who starts is random. --play --human plays against you in the terminal, and shows what the
-agent thinks of each cell.
+learner meets every position. Who starts is drawn for each game, in training and in play. --play --human plays against
+you in the terminal, and shows what the agent thinks of each cell.
 
 Left out: search. The game is small enough to score a policy exactly: `evaluate` walks through every possible game.
 """
@@ -304,11 +304,11 @@ def thoughts(policy, board, player):
 
 
 def frames(state, episodes, seed, human):
-    """Yield pictures of games against random play; the agent starts every other game."""
+    """Yield pictures of games against random play; who starts is drawn."""
     policy = policy_of(state)
     env = TicTacToe()
     for episode in range(episodes):
-        env.reset(seed=seed + episode, options={"first": episode % 2 == 0})
+        env.reset(seed=seed + episode)
         terminated = False
         while not terminated:
             probabilities, value = thoughts(policy, env.board, env.player)
@@ -319,10 +319,11 @@ def frames(state, episodes, seed, human):
 
 
 def play_in_terminal(state, seed):
-    """Let a person play against the agent until the person leaves. They take turns in starting."""
+    """Let a person play against the agent until the person leaves. Who starts is drawn for each game."""
     policy = policy_of(state)
-    person = X
+    rng = np.random.default_rng(seed)
     while True:
+        person = int(rng.choice((X, O)))
         print(f"\nYou are {'X and start' if person == X else 'O'}. Cells are 1 to 9, row by row; q leaves.")
         board = play_one_game(policy, person)
         if board is None:
@@ -330,7 +331,6 @@ def play_in_terminal(state, seed):
         print_board(board)
         outcome = results(board[None], person)[0]
         print({1: "You win.", -1: "It wins.", 0: "A draw."}[outcome])
-        person = -person
 
 
 def play_one_game(policy, person):

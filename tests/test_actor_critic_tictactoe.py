@@ -1,4 +1,5 @@
 import functools
+import re
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -191,6 +192,30 @@ def test_a_person_plays(tmp_path, monkeypatch, capsys):
     assert (
         "It expects" in out and "'5' is no empty cell" in out and "'x' is no empty cell" in out and "You win" not in out
     )
+
+
+def starts(monkeypatch, capsys, *words):
+    """Who starts the games that a person plays with these options, up to the hundredth move: "X" is the person."""
+    answers = iter("123456789" * 12)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers, "q"))
+    assert run(ALGORITHM, "--play", "--human", *words) == 0
+    return re.findall(r"You are ([XO])", capsys.readouterr().out)
+
+
+def test_who_starts_is_drawn(tmp_path, monkeypatch, capsys):
+    """In the terminal by a new seed each time, unless one is given; in a gif by the seed; in training for each game."""
+    monkeypatch.chdir(tmp_path)
+    first = starts(monkeypatch, capsys, "--seed", 3)
+    assert set(first) == {"X", "O"} and len(first) > 5
+    assert starts(monkeypatch, capsys, "--seed", 3) == first != starts(monkeypatch, capsys, "--seed", 4)
+    monkeypatch.setattr("secrets.randbelow", lambda n: 3)
+    assert starts(monkeypatch, capsys) == first
+    state, _, _ = load_policy_state(ALGORITHM, None)
+    monkeypatch.setattr(ttt, "picture", lambda board, *_: np.count_nonzero(board))
+    assert {next(ALGORITHM.frames(state, 1, seed, False)) for seed in range(8)} == {0, 1}  # marks in the first picture
+    selfplay = trainer(GAMES=400, OPENINGS=0.0)
+    first_moves = selfplay.play()[0][0].sum(1)  # marks on the board at the learner's first move
+    assert set(first_moves.tolist()) == {0, 1} and first_moves.mean() == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_person_who_has_closed_the_input(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import os
+import secrets
 import sys
 import warnings
 from pathlib import Path
@@ -25,6 +26,8 @@ from harness.options import CommandLineError, Parser, given_path, within
 from harness.runs import constants_of
 from harness.supervise import memory_advice
 from trainer import check_finite
+
+SEED = 1_000_000  # far from the seeds of trainings
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
@@ -73,6 +76,9 @@ def read_arguments(algorithm, argv):
     check_out(args.out)
     if args.episodes is None:
         args.episodes = 1 if args.playing else algorithm.episodes
+    if args.seed is None:
+        with_a_person = args.in_terminal and algorithm.frames
+        args.seed = secrets.randbelow(2**31) if with_a_person else SEED  # a person wants other games each time
     return args
 
 
@@ -87,8 +93,8 @@ def make_parser(algorithm):
     modes.add_argument("--evaluate", **model, help="print the score of fresh games, as JSON")
     games = f"how many (default 1 to play, {algorithm.episodes} to evaluate)"
     parser.add_argument("--episodes", type=within("[1, 1_000_000]"), metavar="N", help=games)
-    seed_help = "of the games (default 1000000, far from the seeds of trainings)"
-    parser.add_argument("--seed", type=within("[0, 2_147_483_647]"), default=1_000_000, metavar="N", help=seed_help)
+    seed_help = f"of the games (default {SEED}, far from the seeds of trainings; with a person drawn at random)"
+    parser.add_argument("--seed", type=within("[0, 2_147_483_647]"), metavar="N", help=seed_help)
     out_help = f"the gif to write (default {algorithm.name}.gif)"
     human_help = "play against you in the terminal" if algorithm.play_in_terminal else "play in a window instead"
     drawn = bool(algorithm.frames)
