@@ -5,11 +5,12 @@ model gives its reward, and the episode is over. The critic learns the mean rewa
 better than that; one optimizer serves both networks. The best action of the reward model is known, so the result is
 compared with the best that is possible.
 
-CONFIG (config.json by default) is a JSON file. If there is none, it is written with the constants below.
+CONFIG (config.json by default) is a JSON file. If there is none, it is written with the constants below. The device is
+no part of it, because a run may go on with another one.
 
-A run leaves a directory checkpoints_YYYYMMDD_HHMMSS with training.log and, as safetensors, epoch_<n> after every tenth
-epoch and final. --evaluate [RUN] prints how good a run is, by default the shipped one. --resume RUN continues a run bit
-for bit. RUN is such a directory, or a checkpoint in it.
+A run leaves a directory checkpoints_YYYYMMDD_HHMMSS with actor_critic_training.log and, as safetensors, epoch_<n> after
+every tenth epoch and final. --evaluate [RUN] prints how good a run is, by default the shipped one. --resume RUN
+continues a run, on the CPU bit for bit. RUN is such a directory, or a checkpoint in it.
 """
 
 import harness.start  # before the slow imports
@@ -39,6 +40,7 @@ from harness.checkpoint import (
     save_checkpoint,
     to_plain,
 )
+from harness.device import choose_device
 from harness.files import atomic_write
 from harness.messages import one_line, quoted, shortened, shown, tell
 from harness.options import CommandLineError, Constants, Parser, check_at_most, given_path
@@ -48,7 +50,7 @@ from ppo import policy_loss, value_loss
 from trainer import check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the defaults of config.json, which has these names in lower case
+# the defaults of config.json, which has these names in lower case, except DEVICE
 INPUT_DIM = 10  # [1, 4096] numbers in a state
 OUTPUT_DIM = 2  # [2, 4096] actions to choose from, at most INPUT_DIM
 HIDDEN_DIM = 256  # [1, 65536] units in the hidden layer of each of the two networks
@@ -56,12 +58,14 @@ LEARNING_RATE = 1e-4  # (0.0, 1.0] learning rate of Adam, for both networks
 BATCH_SIZE = 32  # [2, inf) states in a gradient step
 NUM_EPOCHS = 100  # [1, inf) epochs of 200 gradient steps each
 SEED = 42  # [0, 2_147_483_647] for the weights, the reward model and the states
+DEVICE: str = "cpu"  # of the networks, also "cuda" or "auto"; a GPU is slower with networks this small
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-Config = namedtuple("Config", map(str.lower, CONSTANTS), defaults=CONSTANTS.values())
+CONFIGURED = [name for name in CONSTANTS if name != "DEVICE"]
+Config = namedtuple("Config", map(str.lower, CONFIGURED), defaults=[CONSTANTS[name] for name in CONFIGURED])
 SHIPPED = ALGORITHMS / "pretrained" / f"actor_critic{SUFFIX}"
-LOG = "training.log"
+LOG = "actor_critic_training.log"
 FINAL = f"final{SUFFIX}"
 STEPS_PER_EPOCH = 200
 SAVE_FREQ = 10  # epochs
@@ -106,8 +110,8 @@ def check_config(values, path):
     return config
 
 
-def check_memory(config):
-    """Raises CommandLineError for networks and batches that do not fit into memory."""
+def check_memory(config, device):
+    """Raises CommandLineError for networks and batches that do not fit into the device's memory."""
     number = 4  # bytes of a float32
     # Two networks, before and after the ReLU.
     activations = 2 * 2 * config.batch_size * config.hidden_dim * number
@@ -120,7 +124,7 @@ def check_memory(config):
         lower = "batch_size"
     else:
         lower = "batch_size or hidden_dim"
-    check_free_memory(activations + states + weights, torch.device("cpu"), "this training", f"lower {lower}")
+    check_free_memory(activations + states + weights, device, "this training", f"lower {lower}")
 
 
 # --- what learns ------------------------------------------------------------------------------------------------------
@@ -161,9 +165,9 @@ class RewardModel:
     then the expected maximum of k standard normal numbers, and that of a random action is 0.
     """
 
-    def __init__(self, config, generator):
+    def __init__(self, config, generator, device):
         columns, _ = torch.linalg.qr(torch.randn(config.input_dim, config.output_dim, generator=generator))
-        self.directions = columns.T.contiguous()  # (output_dim, input_dim)
+        self.directions = columns.T.contiguous().to(device)  # (output_dim, input_dim)
 
     def __call__(self, states):
         return states @ self.directions.T
@@ -181,18 +185,22 @@ def expected_maximum(k):
 
 
 class ActorCriticAgent:
-    """Both networks, their optimizer, and the random numbers of the training."""
+    """Both networks, their optimizer, and the random numbers of the training.
 
-    def __init__(self, config):
+    The random numbers are drawn on the CPU, so that a seed gives the same states on every device.
+    """
+
+    def __init__(self, config, device="cpu"):
         torch.manual_seed(config.seed)
         self.config = config
+        self.device = device
         self.epoch = 0
-        self.policy = PolicyNetwork(config)
-        self.value = ValueNetwork(config)
+        self.policy = PolicyNetwork(config).to(device)
+        self.value = ValueNetwork(config).to(device)
         parameters = [*self.policy.parameters(), *self.value.parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.reward_model = RewardModel(config, self.generator)
+        self.reward_model = RewardModel(config, self.generator, device)
 
     @torch.enable_grad()  # a notebook may have switched gradients off
     def update(self):
@@ -201,11 +209,12 @@ class ActorCriticAgent:
         Returns the mean reward, the actor's loss and the critic's loss. Raises FloatingPointError if it diverges.
         """
         when = f"in epoch {self.epoch + 1}"
-        states = torch.randn(self.config.batch_size, self.config.input_dim, generator=self.generator)
+        states = torch.randn(self.config.batch_size, self.config.input_dim, generator=self.generator).to(self.device)
         all_logprobs = self.policy(states)
         values = self.value(states)
         check_finite(when, logits=all_logprobs)
-        actions = torch.multinomial(all_logprobs.detach().exp(), 1, generator=self.generator)
+        probabilities = all_logprobs.detach().exp().cpu()
+        actions = torch.multinomial(probabilities, 1, generator=self.generator).to(self.device)
         rewards = self.reward_model(states).gather(1, actions).squeeze(1)
         logprobs = all_logprobs.gather(1, actions).squeeze(1)
         advantages = rewards - values.detach()
@@ -225,6 +234,7 @@ class ActorCriticAgent:
         states = torch.randn(TEST_STATES, self.config.input_dim, generator=torch.Generator().manual_seed(seed))
         total = 0.0
         for batch in states.split(1000):  # all at once would not fit into memory if the layers are wide
+            batch = batch.to(self.device)
             rewards = self.reward_model(batch)
             expected = (self.policy(batch).exp() * rewards).sum(1)
             total += (rewards.amax(1) - expected).sum().item()
@@ -260,12 +270,12 @@ class ActorCriticAgent:
         self.value.load_state_dict(state["value"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.generator.set_state(state["generator"])
-        self.reward_model.directions = state["directions"]
+        self.reward_model.directions = state["directions"].to(self.device)
         self.epoch = state["epoch"]
 
 
-def load_agent(path):
-    """The agent in a checkpoint. Raises CheckpointError."""
+def load_agent(path, device="cpu"):
+    """The agent in a checkpoint, on this device. Raises CheckpointError."""
     state = load_checkpoint(path)
     check_algorithm(NAME, state, path)
     config = check_config(state.get("config"), path)
@@ -274,7 +284,7 @@ def load_agent(path):
         with torch.device("meta"):
             networks = {"policy": PolicyNetwork(config), "value": ValueNetwork(config)}
         check_like(state, {name: network.state_dict() for name, network in networks.items()})
-        agent = ActorCriticAgent(config)
+        agent = ActorCriticAgent(config, device)
         agent.load_state_dict(state)
     except (RuntimeError, ValueError) as error:  # a bad state of a generator is a RuntimeError
         raise CheckpointError(f"{path}: does not fit this program ({one_line(error)}); train anew") from None
@@ -284,13 +294,13 @@ def load_agent(path):
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def load_run(path):
+def load_run(path, device):
     """The agent in a checkpoint that is to be resumed. Raises CheckpointError for a checkpoint outside its run.
 
-    A resumed run replaces files in the directory of its checkpoint, so they must be its own: training.log has the
+    A resumed run replaces files in the directory of its checkpoint, so they must be its own: the log has the
     configuration of the run. If there is no log, because the disk was full, the name final has to be enough.
     """
-    agent = load_agent(path)
+    agent = load_agent(path, device)
     log = path.with_name(LOG)
     if log.is_file():
         in_its_run = json.dumps(agent.config._asdict()) in log.read_text(encoding="utf-8", errors="replace")
@@ -322,9 +332,9 @@ class Log:
     during the training, it is made anew with such a log, so that what is saved there can be resumed.
     """
 
-    def __init__(self, directory, config):
+    def __init__(self, directory, config, device):
         self.path = directory / LOG
-        self.title = f"training {json.dumps(config._asdict())} in {directory}"
+        self.title = f"training {json.dumps(config._asdict())} on {device} in {directory}"
         tell(self.title)
 
     def say(self, line):
@@ -366,7 +376,7 @@ def train_epochs(agent, directory):
     """Train the remaining epochs, and save the last whole one even if an exception ends the training."""
     config = agent.config
     command = program_command(f"-m algorithms.{NAME}")
-    log = Log(directory, config)
+    log = Log(directory, config, agent.device)
     last_epoch = agent.state_dict()
     diverged = False
     steps = STEPS_PER_EPOCH * config.num_epochs
@@ -410,7 +420,7 @@ def train_epoch(agent, bar):
 
 def main(argv=()):
     """Train, resume or evaluate. Returns the exit status."""
-    names = [f"{name.lower():15}{CONSTANTS.explanation(name)}" for name in CONSTANTS]
+    names = [f"{name.lower():15}{CONSTANTS.explanation(name)}" for name in CONFIGURED]
     doc = "\n".join([__doc__ or "", "The names in CONFIG:\n", *names])
     parser = Parser(f"-m algorithms.{NAME}", doc)
     config_help = "a JSON file (default: config.json)"
@@ -418,38 +428,40 @@ def main(argv=()):
     parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run's directory, or a checkpoint in it")
     where = "where the run's directory is made (default: here)"
     parser.add_argument("--directory", type=given_path, default=".", metavar="FOLDER", help=where)
+    parser.add_argument("--device", default=DEVICE, metavar="TEXT", help=CONSTANTS.explanation("DEVICE"))
     parser.add_argument("--evaluate", type=given_path, nargs="?", const=SHIPPED, metavar="RUN", help="print its score")
     for word in map(str, argv):
         if word.startswith("--") and word[2:].split("=")[0] in Config._fields:
             raise CommandLineError(f'{word} is no option; it belongs into CONFIG, a JSON file such as {{"seed": 1}}')
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # small networks
+    device = choose_device(args.device)
     if args.evaluate is not None:
-        return evaluate(args.evaluate)
+        return evaluate(args.evaluate, device)
     if args.resume is not None:
-        return resume(args.resume)
+        return resume(args.resume, device)
     config = read_config(args.config)
-    check_memory(config)
-    return train(ActorCriticAgent(config), new_directory(args.directory))
+    check_memory(config, device)
+    return train(ActorCriticAgent(config, device), new_directory(args.directory))
 
 
-def evaluate(run):
+def evaluate(run, device):
     """Print how good the policy of a run, or in a checkpoint, is. Returns the exit status."""
     path = find_checkpoint(run, (FINAL,))
-    agent = load_agent(path)
+    agent = load_agent(path, device)
     why = " (the shipped model)" if path == SHIPPED else ""
     tell(f"{shown(path)}: trained for {agent.epoch:,} epochs{why}")
     print(json.dumps(agent.evaluate()))
     return 0
 
 
-def resume(run):
+def resume(run, device):
     """Train a run to its end, from its last checkpoint or from the one that is named. Returns the exit status."""
     path = find_checkpoint(run, (FINAL,))
-    agent = load_run(path)
+    agent = load_run(path, device)
     if agent.epoch >= agent.config.num_epochs:
         raise CommandLineError(f"{run} has done all of its {agent.epoch} epochs already")
-    check_memory(agent.config)
+    check_memory(agent.config, device)
     return train(agent, path.parent)
 
 

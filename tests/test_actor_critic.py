@@ -9,11 +9,14 @@ import pytest
 import torch
 from algorithms_helpers import same
 from helpers import SIGHUP, SIGQUIT, needs_posix
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from algorithms import actor_critic
 from algorithms.actor_critic import ActorCriticAgent, Config, expected_maximum, main, read_config
 from harness import supervise
 from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from harness.device import DeviceError
 from harness.options import CommandLineError
 from harness.runs import locked
 
@@ -29,7 +32,8 @@ def test_the_optimum_is_known():
 
 
 def test_rewards_of_actions_are_independent_and_standard_normal():
-    model = actor_critic.RewardModel(Config(input_dim=6, output_dim=3), torch.Generator().manual_seed(0))
+    config = Config(input_dim=6, output_dim=3)
+    model = actor_critic.RewardModel(config, torch.Generator().manual_seed(0), torch.device("cpu"))
     torch.testing.assert_close(model.directions @ model.directions.T, torch.eye(3))
 
 
@@ -62,6 +66,38 @@ def test_a_step_by_hand():
     torch.testing.assert_close(agent.value.layers[2].bias.grad, -errors.mean().view(1))
 
 
+class OneDevice(TorchDispatchMode):
+    """Fail for every function, except copies, of tensors on two devices, which "meta" allows and a GPU does not."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim() > 0]
+        assert len({x.device for x in tensors}) <= 1 or "copy" in function.name(), function
+        return function(*args, **kwargs or {})
+
+
+def test_everything_is_on_the_device_that_is_named(monkeypatch, small):
+    """Everything that a GPU would compute with is there, and the log names it. A device that does not work is named."""
+    with monkeypatch.context() as m:
+        # "meta" stands in for a GPU; it has shapes and no numbers.
+        m.setattr(actor_critic, "check_finite", lambda when, **quantities: None)
+        m.setattr(torch.Tensor, "cpu", lambda x: torch.ones(x.shape))
+        m.setattr(torch.Tensor, "item", lambda x: 0.0 if x.is_meta else x.tolist())
+        agent = ActorCriticAgent(Config(), torch.device("meta"))
+        with OneDevice():
+            agent.update()
+            agent.regret()
+            agent.reward_model.directions = agent.reward_model.directions.cpu()
+            with pytest.raises(AssertionError):
+                agent.regret()
+    main(["small.json", "--device", "cpu"])
+    (directory,) = small.glob("checkpoints_*")
+    assert " on cpu in " in (directory / actor_critic.LOG).read_text()
+    for words in ["small.json"], ["--resume", str(directory)], ["--evaluate"]:
+        with pytest.raises(DeviceError, match="--device tpu does not work here"):
+            main([*words, "--device", "tpu"])
+    assert [*small.glob("checkpoints_*")] == [directory]
+
+
 def test_it_learns():
     agent = ActorCriticAgent(Config(hidden_dim=64, learning_rate=3e-3, batch_size=64))
     before = agent.evaluate()["share"]
@@ -86,13 +122,13 @@ def test_what_a_run_leaves(small):
     assert len(directory.name) == len("checkpoints_YYYYMMDD_HHMMSS")
     assert {file.name for file in directory.iterdir()} == {
         "run.lock",
-        "training.log",
+        "actor_critic_training.log",
         "epoch_1.safetensors",
         "epoch_2.safetensors",
         "epoch_3.safetensors",
         "final.safetensors",
     }
-    log = (directory / "training.log").read_text()
+    log = (directory / "actor_critic_training.log").read_text()
     assert log.count("epoch ") == 3 and '"seed": 42' in log and "expected reward" in log
 
 
@@ -123,7 +159,8 @@ def test_a_checkpoint_outside_its_run_is_not_resumed(small):
     for file in (models / "epoch_1.safetensors", other / "epoch_9.safetensors"):
         left = {path: path.read_bytes() for path in file.parent.iterdir()}
         with pytest.raises(
-            CheckpointError, match=f"{file.name}: lies outside its run .no training.log beside it tells of it."
+            CheckpointError,
+            match=f"{file.name}: lies outside its run .no actor_critic_training.log beside it tells of it.",
         ) as error:
             main(["--resume", str(file)])
         assert "\n" not in str(error.value) and left == {path: path.read_bytes() for path in file.parent.iterdir()}
@@ -193,7 +230,7 @@ def test_a_signal_saves_whole_epochs(small, monkeypatch, signum, status):
     (directory,) = small.glob("checkpoints_*")
     assert (
         load_checkpoint(directory / "final.safetensors")["epoch"] == 1
-        and "--resume" in (directory / "training.log").read_text()
+        and "--resume" in (directory / "actor_critic_training.log").read_text()
     )
     with locked(directory), pytest.raises(CommandLineError, match="another process is training this run"):
         main(["--resume", str(directory)])
@@ -230,21 +267,21 @@ def test_what_is_not_finite_is_named_and_ends_the_training(spoiled, message, sma
     (directory,) = small.glob("checkpoints_*")
     assert (
         load_checkpoint(directory / "final.safetensors")["epoch"] == 1
-        and "--resume" not in (directory / "training.log").read_text()
+        and "--resume" not in (directory / "actor_critic_training.log").read_text()
     )
 
 
 def test_a_log_that_cannot_be_opened_ends_no_training(small, capsys):
     main(["small.json"])
     (directory,) = small.glob("checkpoints_*")
-    (directory / "training.log").unlink()
-    (directory / "training.log").mkdir()
+    (directory / "actor_critic_training.log").unlink()
+    (directory / "actor_critic_training.log").mkdir()
     config = json.loads((small / "small.json").read_text())
     agent = actor_critic.load_agent(directory / "final.safetensors")
     agent.config = agent.config._replace(num_epochs=config["num_epochs"] + 1)
     actor_critic.train(agent, directory)
     assert load_checkpoint(directory / "final.safetensors")["epoch"] == config["num_epochs"] + 1
-    assert "training.log: not written; training goes on" in capsys.readouterr().err
+    assert "actor_critic_training.log: not written; training goes on" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_for_a_while_costs_files_only(small, monkeypatch, capsys):
@@ -270,7 +307,7 @@ def test_a_disk_that_is_full_for_a_while_costs_files_only(small, monkeypatch, ca
     }
     err = capsys.readouterr().err
     assert (
-        "training.log: not written; training goes on" in err
+        "actor_critic_training.log: not written; training goes on" in err
         and "epoch_2.safetensors: not saved (File too large)" in err
         and "Traceback" not in err
     )
@@ -375,4 +412,4 @@ def test_what_does_not_fit_into_memory_does_not_begin(tmp_path, monkeypatch, cha
     ):
         main([str(tmp_path / "config.json"), "--directory", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    actor_critic.check_memory(Config())
+    actor_critic.check_memory(Config(), torch.device("cpu"))
