@@ -80,6 +80,15 @@ class Callback:
     def on_training_start(self, trainer):
         pass
 
+    def on_rollout_start(self, trainer):
+        """An update begins to play its games; trainings without rollouts, such as DQN, do not say so.
+
+        On a GPU the first update plays some rollouts more than once, to check itself.
+        """
+
+    def on_rollout_end(self, trainer):
+        """The games of an update are played, and it begins to learn from them."""
+
     def on_progress(self, trainer):
         """`trainer.doing`, `trainer.unfinished_steps` and `trainer.prepared` say how far the current update is."""
 

@@ -345,6 +345,7 @@ class PPO(Trainer):
         Raises FloatingPointError.
         """
         self.started_at = time.perf_counter()
+        self.emit("on_rollout_start")
         self.start_rollout()
         total = self.config.rollout_steps
         for done in range(total):
@@ -360,6 +361,7 @@ class PPO(Trainer):
             last_values = last_values + self.value_shift
         self.buffer.finish(last_values, self.config.gamma, lambd, self.reward_scale)
         self.record_episode_returns()
+        self.emit("on_rollout_end")
         self.collected_at = time.perf_counter()
 
     def measure_returns(self):

@@ -127,7 +127,9 @@ class SelfPlay(Trainer):
 
     def collect_and_update(self):
         """One update: play games and learn from them. Returns its statistics."""
+        self.emit("on_rollout_start")
         obs, actions, rewards, values, ends, played = self.play()
+        self.emit("on_rollout_end")
         return self.update(obs, actions, rewards, values, ends, played)
 
     def play(self):

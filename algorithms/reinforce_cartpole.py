@@ -137,7 +137,9 @@ class Reinforce(Trainer):
 
     def collect_and_update(self):
         """One update: play episodes and learn from them. Returns its statistics."""
+        self.emit("on_rollout_start")
         obs, actions, rewards, ends, played = self.play()
+        self.emit("on_rollout_end")
         return self.update(obs, actions, rewards, ends, played)
 
     def play(self):

@@ -54,7 +54,8 @@ def reports_of_an_update(trainer, monkeypatch):
     reports = []
 
     def emit(event):
-        reports.append((trainer.doing.rpartition(" ")[0], trainer.global_step + trainer.unfinished_steps))
+        if event == "on_progress":
+            reports.append((trainer.doing.rpartition(" ")[0], trainer.global_step + trainer.unfinished_steps))
 
     monkeypatch.setattr("trainer.REPORT_INTERVAL", -1.0)
     monkeypatch.setattr(trainer, "emit", emit)

@@ -65,6 +65,8 @@ class FakeTrainer:
         return self
 
     def update(self, update):
+        self.emit("on_rollout_start")
+        self.emit("on_rollout_end")
         self.update_count = update
         self.global_step = 100 * update
         self.seconds += self.seconds_per_update

@@ -284,7 +284,16 @@ def test_a_full_disk_during_training_costs_files_only(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
-    "event", ["on_training_start", "on_update_end", "on_evaluation_end", "on_training_end", "close"]
+    "event",
+    [
+        "on_training_start",
+        "on_rollout_start",
+        "on_rollout_end",
+        "on_update_end",
+        "on_evaluation_end",
+        "on_training_end",
+        "close",
+    ],
 )
 def test_what_only_draws_or_logs_ends_no_training(tmp_path, monkeypatch, capsys, event):
     """Whatever a callback raises, there is one warning for each reason, and the other callbacks hear all events."""

@@ -38,6 +38,7 @@ from algorithms.reinforce_cartpole import (
     normalize,
     reinforce_loss,
 )
+from callbacks import Callback
 from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.options import CommandLineError, Values
 from harness.runs import locked
@@ -308,15 +309,16 @@ def test_all_that_is_missing_is_named_at_once(monkeypatch, modules, message):
         check_installed(*modules)
 
 
-# fmt: off
-@pytest.mark.parametrize("module, changes, doing", [
-    (reinforce_cartpole, {"EPISODES": 2}, {"playing"}),
-    (actor_critic_tictactoe, {"GAMES": 8}, {"playing move"}),
-    (ppo_lunarlander, {"NUM_ENVS": 2, "ROLLOUT_STEPS": 8, "BATCH_SIZE": 8}, {"playing", "learning"}),
-    (dqn_space_invaders, {"NUM_ENVS": 2, "BURN_IN": 20, "UPDATE_STEPS": 20, "REPLAY_SIZE": 100},
-     {"filling the memory", "learning"}),
-])
-# fmt: on
+SMALL_TRAININGS = [
+    (reinforce_cartpole, {"EPISODES": 2}),
+    (actor_critic_tictactoe, {"GAMES": 8}),
+    (ppo_lunarlander, {"NUM_ENVS": 2, "ROLLOUT_STEPS": 8, "BATCH_SIZE": 8}),
+    (dqn_space_invaders, {"NUM_ENVS": 2, "BURN_IN": 20, "UPDATE_STEPS": 20, "REPLAY_SIZE": 100}),
+]
+DOINGS = [{"playing"}, {"playing move"}, {"playing", "learning"}, {"filling the memory", "learning"}]
+
+
+@pytest.mark.parametrize("module, changes, doing", [(*small, doing) for small, doing in zip(SMALL_TRAININGS, DOINGS)])
 def test_progress_within_an_update(monkeypatch, module, changes, doing):
     """Every training says what it is doing, and its steps never go back."""
     trainer = module.build(Values(**module.CONSTANTS | changes | {"DEVICE": "cpu"}))
@@ -324,6 +326,28 @@ def test_progress_within_an_update(monkeypatch, module, changes, doing):
     steps = [step for _, step in reports]
     assert {what for what, _ in reports} == doing and len(set(steps)) > 3
     assert steps == sorted(steps) and steps[0] == 0 and steps[-1] <= trainer.global_step
+
+
+class Events(Callback):
+    """Notes each event, and how much of the training is done by then."""
+
+    def __init__(self):
+        self.heard = []
+
+    def hear(self, event, trainer):
+        if event != "on_progress":
+            self.heard.append((event, trainer.update_count))
+
+
+@pytest.mark.parametrize("module, changes", SMALL_TRAININGS)
+def test_a_rollout_is_heard_of(module, changes):
+    """Its start and its end come between two updates, in all trainings that have rollouts."""
+    events = Events()
+    trainer = module.build(Values(**module.CONSTANTS | changes | {"DEVICE": "cpu", "NUM_STEPS": 1}))
+    trainer.callbacks = [events]
+    trainer.learn()
+    rollout = [("on_rollout_start", 0), ("on_rollout_end", 0)] if module is not dqn_space_invaders else []
+    assert events.heard == [("on_training_start", 0), *rollout, ("on_update_end", 1), ("on_training_end", 1)]
 
 
 def test_an_evaluation_says_how_far_it_is():
