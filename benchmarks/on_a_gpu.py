@@ -149,6 +149,8 @@ class Visit:
         log = part.place(self.out).with_suffix(".log")
         seconds, status = self.run_program(self.command(part), log, limit, self.caches / part.cache)
         printed = log.read_text(encoding="utf-8", errors="replace")
+        if part.goes_on and re.search(r"has done .* steps already", printed):
+            return {"complete": reason_in(printed)}
         if status:
             raise Failed(reason_in(printed))
         if part.program == UPDATE:
@@ -249,7 +251,7 @@ def table_row(name, figures):
     numbers = {column: figures.get(column) for column in COLUMNS}
     row = {column: f"{x:,}" if isinstance(x, int) else x and number(x) for column, x in numbers.items()}
     row["checks"] = f"{sum(checks)} of {len(checks)}" if checks else None
-    ends = [f"{what}: {figures[what]}" for what in ("stopped", "not measured") if what in figures]
+    ends = [f"{what}: {figures[what]}" for what in ("stopped", "complete", "not measured") if what in figures]
     remarks = [*figures.get("warnings", []), *ends]
     return {"part": name} | row | {"remarks": "; ".join(remarks) or None}
 

@@ -167,10 +167,10 @@ def test_the_next_visit_measures_what_is_missing(visit):
     assert list(started) == ["training_cold", "training_warm", "six_layers_2_heads", "six_layers_training"]
     command, _ = started["six_layers_training"]
     assert "--resume" in command and "--n_head" not in command
-    status, rows, _, started = visit({"six_layers_training": "it has done all its steps already\n"})
-    assert status == 1 and list(started) == ["six_layers_training"]
+    status, rows, _, started = visit({"six_layers_training": "it has done 65,536 steps already\n"})
+    assert status == 0 and list(started) == ["six_layers_training"]
     row = rows["six layers, training"]
-    assert row["steps"] == "65,536" and row["remarks"] == "not measured: it has done all its steps already"
+    assert row["steps"] == "65,536" and row["remarks"] == "complete: it has done 65,536 steps already"
 
 
 def test_what_does_not_fit_into_the_time_is_skipped(visit):
