@@ -255,7 +255,9 @@ class GRPO(Trainer):
     def collect_and_update(self):
         """One step: draw answers and learn from them. Returns its statistics."""
         start = time.perf_counter()
+        self.emit("on_rollout_start")
         tokens, mask, drawn, rewards = self.collect()
+        self.emit("on_rollout_end")
         written = time.perf_counter()
         groups = rewards.view(-1, self.c.NUM_SAMPLES)
         advantages = group_advantages(groups, normalizes(self.c)).flatten().to(self.device)

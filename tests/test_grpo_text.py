@@ -594,6 +594,15 @@ def test_progress_within_a_step(tokenizer, monkeypatch):
     assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] < grpo.global_step == 1
 
 
+def test_a_rollout_is_heard_of(tokenizer):
+    """Its start comes before the first token is written, and its end before anything is learned."""
+    grpo = small_grpo(tokenizer, lambda prompts, answers: torch.rand(len(answers)))
+    heard = []
+    grpo.emit = lambda event: heard.append((event, grpo.doing.split(" ")[0]))
+    grpo.collect_and_update()
+    assert [x for x in heard if x[0] != "on_progress"] == [("on_rollout_start", ""), ("on_rollout_end", "writing")]
+
+
 def test_tokens_after_the_end_change_nothing(tokenizer):
     grpos = [small_grpo(tokenizer, None) for _ in range(2)]
     tokens = torch.randint(1, 200, (4, 9), generator=torch.Generator().manual_seed(0))
