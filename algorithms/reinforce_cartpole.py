@@ -22,7 +22,6 @@ as finished.
 
 import harness.start  # before the slow imports
 
-import math
 from collections import deque
 
 import gymnasium as gym
@@ -126,14 +125,14 @@ class Reinforce(Trainer):
 
     @property
     def mean_return(self):
-        """Of the last 100 episodes; nan before there are as many."""
-        enough = len(self.episode_returns) == self.episode_returns.maxlen
-        return float(np.mean(self.episode_returns)) if enough else math.nan
+        """Of the last 100 episodes."""
+        return float(np.mean(self.episode_returns))
 
     @property
     def is_solved(self):
-        """Whether the episodes are as long as STOP_AT asks."""
-        return 0 < self.c.STOP_AT <= self.mean_return
+        """Whether the last 100 episodes, and not fewer, are as long as STOP_AT asks."""
+        enough = len(self.episode_returns) == self.episode_returns.maxlen
+        return enough and 0 < self.c.STOP_AT <= self.mean_return
 
     def collect_and_update(self):
         """One update: play episodes and learn from them. Returns its statistics."""
@@ -202,7 +201,7 @@ class Reinforce(Trainer):
             "grad_norm": grad_norm,
             "lr": lr,
             "episodes": float(self.episodes),
-            "episode_return": float(np.mean(self.episode_returns)),
+            "episode_return": self.mean_return,
         }
 
     def state_dict(self):
