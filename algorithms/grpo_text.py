@@ -97,6 +97,7 @@ DEVICE: str = "auto"  # "cuda" if it works, else "cpu"
 RUN_DIR: str = ""  # directory of the run; "" for runs/grpo_text/<date-time>
 EVAL_INTERVAL = 25  # [0, inf) steps between two evaluations; never if 0
 SAVE_FREQ = 25  # [1, inf) steps between two checkpoints
+SHOWN_ANSWERS = -1  # [-1, inf) answers to each prompt that every step prints, the best first; all if -1
 WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -344,7 +345,7 @@ class GRPO(Trainer):
             self.optimizer.step()
         self.update_count += 1
         self.global_step += 1
-        return {name: x.item() for name, x in stats.items()} | {"grad_norm": grad_norm}
+        return {name: x.item() for name, x in stats.items()} | {"loss": loss.item(), "grad_norm": grad_norm}
 
     def state_dict(self):
         """Everything that a resumed run needs."""
@@ -367,26 +368,38 @@ class GRPO(Trainer):
 
 # --- callbacks --------------------------------------------------------------------------------------------------------
 
+LONGEST_SHOWN = 210  # characters of a prompt or an answer that a step prints: three lines of most terminals
 
-def say_answer(name, reward, prompt, answer, longest):
-    """Print a reward and a prompt, and below them at most so many characters of the answer."""
-    say(f"  {name:>5} {reward:6.3f}  {prompt}")
-    indent = 16 * " "
-    width = columns(sys.stdout) or 120
-    say(textwrap.fill(shortened(answer, longest), width, initial_indent=indent, subsequent_indent=indent))
+
+def say_answer(reward, answer, longest):
+    """Print an answer after its reward, at most so many characters of it."""
+    line = f"[{reward:+.2f}] {shortened(answer, longest)}"
+    say(textwrap.fill(line, columns(sys.stdout) or 120, initial_indent="  ", subsequent_indent=10 * " "))
 
 
 class Answers(Callback):
-    """Prints the best and the worst answer of each step."""
+    """Prints the loss and the rewards of each step, and below each prompt its answers, the best first."""
 
     cost = "the answers are not shown"
 
+    def __init__(self, shown_answers):
+        """shown_answers: how many to each prompt; all if -1."""
+        self.shown_answers = shown_answers
+
     def on_update_end(self, trainer):
         stats = trainer.stats
-        reward, kl = stats["episode_return"], stats["kl_reference"]
-        say(f"step {trainer.update_count}: mean reward {reward:.3f}, kl {kl:.4f}")
-        say_answer("best", *trainer.examples[0], longest=210)
-        say_answer("worst", *trainer.examples[-1], longest=210)
+        loss, reward, kl = stats["loss"], stats["episode_return"], stats["kl_reference"]
+        best = trainer.examples[0][0]
+        say(f"step {trainer.update_count}: loss {loss:.4f}, mean reward {reward:.3f}, max {best:.3f}, kl {kl:.4f}")
+        groups = {}
+        for reward, prompt, answer in trainer.examples:
+            groups.setdefault(prompt, []).append((reward, answer))
+        for prompt, answers in groups.items():
+            shown = answers if self.shown_answers < 0 else answers[: self.shown_answers]
+            if shown:
+                say(shortened(prompt, LONGEST_SHOWN))
+            for reward, answer in shown:
+                say_answer(reward, answer, LONGEST_SHOWN)
 
 
 class SavePretrained(Callback):
@@ -444,7 +457,7 @@ def callbacks_of(c, run_dir):
     """The callbacks of this training, in addition to those that all have."""
     # An adapter to a model that is itself an adapter would be of no use alone, so the whole model is saved.
     merged = c.LORA_RANK > 0 and is_adapter(c.POLICY_MODEL)
-    callbacks = [Answers(), SavePretrained(run_dir / "model", merged)]
+    callbacks = [Answers(c.SHOWN_ANSWERS), SavePretrained(run_dir / "model", merged)]
     if c.WANDB:
         callbacks.append(WeightsAndBiases(c.WANDB, dict(vars(c))))
     return callbacks
@@ -553,7 +566,8 @@ def show(state, seed):
     with waiting("writing answers"):
         answers, rewards = answers_to(state, HELD_OUT, seed)
     for prompt, answer, reward in zip(HELD_OUT, answers, rewards):
-        say_answer("", reward, prompt, answer, longest=10_000)
+        say(prompt)
+        say_answer(reward, answer, longest=10_000)
 
 
 ALGORITHM = Algorithm(
