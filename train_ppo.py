@@ -40,7 +40,7 @@ GAME: str = "BreakoutAscii-v0"  # any Gymnasium id whose pages are text, or "mod
 # length
 NUM_STEPS = 4_000_000  # [1, inf) environment steps in all; the learning rate falls over this length
 NUM_ENVS = 128  # [1, inf) games side by side
-ASYNC_ENVS: bool = False  # a process for each of them, for slow games on many cores; Breakout plays all in one
+ASYNC_ENVS: bool = False  # share them among a process for each core, if they are slow; Breakout plays all in one
 ROLLOUT_STEPS = 128  # [1, inf) steps of every game between two updates: 128 * 128 = 16384 samples
 # PPO
 EPOCHS = 2  # [1, inf) passes over each rollout
@@ -192,7 +192,8 @@ def build(c, device):
     if trains_on_gpu(device) and c.N_LAYER == 1 and game.id == BREAKOUT:
         env = fast.DeviceBreakout(num_envs, device, varied_starts=c.VARIED_STARTS)
     else:
-        env = game.make_vec(num_envs, c.VARIED_STARTS, c.ASYNC_ENVS)
+        processes = max(available_cores() // RANKS, 1) if c.ASYNC_ENVS else 1
+        env = game.make_vec(num_envs, c.VARIED_STARTS, processes)
     runner = fast.GPURunner() if trains_on_gpu(device) else None
     metadata = {"gpt_config": asdict(config), "constants": dict(vars(c)), "game": game.id}
     if game.id == BREAKOUT:

@@ -54,12 +54,12 @@ class Game:
         """Return an environment for one game, a `pages.Pages`."""
         return pages.make(self.id)
 
-    def make_vec(self, num_envs, varied_starts=0.0, processes=False):
+    def make_vec(self, num_envs, varied_starts=0.0, processes=1):
         """Return a vector environment with SAME_STEP autoreset: the game's own, or else Gymnasium's.
 
         Args:
             varied_starts: ignored unless the game `varies`.
-            processes: whether each game gets a process of its own, unless it has a vector environment.
+            processes: that share the games, unless the game has a vector environment of its own.
         """
         if not self.has_vec:
             return vector.make_vec(self.id, num_envs, processes)

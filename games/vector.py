@@ -6,14 +6,15 @@ episodes, but needs nothing from the environment, and works also where a game ca
 """
 
 import functools
-import multiprocessing
-import signal
+import pickle
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space
 
 from games import pages
+from harness.background import CannotStart, Worker
 
 
 class Repeatable(gym.Wrapper):
@@ -96,17 +97,123 @@ class RepeatableVec(VectorWrapper):
         self.env.set_attr("episode", list(zip(seeds, numbers, [part.tolist() for part in played])))
 
 
-def make_vec(game_id, num_envs, processes=False):
+class SharedVec(VectorEnv):
+    """Shares games among processes, each of which plays its games one after the other.
+
+    Gymnasium's AsyncVectorEnv has a process for each game, so it can play only a few.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(self, make, num_envs, processes):
+        """
+        Args:
+            make: makes one environment. It is pickled, for the processes.
+            processes: at most num_envs.
+        """
+        env = make()
+        self.num_envs = num_envs
+        self.single_observation_space, self.single_action_space = env.observation_space, env.action_space
+        self.observation_space = batch_space(env.observation_space, num_envs)
+        self.action_space = batch_space(env.action_space, num_envs)
+        env.close()
+        self.ends = np.cumsum([len(part) for part in np.array_split(range(num_envs), processes)])
+        self.workers = [Worker(Share(make, size)) for size in np.diff(self.ends, prepend=0).tolist()]
+
+    def split(self, values):
+        """Return the part of N values that belongs to the games of each process."""
+        return [values[start:end] for start, end in zip([0, *self.ends[:-1]], self.ends)]
+
+    def call(self, name, parts):
+        """Call a method of every `Share`, with a tuple of arguments for each. Returns what they return."""
+        try:
+            for worker, arguments in zip(self.workers, parts):
+                worker.ask(pickle.dumps((name, arguments)))
+            return [worker.answer() for worker in self.workers]
+        except CannotStart as error:
+            raise pages.PageError(f"the games cannot be played in processes of their own: {error}") from None
+
+    def reset(self, *, seed=None, options=None):
+        seeds = [None] * self.num_envs if seed is None else [seed + i for i in range(self.num_envs)]
+        return joined(self.call("reset", [(part, options) for part in self.split(seeds)]))
+
+    def step(self, actions):
+        return joined(self.call("step", [(part,) for part in self.split(actions)]))
+
+    def get_attr(self, name):
+        return sum(self.call("get_attr", [(name,)] * len(self.workers)), ())
+
+    def set_attr(self, name, values):
+        self.call("set_attr", [(name, part) for part in self.split(values)])
+
+    def close_extras(self, **kwargs):
+        for worker in self.workers:
+            worker.process.kill()
+
+
+class Share:
+    """The games of one process: is called there with the name of a method and its arguments."""
+
+    def __init__(self, make, num_envs):
+        self.make = make
+        self.num_envs = num_envs
+        self.env = None  # made in the process
+
+    def __call__(self, request):
+        if self.env is None:
+            self.env = one_after_the_other(self.make, self.num_envs)
+        name, arguments = request
+        return getattr(self, name)(*arguments)
+
+    def reset(self, seeds, options):
+        return self.env.reset(seed=seeds, options=options)
+
+    def step(self, actions):
+        return self.env.step(actions)
+
+    def get_attr(self, name):
+        return self.env.get_attr(name)
+
+    def set_attr(self, name, values):
+        self.env.set_attr(name, values)
+
+
+def joined(parts):
+    """Return what several vector environments have returned, as one of all their games would return it.
+
+    parts: a tuple of arrays (n, ...) and a dictionary of infos from each.
+    """
+    arrays = [np.concatenate(values) for values in zip(*(part[:-1] for part in parts))]
+    return *arrays, joined_infos([part[-1] for part in parts], [len(part[0]) for part in parts])
+
+
+def joined_infos(infos, sizes):
+    """Return the infos of several vector environments as those of one; where one has no value, there are zeros."""
+    result = {}
+    for name in dict.fromkeys(name for info in infos for name in info):
+        values = [info.get(name) for info in infos]
+        known = next(value for value in values if value is not None)
+        if isinstance(known, dict):
+            result[name] = joined_infos([value or {} for value in values], sizes)
+        else:
+            zeros = (np.zeros((size, *known.shape[1:]), known.dtype) for size in sizes)
+            result[name] = np.concatenate([z if value is None else value for value, z in zip(values, zeros)])
+    return result
+
+
+def make_vec(game_id, num_envs, processes=1):
     """Return a `RepeatableVec` of a game, which need not have a vector environment of its own.
 
-    processes: whether each game runs in a process of its own.
+    processes: that share the games, if there are more than one. Otherwise this process plays them all.
     """
-    kind = AsyncVectorEnv if processes else SyncVectorEnv
     make = functools.partial(make_repeatable, game_id)
-    return RepeatableVec(kind([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP))
+    processes = min(processes, num_envs)
+    return RepeatableVec(SharedVec(make, num_envs, processes) if processes > 1 else one_after_the_other(make, num_envs))
+
+
+def one_after_the_other(make, num_envs):
+    return SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def make_repeatable(game_id):
-    if multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training, which then ends this process
     return Repeatable(pages.make(game_id))

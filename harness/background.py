@@ -96,21 +96,36 @@ class Worker:
 
     def call(self, data):
         """Return the result of the function for this pickled argument, or raise its error."""
-        try:
+        self.ask(data)
+        return self.answer()
+
+    def ask(self, data):
+        """Let the process call the function with this pickled argument; `answer` waits for the result."""
+        with self.dying_explained():
             if not self.started:
                 if reason := pickle.loads(self.receive()):
                     raise CannotStart(f"no other process can run it: {reason}")
                 self.started = True
             self.connection.send_bytes(data)
+
+    def answer(self):
+        """Return the result of the call that `ask` began, or raise its error."""
+        with self.dying_explained():
             result, error = pickle.loads(self.receive())
+        if error:
+            raise error
+        return result
+
+    @contextlib.contextmanager
+    def dying_explained(self):
+        """Raise CannotStart or ChildProcessError if the process has died."""
+        try:
+            yield
         except (EOFError, OSError):
             why = "what it wrote stands above, or memory ran out"
             if not self.started:
                 raise CannotStart(f"no other process can run it: {why}") from None
             raise ChildProcessError(f"a background process has died: {why}") from None
-        if error:
-            raise error
-        return result
 
     def receive(self):
         """Wait for the next message of the process. Raises EOFError if it has ended instead.

@@ -1,5 +1,6 @@
 """Pages of text from Gymnasium environments of every kind, and from vector environments that can be saved."""
 
+import contextlib
 import itertools
 import sys
 
@@ -13,6 +14,7 @@ import breakout_ascii  # noqa: F401, registers Breakout
 from games import pages, vector
 from games.game import BREAKOUT, load_game
 from games.pages import PageError
+from ppo import lost_lives
 
 TEXT = "ab\ncd\n"
 NUMBERS = itertools.count()  # because what is known of a game is kept
@@ -249,24 +251,64 @@ def test_saved_games_go_on_bit_for_bit(game_id):
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_games_in_processes_of_their_own_are_the_same_games():
-    game_id = GAMES[0]
-    envs = [vector.make_vec(game_id, 2, processes) for processes in (False, True)]
+def test_games_in_other_processes_are_the_same_games():
+    """Pages, rewards, ends, infos and states are equal, also if the games are shared out unevenly."""
+    envs = [vector.make_vec(GAMES[0], 5, processes) for processes in (1, 2)]
     rng = np.random.default_rng(0)
-    try:
-        first = [env.reset(seed=1)[0] for env in envs]
-        np.testing.assert_array_equal(*first)
+    with contextlib.closing(envs[0]), contextlib.closing(envs[1]):
+        np.testing.assert_equal(*(env.reset(seed=1) for env in envs))
         for _ in range(30):
-            actions = rng.integers(3, size=2)
-            np.testing.assert_array_equal(*(env.step(actions)[0] for env in envs))
+            actions = rng.integers(3, size=5)
+            ours, theirs = (env.step(actions) for env in envs)
+            np.testing.assert_equal(theirs[:4], ours[:4])
+            assert theirs[4].keys() == ours[4].keys()
+            assert theirs[4].get("final_info", {}).keys() == ours[4].get("final_info", {}).keys()
+            ended = ours[2] | ours[3]
+            if ended.any():
+                np.testing.assert_array_equal(theirs[4]["_final_obs"], ended)
+                np.testing.assert_equal(*(list(infos["final_obs"][ended]) for infos in (theirs[4], ours[4])))
         states = [env.state_dict() for env in envs]
         np.testing.assert_equal(*states)
         for env in envs:
             env.load_state_dict(states[0])
         np.testing.assert_array_equal(*(env.observation() for env in envs))
-    finally:
-        for env in envs:
-            env.close()
+
+
+def test_infos_of_two_processes_are_joined():
+    """One of them has an ended game, which has lost a life; the other's games have no infos."""
+    page = np.empty(2, object)
+    page[1] = np.uint8([65, 10])
+    ended = np.array([False, True])
+    infos = {"final_info": {"life_lost": ended, "_life_lost": ended}, "final_obs": page, "_final_obs": ended}
+    for joined, at in (
+        (vector.joined_infos([infos, {}], [2, 1]), 1),
+        (vector.joined_infos([{}, infos], [1, 2]), 2),
+    ):
+        assert list(joined["_final_obs"].nonzero()[0]) == list(lost_lives(joined).nonzero()[0]) == [at]
+        assert joined["final_obs"][at].tolist() == [65, 10]
+
+
+class Unreadable(gymnasium.Wrapper):
+    """Shows a character in its third step that Catch does not have."""
+
+    def step(self, action):
+        page, *rest = self.env.step(action)
+        self.steps = getattr(self, "steps", 0) + 1
+        page[0] = ord("%") if self.steps == 3 else page[0]
+        return page, *rest
+
+
+def make_unreadable():
+    return vector.Repeatable(pages.pages_in_observations(Unreadable(gymnasium.make(GAMES[0]))))
+
+
+def test_a_page_that_cannot_be_read_in_another_process():
+    """The error is the one that this process would raise."""
+    with contextlib.closing(vector.SharedVec(make_unreadable, 2, 2)) as env:
+        env.reset(seed=0)
+        with pytest.raises(PageError, match="shows the character '%'"):
+            for _ in range(3):
+                env.step(np.zeros(2, int))
 
 
 def test_each_episode_has_a_seed_of_its_own():
