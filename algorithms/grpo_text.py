@@ -32,6 +32,8 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +48,7 @@ from algorithms.parts.language_model import (
     RewardModel,
     absolute_name,
     base_model,
+    checkpoint_layers,
     is_adapter,
     load_model,
     load_tokenizer,
@@ -54,7 +57,7 @@ from algorithms.parts.language_model import (
     refuse_on_error,
     with_lora,
 )
-from algorithms.parts.language_policy import Writer
+from algorithms.parts.language_policy import Writer, Written
 from algorithms.parts.packages import check_installed
 from algorithms.parts.playing import check_models, training_device
 from algorithms.parts.progress import waiting
@@ -88,6 +91,9 @@ EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
 LOSS: str = "bnpo"  # how much each token counts: "bnpo", "grpo" or "dr_grpo"; see the docstring
 NORMALIZE: bool = True  # divide advantages by the standard deviation of their group, unless LOSS is "dr_grpo"
 KL_COEF = 0.05  # [0.0, inf) weight of the KL divergence from the initial model, which keeps answers sensible; off if 0
+# memory; neither changes what is learned
+MICRO_BATCH_SIZE = 8  # [0, 65536] answers in a forward and backward pass; their gradients add up; all of a step if 0
+GRADIENT_CHECKPOINTING: bool = False  # keep only the input of each layer, and compute the layer again to learn from it
 # optimizer (Adam)
 LR = 1e-5  # (0.0, 1.0] learning rate
 MAX_GRAD_NORM = 1.0  # (0.0, inf) gradients with a larger norm are scaled down to it
@@ -199,7 +205,7 @@ def token_weights(drawn, loss, max_new_tokens):
     """How much each drawn token counts in a mean over all of them, (M,); the docstring of this file describes LOSS.
 
     Args:
-        drawn: (N, T) bool, as `Writer.write` returns it; M of the tokens are drawn.
+        drawn: (N, T) bool, as in `Written`, of all answers of a step; M of the tokens are drawn.
         loss: one of LOSSES.
     """
     lengths = drawn.sum(1, keepdim=True).float()
@@ -231,6 +237,18 @@ def grpo_loss(new_logprobs, old_logprobs, reference_logprobs, advantages, weight
     return loss + kl_coef * (weights * kl).mean(), stats | {"kl_reference": kl.detach().mean()}
 
 
+@dataclass
+class MicroBatch:
+    """Some answers of a step, as many as one forward and backward pass holds; M tokens are drawn."""
+
+    written: Written
+    advantages: torch.Tensor  # (M,)
+    weights: torch.Tensor  # (M,), as `token_weights` returns them for the whole step
+    share: float  # of the drawn tokens of the whole step
+    reference_logprobs: torch.Tensor = None  # (M,)
+    old_logprobs: torch.Tensor = None  # (M,)
+
+
 class GRPO(Trainer):
     """Draws groups of answers, and takes EPOCHS gradient steps on them."""
 
@@ -257,34 +275,42 @@ class GRPO(Trainer):
         """One step: draw answers and learn from them. Returns its statistics."""
         start = time.perf_counter()
         self.emit("on_rollout_start")
-        tokens, mask, drawn, rewards = self.collect()
+        written, rewards = self.collect()
         self.emit("on_rollout_end")
-        written = time.perf_counter()
+        written_at = time.perf_counter()
         groups = rewards.view(-1, self.c.NUM_SAMPLES)
         advantages = group_advantages(groups, normalizes(self.c)).flatten().to(self.device)
-        stats = self.update(tokens, mask, drawn, advantages)
-        self.writing_share = (written - start) / (time.perf_counter() - start)
-        return stats | {
-            "lr": self.c.LR,
-            "answer_tokens": drawn.sum(1).float().mean().item(),
-            "reward_std": rewards.std().item(),
-            "episode_return": rewards.mean().item(),
-        }
+        stats = self.update(written, advantages)
+        self.writing_share = (written_at - start) / (time.perf_counter() - start)
+        return stats | self.answer_stats(written, rewards) | {"lr": self.c.LR}
 
     def collect(self):
         """Draw a group of NUM_SAMPLES answers to each of PROMPTS_PER_STEP prompts, and score them.
 
-        Returns tokens, mask and drawn, as `Writer.write` does, and rewards (N,).
+        Returns what `Writer.write` does, and rewards (N,).
         """
         prompts = []
         for prompt in self.draw_prompts():
             prompts += [prompt] * self.c.NUM_SAMPLES
-        tokens, mask, drawn = self.policy.write(prompts, self.c.MAX_NEW_TOKENS, self.report_writing)
-        answers = self.policy.texts(tokens, drawn)
+        written = self.policy.write(prompts, self.c.MAX_NEW_TOKENS, self.report_writing)
+        answers = self.policy.texts(written)
         rewards = self.score(prompts, answers)
         check_rewards(rewards, answers, f"in step {self.update_count + 1}")
         self.examples = sorted(zip(rewards.tolist(), prompts, answers), reverse=True)
-        return tokens, mask, drawn, rewards
+        return written, rewards
+
+    def answer_stats(self, written, rewards):
+        """Statistics of the answers of a step, which tell whether they are still various and whole."""
+        answers = self.policy.texts(written)
+        return {
+            "answer_tokens": written.drawn.sum(1).float().mean().item(),
+            "cut_off": 1 - self.policy.ended(written).float().mean().item(),
+            "distinct_answers": len(set(answers)) / len(answers),
+            "entropy": written.entropy[written.drawn].mean().item(),
+            "max_reward": rewards.max().item(),
+            "reward_std": rewards.std().item(),
+            "episode_return": rewards.mean().item(),
+        }
 
     def score(self, prompts, answers):
         """The rewards (N,) of answers. A reward model reads them one by one, which takes a while."""
@@ -302,9 +328,8 @@ class GRPO(Trainer):
         self.check_stop()
         self.report("writing", done, total, self.writing_share * done / total)
 
-    def report_learning(self, done):
-        """Say how many of this step's passes over the answers are done."""
-        total = self.c.EPOCHS + 1  # the first one compares with the model at the start
+    def report_learning(self, done, total):
+        """Say how many micro-batches of this step are done, each counted once for the reference and for each epoch."""
         self.check_stop()
         self.report("learning", done, total, self.writing_share + (1 - self.writing_share) * done / total)
 
@@ -315,37 +340,61 @@ class GRPO(Trainer):
             order += self.rng.permutation(len(PROMPTS)).tolist()
         return [PROMPTS[i] for i in order[: self.c.PROMPTS_PER_STEP]]
 
-    def update(self, tokens, mask, drawn, advantages):
+    def update(self, written, advantages):
         """EPOCHS gradient steps on drawn answers. Returns statistics; raises FloatingPointError if it diverges.
 
         Args:
-            tokens, mask, drawn: as `Writer.write` returns them.
+            written: as `Writer.write` returns it.
             advantages: (N,).
         """
-        T = drawn.shape[1]
         c = self.c
-        self.report_learning(0)
-        weights = token_weights(drawn, c.LOSS, c.MAX_NEW_TOKENS)
-        advantages = advantages[:, None].expand(drawn.shape)[drawn]  # one for each token, as all quantities below
+        batches = self.micro_batches(written, advantages)
+        total = len(batches) * (c.EPOCHS + 1)
         with torch.no_grad(), self.reference() as model:
-            reference_logprobs = self.policy.logprobs(model, tokens, mask, T)[drawn]
-        old_logprobs = None
+            for i, batch in enumerate(batches):
+                self.report_learning(i, total)
+                batch.reference_logprobs = self.logprobs(model, batch)
         for epoch in range(c.EPOCHS):
-            self.report_learning(1 + epoch)
-            logprobs = self.policy.logprobs(self.policy.model, tokens, mask, T)[drawn]
-            if old_logprobs is None:
-                old_logprobs = logprobs.detach()  # these weights have drawn the answers
-            loss, stats = grpo_loss(
-                logprobs, old_logprobs, reference_logprobs, advantages, weights, c.EPS_CLIP, c.KL_COEF
-            )
             self.optimizer.zero_grad()
-            loss.backward()
+            stats = defaultdict(float)  # means over all drawn tokens of the step, as the loss and its gradient are
+            for i, batch in enumerate(batches, start=len(batches) * (epoch + 1)):
+                self.report_learning(i, total)
+                loss, batch_stats = self.loss(batch)
+                (batch.share * loss).backward()
+                for name, x in (batch_stats | {"loss": loss.detach()}).items():
+                    stats[name] += batch.share * x.item()
             grad_norm = nn.utils.clip_grad_norm_(self.trained, c.MAX_GRAD_NORM).item()
-            check_finite(f"in step {self.update_count + 1}", loss=loss, gradient=grad_norm)
+            check_finite(f"in step {self.update_count + 1}", loss=stats["loss"], gradient=grad_norm)
             self.optimizer.step()
         self.update_count += 1
         self.global_step += 1
-        return {name: x.item() for name, x in stats.items()} | {"loss": loss.item(), "grad_norm": grad_norm}
+        gap = (torch.cat([batch.old_logprobs for batch in batches]) - written.logprobs[written.drawn]).abs()
+        gaps = {"logprob_gap": gap.mean().item(), "logprob_gap_max": gap.max().item()}
+        return stats | gaps | {"grad_norm": grad_norm}
+
+    def micro_batches(self, written, advantages):
+        """The answers of a step in parts of MICRO_BATCH_SIZE. How much a token counts depends on the whole step."""
+        c = self.c
+        drawn = written.drawn
+        parts = written.split(c.MICRO_BATCH_SIZE)
+        counts = [int(part.drawn.sum()) for part in parts]
+        of_tokens = advantages[:, None].expand(drawn.shape)[drawn].split(counts)
+        weights = token_weights(drawn, c.LOSS, c.MAX_NEW_TOKENS).split(counts)
+        shares = [count / sum(counts) for count in counts]
+        return [MicroBatch(*batch) for batch in zip(parts, of_tokens, weights, shares)]
+
+    def loss(self, batch):
+        """The loss of a micro-batch and its statistics, all of them means over its drawn tokens."""
+        logprobs = self.logprobs(self.policy.model, batch)
+        if batch.old_logprobs is None:
+            batch.old_logprobs = logprobs.detach()  # these weights have drawn the answers
+        old, reference = batch.old_logprobs, batch.reference_logprobs
+        return grpo_loss(logprobs, old, reference, batch.advantages, batch.weights, self.c.EPS_CLIP, self.c.KL_COEF)
+
+    def logprobs(self, model, batch):
+        """The log-probabilities (M,) of the drawn tokens of a micro-batch."""
+        tokens, mask, drawn, *_ = batch.written
+        return self.policy.logprobs(model, tokens, mask, drawn.shape[1])[drawn]
 
     def state_dict(self):
         """Everything that a resumed run needs."""
@@ -421,6 +470,9 @@ class SavePretrained(Callback):
                 unfinished = Path(folder, self.directory.name)
                 model.save_pretrained(unfinished)
                 trainer.policy.tokenizer.save_pretrained(unfinished)
+                settings = unfinished / "generation_config.json"  # those of the training, unless it is an adapter alone
+                if settings.exists():
+                    trainer.policy.own_settings.to_json_file(settings)
                 shutil.copytree(unfinished, self.directory, dirs_exist_ok=True, copy_function=os.replace)  # moves them
         except Exception as error:  # safetensors raises errors of its own
             reason = f"{shown(self.directory)}: not written ({shortened(error, 60)})"
@@ -474,7 +526,10 @@ def build(c):
     torch.manual_seed(c.SEED)
     writer, reward, models = make_models(c, device)
     metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c)), "models": models}
-    return GRPO(writer, reward, reference_of(writer.model), c, device, metadata)
+    reference = reference_of(writer.model)
+    if c.GRADIENT_CHECKPOINTING:
+        checkpoint_layers(writer.model)
+    return GRPO(writer, reward, reference, c, device, metadata)
 
 
 def make_models(c, device):
@@ -538,8 +593,7 @@ def answers_to(state, prompts, seed, report=None):
         torch.manual_seed(seed)
         for i in range(0, len(prompts), AT_ONCE):
             part = None if report is None else lambda done, total, i=i: report(i, done)
-            tokens, _, drawn = writer.write(prompts[i : i + AT_ONCE], c.MAX_NEW_TOKENS, part)
-            answers += writer.texts(tokens, drawn)
+            answers += writer.texts(writer.write(prompts[i : i + AT_ONCE], c.MAX_NEW_TOKENS, part))
     rewards = reward(prompts, answers)
     check_rewards(rewards, answers, "in an evaluation")
     return answers, rewards
@@ -582,7 +636,7 @@ ALGORITHM = Algorithm(
     check=check,
     callbacks=callbacks_of,
     model_constants=("POLICY_MODEL", "REWARD_MODEL"),
-    memory_constants=("NUM_SAMPLES", "MAX_NEW_TOKENS"),
+    memory_constants=("MICRO_BATCH_SIZE", "NUM_SAMPLES", "MAX_NEW_TOKENS"),
 )
 
 

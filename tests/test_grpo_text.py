@@ -10,7 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from algorithms_helpers import evaluated, reports_of_an_update, run, same, states_of_a_straight_and_a_resumed_run
+from algorithms_helpers import (
+    evaluated,
+    reports_of_an_update,
+    run,
+    same,
+    states_of_a_straight_and_a_resumed_run,
+)
 from peft import PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -21,6 +27,7 @@ from transformers import (
     BertLMHeadModel,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    GenerationConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -60,13 +67,14 @@ from algorithms.grpo_text import (
 )
 from algorithms.parts.language_model import (
     RewardModel,
+    checkpoint_layers,
     is_adapter,
     reference_of,
     refuse_on_error,
     train_tokenizer,
     with_lora,
 )
-from algorithms.parts.language_policy import Writer, until_end
+from algorithms.parts.language_policy import Writer, Written, until_end
 from harness.checkpoint import load_checkpoint
 from harness.options import CommandLineError
 from ppo import k3
@@ -172,14 +180,20 @@ def test_answers_are_drawn_as_they_are_scored(temperature, tokenizer, monkeypatc
 
     monkeypatch.setattr(model, "generate", generate)
     torch.manual_seed(0)
-    tokens, mask, drawn = writer.write(["hi", "hello world, hello"] * 32, 20)
+    written = writer.write(["hi", "hello world, hello"] * 32, 20)
+    tokens, mask, drawn = written[:3]
     T = drawn.shape[1]
-    drawn_from = torch.stack(scores, 1).log_softmax(-1).gather(2, tokens[:, -T:, None])[:, :, 0]
+    drawn_from = torch.stack(scores, 1).log_softmax(-1)
+    entropy = -(drawn_from.exp() * drawn_from).sum(-1)
+    torch.testing.assert_close(written.entropy[drawn], entropy[drawn], rtol=0, atol=1e-4)
+    drawn_from = drawn_from.gather(2, tokens[:, -T:, None])[:, :, 0]
+    torch.testing.assert_close(written.logprobs[drawn], drawn_from[drawn], rtol=0, atol=1e-6)
     torch.testing.assert_close(writer.logprobs(model, tokens, mask, T)[drawn], drawn_from[drawn], rtol=0, atol=1e-4)
     answers = tokens[:, -T:]
     ends = torch.isin(answers, torch.tensor([0, 5, 6, 7, 8, 9]))
     assert (ends & drawn).sum(1).max() == 1 and torch.isin(answers, torch.arange(10, 200))[drawn].any()
     assert all(is_drawn.all() or ends[i, is_drawn.sum() - 1] for i, is_drawn in enumerate(drawn))
+    assert writer.ended(written).tolist() == (ends & drawn).any(1).tolist() and not writer.ended(written).all()
 
 
 def test_a_model_that_draws_otherwise_than_it_scores_is_refused(tokenizer):
@@ -282,26 +296,123 @@ def test_a_loss_and_its_gradient_are_those_of_trl(kind):
     assert stats["clipfrac"] > 0.2 and stats["kl_reference"] > 0.1
 
 
-@pytest.mark.parametrize("kind", ["bnpo", "grpo", "dr_grpo"])
-def test_a_step_follows_the_loss_of_trl(kind, tokenizer):
-    """The policy has moved away from the reference, so that the penalty has a gradient too."""
-    grpo = small_grpo(tokenizer, None, NUM_SAMPLES=3, MAX_NEW_TOKENS=9, MAX_GRAD_NORM=1e9, KL_COEF=0.5, LOSS=kind)
+def written_of(tokens, mask, drawn):
+    """Answers of which nobody knows how they were drawn."""
+    return Written(tokens, mask, drawn, torch.zeros(drawn.shape), torch.zeros(drawn.shape))
+
+
+def moved_grpo(tokenizer, **changes):
+    """A training whose policy has moved away from the reference, and ragged answers for it."""
+    grpo = small_grpo(tokenizer, None, NUM_SAMPLES=3, MAX_NEW_TOKENS=9, MAX_GRAD_NORM=1e9, KL_COEF=0.5, **changes)
     torch.manual_seed(0)
     with torch.no_grad():
         for p in grpo.trained:
             p.add_(0.02 * torch.randn_like(p))
     tokens = torch.randint(1, 200, (6, 10))
     mask = torch.cat([torch.ones(6, 3, dtype=torch.long), DRAWN.long()], 1)
+    return grpo, written_of(tokens, mask, DRAWN)
+
+
+def gradient_of(grpo):
+    return torch.cat([p.grad.flatten() for p in grpo.trained])
+
+
+@pytest.mark.parametrize("kind", ["bnpo", "grpo", "dr_grpo"])
+def test_a_step_follows_the_loss_of_trl(kind, tokenizer):
+    """The policy has moved away from the reference, so that the penalty has a gradient too."""
+    grpo, written = moved_grpo(tokenizer, LOSS=kind)
+    tokens, mask = written[:2]
     logprobs = grpo.policy.logprobs(grpo.policy.model, tokens, mask, 7)
     with torch.no_grad(), grpo.reference() as model:
         reference = grpo.policy.logprobs(model, tokens, mask, 7)
     loss = trl_loss(kind, logprobs, logprobs.detach(), reference, DRAWN, SCORES, 0.2, 0.5, 9)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, grpo.trained)])
-    grpo.collect = lambda: (tokens, mask, DRAWN, SCORES.flatten())
+    grpo.collect = lambda: (written, SCORES.flatten())
     stats = grpo.collect_and_update()
-    taken = torch.cat([p.grad.flatten() for p in grpo.trained])
-    torch.testing.assert_close(taken, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(gradient_of(grpo), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     assert stats["kl_reference"] > 0.01
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("kind", ["bnpo", "grpo", "dr_grpo"])
+def test_micro_batches_change_nothing_but_rounding(kind, epochs, tokenizer):
+    """The answers are ragged, so a mean of the micro-batches' means would be another gradient."""
+    gradients, statistics = [], []
+    for size in 0, 1, 4, 6, 100:
+        grpo, written = moved_grpo(tokenizer, LOSS=kind, EPOCHS=epochs, MICRO_BATCH_SIZE=size)
+        grpo.optimizer = torch.optim.SGD(grpo.trained, 0.01)  # Adam would make large numbers of small differences
+        statistics.append(grpo.update(written, group_advantages(SCORES).flatten()))
+        gradients.append(gradient_of(grpo))
+    largest = gradients[0].abs().max().item()
+    for other, stats in zip(gradients[1:], statistics[1:]):
+        torch.testing.assert_close(other, gradients[0], rtol=0, atol=1e-5 * largest)
+        assert stats == pytest.approx(statistics[0], rel=1e-4, abs=1e-6)
+    assert epochs == 1 or statistics[0]["approx_kl"] > 1e-5
+
+
+def test_every_pass_over_the_answers_is_in_micro_batches(tokenizer, monkeypatch):
+    grpo, written = moved_grpo(tokenizer, EPOCHS=2, MICRO_BATCH_SIZE=4)
+    real, sizes = grpo.policy.logprobs, []
+    monkeypatch.setattr(
+        grpo.policy, "logprobs", lambda model, tokens, *more: sizes.append(len(tokens)) or real(model, tokens, *more)
+    )
+    grpo.update(written, torch.ones(6))
+    assert sizes == 3 * [4, 2]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("kind", ["Qwen3", "GPT-2"])
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(kind, rank, tokenizer):
+    """GPT-2 comes with dropout, which must stay off."""
+    gradients, kept = [], [0, 0]
+    for checkpointing in False, True:
+        model = small_model(kind, tokenizer)
+        if rank:
+            model = with_lora(model, rank)
+        if checkpointing:
+            checkpoint_layers(model)
+
+        def keep(x, i=checkpointing):
+            kept[i] += x.numel()
+            return x
+
+        writer, written = Writer(model, tokenizer), moved_grpo(tokenizer)[1]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = -writer.logprobs(model, written.tokens, written.mask, 7)[DRAWN].mean()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0 and kept[1] < kept[0] / 2
+
+
+def test_a_model_without_layers_to_checkpoint_is_refused():
+    with pytest.raises(CommandLineError, match="no layers for GRADIENT_CHECKPOINTING"):
+        checkpoint_layers(torch.nn.Linear(2, 2))
+
+
+def test_statistics_of_the_answers_by_hand(tokenizer):
+    grpo = small_grpo(tokenizer, None)
+    a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
+    answers = torch.tensor([[a, b, a], [a, 0, 0], [a, 0, 0], [b, 0, 0]])
+    drawn = until_end(answers, [0])
+    entropy = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 77.0], [1.0, 2.0, 77.0], [1.0, 2.0, 77.0]])
+    written = Written(answers, torch.ones_like(answers), drawn, torch.zeros(4, 3), entropy)
+    stats = grpo.answer_stats(written, torch.tensor([0.0, 0.5, 0.5, 1.0]))
+    assert stats["answer_tokens"] == 9 / 4 and stats["cut_off"] == 0.25 and stats["distinct_answers"] == 0.75
+    assert stats["entropy"] == pytest.approx(15 / 9) and stats["max_reward"] == 1 and stats["episode_return"] == 0.5
+
+
+def test_the_gap_between_drawing_and_scoring_is_that_of_the_first_epoch(tokenizer):
+    """In float32 only rounding is left; a wrong temperature, for instance, would be seen here at once."""
+    grpo = small_grpo(tokenizer, lambda prompts, answers: torch.rand(len(answers)), EPOCHS=3, MICRO_BATCH_SIZE=3)
+    torch.manual_seed(0)
+    stats = grpo.collect_and_update()
+    assert stats["logprob_gap"] <= stats["logprob_gap_max"] < 1e-4 and stats["approx_kl"] > 1e-4
+    grpo.collect, (written, rewards) = (
+        lambda: (written._replace(logprobs=written.logprobs - 0.5), rewards),
+        grpo.collect(),
+    )
+    stats = grpo.collect_and_update()
+    assert stats["logprob_gap"] == pytest.approx(0.5, abs=1e-4) == stats["logprob_gap_max"]
 
 
 def test_rewards_by_hand():
@@ -586,10 +697,10 @@ def test_the_divergence_is_zero_at_the_start_and_the_ratio_moves_with_more_epoch
 
 
 def test_progress_within_a_step(tokenizer, monkeypatch):
-    """The bar moves with every token that is written, and every pass over the answers."""
-    grpo = small_grpo(tokenizer, lambda prompts, answers: torch.rand(len(answers)), EPOCHS=2)
+    """The bar moves with every token that is written, and every micro-batch."""
+    grpo = small_grpo(tokenizer, lambda prompts, answers: torch.rand(len(answers)), EPOCHS=2, MICRO_BATCH_SIZE=4)
     reports = reports_of_an_update(grpo, monkeypatch)
-    assert [what for what, _ in reports] == 4 * ["writing"] + 3 * ["learning"]
+    assert [what for what, _ in reports] == 4 * ["writing"] + 6 * ["learning"]
     steps = [step for _, step in reports]
     assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] < grpo.global_step == 1
 
@@ -612,7 +723,7 @@ def test_tokens_after_the_end_change_nothing(tokenizer):
     other = tokens.clone()
     other[:2, 7:] = 77
     for grpo, x in zip(grpos, (tokens, other)):
-        grpo.update(x, mask, drawn, torch.tensor([1.0, -1.0, 0.5, -0.5]))
+        grpo.update(written_of(x, mask, drawn), torch.tensor([1.0, -1.0, 0.5, -0.5]))
     assert same(grpos[0].policy.state_dict(), grpos[1].policy.state_dict())
 
 
@@ -650,7 +761,7 @@ def test_no_prompt_comes_twice_in_a_step_before_all_have_and_none_is_held_out(to
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, folder, without_processes):
-    small = f"{SMALL} --policy_model {folder} --lora_rank 2"
+    small = f"{SMALL} --policy_model {folder} --lora_rank 2 --gradient_checkpointing true --micro_batch_size 2"
     straight, resumed = states_of_a_straight_and_a_resumed_run(ALGORITHM, small, tmp_path, 4, 2)
     assert same(straight, resumed) and straight[0]["update_count"] == 4
     assert all("lora_" in name for name in straight[0]["model"])
@@ -718,9 +829,19 @@ def test_an_adapter_goes_on_as_part_of_the_model(tmp_path, folder, without_proce
     torch.testing.assert_close(second, expected, rtol=0, atol=1e-4)
 
 
+def test_a_saved_model_has_its_own_generation_settings(tmp_path, tokenizer):
+    """Some models of the hub have settings that transformers would not save, such as a temperature without sampling."""
+    model = small_model("Qwen3", tokenizer)
+    model.generation_config = GenerationConfig(temperature=0.3, top_k=7, do_sample=False, eos_token_id=[0, 5])
+    own = model.generation_config.to_dict()
+    policy = Writer(model, tokenizer, temperature=2.0)
+    grpo_text.SavePretrained(tmp_path / "model", merged=False).on_training_end(SimpleNamespace(policy=policy))
+    assert GenerationConfig.from_pretrained(tmp_path / "model").to_dict() == own
+
+
 def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys):
     words = f"{SMALL} --policy_model {folder} --lora_rank 0 --num_steps 1 --run_dir {tmp_path / 'run'}"
-    assert run(ALGORITHM, *words.split()) == 0
+    assert run(ALGORITHM, *words.split(), "--gradient_checkpointing", "true", "--micro_batch_size", 2) == 0
     state = load_checkpoint(tmp_path / "run")
     assert "model.model.embed_tokens.weight" in state["model"] and (tmp_path / "run" / "model" / "config.json").exists()
     result = evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 16)
@@ -767,7 +888,7 @@ def test_lack_of_memory_is_one_line_with_advice(monkeypatch, tmp_path, folder, c
     assert (
         run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--run_dir", tmp_path / "run", "--num_samples", 8) == 1
     )
-    assert "--num_samples 4" in capsys.readouterr().err
+    assert "--micro_batch_size 4" in capsys.readouterr().err
 
 
 def fails(*args, **kwargs):

@@ -11,10 +11,12 @@ import math
 import os
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 from algorithms.parts.packages import check_installed, need
 from algorithms.parts.progress import waiting
@@ -273,6 +275,22 @@ def reference_of(model):
             yield model
 
     return without_adapters
+
+
+def checkpoint_layers(model):
+    """Let each layer keep its input alone for the backward pass, and compute the rest again there (Chen et al. 2016).
+
+    The switch of transformers would need the model in training mode, with its dropout. Raises CommandLineError for a
+    model that has no such layers.
+    """
+    kind = need("transformers").modeling_layers.GradientCheckpointingLayer
+    layers = [module for module in model.modules() if isinstance(module, kind)]
+    if not layers:
+        raise CommandLineError(
+            "the model has no layers for GRADIENT_CHECKPOINTING; leave it off, or take another model"
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 class TrainedOnly(nn.Module):

@@ -1,6 +1,7 @@
 """Causal language models as policies: `LanguagePolicy` scores a few given answers, `Writer` draws its own answers."""
 
 import inspect
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -243,6 +244,21 @@ def token_logits(head, hidden, tokens=slice(None)):
     return F.linear(hidden.float(), head.weight[tokens].float(), bias)
 
 
+class Written(NamedTuple):
+    """N prompts and the answers to them that `Writer.write` has drawn, of which the longest has T tokens."""
+
+    tokens: torch.Tensor  # (N, P + T), the prompts, padded on the left, and the answers
+    mask: torch.Tensor  # (N, P + T) int64, 0 for the padding before a prompt and for what follows the end of an answer
+    drawn: torch.Tensor  # (N, T) bool, True for the tokens of the answer up to and including its first end token
+    logprobs: torch.Tensor  # (N, T) float32, of the tokens when they were drawn, at the writer's temperature
+    entropy: torch.Tensor  # (N, T) float32, of the distribution that each token was drawn from, without TOP_P
+
+    def split(self, size):
+        """The same in parts of at most `size` answers; of all if it is 0."""
+        parts = [x.split(size or len(self.tokens)) for x in self]
+        return [Written(*part) for part in zip(*parts)]
+
+
 class Writer(TrainedOnly):
     """A causal language model that draws answers to prompts, and computes the log-probabilities of their tokens.
 
@@ -264,33 +280,31 @@ class Writer(TrainedOnly):
             raise CommandLineError("the model has no end token; take another model")
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id in known else self.ends[0]
         # The model's own settings would change what is drawn, but not the log-probabilities.
+        self.own_settings = base_model(model).generation_config
         base_model(model).generation_config = need("transformers").GenerationConfig(
             do_sample=True, temperature=temperature, top_p=top_p, top_k=0, eos_token_id=self.ends, pad_token_id=self.pad
         )
 
     @torch.no_grad()
     def write(self, prompts, max_new_tokens, report=None):
-        """Draw an answer to each prompt.
+        """Draw an answer to each prompt, and return them as `Written`.
 
-        Args:
-            report: called before each token of the answers, with how many tokens there are and how many there may be.
-
-        Returns:
-            tokens: (N, P + T), the prompts, padded on the left, and the answers.
-            mask: (N, P + T) int64, 0 for the padding before a prompt and for whatever follows the end of an answer.
-            drawn: (N, T) bool, True for the tokens of the answer up to and including its first end token.
+        report: called before each token of the answers, with how many tokens there are and how many there may be.
         """
         tokens, mask = self.prompt_tokens(prompts)
         longest_prompt = tokens.shape[1]
+        record = Record(self.temperature)
 
         def watched(tokens, logits):
             if report is not None:
                 report(tokens.shape[1] - longest_prompt, max_new_tokens)
-            return check_logits(tokens, logits)
+            return record(tokens, logits)
 
         written = self.generate(tokens, mask, max_new_tokens, logits_processor=[watched])
-        drawn = until_end(written[:, tokens.shape[1] :], self.ends)
-        return written, torch.cat([mask, drawn.long()], 1), drawn
+        record.note(written)
+        drawn = until_end(written[:, longest_prompt:], self.ends)
+        mask = torch.cat([mask, drawn.long()], 1)
+        return Written(written, mask, drawn, torch.stack(record.logprobs, 1), torch.stack(record.entropy, 1))
 
     def generate(self, tokens, mask, max_new_tokens, **more):
         return self.model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **more)
@@ -317,10 +331,16 @@ class Writer(TrainedOnly):
                 row.pop()
         return rows
 
-    def texts(self, tokens, drawn):
-        """The answers as texts, from the tokens (N, P + T) and `drawn` (N, T) that `write` returned."""
-        answers = tokens[:, -drawn.shape[1] :]
-        return [self.tokenizer.decode(row[is_drawn], skip_special_tokens=True) for row, is_drawn in zip(answers, drawn)]
+    def texts(self, written):
+        """The answers as texts."""
+        answers = written.tokens[:, -written.drawn.shape[1] :]
+        pairs = zip(answers, written.drawn)
+        return [self.tokenizer.decode(row[is_drawn], skip_special_tokens=True) for row, is_drawn in pairs]
+
+    def ended(self, written):
+        """Which answers have an end token, (N,) bool; the others were cut off."""
+        answers = written.tokens[:, -written.drawn.shape[1] :]
+        return torch.isin(answers, torch.tensor(self.ends, device=answers.device)).any(1)
 
     def logprobs(self, model, tokens, mask, T):
         """The log-probabilities (N, T) float32 of the last T tokens of (N, P + T), at the writer's temperature."""
@@ -374,10 +394,30 @@ class Writer(TrainedOnly):
                 check_scores(self.model, self.temperature * (found[i, :length] - expected))
 
 
-def check_logits(tokens, logits):
-    """The logits (N, V), for `generate`. Raises FloatingPointError if nothing can be drawn from them."""
-    check_finite("in an answer", logits=logits.logsumexp(-1))  # single ones may be minus infinity
-    return logits
+class Record:
+    """Notes how probable the tokens are that `generate` draws, and the entropy of what it draws them from.
+
+    It is a logits processor: `generate` calls it before each token, with the tokens so far (N, L) and the logits (N, V)
+    of the next one. Raises FloatingPointError if nothing can be drawn from those.
+    """
+
+    def __init__(self, temperature):
+        self.temperature = temperature
+        self.logprobs = []  # (N,) of each token
+        self.entropy = []  # (N,) of each token
+        self.of_next = None  # log-probabilities (N, V) of the token that is drawn next
+
+    def __call__(self, tokens, logits):
+        check_finite("in an answer", logits=logits.logsumexp(-1))  # single ones may be minus infinity
+        self.note(tokens)
+        self.of_next = F.log_softmax(logits.float() / self.temperature, dim=-1)
+        self.entropy.append(torch.special.entr(self.of_next.exp()).sum(-1))
+        return logits
+
+    def note(self, tokens):
+        """Note how probable the last of these tokens was, if it was drawn."""
+        if self.of_next is not None:
+            self.logprobs.append(self.of_next.gather(1, tokens[:, -1:])[:, 0])
 
 
 def until_end(answers, ends):
