@@ -1,4 +1,4 @@
-"""Watches a training: evaluation, progress, metrics.csv, TensorBoard, the learning curve, checkpoints.
+"""Watches a training: evaluation, progress, metrics.csv, TensorBoard, W&B, the learning curve, checkpoints.
 
 A `Trainer` (trainer.py) tells its callbacks of each event, in the order of its list, and `train` (harness/supervise.py)
 closes them at the end. No callback changes what is learned. An error in one that only draws, logs or prints becomes a
@@ -12,6 +12,7 @@ they hear of the update that waited for it. `MetricsCSV` comes before `LearningC
 import contextlib
 import io
 import math
+import os
 import sys
 import threading
 import time
@@ -411,6 +412,11 @@ class MetricsCSV(Callback):
         self.file.change(trainer.evaluated["update_count"], columns)
 
 
+def tensorboard_name(name):
+    """Return what TensorBoard and Weights & Biases call a statistic."""
+    return TENSORBOARD_NAMES.get(name, f"losses/{name}")
+
+
 class TensorBoard(Callback):
     """Writes event files into the run directory: losses, policy, value, charts and eval over environment steps."""
 
@@ -434,7 +440,7 @@ class TensorBoard(Callback):
 
     def on_update_end(self, trainer):
         for name, value in trainer.stats.items():
-            self.add(TENSORBOARD_NAMES.get(name, f"losses/{name}"), value, trainer.global_step)
+            self.add(tensorboard_name(name), value, trainer.global_step)
 
     def on_evaluation_end(self, trainer):
         step = trainer.evaluated["global_step"]
@@ -455,6 +461,52 @@ class TensorBoard(Callback):
         threading.excepthook = self.excepthook
         if self.writer is not None:
             self.writer.close()
+
+
+class WeightsAndBiases(Callback):
+    """Sends the columns of metrics.csv to a project of wandb.ai, with TensorBoard's names, over environment steps.
+
+    A resumed run goes on there as the same run, because both have one number.
+    """
+
+    cost = "no more goes to Weights & Biases"
+
+    def __init__(self, project, run_dir):
+        self.project = project
+        self.run_dir = Path(run_dir)
+        self.run = None
+
+    def on_training_start(self, trainer):
+        import wandb  # here, because a training runs without it too
+
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; by default it would wait for a network for ever
+        self.run = wandb.init(
+            project=self.project,
+            id=trainer.metadata["run_id"],
+            resume="allow",
+            name=self.run_dir.name,
+            dir=self.run_dir,
+            config=trainer.metadata["constants"],
+            settings={"console": "off", "quiet": True, "init_timeout": 30},
+        )
+        # W&B's own step may not go back, as it would for the evaluation of an earlier update.
+        self.run.define_metric("*", step_metric="global_step")
+
+    def on_update_end(self, trainer):
+        stats = {tensorboard_name(name): value for name, value in trainer.stats.items()}
+        self.log(trainer.global_step, {"update": trainer.update_count, "seconds": trainer.seconds} | stats)
+
+    def on_evaluation_end(self, trainer):
+        evaluation = trainer.evaluated["evaluation"]
+        self.log(trainer.evaluated["global_step"], {f"eval/{name}": value for name, value in evaluation.items()})
+
+    def log(self, step, values):
+        if self.run is not None:  # otherwise a warning has said that it could not be made
+            self.run.log({"global_step": step} | values)
+
+    def close(self):
+        if self.run is not None:
+            self.run.finish()
 
 
 class LearningCurve(Callback):

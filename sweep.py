@@ -37,7 +37,7 @@ from harness.device import available_cores
 from harness.messages import shown
 from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Constants, Parser, Values, given_path, within
-from harness.runs import LOCK, ROOT, Run, check_begun
+from harness.runs import LOCK, ROOT, Run, check_begun, check_wandb
 from harness.supervise import run_script, start_program, stop_program
 from harness.tables import heat_map, save_figure, show_table, write_csv
 
@@ -342,6 +342,7 @@ def check_runs(training, out, grid):
         constants = training.constants | values
         training.constants.check(constants)
         training.check(Values(**constants))
+        check_wandb(constants["WANDB"])
         if constants["EVAL_INTERVAL"] == 0:
             raise CommandLineError("without evaluations there is nothing to compare; leave --eval_interval 0 out")
         directory = directory_of(out, values)

@@ -20,7 +20,16 @@ from dataclasses import asdict, replace
 import torch
 
 from breakout_ascii import BOARD, MOST_POINTS, other_board
-from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
+from callbacks import (
+    Checkpoints,
+    Evaluation,
+    LearningCurve,
+    MetricsCSV,
+    ProgressBar,
+    RunDirectory,
+    TensorBoard,
+    WeightsAndBiases,
+)
 from evaluation import METRICS, OTHER_METRICS, VARIED_GAMES, levels
 from games.game import BREAKOUT, load_game
 from games.pages import PageError
@@ -75,6 +84,7 @@ RUN_DIR: str = ""  # directory of the run; "" for runs/<date-time>
 EVAL_INTERVAL = 8  # [0, inf) updates between two evaluations; never if 0
 EVAL_EPISODES = 100  # [2, 100_000] episodes of an evaluation; Breakout's always has all games that greedy play can meet
 SAVE_FREQ = 8  # [1, inf) updates between two checkpoints
+WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
@@ -318,6 +328,7 @@ def watch(ppo, c, run_dir, evaluation, off=""):
         TensorBoard(run_dir),
         LearningCurve(run_dir / "learning_curve.png", csv, levels(game, c.EVAL_EPISODES)),
         Checkpoints(run_dir, c.SAVE_FREQ, keep_stages=True),
+        WeightsAndBiases(c.WANDB, run_dir) if c.WANDB else None,
     ]
     return [callback for callback in callbacks if callback is not None]
 

@@ -5,8 +5,8 @@ model gives its reward, and the episode is over. The critic learns the mean rewa
 better than that; one optimizer serves both networks. The best action of the reward model is known, so the result is
 compared with the best that is possible.
 
-CONFIG (config.json by default) is a JSON file. If there is none, it is written with the constants below. The device is
-no part of it, because a run may go on with another one.
+CONFIG (config.json by default) is a JSON file. If there is none, it is written with the constants below. DEVICE and
+WANDB are no part of it but options, because a run may go on with others.
 
 A run leaves a directory checkpoints_YYYYMMDD_HHMMSS with actor_critic_training.log and, as safetensors, epoch_<n> after
 every tenth epoch and final. --evaluate [RUN] prints how good a run is, by default the shipped one. --resume RUN
@@ -17,10 +17,12 @@ import harness.start  # before the slow imports
 
 import json
 import math
+import signal
 import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from tqdm import tqdm
 
 from algorithms.parts.packages import ALGORITHMS
 from algorithms.parts.playing import check_algorithm
+from callbacks import Callback, WeightsAndBiases
 from harness.checkpoint import (
     SUFFIX,
     CheckpointError,
@@ -44,13 +47,13 @@ from harness.device import choose_device
 from harness.files import atomic_write
 from harness.messages import one_line, quoted, shortened, shown, tell
 from harness.options import CommandLineError, Constants, Parser, check_at_most, given_path
-from harness.runs import delete_unfinished, locked, program_command
-from harness.supervise import check_free_memory, ignore_signals, run_script, signals_handled
+from harness.runs import check_wandb, delete_unfinished, locked, program_command
+from harness.supervise import check_free_memory, ignore_signals, interrupt, run_script, signals_handled
 from ppo import policy_loss, value_loss
 from trainer import check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the defaults of config.json, which has these names in lower case, except DEVICE
+# the defaults of config.json, which has these names in lower case, except DEVICE and WANDB
 INPUT_DIM = 10  # [1, 4096] numbers in a state
 OUTPUT_DIM = 2  # [2, 4096] actions to choose from, at most INPUT_DIM
 HIDDEN_DIM = 256  # [1, 65536] units in the hidden layer of each of the two networks
@@ -59,10 +62,11 @@ BATCH_SIZE = 32  # [2, inf) states in a gradient step
 NUM_EPOCHS = 100  # [1, inf) epochs of 200 gradient steps each
 SEED = 42  # [0, 2_147_483_647] for the weights, the reward model and the states
 DEVICE: str = "cpu"  # of the networks, also "cuda" or "auto"; a GPU is slower with networks this small
+WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-CONFIGURED = [name for name in CONSTANTS if name != "DEVICE"]
+CONFIGURED = [name for name in CONSTANTS if name not in ("DEVICE", "WANDB")]
 Config = namedtuple("Config", map(str.lower, CONFIGURED), defaults=[CONSTANTS[name] for name in CONFIGURED])
 SHIPPED = ALGORITHMS / "pretrained" / f"actor_critic{SUFFIX}"
 LOG = "actor_critic_training.log"
@@ -71,6 +75,7 @@ STEPS_PER_EPOCH = 200
 SAVE_FREQ = 10  # epochs
 TEST_STATES = 100_000  # of an evaluation
 NAME = "actor_critic"
+EPOCH_LINE = "epoch {}: reward {episode_return:.4f}, actor loss {actor_loss:.4f}, critic loss {critic_loss:.4f}"
 
 
 def read_config(path):
@@ -357,24 +362,29 @@ def keep(directory):
         directory.mkdir(parents=True)
 
 
-def train(agent, directory):
-    """Train to the last epoch; a signal ends the training after the last whole one. Returns the exit status."""
+def train(agent, directory, wandb=""):
+    """Train to the last epoch; a signal ends the training after the last whole one. Returns the exit status.
 
-    def stop(signum, frame):
-        raise SystemExit(128 + signum)  # not an Exception, which the code that is interrupted might catch
-
+    wandb: a project of Weights & Biases, or "".
+    """
+    callback = WeightsAndBiases(wandb, directory) if wandb else Callback()
     try:
-        with locked(directory), signals_handled(stop):
+        with locked(directory), signals_handled(interrupt):
             delete_unfinished(directory)
-            train_epochs(agent, directory)
-    except SystemExit as stopped:
-        return stopped.code
+            train_epochs(agent, directory, callback)
+    except KeyboardInterrupt as stopped:
+        return 128 + (stopped.args or [signal.SIGINT])[0]
+    finally:
+        callback.hear("close")
     return 0
 
 
-def train_epochs(agent, directory):
+def train_epochs(agent, directory, callback):
     """Train the remaining epochs, and save the last whole one even if an exception ends the training."""
     config = agent.config
+    start = time.monotonic()
+    run_id = f"{directory.name}-{config.seed}"
+    progress = SimpleNamespace(metadata={"run_id": run_id, "constants": config._asdict()})  # as callbacks see it
     command = program_command(f"-m algorithms.{NAME}")
     log = Log(directory, config, agent.device)
     last_epoch = agent.state_dict()
@@ -382,9 +392,15 @@ def train_epochs(agent, directory):
     steps = STEPS_PER_EPOCH * config.num_epochs
     bar = tqdm(total=steps, initial=STEPS_PER_EPOCH * agent.epoch, unit=" steps", leave=False, disable=None)
     try:
+        callback.hear("on_training_start", progress)
         while agent.epoch < config.num_epochs:
-            log.say(train_epoch(agent, bar))
+            progress.stats = train_epoch(agent, bar)
             last_epoch = agent.state_dict()
+            log.say(EPOCH_LINE.format(agent.epoch, **progress.stats))
+            progress.update_count = agent.epoch
+            progress.global_step = STEPS_PER_EPOCH * agent.epoch
+            progress.seconds = time.monotonic() - start
+            callback.hear("on_update_end", progress)
             if agent.epoch % SAVE_FREQ == 0:
                 try:
                     save_checkpoint(directory / f"epoch_{agent.epoch}{SUFFIX}", last_epoch)
@@ -399,14 +415,17 @@ def train_epochs(agent, directory):
         keep(directory)
         save_checkpoint(directory / FINAL, last_epoch)
         if agent.epoch == config.num_epochs:
-            log.say("expected reward {score:.4f} of {optimum:.4f}, {share:.2%}".format(**agent.evaluate()))
+            evaluation = agent.evaluate()
+            log.say("expected reward {score:.4f} of {optimum:.4f}, {share:.2%}".format(**evaluation))
+            progress.evaluated = {"global_step": steps, "evaluation": evaluation}
+            callback.hear("on_evaluation_end", progress)
             log.say(f"wrote {directory / FINAL}; score it again: {command} --evaluate {quoted(directory)}")
         elif not diverged:
             log.say(f"stopped; go on with: {command} --resume {quoted(directory)}")
 
 
 def train_epoch(agent, bar):
-    """Train one epoch. Returns a line for the log; raises FloatingPointError if the training diverges."""
+    """Train one epoch. Returns the means of its statistics; raises FloatingPointError if the training diverges."""
     steps = []
     for _ in range(STEPS_PER_EPOCH):
         steps.append(agent.update())
@@ -415,7 +434,7 @@ def train_epoch(agent, bar):
     agent.epoch += 1
     for weights in (*agent.policy.parameters(), *agent.value.parameters()):
         check_finite(f"after epoch {agent.epoch}", weights=weights)
-    return f"epoch {agent.epoch}: reward {reward:.4f}, actor loss {actor_loss:.4f}, critic loss {critic_loss:.4f}"
+    return {"episode_return": reward, "actor_loss": actor_loss, "critic_loss": critic_loss}
 
 
 def main(argv=()):
@@ -429,6 +448,7 @@ def main(argv=()):
     where = "where the run's directory is made (default: here)"
     parser.add_argument("--directory", type=given_path, default=".", metavar="FOLDER", help=where)
     parser.add_argument("--device", default=DEVICE, metavar="TEXT", help=CONSTANTS.explanation("DEVICE"))
+    parser.add_argument("--wandb", default=WANDB, metavar="TEXT", help=CONSTANTS.explanation("WANDB"))
     parser.add_argument("--evaluate", type=given_path, nargs="?", const=SHIPPED, metavar="RUN", help="print its score")
     for word in map(str, argv):
         if word.startswith("--") and word[2:].split("=")[0] in Config._fields:
@@ -438,11 +458,12 @@ def main(argv=()):
     device = choose_device(args.device)
     if args.evaluate is not None:
         return evaluate(args.evaluate, device)
+    check_wandb(args.wandb)
     if args.resume is not None:
-        return resume(args.resume, device)
+        return resume(args.resume, device, args.wandb)
     config = read_config(args.config)
     check_memory(config, device)
-    return train(ActorCriticAgent(config, device), new_directory(args.directory))
+    return train(ActorCriticAgent(config, device), new_directory(args.directory), args.wandb)
 
 
 def evaluate(run, device):
@@ -455,14 +476,14 @@ def evaluate(run, device):
     return 0
 
 
-def resume(run, device):
+def resume(run, device, wandb=""):
     """Train a run to its end, from its last checkpoint or from the one that is named. Returns the exit status."""
     path = find_checkpoint(run, (FINAL,))
     agent = load_run(path, device)
     if agent.epoch >= agent.config.num_epochs:
         raise CommandLineError(f"{run} has done all of its {agent.epoch} epochs already")
     check_memory(agent.config, device)
-    return train(agent, path.parent)
+    return train(agent, path.parent, wandb)
 
 
 if __name__ == "__main__":

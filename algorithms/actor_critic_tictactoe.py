@@ -62,6 +62,7 @@ DEVICE: str = "cpu"  # a GPU is slower with networks this small
 RUN_DIR: str = ""  # directory of the run; "" for runs/actor_critic_tictactoe/<date-time>
 EVAL_INTERVAL = 250  # [0, inf) updates between two evaluations; never if 0
 SAVE_FREQ = 500  # [1, inf) updates between two checkpoints
+WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())

@@ -60,6 +60,7 @@ DEVICE: str = "auto"  # "cuda" or "mps" if it works, else "cpu"
 RUN_DIR: str = ""  # directory of the run; "" for runs/dqn_space_invaders/<date-time>
 EVAL_INTERVAL = 33  # [0, inf) updates between two evaluations; never if 0
 SAVE_FREQ = 67  # [1, inf) updates between two checkpoints; 67 updates are 200,000 steps
+WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())

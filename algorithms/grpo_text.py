@@ -481,38 +481,11 @@ class SavePretrained(Callback):
         say(f"saved {self.directory}")
 
 
-class WeightsAndBiases(Callback):
-    """Sends the statistics of each step to a project of wandb.ai."""
-
-    cost = "no more goes to Weights & Biases"
-
-    def __init__(self, project, constants):
-        self.project = project
-        self.constants = constants
-        self.run = None
-
-    def on_training_start(self, trainer):
-        import wandb  # imported here, because training works without it
-
-        self.run = wandb.init(project=self.project, config=self.constants)
-
-    def on_update_end(self, trainer):
-        if self.run is not None:
-            self.run.log(trainer.stats, step=trainer.update_count)
-
-    def close(self):
-        if self.run is not None:
-            self.run.finish()
-
-
 def callbacks_of(c, run_dir):
     """The callbacks of this training, in addition to those that all have."""
     # An adapter to a model that is itself an adapter would be of no use alone, so the whole model is saved.
     merged = c.LORA_RANK > 0 and is_adapter(c.POLICY_MODEL)
-    callbacks = [Answers(c.SHOWN_ANSWERS), SavePretrained(run_dir / "model", merged)]
-    if c.WANDB:
-        callbacks.append(WeightsAndBiases(c.WANDB, dict(vars(c))))
-    return callbacks
+    return [Answers(c.SHOWN_ANSWERS), SavePretrained(run_dir / "model", merged)]
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -520,8 +493,6 @@ def callbacks_of(c, run_dir):
 
 def build(c):
     """The trainer that these constants describe. Raises CommandLineError for a model that cannot be used."""
-    if c.WANDB:
-        check_installed("wandb")
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
     writer, reward, models = make_models(c, device)

@@ -96,6 +96,7 @@ RUN_DIR: str = ""  # directory of the run; "" for runs/ppo_llm_breakout/<date-ti
 EVAL_INTERVAL = 20  # [0, inf) updates between two evaluations; never if 0
 VIDEO_FREQ = 60  # [0, inf) updates between two videos of a game; never if 0
 SAVE_FREQ = 20  # [1, inf) updates between two checkpoints
+WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())

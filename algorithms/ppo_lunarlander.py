@@ -49,6 +49,7 @@ DEVICE: str = "cpu"  # a GPU is slower with networks this small
 RUN_DIR: str = ""  # directory of the run; "" for runs/ppo_lunarlander/<date-time>
 EVAL_INTERVAL = 20  # [0, inf) updates between two evaluations; never if 0
 SAVE_FREQ = 20  # [1, inf) updates between two checkpoints
+WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())

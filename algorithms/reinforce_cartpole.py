@@ -59,6 +59,7 @@ DEVICE: str = "cpu"  # a GPU is slower with a network this small
 RUN_DIR: str = ""  # directory of the run; "" for runs/reinforce_cartpole/<date-time>
 EVAL_INTERVAL = 5  # [0, inf) updates between two evaluations; never if 0
 SAVE_FREQ = 20  # [1, inf) updates between two checkpoints
+WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())

@@ -1,9 +1,11 @@
 """The directories of runs: make a new one, lock it, and read from it what a resume needs."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -55,10 +57,17 @@ def read_run(argv, prog, doc, known, kept=(), check=lambda c: None):
         run = read_resumed(resume, given, known, kept)
     known.check(run.constants)
     check(Values(**run.constants))
+    check_wandb(run.constants.get("WANDB"))
     if RANK == 0:
         for name in known.unread():
             tell(f"warning: {name} is read nowhere; it has no effect")
     return run
+
+
+def check_wandb(project):
+    """Raise CommandLineError if a run is to log to a project of Weights & Biases, and the package for it is missing."""
+    if project and sys.modules.get("wandb") is None and not importlib.util.find_spec("wandb"):
+        raise CommandLineError('--wandb needs a package: pip install wandb (or --wandb "" to train without it)')
 
 
 def read_resumed(name, given, known, kept):

@@ -1,4 +1,7 @@
-"""A trainer that trains nothing: it emits the events of a training, in their order, with numbers that are known."""
+"""A trainer that trains nothing, and a stand-in for W&B.
+
+The trainer emits the events of a training, in their order, with numbers that are known.
+"""
 
 import csv
 import errno
@@ -103,6 +106,26 @@ class FakeTrainer:
 
     def keep_snapshot(self):
         self.snapshot = {**self.policy_state(), "best_score": self.best_score}
+
+
+class FakeWandb:
+    """Stands in for the package, and for its runs: it keeps what is logged."""
+
+    def __init__(self):
+        self.inits, self.metrics, self.rows, self.finished = [], [], [], 0
+
+    def init(self, **options):
+        self.inits.append(options)
+        return self
+
+    def define_metric(self, *args, **options):
+        self.metrics.append((args, options))
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self):
+        self.finished += 1
 
 
 def disk_full(*args, **kwargs):

