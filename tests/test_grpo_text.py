@@ -5,6 +5,8 @@ import math
 import os
 import re
 import shutil
+import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +24,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
     DebertaV2Config,
@@ -74,7 +77,8 @@ from algorithms.parts.language_model import (
     with_lora,
 )
 from algorithms.parts.language_policy import Writer, Written, until_end
-from harness.checkpoint import load_checkpoint
+from algorithms.parts.prompts import read_prompts
+from harness.checkpoint import CheckpointError, load_checkpoint
 from harness.options import CommandLineError
 from ppo import k3
 
@@ -88,7 +92,7 @@ def tokenizer():
     return train_tokenizer(["hello world"])
 
 
-def small_model(kind, tokenizer):
+def small_model(kind, tokenizer, n_positions=64):
     torch.manual_seed(0)
     if kind == "GPT-2":  # dropout 0.1, learned positions
         model = GPT2LMHeadModel(
@@ -97,7 +101,7 @@ def small_model(kind, tokenizer):
                 n_embd=32,
                 n_layer=2,
                 n_head=2,
-                n_positions=64,
+                n_positions=n_positions,
                 eos_token_id=0,
                 bos_token_id=0,
             )
@@ -119,6 +123,15 @@ def small_model(kind, tokenizer):
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def gpt2(tokenizer, tmp_path_factory):
+    """A model as the hub has GPT-2: all special tokens are one, and there is neither padding nor a chat template."""
+    path = tmp_path_factory.mktemp("gpt2")
+    small_model("GPT-2", tokenizer, n_positions=128).save_pretrained(path)
+    wrapped(tokenizer, dict(bos_token="<end>", unk_token="<end>")).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -507,14 +520,14 @@ def test_a_classifier_reads_what_its_chat_template_says(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(num_labels=2), "it has 2 outputs; a reward model has one"),
+        (dict(num_labels=2), r"it has 2 outputs \(LABEL_0, LABEL_1\); .* write a function that takes one of them, .*$"),
         (dict(vocab_size=100), "gives token 266, and the model knows 100"),
         (
             dict(template="{{ raise_exception('roles must\n alternate') }}"),
             "chat template .* failed .roles must alternate",
         ),
         (dict(template="{% for"), "chat template .* failed"),
-        (dict(settings=dict(model_max_length=10)), "it reads 10 tokens at most, and a prompt has more"),
+        (dict(settings=dict(model_max_length=10)), "reads 10 tokens at most, and the prompt 'W.*' has more; shorten"),
         (dict(kind="Llama", max_position_embeddings=10), "it reads 10 tokens at most"),
     ],
 )
@@ -536,7 +549,7 @@ def test_a_model_without_a_tokenizer_and_one_that_is_too_short_are_refused(token
     with pytest.raises(CommandLineError, match="the tokenizer makes nothing of a text"):
         Writer(small_model("Qwen3", tokenizer), empty).check(PROMPTS, 4)
     with pytest.raises(
-        CommandLineError, match="^the model reads 64 tokens at most, too few for the prompts; take another model$"
+        CommandLineError, match="^the model reads 64 tokens at most, and the prompt 'word .*' has 161; shorten it, or"
     ):
         Writer(small_model("GPT-2", tokenizer), tokenizer).check(["word " * 80], 4)
 
@@ -579,8 +592,143 @@ def test_a_classifier_that_fails_is_one_line(tmp_path, tokenizer):
 
 def test_a_function_gives_one_number_for_each_answer():
     assert grpo_text.score_by(lambda prompt, answer: answer == "b", "xx", "ab").tolist() == [0.0, 1.0]
-    with pytest.raises(TypeError, match="not 'list'"):  # which would have made more groups
-        grpo_text.score_by(lambda prompt, answer: [0.5, 1.0], "xx", "ab")
+    with pytest.raises(CommandLineError, match="returned .0.5, 1.0., which is no number, for the answer 'a'$"):
+        grpo_text.score_by(lambda prompt, answer: [0.5, 1.0], "xx", "ab")  # which would have made more groups
+
+
+MINE = """
+import torch
+from pathlib import Path
+Path("imported").touch()
+def length(prompt, answer): return len(answer)
+def tensor(prompt, answer): return torch.zeros(2, 2)
+def nan(prompt, answer): return float("nan")
+def no_answer(prompt): return 0
+def fails(prompt, answer):
+    return 1 / len(answer)
+five = 5
+def zero(prompt, answer): return 0
+"""
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("my_reward:missing", "^REWARD_MODEL my_reward:missing: my_reward.py has no function missing$"),
+        ("my_reward:five", "my_reward.py has no function five$"),
+        ("my_reward:fails", r"failed .ZeroDivisionError: .*, line 10 of my_reward.py. for the answer ''$"),
+        ("my_reward:no_answer", r"failed .TypeError: no_answer.. takes 1 positional argument .* for the answer ''$"),
+        ("my_reward:tensor", r"has returned tensor\(.*, which is no number, for the answer ''$"),
+        ("my_reward:nan", "the rewards are not finite at the start, for the answer ''; check "),
+        ("my_broken:f", r"my_broken cannot be imported \(SyntaxError: .*my_broken.py, line 1\)\)$"),
+        ("my_exit:f", r"my_exit cannot be imported \(SystemExit: 3\)$"),
+        ("my_nothing:f", "my_nothing'.; it must be in the working directory, or installed$"),
+    ],
+)
+def test_a_reward_function_that_cannot_be_used_is_one_line(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, text in {"my_reward": MINE, "my_broken": "def f(", "my_exit": "raise SystemExit(3)"}.items():
+        (tmp_path / f"{module}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises((CommandLineError, FloatingPointError), match=message) as error:
+        make_reward(name, torch.device("cpu"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_reward_function_is_imported_only_if_the_user_names_it(
+    tmp_path, folder, without_processes, monkeypatch, capsys
+):
+    """A checkpoint of somebody else may name any module that lies here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_reward", raising=False)
+    (tmp_path / "my_reward.py").write_text(MINE)
+    named = ["--reward_model", "my_reward:length"]
+    assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--num_steps", 1, "--run_dir", "run", *named) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("python -m algorithms.grpo_text --reward_model my_reward:length --") == 2  # it can be pasted
+    (tmp_path / "imported").unlink()
+    for words in (["--resume", "run", "--num_steps", 2], ["--evaluate", "run"], ["--play", "run"]):
+        del sys.modules["my_reward"]
+        with pytest.raises(
+            CheckpointError, match="its REWARD_MODEL 'my_reward:length' would run a module's code; name it by --reward"
+        ):
+            run(ALGORITHM, *words)
+        assert not (tmp_path / "imported").exists()
+        assert run(ALGORITHM, *words, *named) == 0
+        (tmp_path / "imported").unlink()
+    with pytest.raises(
+        CommandLineError, match="--reward_model my_reward:zero is not the model that the run began with"
+    ):
+        run(ALGORITHM, "--evaluate", "run", "--reward_model", "my_reward:zero")
+
+
+@pytest.mark.parametrize(
+    "name, content, prompts",
+    [
+        ("p.txt", b"\xef\xbb\xbfWhat is tea?\r\n\n  What is \xc3\xa9?  ", ["What is tea?", "What is \u00e9?"]),
+        ("p.jsonl", b'{"prompt": "What\\nis it?", "id": 3}\n\n"What is tea?"\n', ["What\nis it?", "What is tea?"]),
+    ],
+)
+def test_prompts_in_a_file(name, content, prompts, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert read_prompts(tmp_path / name) == prompts
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("p.txt", None, "^PROMPTS_FILE p.txt: No such file or directory; check the path$"),
+        ("p.txt", b" \n\n", "p.txt: has no prompts; write one in each line$"),
+        ("p.txt", b"What?\n\xff\xfe\n", "^PROMPTS_FILE p.txt, line 2: is not in UTF-8; save the file as UTF-8$"),
+        ("p.jsonl", b'"What?"\n\n{"prompt": 3}', "^PROMPTS_FILE p.jsonl, line 3: has no text as its prompt"),
+        ("p.jsonl", b'{"prompt": " "}', "line 1: has no text as its prompt"),
+        ("p.jsonl", b'{"text": "What?"}', "line 1: has no text as its prompt"),
+        ("p.jsonl", b"[" * 100_000, "line 1: maximum recursion"),
+        ("p.jsonl", b'"\\ud800"', "line 1: .*surrogates not allowed"),
+        ("p.JSON", b'["What?",\n"Why?"]', r"line 1: is no JSON \(.*, column 10\); each line must be like"),
+        ("p.txt", b"word " * 90, "reads 128 tokens at most, and the prompt 'word word .* has [0-9]*; shorten it"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_used_is_one_line(name, content, message, tmp_path, gpt2, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CommandLineError, match=message) as error:
+        run(ALGORITHM, *SMALL.split(), "--policy_model", gpt2, "--run_dir", "run", "--prompts_file", name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_keeps_its_file_of_prompts(tmp_path, gpt2, without_processes, monkeypatch, capsys):
+    """It is found from another directory, --play does not need it, and a resumed run says if it has changed."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("Tea?\nRain?\n")
+    words = f"{SMALL} --policy_model {gpt2} --prompts_file p.txt --prompts_per_step 2 --run_dir {tmp_path / 'run'}"
+    assert run(ALGORITHM, *words.split(), "--num_steps", 1) == 0
+    assert {"Tea?", "Rain?"} < set(capsys.readouterr().out.splitlines())
+    monkeypatch.chdir("elsewhere")
+    with warnings.catch_warnings(action="error"):
+        assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 2) == 0
+    (tmp_path / "p.txt").write_text("Snow?\n")
+    with pytest.warns(UserWarning, match="the prompts have changed since the run began; it goes on with those of now"):
+        assert run(ALGORITHM, "--resume", tmp_path / "run", "--num_steps", 3) == 0
+    assert "Snow?" in capsys.readouterr().out
+    (tmp_path / "p.txt").unlink()
+    assert run(ALGORITHM, "--play", tmp_path / "run") == 0
+    assert set(HELD_OUT) < set(capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_policy_like_gpt2_learns(lora_rank, tmp_path, gpt2, without_processes):
+    """It has no chat template, and its tokenizer has no token for padding."""
+    words = f"{SMALL} --policy_model {gpt2} --lora_rank {lora_rank} --prompts_per_step 2 --num_steps 2"
+    assert run(ALGORITHM, *words.split(), "--run_dir", tmp_path / "run") == 0
+    states = [load_checkpoint(path) for path in sorted((tmp_path / "run").glob("checkpoint_*"))]
+    assert len(states) == 2 and not same(states[0]["model"], states[1]["model"])
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert loaded.pad_token is None and loaded.chat_template is None
 
 
 @pytest.mark.parametrize(
@@ -867,7 +1015,7 @@ def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys)
         (["--top_p", 0], "TOP_P"),
         (["--policy_model", "damaged"], "cannot be loaded"),
         (["--policy_model", "endless"], "no end token"),
-        (["--max_new_tokens", 60000], "reads 32768 tokens at most, so MAX_NEW_TOKENS must be 32"),
+        (["--max_new_tokens", 60000], "reads 32768 .* and the prompt '.*' has .*, so MAX_NEW_TOKENS must be 32"),
     ],
 )
 def test_bad_input_is_one_line(words, message, monkeypatch, tmp_path, folder, tokenizer):
@@ -973,7 +1121,7 @@ def test_models_are_found_from_elsewhere_and_after_a_move(
     first = evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 2)
     for name in "base", "reward":
         os.rename(tmp_path / name, tmp_path / f"moved_{name}")
-    with pytest.raises(CommandLineError, match="base' cannot be loaded .*name the place where it is now"):
+    with pytest.raises(CommandLineError, match="reward' cannot be loaded .*name the place where it is now"):
         run(ALGORITHM, "--evaluate", tmp_path / "run")
     places = ["--policy_model", "../moved_base", "--reward_model", "../moved_reward"]
     assert evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 2, *places) == first

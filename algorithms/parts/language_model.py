@@ -391,7 +391,9 @@ class RewardModel:
         self.tokenizer = from_pretrained("AutoTokenizer", name)
         self.model = load_whole("AutoModelForSequenceClassification", name, torch.float32).to(device)
         if self.model.config.num_labels != 1:
-            raise CommandLineError(f"it has {self.model.config.num_labels} outputs; a reward model has one")
+            names = shortened(", ".join(map(str, self.model.config.id2label.values())), 60)
+            reason = f"it has {self.model.config.num_labels} outputs ({names}); a reward model has one"
+            raise CommandLineError(f"{reason}, so write a function that takes one of them, as your module:function")
         self.fingerprint = self.model.fingerprint
         self.longest = min(self.tokenizer.model_max_length, longest_input(self.model))
         self.accepted = inspect.signature(self.model.forward).parameters  # some tokenizers give more
@@ -418,8 +420,8 @@ class RewardModel:
             if inputs["input_ids"].shape[1] <= self.longest:
                 return {name: x.to(self.model.device) for name, x in inputs.items() if name in self.accepted}
             if not answer:
-                reason = f"it reads {self.longest} tokens at most, and a prompt has more"
-                raise CommandLineError(f"{reason}; take another model")
+                reason = f"it reads {self.longest} tokens at most, and the prompt {shortened(prompt, 60)!r} has more"
+                raise CommandLineError(f"{reason}; shorten it, or take another model")
             answer = answer[: len(answer) * 9 // 10]
             limit = f"the reward model reads {self.longest} tokens at most"
             warnings.warn(f"{limit}, and of longer answers the beginning", stacklevel=1)  # shown once

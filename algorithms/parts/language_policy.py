@@ -17,6 +17,7 @@ from algorithms.parts.language_model import (
     vocabulary_size,
 )
 from algorithms.parts.packages import need
+from harness.messages import shortened
 from harness.options import CommandLineError
 from ppo import Policy
 from trainer import check_finite
@@ -366,12 +367,12 @@ class Writer(TrainedOnly):
         check_tokens(self.model, self.tokenizer, rows)
         limit = longest_input(self.model)
         room = limit - longest_of(rows)
+        longest = f"the prompt {shortened(prompts[rows.index(max(rows, key=len))], 60)!r} has {limit - room}"
+        reason = f"the model reads {limit} tokens at most, and {longest}"
         if room < 1:
-            reason = f"the model reads {limit} tokens at most, too few for the prompts"
-            raise CommandLineError(f"{reason}; take another model")
+            raise CommandLineError(f"{reason}; shorten it, or take another model")
         if max_new_tokens > room:
-            consequence = f"so MAX_NEW_TOKENS must be {room} or less, not {max_new_tokens}"
-            raise CommandLineError(f"the model reads {limit} tokens at most, {consequence}")
+            raise CommandLineError(f"{reason}, so MAX_NEW_TOKENS must be {room} or less, not {max_new_tokens}")
         with torch.no_grad():
             self.check_together_and_alone(["Hi", max(prompts, key=len)])
 

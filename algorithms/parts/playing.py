@@ -35,11 +35,9 @@ SEED = 1_000_000  # far from the seeds of trainings
 def play_or_evaluate(algorithm, argv):
     """Do what a command line with --play or --evaluate asks for. Returns the exit status."""
     args = read_arguments(algorithm, argv)
-    state, path, why = load_policy_state(algorithm, args.checkpoint)
-    for constant in algorithm.model_constants:
-        moved_to = getattr(args, constant.lower())
-        if moved_to:
-            state["constants"][constant] = moved_to
+    named = {constant: getattr(args, constant.lower()) for constant in algorithm.model_constants}
+    given = {constant: name for constant, name in named.items() if name}
+    state, path, why = load_policy_state(algorithm, args.checkpoint, given)
     tell(f"{shown(path)}: trained for {state['global_step']:,} steps{why}")
     try:
         with memory_advice("does not fit into memory; try fewer --episodes"):
@@ -101,7 +99,7 @@ def make_parser(algorithm):
     parser.add_argument("--out", type=given_path, metavar="FILE", help=out_help if drawn else argparse.SUPPRESS)
     parser.add_argument("--human", action="store_true", help=human_help if drawn else argparse.SUPPRESS)
     for constant in algorithm.model_constants:
-        moved = "the folder that this model of the run has moved to"
+        moved = "the folder that this model of the run has moved to, or its module:function once more"
         parser.add_argument(f"--{constant.lower()}", type=given_path, metavar="FOLDER", help=moved)
     return parser
 
@@ -148,8 +146,10 @@ def show(algorithm, state, args):
 # --- loading a model --------------------------------------------------------------------------------------------------
 
 
-def load_policy_state(algorithm, name):
+def load_policy_state(algorithm, name, given=()):
     """Load the run or checkpoint of this name. If it is None, load the newest run, or else the shipped model.
+
+    given: {name: value} of constants that replace those of the run.
 
     Returns what `Trainer.policy_state` returned, the path, and a remark that says why it was taken. Raises
     CheckpointError.
@@ -162,7 +162,7 @@ def load_policy_state(algorithm, name):
         check_like(state, {"constants": {}, "global_step": 0, "model": {}})
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; train one anew") from None
-    constants = constants_of(path, state["constants"], algorithm.constants)
+    constants = constants_of(path, state["constants"], algorithm.constants, given) | dict(given)
     return state | {"constants": constants}, path, why
 
 

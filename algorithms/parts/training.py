@@ -25,7 +25,7 @@ from callbacks import (
 from harness.device import RANKS
 from harness.messages import quoted
 from harness.options import CommandLineError, Constants, Values, check_at_most, check_divides
-from harness.runs import going_on, load_state, new_run_dir, program_command, read_run
+from harness.runs import going_on, load_state, names_function, new_run_dir, program_command, read_run
 from harness.supervise import less_memory, memory_advice, train
 from ppo import PPOConfig
 
@@ -96,7 +96,10 @@ To watch or to score what was learned:
             check_models(run.state, trainer.metadata["models"])
         load_state(trainer, run)
     run_dir = run.directory or new_run_dir(c.RUN_DIR, f"runs/{algorithm.name}")
-    trainer.callbacks = callbacks_of(algorithm, c, run_dir, trainer.total_steps)
+    for constant in algorithm.model_constants:
+        if names_function(getattr(c, constant)):  # a run's module is imported only if it is named once more
+            program += f" --{constant.lower()} {getattr(c, constant)}"
+    trainer.callbacks = callbacks_of(algorithm, c, program, run_dir, trainer.total_steps)
     advice = {
         FloatingPointError: lower_learning_rate(c),
         MemoryError: less_memory(run.constants, algorithm.memory_constants, algorithm.constants, algorithm.check),
@@ -104,10 +107,9 @@ To watch or to score what was learned:
     return train(trainer, run_dir, program, advice)
 
 
-def callbacks_of(algorithm, c, run_dir, steps):
+def callbacks_of(algorithm, c, program, run_dir, steps):
     """The callbacks that every training has, and those of this one. Their order matters: see callbacks.py."""
     metrics = run_dir / "metrics.csv"
-    program = f"-m algorithms.{algorithm.name}"
     plan = f"{algorithm.name}: {steps:,} steps in all.\nCurve, metrics, checkpoints: {run_dir}."
     label = "watch it play" if algorithm.frames else "read its answers"
     endings = {label: f"{program_command(program)} --play {quoted(run_dir)}"} | going_on(program, run_dir, c.NUM_STEPS)
