@@ -532,6 +532,7 @@ def make_models(c, device, prompts):
 
     prompts: all that there will be.
     """
+    check_installed(*packages_of(c.POLICY_MODEL), *(["peft"] if c.LORA_RANK else []))
     c.POLICY_MODEL = absolute_name(c.POLICY_MODEL, [SMOLLM2])
     c.REWARD_MODEL = absolute_name(c.REWARD_MODEL, REWARDS)
     reward = make_reward(c.REWARD_MODEL, device, prompts)  # first, because a function of the user's may be wrong
@@ -550,7 +551,6 @@ def make_writer(c, device, prompts=PROMPTS + HELD_OUT):
 
     prompts: all that there will be.
     """
-    check_installed(*packages_of(c.POLICY_MODEL), *(["peft"] if c.LORA_RANK else []))
     tokenizer = load_tokenizer(c.POLICY_MODEL)
     # Weights that learn are float32, because steps of 1e-5 would be lost in bfloat16.
     model = load_model(c.POLICY_MODEL, tokenizer, device, frozen=c.LORA_RANK > 0)

