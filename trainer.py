@@ -94,12 +94,18 @@ class Trainer:
         self.emit("on_training_end")
 
     def keep_snapshot(self):
-        """Keep a copy of the current state. On the CPU it takes over the memory of the previous copy."""
+        """Keep a copy of the current state. On the CPU it takes over the memory of the previous copy.
+
+        An evaluation of this very update shares its weights, so that a checkpoint holds them once.
+        """
         state = self.state_dict()
-        pending = list(state.pop("evaluations"))  # copies already, which nobody changes
+        pending = state.pop("evaluations")  # copies already, which nobody changes
         on_cpu = all(weights.device.type == "cpu" for weights in self.policy.parameters())
         old = self.snapshot if on_cpu else None  # a GPU may fail in the middle, and then the previous copy is needed
-        self.snapshot = to_plain(state, old) | {"evaluations": pending}
+        self.snapshot = to_plain(state, old)
+        same = {"model": self.snapshot["model"]}
+        now = self.update_count
+        self.snapshot["evaluations"] = [saved | same if saved["update_count"] == now else saved for saved in pending]
 
     def check_weights(self):
         """Raise FloatingPointError before anybody plays or saves weights that are not finite."""

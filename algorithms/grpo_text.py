@@ -464,6 +464,36 @@ class Answers(Callback):
                 say_answer(reward, answer, LONGEST_SHOWN)
 
 
+class DiskSpace(Callback):
+    """Says at the start how much disk a run takes, and warns if there is less."""
+
+    cost = "how much disk the run takes is not known"
+
+    def __init__(self, run_dir, c, merged):
+        """merged: as in `SavePretrained`."""
+        self.run_dir = run_dir
+        self.c = c
+        self.merged = merged
+
+    def on_training_start(self, trainer):
+        trained = size_of(trainer.policy.state_dict().values())
+        checkpoint = 3 * trained  # with the two moments of Adam
+        # `last`, the one that is being written, and the newest three others (callbacks.py); the best model; the model.
+        total = checkpoint * (2 + min(3, self.c.NUM_STEPS // self.c.SAVE_FREQ)) + trained * (self.c.EVAL_INTERVAL > 0)
+        total += size_of(trainer.policy.parameters()) if self.merged else trained
+        say(f"A checkpoint takes {checkpoint / 1e9:.2f} GB of disk, and the whole run up to {total / 1e9:.2f} GB.")
+        free = shutil.disk_usage(self.run_dir).free
+        written = sum(file.stat().st_size for file in self.run_dir.rglob("*") if file.is_file())
+        if free + written < total:
+            remedy = "free some space, or train an adapter (--lora_rank 16)"
+            say(f"warning: {shown(self.run_dir)} is on a disk with {free / 1e9:.2f} GB free; {remedy}")
+
+
+def size_of(tensors):
+    """The bytes of all tensors."""
+    return sum(x.nbytes for x in tensors)
+
+
 class SavePretrained(Callback):
     """Saves the model at the end of the training, in the form that transformers and peft load."""
 

@@ -53,6 +53,7 @@ def save_checkpoint(path, state):
     """
     tensors = {}
     text = json.dumps(_to_json(state, "", tensors))
+    tensors = {name: x.detach().cpu() for name, x in tensors.items()}
     metadata = {"format_version": FORMAT_VERSION, "sha256": _checksum(text, tensors), "state": text}
     try:
         atomic_write(path, safetensors.torch.save(tensors, metadata))
@@ -64,7 +65,10 @@ def save_checkpoint(path, state):
 
 
 def _to_json(value, name, tensors):
-    """Returns `value` as JSON can hold it, and puts every tensor in it into `tensors` under its flat name."""
+    """Returns `value` as JSON can hold it, and puts every tensor in it into `tensors` under its flat name.
+
+    A tensor that is in several places is put there once.
+    """
 
     def inner(key, item):
         return _to_json(item, f"{name}.{key}" if name else str(key), tensors)
@@ -72,9 +76,12 @@ def _to_json(value, name, tensors):
     if type(value) in (type(None), bool, int, float, str):  # exactly: NumPy's float64 is a float to isinstance
         return value
     if isinstance(value, torch.Tensor):
+        for known, x in tensors.items():
+            if x is value:
+                return {"$tensor": known}
         while name in tensors:  # {"a.b": x, "a": {"b": y}} would give two tensors one name
             name += "'"
-        tensors[name] = value.detach().cpu()
+        tensors[name] = value
         return {"$tensor": name}
     if type(value) in (list, tuple):
         items = [inner(i, item) for i, item in enumerate(value)]

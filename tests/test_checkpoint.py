@@ -90,6 +90,13 @@ def test_other_tools_read_the_file(tmp_path):
         assert json.loads(file.metadata()["state"])["update"] == 7
 
 
+def test_a_tensor_in_two_places_is_saved_once(tmp_path):
+    x, equal = torch.ones(10_000), torch.ones(10_000)
+    save_checkpoint(tmp_path / "a", {"a": x, "b": [x, equal]})
+    assert 80_000 < (tmp_path / "a").stat().st_size < 90_000
+    assert same(load_checkpoint(tmp_path / "a"), {"a": x, "b": [x, x]})
+
+
 def test_odd_names_come_back(tmp_path):
     """Some keys are no strings, mean something to this format, or give two tensors the same flat name."""
     one, two, three = torch.ones(1), torch.ones(2), torch.ones(3)

@@ -78,7 +78,7 @@ from algorithms.parts.language_model import (
 )
 from algorithms.parts.language_policy import Writer, Written, until_end
 from algorithms.parts.prompts import read_prompts
-from harness.checkpoint import CheckpointError, load_checkpoint
+from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.options import CommandLineError
 from ppo import k3
 
@@ -989,6 +989,32 @@ def test_an_adapter_goes_on_as_part_of_the_model(tmp_path, folder, without_proce
     )
     second, expected = (x.logprobs(x.model, tokens, torch.ones_like(tokens), 8) for x in (saved, writer))
     torch.testing.assert_close(second, expected, rtol=0, atol=1e-4)
+
+
+def test_a_checkpoint_holds_what_is_trained_once(tokenizer, tmp_path, capsys, monkeypatch):
+    """That is weights and two moments, even while the same weights are evaluated. The run says so beforehand."""
+    grpo = small_grpo(tokenizer, lambda prompts, answers: torch.rand(len(answers)), NUM_STEPS=3, SAVE_FREQ=2)
+    grpo.collect_and_update()
+    grpo.pending.append(grpo.policy_state())
+    grpo.keep_snapshot()
+    save_checkpoint(tmp_path / "last.safetensors", grpo.snapshot)
+    trained = sum(4 * p.numel() for p in grpo.trained)
+    assert 3 * trained < (tmp_path / "last.safetensors").stat().st_size < 3.2 * trained
+    resumed = small_grpo(tokenizer, None)
+    resumed.metadata = {"prompts": PROMPTS}
+    resumed.load_state_dict(load_checkpoint(tmp_path) | resumed.metadata)
+    assert same(resumed.pending, [grpo.pending[0] | resumed.metadata])
+    later = grpo.pending[0]["model"]
+    grpo.collect_and_update()
+    grpo.keep_snapshot()
+    assert not same(grpo.snapshot["model"], later) and same(grpo.snapshot["evaluations"][0]["model"], later)
+    for gigabytes, warns in (100, False), (0, True):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=gigabytes * 10**9: SimpleNamespace(free=free))
+        monkeypatch.setattr("algorithms.grpo_text.size_of", lambda tensors: 1e9)
+        grpo_text.DiskSpace(tmp_path, grpo.c, merged=False).on_training_start(grpo)
+        printed = capsys.readouterr().out
+        assert printed.startswith("A checkpoint takes 3.00 GB of disk, and the whole run up to 11.00 GB.\n")
+        assert ("is on a disk with 0.00 GB free; free some space" in printed) == warns
 
 
 def test_a_saved_model_has_its_own_generation_settings(tmp_path, tokenizer):
