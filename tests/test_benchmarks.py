@@ -22,6 +22,7 @@ from benchmarks import (
     compare,
     first_update,
     gpu_checks,
+    grpo,
     language_models,
     learning,
     on_a_gpu,
@@ -632,6 +633,22 @@ def test_grpo_learns_what_trl_does(loss, monkeypatch, capsys, tmp_path):
     assert re.search(f"ours: {result}\nTRL: {result}$", out.rstrip())
     start, ours, theirs = (torch.cat([x.flatten() for x in state.values()]) for state in states)
     assert (ours - start).norm() > 0 and torch.cosine_similarity(ours - start, theirs - start, 0) > 0.9999
+
+
+# grpo.py
+
+
+def test_what_learning_from_answers_takes_and_how_exact_it_is(tmp_path, capsys):
+    """In bfloat16 rounding makes probabilities differ by some thousandths, and in float32 by less than a millionth."""
+    pytest.importorskip("resource")
+    tokenizer = train_tokenizer(["hello world"])
+    for part in (tiny_model(tokenizer), tokenizer):
+        part.save_pretrained(tmp_path)
+    peak, seconds = grpo.peak_of_a_step(str(tmp_path), 4, 8, 2, True)
+    assert 0.1 < peak < 100 and seconds > 0
+    grpo.main(["gap", "--model", str(tmp_path), "--prompts", "1"])
+    exact, rough = map(float, re.findall(r"drawn - scored: mean \S+, mean absolute (\S+),", capsys.readouterr().out))
+    assert exact < 1e-5 < 1e-4 < rough < 0.1
 
 
 # language_models.py
