@@ -9,14 +9,16 @@ CONFIG (config.json by default) is a JSON file. If there is none, it is written 
 WANDB are no part of it but options, because a run may go on with others.
 
 A run leaves a directory checkpoints_YYYYMMDD_HHMMSS with actor_critic_training.log and, as safetensors, epoch_<n> after
-every tenth epoch and final. --evaluate [RUN] prints how good a run is, by default the shipped one. --resume RUN
-continues a run, on the CPU bit for bit. RUN is such a directory, or a checkpoint in it.
+every tenth epoch and final. --evaluate [RUN] prints how good a run is, --play [RUN] what it does in a few states; the
+default is the newest run, or else the shipped model. --resume RUN continues a run, on the CPU bit for bit. RUN is such
+a directory, or a checkpoint in it.
 """
 
 import harness.start  # before the slow imports
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -438,7 +440,7 @@ def train_epoch(agent, bar):
 
 
 def main(argv=()):
-    """Train, resume or evaluate. Returns the exit status."""
+    """Train, resume, play or evaluate. Returns the exit status."""
     names = [f"{name.lower():15}{CONSTANTS.explanation(name)}" for name in CONFIGURED]
     doc = "\n".join([__doc__ or "", "The names in CONFIG:\n", *names])
     parser = Parser(f"-m algorithms.{NAME}", doc)
@@ -449,7 +451,8 @@ def main(argv=()):
     parser.add_argument("--directory", type=given_path, default=".", metavar="FOLDER", help=where)
     parser.add_argument("--device", default=DEVICE, metavar="TEXT", help=CONSTANTS.explanation("DEVICE"))
     parser.add_argument("--wandb", default=WANDB, metavar="TEXT", help=CONSTANTS.explanation("WANDB"))
-    parser.add_argument("--evaluate", type=given_path, nargs="?", const=SHIPPED, metavar="RUN", help="print its score")
+    parser.add_argument("--evaluate", type=given_path, nargs="?", const=False, metavar="RUN", help="print its score")
+    parser.add_argument("--play", type=given_path, nargs="?", const=False, metavar="RUN", help="show what it does")
     for word in map(str, argv):
         if word.startswith("--") and word[2:].split("=")[0] in Config._fields:
             raise CommandLineError(f'{word} is no option; it belongs into CONFIG, a JSON file such as {{"seed": 1}}')
@@ -457,7 +460,10 @@ def main(argv=()):
     torch.set_num_threads(1)  # small networks
     device = choose_device(args.device)
     if args.evaluate is not None:
-        return evaluate(args.evaluate, device)
+        print(json.dumps(model_of(args.evaluate, args.directory, device).evaluate()))
+        return 0
+    if args.play is not None:
+        return play(model_of(args.play, args.directory, device))
     check_wandb(args.wandb)
     if args.resume is not None:
         return resume(args.resume, device, args.wandb)
@@ -466,13 +472,32 @@ def main(argv=()):
     return train(ActorCriticAgent(config, device), new_directory(args.directory), args.wandb)
 
 
-def evaluate(run, device):
-    """Print how good the policy of a run, or in a checkpoint, is. Returns the exit status."""
-    path = find_checkpoint(run, (FINAL,))
+def model_of(run, parent, device):
+    """Return the agent of a run or checkpoint, or if `run` is False, of the newest in `parent`, or the shipped one."""
+    runs = sorted(Path(parent).glob(f"checkpoints_*/{FINAL}"), key=os.path.getmtime)
+    if run:
+        path, why = find_checkpoint(run, (FINAL,)), ""
+    elif runs:
+        path, why = runs[-1], " (the newest run)"
+    else:
+        path, why = SHIPPED, " (the shipped model, because there is no run)"
     agent = load_agent(path, device)
-    why = " (the shipped model)" if path == SHIPPED else ""
     tell(f"{shown(path)}: trained for {agent.epoch:,} epochs{why}")
-    print(json.dumps(agent.evaluate()))
+    return agent
+
+
+@torch.no_grad()
+def play(agent, states=5):
+    """Print the most probable action in so many random states, its reward, and the best reward. Returns the status."""
+    drawn = torch.randn(states, agent.config.input_dim).to(agent.device)
+    chosen_probabilities, chosen = agent.policy(drawn).exp().max(1)
+    rewards = agent.reward_model(drawn)
+    best_rewards, best = rewards.max(1)
+    for i, action in enumerate(chosen.tolist()):
+        print(
+            f"state {i + 1}: action {action}, with probability {chosen_probabilities[i]:.3f}, has the reward "
+            f"{rewards[i, action]:.3f}; action {best[i]} is best, with {best_rewards[i]:.3f}"
+        )
     return 0
 
 

@@ -236,7 +236,8 @@ def model_to_play(name, shipped, is_mine):
         return path, f" (the newest run; it has no best model yet{elsewhere})"
     if shipped.exists():
         return shipped, " (the shipped model, because there is no run)"
-    raise CheckpointError(f"no model of {shipped.stem} is shipped, and there is no run; train one, or name one")
+    problem = f"no model of {shipped.stem} is shipped, and there is no run here"
+    raise CheckpointError(f"{problem}; name one, or train one first, by the same command without options")
 
 
 def newest_run(runs_dir, is_mine, names=PLAYED):

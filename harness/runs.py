@@ -133,14 +133,14 @@ def find_run(name):
 def constants_of(path, recorded, known, given=()):
     """The constants of a checkpoint, except those `given` on the command line.
 
-    A constant that was added to the script since then takes its default, and a line says so.
+    A constant that was added to the script since then takes its default. A line says so, unless it is off by default.
     Raises CheckpointError for a value that the script would not accept.
     """
     constants = {}
     for name, default in expand_home(known).items():
         if name in given:
             continue
-        if name not in recorded and RANK == 0:
+        if name not in recorded and default and RANK == 0:
             tell(f"{name} was not there when this run began; it takes its default {default!r}")
         constants[name] = recorded.get(name, default)
     try:

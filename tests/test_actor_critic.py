@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import re
 import shutil
 import signal
 import sys
@@ -178,7 +179,7 @@ def test_a_checkpoint_outside_its_run_is_not_resumed(small):
         assert "\n" not in str(error.value) and left == {path: path.read_bytes() for path in file.parent.iterdir()}
 
 
-@pytest.mark.parametrize("words", [["--resume", ""], ["--evaluate", ""], ["--directory", ""], [""]])
+@pytest.mark.parametrize("words", [["--resume", ""], ["--evaluate", ""], ["--play", ""], ["--directory", ""], [""]])
 def test_a_variable_of_the_shell_that_is_not_set_starts_nothing(small, words):
     with pytest.raises(CommandLineError, match="is empty; name a file or a directory"):
         main(words)
@@ -367,14 +368,27 @@ def test_a_directory_is_no_config(tmp_path):
         read_config(tmp_path)
 
 
-def test_the_shipped_model_is_near_the_optimum(capsys):
+def test_the_shipped_model_is_near_the_optimum(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     main(["--evaluate"])
     out, err = capsys.readouterr()
     assert json.loads(out)["share"] >= 0.99 and err.endswith(
-        "actor_critic.safetensors: trained for 100 epochs (the shipped model)\n"
+        "actor_critic.safetensors: trained for 100 epochs (the shipped model, because there is no run)\n"
     )
     with pytest.raises(CheckpointError, match="is no model of actor_critic"):
         main(["--evaluate", str(actor_critic.ALGORITHMS / "pretrained" / "reinforce_cartpole.safetensors")])
+
+
+def test_the_newest_run_is_played_unless_another_is_named(small, capsys):
+    main(["small.json"])
+    (directory,) = small.glob("checkpoints_*")
+    capsys.readouterr()
+    main(["--play"])
+    out, err = capsys.readouterr()
+    assert err.endswith("final.safetensors: trained for 3 epochs (the newest run)\n")
+    assert re.fullmatch(r"(state \d: action \d, with .* 0.\d+, has .*; action \d is best, with -?\d.\d+\n){5}", out)
+    main(["--evaluate", str(directory)])
+    assert capsys.readouterr().err.endswith("final.safetensors: trained for 3 epochs\n")
 
 
 @pytest.mark.parametrize(

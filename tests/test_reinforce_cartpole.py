@@ -249,7 +249,7 @@ def test_random_play():
 def test_without_a_shipped_model_the_newest_run_plays(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(playing, "ALGORITHMS", tmp_path)
-    with pytest.raises(CheckpointError, match="no model of reinforce_cartpole is shipped, and there is no run"):
+    with pytest.raises(CheckpointError, match="no model of reinforce_cartpole is shipped, and there is no run here"):
         run(ALGORITHM, "--evaluate")
     Path("runs/reinforce_cartpole/now").mkdir(parents=True)
     save_checkpoint(

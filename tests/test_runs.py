@@ -142,6 +142,12 @@ def test_a_constant_that_was_added_since_a_run_began_takes_its_default(known, tm
         read(known, "--resume", run_dir, "--width", 9)
 
 
+def test_a_constant_that_is_off_by_default_changes_no_older_run_and_needs_no_line(tmp_path, capsys):
+    known = script_constants(tmp_path, "# a\nSTOP_AT = 0.0\nWANDB: str = ''\nKEEP: bool = False\n", "")
+    assert runs.constants_of("x", {}, known) == {"STOP_AT": 0.0, "WANDB": "", "KEEP": False}
+    assert capsys.readouterr().err == ""
+
+
 def test_constants_that_the_script_no_longer_has(known, tmp_path, capsys):
     """A run with more constants than the script goes on, and a line names them. It is another program's if it has
     others and lacks some."""
