@@ -481,7 +481,7 @@ def test_measuring_how_long_a_training_takes_does_not_change_it(layers):
 FITTING = dict(
     NUM_STEPS=11, NUM_ENVS=3, ROLLOUT_STEPS=5, BATCH_SIZE=15, EPOCHS=5, LR=0.019, MIN_LR=0.0019, PAIRED_ENVS=False,
     N_LAYER=2, N_HEAD=2, N_EMBD=8, MLP_EXPANSION=3, SEED=4, DEVICE="cpu", RUN_DIR="run",
-    GAME="breakout_ascii:BreakoutAscii-v0", ASYNC_ENVS=True,
+    GAME="breakout_ascii:BreakoutAscii-v0", ASYNC_ENVS=True, WANDB="project",
 )  # fmt: skip
 
 
@@ -501,7 +501,7 @@ def test_every_constant_reaches_what_it_is_for(tmp_path):
     check(c)
     ppo = train_ppo.build(c, torch.device("cpu"))
     evaluation = train_ppo.evaluation_of(c, torch.device("cpu"))
-    checkpoints = train_ppo.watch(ppo, c, tmp_path / c.RUN_DIR, evaluation)[-1]
+    *_, checkpoints, wandb = train_ppo.watch(ppo, c, tmp_path / c.RUN_DIR, evaluation)
     found = {
         **vars(ppo.config),
         **vars(ppo.policy.config),
@@ -510,6 +510,7 @@ def test_every_constant_reaches_what_it_is_for(tmp_path):
         "device": str(ppo.device),
         "run_dir": checkpoints.run_dir.name,
         "save_freq": checkpoints.save_freq,
+        "wandb": wandb.project,
         "eval_interval": evaluation.interval,
         "eval_episodes": ppo.metadata["constants"]["EVAL_EPISODES"],
         "async_envs": ppo.metadata["constants"]["ASYNC_ENVS"],
