@@ -5,9 +5,10 @@
 It answers stay, right or left. The root's PPO trains it, with a penalty on the divergence of its answers from those of
 the model that it started from. Nothing is generated: one forward pass reads the text and scores all answers.
 
-By default the model is a small one that is made here and knows nothing. --model smollm2, or any name on the Hugging
-Face hub such as Qwen/Qwen3-0.6B, takes one that has been trained on text, and trains an adapter (LoRA). --model mlp is
-no language model, but a small network that gets the numbers in the text, to compare with.
+By default the model is a small one that is made here and knows nothing, except which numbers are near each other.
+--model smollm2, or any name on the Hugging Face hub such as Qwen/Qwen3-0.6B, takes one that has been trained on text,
+and trains an adapter (LoRA). --model mlp is no language model, but a small network that gets the numbers in the text,
+to compare with.
 
 --verify plays a few random steps, and prints texts, actions and rewards.
 """
@@ -55,16 +56,19 @@ from harness.background import Background
 from harness.checkpoint import load_weights
 from harness.device import choose_device
 from harness.files import replacing
-from harness.messages import say
-from harness.options import Constants, Values
+from harness.messages import say, shortened
+from harness.options import CommandLineError, Constants, Values
 from harness.runs import read_run
 from harness.supervise import run_script
 from ppo import PPO, Policy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
-MODEL: str = "tiny"  # made here, 0.9 million weights; or "smollm2", a name on the Hugging Face hub, a folder, or "mlp"
+MODEL: str = "tiny"  # made here, 0.2 million weights; or "smollm2", a name on the Hugging Face hub, a folder, or "mlp"
 LORA_RANK = 16  # [1, 4096] rank of the adapters; the tiny model has none and learns with all its weights
+WIDTH = 64  # [1, 4096] of the tiny model's hidden states
+LAYERS = 2  # [1, 64] of the tiny model
+NUMBERS: str = "ordered"  # tiny model: near numbers begin alike; or "random" embeddings, or "digits" as their tokens
 # game
 STICKY = 0.25  # [0.0, 0.99] probability that a frame repeats the action before instead (Machado et al. 2018)
 SKIP = 4  # [1, 100] frames that an action lasts
@@ -100,8 +104,9 @@ WANDB: str = ""  # a project of Weights & Biases to log to as well; "" for none
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = Constants(globals())
-KEPT = "LORA_RANK STICKY SKIP SHAPING NUM_ENVS KL_COEF SEED RUN_DIR".split()
+KEPT = "LORA_RANK WIDTH LAYERS NUMBERS STICKY SKIP SHAPING NUM_ENVS KL_COEF SEED RUN_DIR".split()
 MLP = "mlp"
+NUMBERS_AS = ("ordered", "random", "digits")
 NOT_FOLDERS = (TINY, MLP, SMOLLM2)  # these values of MODEL never mean a folder
 PREFIX = "You play Breakout. Move the paddle under the ball: stay, right or left?\n"  # read once, then cached
 SUFFIX = "\nAnswer:"
@@ -231,8 +236,8 @@ def make_policy(c, device, saved_tokenizer=None):
     if saved_tokenizer:
         tokenizer = tokenizer_from(saved_tokenizer)
     else:
-        tokenizer = load_tokenizer(c.MODEL, texts)
-    model = load_model(c.MODEL, tokenizer, device)
+        tokenizer = load_tokenizer(c.MODEL, texts, digits=c.NUMBERS == "digits")
+    model = load_model(c.MODEL, tokenizer, device, width=c.WIDTH, layers=c.LAYERS, ordered=c.NUMBERS == "ordered")
     if c.MODEL != TINY:
         model = with_lora(model, c.LORA_RANK)
     reference = reference_of(model) if c.KL_COEF else None
@@ -405,9 +410,17 @@ def callbacks_of(c, run_dir):
     return [Video(run_dir / "videos", c.VIDEO_FREQ)] if c.VIDEO_FREQ else []
 
 
+def check(c):
+    """Raises CommandLineError for constants that do not fit together."""
+    check_ppo(c)
+    if c.NUMBERS not in NUMBERS_AS:
+        allowed = ", ".join(NUMBERS_AS)
+        raise CommandLineError(f"NUMBERS (--numbers) must be one of {allowed}, not {shortened(repr(c.NUMBERS))}")
+
+
 def verify(argv, steps=20):
     """Play random steps of one game, and print texts, actions, points, and the rewards that training would get."""
-    run = read_run(argv, "-m algorithms.ppo_llm_breakout --verify", __doc__, CONSTANTS, KEPT, check_ppo)
+    run = read_run(argv, "-m algorithms.ppo_llm_breakout --verify", __doc__, CONSTANTS, KEPT, check)
     c = Values(**run.constants)
     env = ShapedReward(make_env(c.STICKY, c.SKIP), c.SHAPING)
     rng = np.random.default_rng(c.SEED)
@@ -435,7 +448,7 @@ ALGORITHM = Algorithm(
     episodes=30,
     frame_ms=60,
     levels={"following the ball": 62, "random play": 1.7},
-    check=check_ppo,
+    check=check,
     callbacks=callbacks_of,
     model_constants=("MODEL",),
     memory_constants=("BATCH_SIZE", "ROLLOUT_STEPS"),

@@ -51,8 +51,8 @@ def one_tokenizer(monkeypatch):
     """Train the tiny model's tokenizer once for all tests: it takes most of the time that building a policy does."""
     real = ppo_llm_breakout.load_tokenizer
 
-    def load(name, texts):
-        return tokenizer_of(tuple(texts)) if name == "tiny" else real(name, texts)
+    def load(name, texts, digits=False):
+        return tokenizer_of(tuple(texts)) if name == "tiny" and not digits else real(name, texts, digits)
 
     monkeypatch.setattr(ppo_llm_breakout, "load_tokenizer", load)
 
@@ -203,6 +203,21 @@ def test_the_reference_is_the_model_as_it_was(tokenizer, adapter):
 def test_answers_must_differ(tokenizer):
     with pytest.raises(CommandLineError, match="apart"):
         LanguagePolicy(small_model("Qwen3", tokenizer), tokenizer, "", [" stay", " stay"])
+
+
+def test_near_numbers_begin_alike():
+    """That is so by default, for numbers up to the largest byte; by chance alone no two are alike."""
+    tokenizer = tokenizer_of(tuple(invented_texts()))
+    numbers = [tokenizer.encode(str(n), add_special_tokens=False)[0] for n in range(256)]
+    for ordered in True, False:
+        torch.manual_seed(0)
+        model = load_model("tiny", tokenizer, torch.device("cpu"), ordered=ordered)
+        embeddings = torch.nn.functional.normalize(model.get_input_embeddings().weight[numbers], dim=1)
+        likeness = embeddings @ embeddings.T
+        near, far = likeness.diagonal(1), likeness.diagonal(100)
+        assert (near.min() > 0.8 and far.max() < near.min()) == ordered
+    assert tokenizer.encode("120", add_special_tokens=False) == numbers[120:121]
+    assert len(load_tokenizer("tiny", invented_texts(), digits=True).encode("120", add_special_tokens=False)) == 3
 
 
 def small_ppo(**changes):
@@ -520,6 +535,7 @@ def test_verify_prints_texts_actions_and_rewards(capsys):
     [
         (["--batch_size", 100], "must divide"),
         (["--kl_target", 0], "KL_TARGET"),
+        (["--numbers", "roman"], "must be one of ordered, random, digits"),
         (["--min_lr", 0.5], "must not exceed"),
         (["--model", "no/such-model"], "cannot be loaded"),
         (["--model", ""], "cannot be loaded"),

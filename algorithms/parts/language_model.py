@@ -27,24 +27,27 @@ from harness.options import CommandLineError
 TINY = "tiny"  # a model that is made here
 SMOLLM2 = "smollm2"  # a model that comes with a package
 VOCABULARY_SIZE = 1024  # of the tiny model's tokenizer, at most
+NUMBER_SCALE = 0.1  # root mean square of the ordered embeddings of numbers; that of other embeddings is 0.02
 UNUSABLE = "the model cannot be used"
 
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(name, texts=()):
-    """The tokenizer of a model. That of the tiny model is trained on `texts`."""
-    return train_tokenizer(texts) if name == TINY else from_pretrained("AutoTokenizer", name)
+def load_tokenizer(name, texts=(), digits=False):
+    """The tokenizer of a model. That of the tiny model is trained on `texts`; for digits, see `train_tokenizer`."""
+    return train_tokenizer(texts, digits) if name == TINY else from_pretrained("AutoTokenizer", name)
 
 
-def load_model(name, tokenizer, device, frozen=True):
+def load_model(name, tokenizer, device, frozen=True, **sizes):
     """Load a causal language model in eval mode, so that it has no dropout.
 
     Its weights are float32, or bfloat16 on a GPU if they are frozen; adapters are float32 everywhere. If an adapter is
     named, it is merged into the weights of its model. Every model but the tiny one has a `fingerprint`.
+
+    sizes: of the tiny model, the arguments of `tiny_model`.
     """
     if name == TINY:
-        return tiny_model(tokenizer).to(device).eval()
+        return tiny_model(tokenizer, **sizes).to(device).eval()
     dtype = torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
     if not is_adapter(name):
         return load_whole("AutoModelForCausalLM", name, dtype).to(device)
@@ -135,14 +138,14 @@ def fingerprint(model):
 # --- two models -------------------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(texts):
-    """Train a byte-level BPE tokenizer that does not split numbers, with an end token."""
+def train_tokenizer(texts, digits=False):
+    """Train a byte-level BPE tokenizer with an end token. It splits numbers only into digits, and only if `digits`."""
     tokenizers = need("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     # Numbers are separated from words, but words are not from each other: a text about the game is a dozen tokens.
-    digits = tokenizers.pre_tokenizers.Digits(individual_digits=False)
+    numbers = tokenizers.pre_tokenizers.Digits(individual_digits=digits)
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([numbers, byte_level])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE,
@@ -166,14 +169,17 @@ def wrapped_tokenizer(tokenizer):
     return fast_tokenizer(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
-def tiny_model(tokenizer):
-    """A small model of Qwen3's architecture with random weights, about 0.9 million."""
+def tiny_model(tokenizer, width=64, layers=2, ordered=True):
+    """A small model of Qwen3's architecture with random weights; by default there are 0.2 million.
+
+    ordered: whether the embeddings of numbers are those of `order_numbers`.
+    """
     transformers = need("transformers")
     config = transformers.Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -183,7 +189,25 @@ def tiny_model(tokenizer):
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    return transformers.Qwen3ForCausalLM(config)
+    model = transformers.Qwen3ForCausalLM(config)
+    if ordered:
+        order_numbers(model.get_input_embeddings().weight, tokenizer)
+    return model
+
+
+@torch.no_grad()
+def order_numbers(embeddings, tokenizer):
+    """Give numbers embeddings (V, C) that are alike where the numbers are near, as models learn them from text.
+
+    Random embeddings say nothing of a number's neighbours, so whatever holds for 98 must be learned again for 99. In
+    models that have read much, numbers are sums of waves (Zhou et al. 2024); here the waves are mixed at random.
+    """
+    periods = 2.0 ** torch.arange(3, 11)
+    mix = torch.randn(2 * len(periods), embeddings.shape[1]) / len(periods) ** 0.5
+    for word, token in tokenizer.get_vocab().items():
+        if word.isascii() and word.isdigit():
+            angles = 2 * math.pi * int(word) / periods
+            embeddings[token] = NUMBER_SCALE * torch.cat([angles.sin(), angles.cos()]) @ mix
 
 
 def packages_of(name):

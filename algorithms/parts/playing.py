@@ -163,7 +163,9 @@ def load_policy_state(algorithm, name, given=()):
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; train one anew") from None
     constants = constants_of(path, state["constants"], algorithm.constants, given) | dict(given)
-    return state | {"constants": constants}, path, why
+    # The shipped models are in float16, so that they take little room.
+    model = {name: x.float() if getattr(x, "dtype", None) == torch.float16 else x for name, x in state["model"].items()}
+    return state | {"constants": constants, "model": model}, path, why
 
 
 def check_algorithm(name, state, path):
