@@ -75,8 +75,8 @@ SKIP = 4  # [1, 100] frames that an action lasts
 SHAPING = 1.0  # [0.0, inf) weight of training's hints: paddle near the ball, ball on its way up; off if 0.0
 # length
 NUM_STEPS = 300_000  # [1, inf) environment steps in all; the learning rate falls over this length
-NUM_ENVS = 16  # [1, 4096] games side by side
-ROLLOUT_STEPS = 128  # [1, 65536] steps of every game between two updates
+NUM_ENVS = 64  # [1, 4096] games side by side
+ROLLOUT_STEPS = 32  # [1, 65536] steps of every game between two updates
 # PPO
 EPOCHS = 2  # [1, inf) passes over each rollout
 BATCH_SIZE = 256  # [2, inf) samples in a minibatch; must divide NUM_ENVS * ROLLOUT_STEPS
@@ -90,7 +90,7 @@ REWARD_SCALE = 0.2  # (0.0, inf) keeps values small: their errors must not drown
 KL_COEF = 0.01  # [0.0, inf) initial weight of the KL divergence from the untrained model; 0.0 saves a forward pass
 KL_TARGET = 0.8  # (0.0, inf) nats: the weight rises while the divergence is above this, and falls while it is below
 # optimizer (Adam)
-LR = 1e-3  # (0.0, 1.0] learning rate of the first update
+LR = 5e-4  # (0.0, 1.0] learning rate of the first update
 MIN_LR = 1e-5  # [0.0, 1.0] learning rate at the end of half a cosine
 MAX_GRAD_NORM = 0.5  # (0.0, inf) gradients with a larger norm are scaled down to it
 # run

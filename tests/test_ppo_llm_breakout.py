@@ -1,6 +1,7 @@
 import contextlib
 import functools
 import importlib
+import json
 import shutil
 import sys
 from concurrent.futures import Future
@@ -27,6 +28,7 @@ from algorithms.parts.language_model import (
     with_lora,
 )
 from algorithms.parts.language_policy import LanguagePolicy
+from algorithms.parts.packages import ALGORITHMS
 from algorithms.ppo_llm_breakout import ALGORITHM, BreakoutReader, NumberReader, build, invented_texts, verify
 from harness.checkpoint import load_checkpoint, load_weights
 from harness.options import CommandLineError
@@ -299,6 +301,7 @@ def test_learns_to_answer_by_the_text(monkeypatch):
         GAMMA=0.0,
         KL_COEF=0.0,
         ENTROPY_COEF=0.02,
+        LR=1e-3,
         MIN_LR=1e-3,
     )
     for _ in range(60):
@@ -459,6 +462,16 @@ def test_play_evaluate_and_video(tmp_path, monkeypatch, capsys, without_processe
     assert (tmp_path / "game.gif").stat().st_size > 1000
     state = load_checkpoint("run/last.safetensors")
     assert not any("reference" in name for name in state["model"]) and state["tokenizer"].startswith("{")
+
+
+def test_the_shipped_model_plays_without_a_run(tmp_path, monkeypatch, capsys):
+    """It is small, and far better than random play, which gets 1.7 points; of 30 games its worst had 29."""
+    monkeypatch.chdir(tmp_path)
+    assert run(ALGORITHM, "--evaluate", "--episodes", 2) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["min"] > 10
+    shipped = ALGORITHMS / "pretrained" / "ppo_llm_breakout.safetensors"
+    assert shipped.stat().st_size < 500_000
+    assert {x.dtype for x in load_checkpoint(shipped)["model"].values()} == {torch.float16}
 
 
 def test_a_video_that_cannot_be_drawn_stops_nothing(tmp_path, monkeypatch, capsys, without_processes):
