@@ -47,7 +47,7 @@ from ppo import PPO, PPOConfig
 # game
 GAME: str = "BreakoutAscii-v0"  # any Gymnasium id whose pages are text, or "module:Name-v0"
 # length
-NUM_STEPS = 4_000_000  # [1, inf) environment steps in all; the learning rate falls over this length
+NUM_STEPS = 3_000_000  # [1, inf) environment steps in all; the learning rate falls over this length
 NUM_ENVS = 128  # [1, inf) games side by side
 ASYNC_ENVS: bool = False  # share them among a process for each core, if they are slow; Breakout plays all in one
 ROLLOUT_STEPS = 128  # [1, inf) steps of every game between two updates: 128 * 128 = 16384 samples
