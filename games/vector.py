@@ -125,7 +125,7 @@ class SharedVec(VectorEnv):
         return [values[start:end] for start, end in zip([0, *self.ends[:-1]], self.ends)]
 
     def call(self, name, parts):
-        """Call a method of every `Share`, with a tuple of arguments for each. Returns what they return."""
+        """Call a method of each process's vector environment, with arguments for each. Returns the results."""
         try:
             for worker, arguments in zip(self.workers, parts):
                 worker.ask(pickle.dumps((name, arguments)))
@@ -135,16 +135,16 @@ class SharedVec(VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         seeds = [None] * self.num_envs if seed is None else [seed + i for i in range(self.num_envs)]
-        return joined(self.call("reset", [(part, options) for part in self.split(seeds)]))
+        return joined(self.call("reset", [{"seed": part, "options": options} for part in self.split(seeds)]))
 
     def step(self, actions):
-        return joined(self.call("step", [(part,) for part in self.split(actions)]))
+        return joined(self.call("step", [{"actions": part} for part in self.split(actions)]))
 
     def get_attr(self, name):
-        return sum(self.call("get_attr", [(name,)] * len(self.workers)), ())
+        return sum(self.call("get_attr", [{"name": name}] * len(self.workers)), ())
 
     def set_attr(self, name, values):
-        self.call("set_attr", [(name, part) for part in self.split(values)])
+        self.call("set_attr", [{"name": name, "values": part} for part in self.split(values)])
 
     def close_extras(self, **kwargs):
         for worker in self.workers:
@@ -152,7 +152,7 @@ class SharedVec(VectorEnv):
 
 
 class Share:
-    """The games of one process: is called there with the name of a method and its arguments."""
+    """The games of one process: is called there with a method of their vector environment, and its arguments."""
 
     def __init__(self, make, num_envs):
         self.make = make
@@ -163,19 +163,7 @@ class Share:
         if self.env is None:
             self.env = one_after_the_other(self.make, self.num_envs)
         name, arguments = request
-        return getattr(self, name)(*arguments)
-
-    def reset(self, seeds, options):
-        return self.env.reset(seed=seeds, options=options)
-
-    def step(self, actions):
-        return self.env.step(actions)
-
-    def get_attr(self, name):
-        return self.env.get_attr(name)
-
-    def set_attr(self, name, values):
-        self.env.set_attr(name, values)
+        return getattr(self.env, name)(**arguments)
 
 
 def joined(parts):
