@@ -23,7 +23,7 @@ from algorithms.parts.atari import SIZE, Replay, Stacks, make_env, make_envs, re
 from algorithms.parts.playing import summary
 from algorithms.parts.training import Algorithm, run_algorithm
 from harness.checkpoint import load_optimizer, load_weights, to_numpy
-from harness.device import choose_device
+from harness.device import choose_device, has_bf16
 from harness.options import CommandLineError, Constants, Values
 from harness.supervise import check_free_memory, run_script
 from trainer import Trainer, check_finite
@@ -89,8 +89,12 @@ class QNetwork(nn.Module):
         self.head = nn.Linear(512, num_actions)
 
     def forward(self, frames):
+        # Convolutions are fast in this order of memory. The weights keep their own, which is that of checkpoints: fused
+        # Adam goes through weights and moments side by side, and would pair those of another order wrongly.
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        pixels = frames.to(dtype, memory_format=torch.channels_last) / 255
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
-            features = self.features(frames.float() / 255)
+            features = self.features(pixels)
         return self.head(features.float())  # in float32, because values near 5 have steps of 1/32 in bfloat16
 
     @torch.no_grad()
@@ -107,13 +111,6 @@ def epsilon_greedy(network, frames, epsilon, rng):
     if at_random.all():
         return random_actions
     return np.where(at_random, random_actions, network.greedy(frames))
-
-
-def has_bf16(device):
-    """Whether the device multiplies bfloat16 faster than float32."""
-    if device.type == "cpu":
-        return hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def double_dqn_targets(rewards, next_values, target_next_values, ends, gamma):

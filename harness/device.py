@@ -63,6 +63,13 @@ def choose_device(name, kinds=("cuda", "cpu")):
     return torch.device("cpu")
 
 
+def has_bf16(device):
+    """Whether the device multiplies bfloat16 faster than float32."""
+    if device.type == "cpu":
+        return hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def named_device(name, kinds):
     """Return the torch.device that a name means. With several ranks on a machine, each has a GPU of its own, or all
     use the CPU."""

@@ -11,7 +11,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from algorithms.dqn_space_invaders import ALGORITHM, QNetwork, double_dqn_targets, evaluate, has_bf16
+from algorithms.dqn_space_invaders import ALGORITHM, QNetwork, double_dqn_targets, evaluate
 from algorithms.parts.atari import (
     SIZE,
     ActionSpaceWrapper,
@@ -25,6 +25,7 @@ from algorithms.parts.atari import (
 )
 from harness import supervise
 from harness.checkpoint import CheckpointError, save_checkpoint
+from harness.device import has_bf16
 from harness.options import CommandLineError
 
 pytestmark = pytest.mark.usefixtures("short_runs")
