@@ -37,7 +37,7 @@ from harness.device import available_cores
 from harness.messages import shown
 from harness.metrics_file import read_metrics
 from harness.options import CommandLineError, Constants, Parser, Values, given_path, within
-from harness.runs import LOCK, ROOT, Run, check_begun, check_wandb
+from harness.runs import LOCK, ROOT, Run, check_begun, check_wandb, foreign_code, named_again
 from harness.supervise import run_script, start_program, stop_program
 from harness.tables import heat_map, save_figure, show_table, write_csv
 
@@ -53,7 +53,7 @@ TRAININGS = (
     "train_ppo reinforce_cartpole ppo_lunarlander actor_critic_tictactoe dqn_space_invaders ppo_llm_breakout grpo_text"
 ).split()
 # what is varied if the command line names no constant
-DEFAULT_WORDS = {"ppo_llm_breakout": "--lr 3e-4 1e-3 3e-3 --kl_target 0.2 0.8 --num_steps 40960"}
+DEFAULT_WORDS = {"ppo_llm_breakout": "--lr 2e-4 5e-4 1e-3 --kl_target 0.2 0.8 --num_steps 40960"}
 
 
 # --- trainings and their runs -----------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def directory_of(out, values):
 def command_of(training, run_dir, values):
     """Return the command that starts a run, or goes on with it."""
     if (run_dir / LAST).exists():
-        return [sys.executable, *training.program, "--resume", run_dir]
+        return [sys.executable, *training.program, "--resume", run_dir, *named_again(values)]
     options = [word for name, value in values.items() for word in (f"--{name.lower()}", value)]
     return [sys.executable, *training.program, "--run_dir", run_dir, *options]
 
@@ -110,9 +110,10 @@ def scores_of(rows):
     return [row["eval_score"] for row in rows if math.isfinite(row["eval_score"])]
 
 
-def fresh_scores(training, run_dir, episodes):
+def fresh_scores(training, run_dir, values, episodes):
     """Score the best model of a run in games that no evaluation has played. Raises CheckpointError."""
-    state, _, _ = load_policy_state(training.algorithm, run_dir / BEST)
+    trusted = {name: values[name] for name in foreign_code(values)}
+    state, _, _ = load_policy_state(training.algorithm, run_dir / BEST, trusted)
     result = training.algorithm.evaluate(state, episodes, FRESH_SEED)
     columns = {"fresh": "score", "fresh error": "error", "fresh min": "min"}
     return {column: result[key] for column, key in columns.items() if key in result}
@@ -393,7 +394,8 @@ def main(argv=()):
     sweep.run(args.prune)
     if rows := sweep.rows():
         for row in rows if args.fresh else ():
-            row |= fresh_scores(training, directory_of(out, {name: row[name] for name in grid}), args.fresh)
+            values = {name: row[name] for name in grid}
+            row |= fresh_scores(training, directory_of(out, values), values, args.fresh)
         print()
         show_table(rows, labels=len(grid))
         write_csv(out / "sweep.csv", rows)

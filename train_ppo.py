@@ -37,7 +37,7 @@ from harness.device import RANK, RANKS, available_cores, choose_device, joined_r
 from harness.lines import in_words
 from harness.messages import quoted, say, shortened
 from harness.options import CommandLineError, Constants, Values, check_at_most, check_divides, check_multiple
-from harness.runs import going_on, load_state, new_run_dir, program_command, read_run, resume_command
+from harness.runs import going_on, load_state, named_again, new_run_dir, program_command, read_run, resume_command
 from harness.supervise import check_free_memory, less_memory, memory_advice, run_script, train
 from model import GPTConfig
 from policies import evaluate_state, fast, make_gpt
@@ -150,7 +150,7 @@ def check_ranks(run, c):
     if ranks != RANKS:
         raise CommandLineError(
             f"{run.directory} was trained by {ranks} ranks, not {RANKS}; go on with "
-            f"{resume_command('train_ppo.py', run.directory, ranks)}"
+            f"{resume_command('train_ppo.py', run.directory, vars(c), ranks)}"
         )
 
 
@@ -319,8 +319,8 @@ def watch(ppo, c, run_dir, evaluation, off=""):
             estimate=lambda: estimate(c, ppo),
             metrics=[name for name in PRINTED if name in metrics],
             endings={
-                "watch it play": f"{program_command('load_model.py')} {quoted(run_dir)}",
-                **going_on("train_ppo.py", run_dir, c.NUM_STEPS, RANKS),
+                "watch it play": " ".join([program_command("load_model.py"), quoted(run_dir), *named_again(vars(c))]),
+                **going_on("train_ppo.py", run_dir, vars(c), RANKS),
             },
             first_is_slow=trains_on_gpu(ppo.device),
         ),

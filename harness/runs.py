@@ -147,12 +147,21 @@ def constants_of(path, recorded, known, given=()):
         known.check(constants)
     except CommandLineError as error:
         raise CheckpointError(f"{path}: {error}; use another checkpoint") from None
-    imports = {"ENV_ID": imports_foreign_code, "GAME": imports_foreign_code, "REWARD_MODEL": names_function}
-    for name, would_import in imports.items():
-        if would_import(constants.get(name, "")):
-            problem = f"its {name} {shortened(repr(constants[name]))} would run a module's code"
-            raise CheckpointError(f"{path}: {problem}; name it by --{name.lower()} if you trust that")
+    for name in foreign_code(constants):
+        problem = f"its {name} {shortened(repr(constants[name]))} would run a module's code"
+        raise CheckpointError(f"{path}: {problem}; name it by --{name.lower()} if you trust that")
     return constants
+
+
+def foreign_code(constants):
+    """The names of those constants that would run a module of another project, as no checkpoint alone may."""
+    would_import = {"ENV_ID": imports_foreign_code, "GAME": imports_foreign_code, "REWARD_MODEL": names_function}
+    return [name for name in would_import if would_import[name](constants.get(name, ""))]
+
+
+def named_again(constants):
+    """The words of a command line that name these constants, without which no run with them is resumed or played."""
+    return [word for name in foreign_code(constants) for word in (f"--{name.lower()}", constants[name])]
 
 
 def names_function(text):
@@ -335,17 +344,17 @@ def load_state(trainer, run):
         trainer.best = {"score": -math.inf}
 
 
-def resume_command(prog, run_dir, ranks):
+def resume_command(prog, run_dir, constants, ranks=1):
     """The command that goes on with a run, to paste into a shell in the working directory."""
     launcher = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
-    return f"{program_command(prog, launcher)} --resume {quoted(run_dir)}"
+    return " ".join([program_command(prog, launcher), "--resume", quoted(run_dir), *named_again(constants)])
 
 
-def going_on(prog, run_dir, num_steps, ranks=1):
-    """Returns {label: text} to print after a training of so many steps: where its curve is, and how to train longer."""
+def going_on(prog, run_dir, constants, ranks=1):
+    """Returns {label: text} to print after a training: where its curve is, and how to train longer."""
     return {
         "see its curve": run_dir / "learning_curve.png",
-        "train longer": f"{resume_command(prog, run_dir, ranks)} --num_steps {2 * num_steps}",
+        "train longer": f"{resume_command(prog, run_dir, constants, ranks)} --num_steps {2 * constants['NUM_STEPS']}",
     }
 
 

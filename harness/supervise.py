@@ -21,6 +21,7 @@ from harness.runs import (
     delete_unfinished,
     is_replaced,
     locked,
+    named_again,
     new_run_dir,
     recorded_id,
     resume_command,
@@ -128,7 +129,7 @@ def train(trainer, run_dir, prog, advice):
                     set_handler(signal.SIGINT, leave)  # Ctrl-C need not wait until all callbacks are closed
                 if received or not isinstance(error, GPUError) or RANKS > 1:  # ranks would have to agree
                     return status
-    return continue_on_cpu(run_dir, prog)
+    return continue_on_cpu(trainer, run_dir, prog)
 
 
 def begin(trainer, run_dir):
@@ -142,10 +143,11 @@ def begin(trainer, run_dir):
     delete_unfinished(run_dir)
 
 
-def continue_on_cpu(run_dir, prog):
+def continue_on_cpu(trainer, run_dir, prog):
     """Resume a run in a fresh process, and return its exit status. Signals are passed on to it."""
+    again = named_again(trainer.metadata["constants"])
     script = [str(ROOT / prog)] if prog.endswith(".py") else prog.split()
-    process = start_program([sys.executable, *script, f"--resume={run_dir}", "--device", "cpu"])
+    process = start_program([sys.executable, *script, f"--resume={run_dir}", "--device", "cpu", *again])
     with signals_handled(lambda signum, frame: stop_program(process)):
         return process.wait()
 
@@ -207,7 +209,7 @@ def save_snapshot(trainer, run_dir, prog, go_on, options):
     except Exception as failure:  # it must not hide the reason for the end
         remark = f"{one_line(failure)}; then "
         saved = False
-    return saved, f"; {remark}{go_on}: {resume_command(prog, place, RANKS)}{options}"
+    return saved, f"; {remark}{go_on}: {resume_command(prog, place, trainer.metadata['constants'], RANKS)}{options}"
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -107,6 +107,21 @@ def test_modules_of_a_checkpoint_are_imported_only_if_they_are_named(tmp_path, w
     load_model.main([str(tmp_path / "run"), "--evaluate", "--game", CATCH, "--episodes", "2"])
 
 
+def test_the_commands_to_go_on_name_a_game_of_the_user(tmp_path, without_processes, monkeypatch, capsys):
+    (tmp_path / "my_game.py").write_text(
+        "import gymnasium\ngymnasium.register('MyCatch-v0', 'games.catch:Catch', max_episode_steps=20)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    game = "my_game:MyCatch-v0"
+    assert run(tmp_path / "run", "--game", game, "--num_steps", "64") == 0
+    printed = capsys.readouterr().out
+    resume, play = (
+        re.search(rf"{what}: +python (.*)", printed)[1].split() for what in ("train longer", "watch it play")
+    )
+    assert main([*resume[1:-1], "128"]) == 0
+    load_model.main([*play[1:], "--evaluate", "--episodes", "2"])
+
+
 def test_a_page_that_cannot_be_read_ends_a_training_in_one_line(tmp_path, without_processes, monkeypatch, capsys):
     """The run is saved, and says how it goes on."""
     reset = Catch.reset

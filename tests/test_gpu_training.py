@@ -585,15 +585,16 @@ def test_a_run_goes_on_with_the_cpu_in_a_fresh_process(monkeypatch, tmp_path, ca
 
     ppo = checked()
     ppo.callbacks = [CountsClosing()]
-    ppo.metadata = {"constants": {}}
+    ppo.metadata = {"constants": {"GAME": "my_game:Catch-v0"}}
     ppo.collect_and_update = fail_for_good
     monkeypatch.setattr(supervise.subprocess, "Popen", Process)
     monkeypatch.setattr(supervise.signal, "signal", lambda signum, handler: None)
     assert supervise.train(ppo, tmp_path, "train_ppo.py", {}) == 7
     script = str(supervise.ROOT / "train_ppo.py")
-    assert started == [([sys.executable, script, f"--resume={tmp_path}", "--device", "cpu"], 1)]
+    named = ["--game", "my_game:Catch-v0"]  # or the run would not import it
+    assert started == [([sys.executable, script, f"--resume={tmp_path}", "--device", "cpu", *named], 1)]
     assert load_checkpoint(tmp_path)["update_count"] == 0
-    go_on = f"stopped working; going on with: python train_ppo.py --resume {tmp_path} --device cpu"
+    go_on = f"stopped working; going on with: python train_ppo.py --resume {tmp_path} {' '.join(named)} --device cpu"
     assert go_on in capsys.readouterr().err
 
 

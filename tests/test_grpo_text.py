@@ -647,7 +647,8 @@ def test_a_reward_function_is_imported_only_if_the_user_names_it(
     named = ["--reward_model", "my_reward:length"]
     assert run(ALGORITHM, *SMALL.split(), "--policy_model", folder, "--num_steps", 1, "--run_dir", "run", *named) == 0
     printed = capsys.readouterr().out
-    assert printed.count("python -m algorithms.grpo_text --reward_model my_reward:length --") == 2  # it can be pasted
+    for going_on in "--play", "--resume":  # they can be pasted
+        assert f"python -m algorithms.grpo_text {going_on} run --reward_model my_reward:length" in printed
     (tmp_path / "imported").unlink()
     for words in (["--resume", "run", "--num_steps", 2], ["--evaluate", "run"], ["--play", "run"]):
         del sys.modules["my_reward"]

@@ -66,7 +66,7 @@ def test_a_path_through_a_link_that_leads_nowhere(tmp_path, monkeypatch):
 def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, name, prog):
     """From any directory, it finds the script and the run, whatever characters the run's name has."""
     monkeypatch.chdir(tmp_path)
-    python, *script, resume, run_dir = shlex.split(resume_command(prog, Path(name), ranks=1))
+    python, *script, resume, run_dir = shlex.split(resume_command(prog, Path(name), {}))
     assert (python, resume, Path(run_dir)) == ("python", "--resume", Path(name))
     assert script == prog.split() if prog.startswith("-m") else os.path.samefile(script[0], runs.ROOT / prog)
     assert Path(read_command_line(["--resume", run_dir], "script.py", "", {})[0]) == Path(name)

@@ -186,6 +186,21 @@ def test_a_run_that_was_stopped_is_resumed(tmp_path, in_this_process, capsys):
     assert len(ended) == 1 and "seed=0 goes on" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name, values, named",
+    [
+        ("grpo_text", {"REWARD_MODEL": "my_reward:length", "SEED": 1}, ["--reward_model", "my_reward:length"]),
+        ("grpo_text", {"REWARD_MODEL": "brief", "SEED": 1}, []),
+        ("dqn_space_invaders", {"ENV_ID": "my_game:Invaders-v0"}, ["--env_id", "my_game:Invaders-v0"]),
+        ("train_ppo", {"SEED": 1, "GAME": "my_game:Catch-v0"}, ["--game", "my_game:Catch-v0"]),
+    ],
+)
+def test_a_run_that_is_resumed_names_a_module_of_the_user_again(name, values, named, tmp_path):
+    (tmp_path / "last.safetensors").touch()
+    command = sweep.command_of(find_training(name), tmp_path, values)
+    assert command[-2 - len(named) :] == ["--resume", tmp_path, *named]
+
+
 @pytest.mark.parametrize("damaged", ["[1]", '"GAMMA"', "{", "7"])
 def test_the_constants_of_a_run_that_cannot_be_read(tmp_path, damaged):
     (tmp_path / "seed=0").mkdir()
@@ -414,7 +429,7 @@ def test_without_optuna_there_is_one_line(monkeypatch):
 def test_a_bare_sweep_of_the_language_model(monkeypatch):
     """It searches learning rates and KL targets."""
     _, _, grid = sweep.read_command_line(["ppo_llm_breakout"])
-    assert grid == {"LR": [3e-4, 1e-3, 3e-3], "KL_TARGET": [0.2, 0.8], "NUM_STEPS": [40960]}
+    assert grid == {"LR": [2e-4, 5e-4, 1e-3], "KL_TARGET": [0.2, 0.8], "NUM_STEPS": [40960]}
 
 
 @pytest.mark.parametrize("name", TRAININGS)

@@ -71,7 +71,7 @@ def test_a_file_that_a_program_reads_just_now(windows, tmp_path, monkeypatch, on
 )
 def test_the_command_that_is_printed_can_be_pasted(windows, run_dir, word):
     """The command interpreter knows no single quotes, and PowerShell splits a word without quotes at its commas."""
-    assert resume_command("-m algorithms.x", run_dir, 1) == f"python -m algorithms.x --resume {word}"
+    assert resume_command("-m algorithms.x", run_dir, {}) == f"python -m algorithms.x --resume {word}"
 
 
 def test_a_program_is_asked_to_stop_and_not_killed(windows, monkeypatch):

@@ -25,7 +25,7 @@ from callbacks import (
 from harness.device import RANKS
 from harness.messages import quoted
 from harness.options import CommandLineError, Constants, Values, check_at_most, check_divides
-from harness.runs import going_on, load_state, names_function, new_run_dir, program_command, read_run
+from harness.runs import going_on, load_state, named_again, new_run_dir, program_command, read_run
 from harness.supervise import less_memory, memory_advice, train
 from ppo import PPOConfig
 
@@ -96,9 +96,6 @@ To watch or to score what was learned:
             check_models(run.state, trainer.metadata["models"])
         load_state(trainer, run)
     run_dir = run.directory or new_run_dir(c.RUN_DIR, f"runs/{algorithm.name}")
-    for constant in algorithm.model_constants:
-        if names_function(getattr(c, constant)):  # a run's module is imported only if it is named once more
-            program += f" --{constant.lower()} {getattr(c, constant)}"
     trainer.callbacks = callbacks_of(algorithm, c, program, run_dir, trainer.total_steps)
     advice = {
         FloatingPointError: lower_learning_rate(c),
@@ -112,7 +109,8 @@ def callbacks_of(algorithm, c, program, run_dir, steps):
     metrics = run_dir / "metrics.csv"
     plan = f"{algorithm.name}: {steps:,} steps in all.\nCurve, metrics, checkpoints: {run_dir}."
     label = "watch it play" if algorithm.frames else "read its answers"
-    endings = {label: f"{program_command(program)} --play {quoted(run_dir)}"} | going_on(program, run_dir, c.NUM_STEPS)
+    play = " ".join([program_command(program), "--play", quoted(run_dir), *named_again(vars(c))])
+    endings = {label: play} | going_on(program, run_dir, vars(c))
     callbacks = [RunDirectory(run_dir)]
     if c.EVAL_INTERVAL:
         callbacks.append(Evaluation(algorithm.evaluate, c.EVAL_INTERVAL))
