@@ -69,7 +69,7 @@ from algorithms.parts.training import Algorithm, run_algorithm
 from callbacks import Callback
 from evaluation import standard_error
 from harness.checkpoint import CheckpointError, load_optimizer, load_weights
-from harness.device import choose_device
+from harness.device import choose_device, has_bf16
 from harness.lines import columns
 from harness.messages import say, shortened, shown
 from harness.options import CommandLineError, Constants, Values
@@ -97,7 +97,8 @@ EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
 LOSS: str = "bnpo"  # how much each token counts: "bnpo", "grpo" or "dr_grpo"; see the docstring
 NORMALIZE: bool = True  # divide advantages by the standard deviation of their group, unless LOSS is "dr_grpo"
 KL_COEF = 0.05  # [0.0, inf) weight of the KL divergence from the initial model, which keeps answers sensible; off if 0
-# memory; neither changes what is learned
+# precision and memory
+BF16: bool = True  # compute in bfloat16 where the processor supports it; the weights remain in float32
 MICRO_BATCH_SIZE = 8  # [0, 65536] answers in a forward and backward pass; their gradients add up; all of a step if 0
 GRADIENT_CHECKPOINTING: bool = False  # keep only the input of each layer, and compute the layer again to learn from it
 # optimizer (Adam)
@@ -587,7 +588,8 @@ def make_writer(c, device, prompts=PROMPTS + HELD_OUT):
     if c.LORA_RANK:
         model = with_lora(model, c.LORA_RANK)
     writer = Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P)
-    writer.check(prompts, c.MAX_NEW_TOKENS)
+    writer.check(prompts, c.MAX_NEW_TOKENS)  # in float32, which tells errors from rounding
+    writer.bf16 = c.BF16 and has_bf16(device)
     return writer
 
 

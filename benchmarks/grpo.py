@@ -4,8 +4,8 @@ memory  The peak memory of a gradient step on --num_samples answers of --max_new
         moments, and the seconds that it took: as one batch and in micro-batches of 2, both with and without gradient
         checkpointing. Each is measured in a process of its own. Drawing answers and saving checkpoints are left out.
 gap     How far log-probabilities when tokens are drawn are from those when they are scored, and how far both are from
-        those that the model gives in float32: in float32 and in bfloat16, for the answers to --prompts prompts. The
-        ratio is that of the probabilities when scored and when drawn.
+        those that the model gives in float32: with BF16 false and true, for the answers to --prompts prompts. The ratio
+        is that of the probabilities when scored and when drawn.
 
 Both on the CPU.
 """
@@ -20,7 +20,7 @@ from multiprocessing import get_context
 import torch
 
 from algorithms import grpo_text as grpo
-from algorithms.parts.language_model import reference_of, vocabulary_size
+from algorithms.parts.language_model import vocabulary_size
 from algorithms.parts.language_policy import Written
 from harness.messages import say
 from harness.options import Parser, Values, within
@@ -78,18 +78,17 @@ def memory(model, num_samples, max_new_tokens):
 def gap(model, num_prompts):
     """Print how far log-probabilities when drawn, when scored and in float32 are from each other."""
     writer = grpo.make_writer(constants(POLICY_MODEL=model), torch.device("cpu"))
-    exact = reference_of(writer.model)
-    for dtype in torch.float32, torch.bfloat16:
-        writer.model.to(dtype)
+    for bf16 in False, True:
+        writer.bf16 = bf16
         torch.manual_seed(0)
         prompts = [prompt for prompt in grpo.PROMPTS[:num_prompts] for _ in range(8)]
         tokens, mask, drawn, when_drawn, _ = writer.write(prompts, 64)
         when_drawn = when_drawn[drawn]
         scored = writer.logprobs(writer.model, tokens, mask, drawn.shape[1])[drawn]
-        with exact() as exact_model:
-            in_float32 = writer.logprobs(exact_model, tokens, mask, drawn.shape[1])[drawn]
+        writer.bf16 = False
+        in_float32 = writer.logprobs(writer.model, tokens, mask, drawn.shape[1])[drawn]
         ratio = (scored - when_drawn).exp()
-        say(f"{dtype}, {len(ratio):,} tokens:")
+        say(f"BF16 {str(bf16).lower()}, {len(ratio):,} tokens:")
         pairs = {
             "drawn - scored": when_drawn - scored,
             "drawn - float32": when_drawn - in_float32,

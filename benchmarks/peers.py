@@ -3,14 +3,15 @@
 lunarlander     Ours and SB3's PPO, which has the settings of RL Baselines3 Zoo: minutes and steps until the mean of 30
                 greedy episodes reaches 200. Evaluations do not count in the time of either.
 space_invaders  Ours and SB3's DQN, with the same network, batch, game and learning steps per step: environment steps
-                per second while learning, as medians. The two alternate. With --float32 ours has no bfloat16.
-grpo            Ours and TRL's GRPOTrainer, with the same model, prompts, reward and settings, in float32 on the CPU:
-                reward of answers to held-out prompts before and after --steps steps, and seconds per step. One
-                training runs after the other.
+                per second while learning, as medians. The two alternate. Only ours computes in bfloat16, where the
+                processor supports it, and with --float32 neither does.
+grpo            Ours and TRL's GRPOTrainer, with the same model, prompts, reward and settings, on the CPU: reward of
+                answers to held-out prompts before and after --steps steps, and seconds per step. One training runs
+                after the other. Both compute in bfloat16 where the processor supports it, or with --float32 neither.
 
 A step of `grpo` draws 8 answers and learns from them. Its time is a median, without evaluations, logs and
-checkpoints. Both trainings use the same random numbers in a step, so they draw the same answers until their weights
-differ by more than rounding. TRL gets our settings, among them the loss. The penalty on the divergence is TRL's
+checkpoints. Both trainings use the same random numbers in a step, so in float32 they draw the same answers until their
+weights differ by more than rounding. TRL gets our settings, among them the loss. The penalty on the divergence is TRL's
 default, and so has the gradient of KL(policy, start). Besides, TRL measures entropies.
 
 Needs algorithms/requirements.txt, and `pip install stable-baselines3` for the first two or `pip install trl` for
@@ -239,7 +240,7 @@ def train_their_writer(c, prompts):
             weight_decay=0.0,
             max_grad_norm=c.MAX_GRAD_NORM,
             disable_dropout=True,
-            bf16=False,
+            bf16=writer.bf16,
             gradient_checkpointing=False,
             use_cpu=True,
             report_to="none",
@@ -264,7 +265,7 @@ def tell(name, seconds, rewards, more=""):
     print(f"{name}: step {len(seconds)}, reward {rewards.mean():.4f}, {seconds[-1]:.2f} s{more}", flush=True)
 
 
-def writers(seed, num_steps, model):
+def writers(seed, num_steps, model, bf16):
     """Train both on the same prompts, one after the other, and print what each has reached."""
     need("trl")  # or say at once that it is missing
     constants = {
@@ -276,6 +277,7 @@ def writers(seed, num_steps, model):
         "LORA_RANK": 0,
         "PROMPTS_PER_STEP": 1,
         "EPOCHS": 1,
+        "BF16": bf16,
     }
     c = SimpleNamespace(**constants)
     grpo.check(c)
@@ -304,7 +306,7 @@ def main(argv=()):
         "--num_steps", type=within("[1, inf)"), default=1_000_000, help="of LunarLander (default 1000000)"
     )
     parser.add_argument("--turns", type=within("[1, inf)"), default=5, help="of Space Invaders (default 5)")
-    parser.add_argument("--float32", action="store_true", help="of Space Invaders: no bfloat16")
+    parser.add_argument("--float32", action="store_true", help="of Space Invaders and GRPO: no bfloat16")
     parser.add_argument("--steps", type=within("[1, inf)"), default=50, help="of GRPO (default 50)")
     parser.add_argument(
         "--model", default=grpo.POLICY_MODEL, help=f"of GRPO, as grpo_text takes it (default {grpo.POLICY_MODEL})"
@@ -313,7 +315,7 @@ def main(argv=()):
     if args.what == "lunarlander":
         lunarlander(args.seed, args.num_steps)
     elif args.what == "grpo":
-        writers(args.seed, args.steps, args.model)
+        writers(args.seed, args.steps, args.model, not args.float32)
     else:
         space_invaders(args.seed, args.turns, not args.float32)
 

@@ -69,6 +69,7 @@ from algorithms.grpo_text import (
 )
 from algorithms.parts.language_model import (
     RewardModel,
+    base_model,
     checkpoint_layers,
     is_adapter,
     reference_of,
@@ -394,6 +395,31 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(kind, rank, t
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
     assert torch.equal(*gradients) and gradients[0].abs().max() > 0 and kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("kind", ["Qwen3", "GPT-2"])
+def test_bfloat16_is_what_products_are_computed_in_and_changes_nothing_but_rounding(kind, rank, tokenizer):
+    """Weights, their gradients and log-probabilities stay in float32, and the ratio of the first epoch stays 1."""
+    gradients, logprobs, products = [], [], []
+    for bf16 in False, True:
+        grpo = small_grpo(tokenizer, lambda prompts, answers: torch.rand(len(answers)), kind, rank, LR=1e-9)
+        grpo.policy.bf16 = bf16
+        head = base_model(grpo.policy.model).get_output_embeddings()
+        head.register_forward_hook(lambda module, inputs, output: products.append(output.dtype))
+        torch.manual_seed(0)
+        grpo.policy.write(PROMPTS[:2], 4)
+        written = moved_grpo(tokenizer)[1]
+        stats = grpo.update(written, group_advantages(SCORES).flatten())
+        gradients.append(gradient_of(grpo))
+        with torch.no_grad():
+            logprobs.append(grpo.policy.logprobs(grpo.policy.model, written.tokens, written.mask, 7)[DRAWN])
+        assert stats["approx_kl"] == stats["clipfrac"] == 0
+        assert {p.dtype for p in grpo.trained} == {x.dtype for x in (gradients[-1], logprobs[-1])} == {torch.float32}
+        assert set(products) == {torch.bfloat16 if bf16 else torch.float32} and products
+        products.clear()
+    torch.testing.assert_close(*logprobs, rtol=0, atol=0.05)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 def test_a_model_without_layers_to_checkpoint_is_refused():
@@ -836,11 +862,13 @@ def test_a_prompt_is_not_closed_before_its_answer(tokenizer):
         Writer(small_model("Qwen3", tokenizer), unknown).check(PROMPTS, 4)
 
 
-def small_grpo(tokenizer, reward, **changes):
+def small_grpo(tokenizer, reward, kind="Qwen3", rank=0, **changes):
     c = SimpleNamespace(
         **{**ALGORITHM.constants, "NUM_SAMPLES": 8, "MAX_NEW_TOKENS": 4, "LR": 1e-2, "NUM_STEPS": 10**6, **changes}
     )
-    model = small_model("Qwen3", tokenizer)
+    model = small_model(kind, tokenizer)
+    if rank:
+        model = with_lora(model, rank)
     return GRPO(
         Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P), reward, reference_of(model), c, torch.device("cpu"), {}
     )
@@ -963,7 +991,7 @@ def test_a_resumed_run_takes_its_new_learning_rate(tmp_path, folder, without_pro
 
 def test_an_adapter_goes_on_as_part_of_the_model(tmp_path, folder, without_processes, tokenizer):
     trained = tmp_path / "run" / "model"
-    words = f"{SMALL} --policy_model {folder} --lora_rank 2 --num_steps 2 --run_dir {tmp_path / 'run'}"
+    words = f"{SMALL} --policy_model {folder} --lora_rank 2 --num_steps 2 --bf16 false --run_dir {tmp_path / 'run'}"
     assert run(ALGORITHM, *words.split()) == 0
     c = SimpleNamespace(**load_checkpoint(tmp_path / "run")["constants"])
     writer = grpo_text.make_writer(c, torch.device("cpu"))
@@ -979,7 +1007,8 @@ def test_an_adapter_goes_on_as_part_of_the_model(tmp_path, folder, without_proce
             loaded.logprobs(loaded.model, tokens, torch.ones_like(tokens), 8), expected, rtol=0, atol=1e-4
         )
     assert (start - expected).abs().max() > 1e-3
-    words = f"{SMALL} --policy_model {trained} --lora_rank 2 --num_steps 2 --run_dir {tmp_path / 'second'}"
+    words = f"{SMALL} --policy_model {trained} --lora_rank 2 --num_steps 2 --bf16 false"
+    words += f" --run_dir {tmp_path / 'second'}"
     assert run(ALGORITHM, *words.split()) == 0
     state = load_checkpoint(tmp_path / "second")
     writer = grpo_text.make_writer(SimpleNamespace(**state["constants"]), torch.device("cpu"))

@@ -266,6 +266,8 @@ class Writer(TrainedOnly):
     The model has no dropout, so that the one that writes is the one that learns.
     """
 
+    bf16 = False  # whether products are computed in bfloat16; weights and sums of log-probabilities remain as they are
+
     def __init__(self, model, tokenizer, temperature=1.0, top_p=1.0):
         """Raises CommandLineError for a model without an end token."""
         super().__init__()
@@ -308,7 +310,12 @@ class Writer(TrainedOnly):
         return Written(written, mask, drawn, torch.stack(record.logprobs, 1), torch.stack(record.entropy, 1))
 
     def generate(self, tokens, mask, max_new_tokens, **more):
-        return self.model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **more)
+        with self.precision():
+            return self.model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **more)
+
+    def precision(self):
+        """The context in which the model computes."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
 
     def prompt_tokens(self, prompts):
         """The tokens of prompts, padded on the left, and the mask, which is 0 for padding; both (N, P) int64."""
@@ -346,9 +353,9 @@ class Writer(TrainedOnly):
     def logprobs(self, model, tokens, mask, T):
         """The log-probabilities (N, T) float32 of the last T tokens of (N, P + T), at the writer's temperature."""
         positions = (mask.cumsum(1) - 1).clamp_min(0)  # padding has none
-        logits = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=T + 1
-        ).logits
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        with self.precision():
+            logits = model(**inputs, use_cache=False, logits_to_keep=T + 1).logits
         return self.token_logprobs(logits[:, -T - 1 : -1], tokens[:, -T:])
 
     def token_logprobs(self, logits, tokens):
