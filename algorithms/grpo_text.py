@@ -529,7 +529,7 @@ def callbacks_of(c, run_dir):
     """The callbacks of this training, in addition to those that all have."""
     # An adapter to a model that is itself an adapter would be of no use alone, so the whole model is saved.
     merged = c.LORA_RANK > 0 and is_adapter(c.POLICY_MODEL)
-    return [Answers(c.SHOWN_ANSWERS), SavePretrained(run_dir / "model", merged)]
+    return [DiskSpace(run_dir, c, merged), Answers(c.SHOWN_ANSWERS), SavePretrained(run_dir / "model", merged)]
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -1060,6 +1060,7 @@ def test_a_saved_model_has_its_own_generation_settings(tmp_path, tokenizer):
 def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys):
     words = f"{SMALL} --policy_model {folder} --lora_rank 0 --num_steps 1 --run_dir {tmp_path / 'run'}"
     assert run(ALGORITHM, *words.split(), "--gradient_checkpointing", "true", "--micro_batch_size", 2) == 0
+    assert re.search(r"^A checkpoint takes \S+ GB of disk, and the whole run up to ", capsys.readouterr().out, re.M)
     state = load_checkpoint(tmp_path / "run")
     assert "model.model.embed_tokens.weight" in state["model"] and (tmp_path / "run" / "model" / "config.json").exists()
     result = evaluated(ALGORITHM, tmp_path / "run", capsys, "--episodes", 16)
