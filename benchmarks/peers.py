@@ -6,13 +6,13 @@ space_invaders  Ours and SB3's DQN, with the same network, batch, game and learn
                 per second while learning, as medians. The two alternate. Only ours computes in bfloat16, where the
                 processor supports it, and with --float32 neither does.
 grpo            Ours and TRL's GRPOTrainer, with the same model, prompts, reward and settings, on the CPU: reward of
-                answers to held-out prompts before and after --steps steps, and seconds per step. One training runs
+                answers to held-out prompts before and after --num_steps steps, and seconds per step. One training runs
                 after the other. Both compute in bfloat16 where the processor supports it, or with --float32 neither.
 
 A step of `grpo` draws 8 answers and learns from them. Its time is a median, without evaluations, logs and
 checkpoints. Both trainings use the same random numbers in a step, so in float32 they draw the same answers until their
-weights differ by more than rounding. TRL gets our settings, among them the loss. The penalty on the divergence is TRL's
-default, and so has the gradient of KL(policy, start). Besides, TRL measures entropies.
+weights differ by more than rounding. TRL gets our settings, among them the loss, and the penalty whose gradient is that
+of KL(policy, start), which newer versions of TRL have by default. Besides, TRL measures entropies.
 
 Needs algorithms/requirements.txt, and `pip install stable-baselines3` for the first two or `pip install trl` for
 grpo.
@@ -281,7 +281,7 @@ def writers(seed, num_steps, model, bf16):
     }
     c = SimpleNamespace(**constants)
     grpo.check(c)
-    writer, _, models = grpo.make_models(c, torch.device("cpu"))
+    writer, _, models = grpo.make_models(c, torch.device("cpu"), grpo.PROMPTS + grpo.HELD_OUT)
 
     def score_of(weights):
         return grpo.evaluate({"constants": vars(c), "model": weights, "models": models})
@@ -302,20 +302,18 @@ def main(argv=()):
     tasks = ("lunarlander", "space_invaders", "grpo")
     parser.add_argument("what", choices=tasks, metavar="TASK", help=", ".join(tasks))
     parser.add_argument("--seed", type=within("[0, 2_147_483_647]"), default=0, help="default 0")
-    parser.add_argument(
-        "--num_steps", type=within("[1, inf)"), default=1_000_000, help="of LunarLander (default 1000000)"
-    )
+    length = "of LunarLander (default 1000000), or of GRPO (default 50)"
+    parser.add_argument("--num_steps", type=within("[1, inf)"), help=length)
     parser.add_argument("--turns", type=within("[1, inf)"), default=5, help="of Space Invaders (default 5)")
     parser.add_argument("--float32", action="store_true", help="of Space Invaders and GRPO: no bfloat16")
-    parser.add_argument("--steps", type=within("[1, inf)"), default=50, help="of GRPO (default 50)")
     parser.add_argument(
         "--model", default=grpo.POLICY_MODEL, help=f"of GRPO, as grpo_text takes it (default {grpo.POLICY_MODEL})"
     )
     args = parser.parse_args(argv)
     if args.what == "lunarlander":
-        lunarlander(args.seed, args.num_steps)
+        lunarlander(args.seed, args.num_steps or 1_000_000)
     elif args.what == "grpo":
-        writers(args.seed, args.steps, args.model, not args.float32)
+        writers(args.seed, args.num_steps or 50, args.model, not args.float32)
     else:
         space_invaders(args.seed, args.turns, not args.float32)
 

@@ -606,6 +606,23 @@ def test_a_task_names_the_peer_it_lacks(monkeypatch, task, package):
         peers.main([task])
 
 
+def test_our_part_of_the_comparison_with_trl_needs_no_trl(monkeypatch, capsys, tmp_path):
+    tokenizer = train_tokenizer(["hello world"])
+    for part in (tiny_model(tokenizer), tokenizer):
+        part.save_pretrained(tmp_path)
+    monkeypatch.setattr(peers, "need", lambda package: None)
+    monkeypatch.setattr(
+        peers,
+        "train_their_writer",
+        lambda c, prompts: (grpo.grpo.make_writer(c, torch.device("cpu")).state_dict(), [1.0]),
+    )
+    peers.main(["grpo", "--num_steps", "2", "--model", str(tmp_path)])
+    before, after = re.search(
+        r"TRL: reward (\S+) \(.*\) before, (\S+) \(.*\) after 2 steps", capsys.readouterr().out
+    ).groups()
+    assert before == after
+
+
 @pytest.mark.parametrize("loss", ["bnpo", "grpo", "dr_grpo"])
 def test_grpo_learns_what_trl_does(loss, monkeypatch, capsys, tmp_path):
     """The answers are the same in every step, and the weights at the end differ only by rounding. With another loss the
@@ -624,7 +641,7 @@ def test_grpo_learns_what_trl_does(loss, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(peers.grpo, "KL_COEF", 1.0)  # more than by default, so that its gradient shows
     monkeypatch.setattr(peers.grpo, "LOSS", loss)
     monkeypatch.setattr(peers.grpo, "evaluate", lambda state: states.append(state["model"]) or evaluate(state))
-    peers.main(["grpo", "--steps", "2", "--model", str(tmp_path)])
+    peers.main(["grpo", "--float32", "--num_steps", "2", "--model", str(tmp_path)])
     out = capsys.readouterr().out
     for step in "12":
         ours, theirs = re.findall(rf": step {step}, reward (\S+), [\d.]+ s", out)
