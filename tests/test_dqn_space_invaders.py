@@ -135,6 +135,17 @@ def test_a_file_cannot_name_a_module(tmp_path, monkeypatch):
     for words in ("--resume",), ("--evaluate",), ("--play",):
         with pytest.raises(CheckpointError, match="its ENV_ID 'evil:Foo-v0' would run a module's code"):
             run(ALGORITHM, *words, tmp_path / "last.safetensors")
+    (tmp_path / "mine.py").write_text(
+        "import ale_py, gymnasium\n"
+        "game = {'game': 'space_invaders'}\n"
+        "gymnasium.register('Mine-v0', 'ale_py.env:AtariEnv', kwargs=game, max_episode_steps=30)\n"
+    )
+    mine = evil | {"constants": evil["constants"] | {"ENV_ID": "mine:Mine-v0"}}
+    save_checkpoint(tmp_path / "last.safetensors", mine)
+    words = "--evaluate", tmp_path / "last.safetensors", "--episodes", 1
+    assert run(ALGORITHM, *words, "--env_id", "mine:Mine-v0") == 0
+    with pytest.raises(CheckpointError, match="its game is 'mine:Mine-v0', not 'ALE/Pong-v5'; leave out --env_id"):
+        run(ALGORITHM, *words, "--env_id", "ALE/Pong-v5")
     state = dqn.state_dict() | {"evaluations": [evil]}  # those that a stop interrupted are begun again
     dqn.check_state(state)
     dqn.load_state_dict(state)
@@ -358,6 +369,11 @@ def test_apples_gpus_have_what_a_learning_step_needs():
     assert "mps" in _get_fused_kernels_supported_devices()
     with torch.autocast("mps", torch.bfloat16, enabled=False):
         assert not has_bf16(torch.device("mps"))
+
+
+def test_an_end_of_epsilon_above_its_start_is_refused():
+    with pytest.raises(CommandLineError, match="EPSILON_END 0.1 must not exceed EPSILON 0.05"):
+        run(ALGORITHM, "--epsilon", 0.05)
 
 
 def test_epsilon_falls_to_its_end():

@@ -35,14 +35,14 @@ SEED = 1_000_000  # far from the seeds of trainings
 def play_or_evaluate(algorithm, argv):
     """Do what a command line with --play or --evaluate asks for. Returns the exit status."""
     args = read_arguments(algorithm, argv)
-    named = {constant: getattr(args, constant.lower()) for constant in algorithm.model_constants}
+    named = {constant: getattr(args, constant.lower(), None) for constant in (*algorithm.model_constants, "ENV_ID")}
     given = {constant: name for constant, name in named.items() if name}
     state, path, why = load_policy_state(algorithm, args.checkpoint, given)
     tell(f"{shown(path)}: trained for {state['global_step']:,} steps{why}")
     try:
         with memory_advice("does not fit into memory; try fewer --episodes"):
             if not args.playing:
-                with games_bar(args.episodes) as report:
+                with games_bar(args.episodes, algorithm.units) as report:
                     result = algorithm.evaluate(state, args.episodes, args.seed, report)
                 print(json.dumps(result))
             elif args.in_terminal:
@@ -88,10 +88,11 @@ def make_parser(algorithm):
     shows = "draw games as a gif" if algorithm.frames else "print answers"
     which = "by a run or a checkpoint (default: the newest run, else the shipped model)"
     modes.add_argument("--play", **model, help=f"{shows}, played {which}" if algorithm.frames else f"{shows} {which}")
-    modes.add_argument("--evaluate", **model, help="print the score of fresh games, as JSON")
-    games = f"how many (default 1 to play, {algorithm.episodes} to evaluate)"
-    parser.add_argument("--episodes", type=within("[1, 1_000_000]"), metavar="N", help=games)
-    seed_help = f"of the games (default {SEED}, far from the seeds of trainings; with a person drawn at random)"
+    units, _ = algorithm.units
+    modes.add_argument("--evaluate", **model, help=f"print the score of fresh {units}, as JSON")
+    many = f"how many {units} (default 1 to play, {algorithm.episodes} to evaluate)"
+    parser.add_argument("--episodes", type=within("[1, 1_000_000]"), metavar="N", help=many)
+    seed_help = f"of the {units} (default {SEED}, far from the seeds of trainings; with a person drawn at random)"
     parser.add_argument("--seed", type=within("[0, 2_147_483_647]"), metavar="N", help=seed_help)
     out_help = f"the gif to write (default {algorithm.name}.gif)"
     human_help = "play against you in the terminal" if algorithm.play_in_terminal else "play in a window instead"
@@ -101,6 +102,8 @@ def make_parser(algorithm):
     for constant in algorithm.model_constants:
         moved = "the folder that this model of the run has moved to, or its module:function once more"
         parser.add_argument(f"--{constant.lower()}", type=given_path, metavar="FOLDER", help=moved)
+    if "ENV_ID" in algorithm.constants:
+        parser.add_argument("--env_id", metavar="ID", help="the game of the run once more, if it is a module's")
     return parser
 
 
@@ -162,7 +165,12 @@ def load_policy_state(algorithm, name, given=()):
         check_like(state, {"constants": {}, "global_step": 0, "model": {}})
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; train one anew") from None
-    constants = constants_of(path, state["constants"], algorithm.constants, given) | dict(given)
+    given = dict(given)
+    game = state["constants"].get("ENV_ID")
+    if given.get("ENV_ID", game) != game:
+        other = f"its game is {shortened(repr(game))}, not {given['ENV_ID']!r}"
+        raise CheckpointError(f"{path}: {other}; leave out --env_id")
+    constants = constants_of(path, state["constants"], algorithm.constants, given) | given
     # The shipped models are in float16, so that they take little room.
     model = {name: x.float() if getattr(x, "dtype", None) == torch.float16 else x for name, x in state["model"].items()}
     return state | {"constants": constants, "model": model}, path, why

@@ -7,17 +7,20 @@ from tqdm import tqdm
 
 
 @contextlib.contextmanager
-def games_bar(games):
+def games_bar(games, units):
     """A context that shows on a terminal how far an evaluation is.
 
     It is a function that `Algorithm.evaluate` calls as report(ended, steps): how many of the games have ended, and how
     many steps have been played in those that go on side by side.
+
+    units: what games and a step are called, as in `Algorithm`.
     """
+    many, one = units
     shape = {"bar_format": "{percentage:3.0f}%|{bar}| {desc}[{elapsed}]", "miniters": 0, "dynamic_ncols": True}
     with tqdm(total=games, leave=False, disable=None, **shape) as bar:  # None: only on a terminal
 
         def report(ended, steps):
-            bar.set_description_str(f"{ended:,}/{games:,} games, step {steps:,} ", refresh=False)
+            bar.set_description_str(f"{ended:,}/{games:,} {many}, {one} {steps:,} ", refresh=False)
             bar.update(ended - bar.n)
 
         yield report

@@ -57,6 +57,7 @@ class Algorithm(NamedTuple):
     callbacks: Callable = lambda constants, run_dir: []
 
     episodes: int = 100  # of an evaluation
+    units: tuple = ("games", "step")  # what its episodes are called, and a step of one
     frame_ms: int = 40  # between two frames of a gif
     levels: dict = {}  # {label: score}: lines to compare with in the learning curve
     memory_constants: tuple = ()  # the constants to lower if memory runs out, the most effective one first
