@@ -4,8 +4,9 @@ memory  The peak memory of a gradient step on --num_samples answers of --max_new
         moments, and the seconds that it took: as one batch and in micro-batches of 2, both with and without gradient
         checkpointing. Each is measured in a process of its own. Drawing answers and saving checkpoints are left out.
 gap     How far log-probabilities when tokens are drawn are from those when they are scored, and how far both are from
-        those that the model gives in float32: with BF16 false and true, for the answers to --prompts prompts. The ratio
-        is that of the probabilities when scored and when drawn.
+        those that the model gives in float32: with BF16 false and true, for --num_samples answers of at most
+        --max_new_tokens tokens to each of --prompts prompts. The ratio is that of the probabilities when scored and
+        when drawn.
 
 Both on the CPU.
 """
@@ -75,14 +76,14 @@ def memory(model, num_samples, max_new_tokens):
 
 
 @torch.no_grad()
-def gap(model, num_prompts):
+def gap(model, num_prompts, num_samples, max_new_tokens):
     """Print how far log-probabilities when drawn, when scored and in float32 are from each other."""
     writer = grpo.make_writer(constants(POLICY_MODEL=model), torch.device("cpu"))
     for bf16 in False, True:
         writer.bf16 = bf16
         torch.manual_seed(0)
-        prompts = [prompt for prompt in grpo.PROMPTS[:num_prompts] for _ in range(8)]
-        tokens, mask, drawn, when_drawn, _ = writer.write(prompts, 64)
+        prompts = [prompt for prompt in grpo.PROMPTS[:num_prompts] for _ in range(num_samples)]
+        tokens, mask, drawn, when_drawn, _ = writer.write(prompts, max_new_tokens)
         when_drawn = when_drawn[drawn]
         scored = writer.logprobs(writer.model, tokens, mask, drawn.shape[1])[drawn]
         writer.bf16 = False
@@ -106,14 +107,17 @@ def main(argv=()):
     parser.add_argument(
         "--model", default=grpo.POLICY_MODEL, help=f"as grpo_text takes it (default {grpo.POLICY_MODEL})"
     )
-    parser.add_argument("--num_samples", type=within("[2, 4096]"), default=16, help="answers (default 16)")
-    parser.add_argument("--max_new_tokens", type=within("[1, 4096]"), default=256, help="tokens (default 256)")
-    parser.add_argument("--prompts", type=within("[1, 24]"), default=4, help="default 4")
+    parser.add_argument("--num_samples", type=within("[2, 4096]"), help="answers (default 16 for memory, 8 for gap)")
+    parser.add_argument(
+        "--max_new_tokens", type=within("[1, 4096]"), help="tokens (default 256 for memory, 64 for gap)"
+    )
+    prompts = within(f"[1, {len(grpo.PROMPTS)}]")
+    parser.add_argument("--prompts", type=prompts, default=4, help="of gap (default 4)")
     args = parser.parse_args(argv)
     if args.what == "memory":
-        memory(args.model, args.num_samples, args.max_new_tokens)
+        memory(args.model, args.num_samples or 16, args.max_new_tokens or 256)
     else:
-        gap(args.model, args.prompts)
+        gap(args.model, args.prompts, args.num_samples or 8, args.max_new_tokens or 64)
 
 
 if __name__ == "__main__":

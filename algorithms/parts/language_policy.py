@@ -352,7 +352,7 @@ class Writer(TrainedOnly):
 
     def logprobs(self, model, tokens, mask, T):
         """The log-probabilities (N, T) float32 of the last T tokens of (N, P + T), at the writer's temperature."""
-        positions = (mask.cumsum(1) - 1).clamp_min(0)  # padding has none
+        positions = (mask.cumsum(1) - 1).clamp_min(0)  # those of padding do not matter, because it is masked
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         with self.precision():
             logits = model(**inputs, use_cache=False, logits_to_keep=T + 1).logits
@@ -373,9 +373,10 @@ class Writer(TrainedOnly):
         rows = self.prompt_rows(prompts)
         check_tokens(self.model, self.tokenizer, rows)
         limit = longest_input(self.model)
-        room = limit - longest_of(rows)
-        longest = f"the prompt {shortened(prompts[rows.index(max(rows, key=len))], 60)!r} has {limit - room}"
-        reason = f"the model reads {limit} tokens at most, and {longest}"
+        longest = max(rows, key=len)
+        room = limit - len(longest)
+        prompt = shortened(prompts[rows.index(longest)], 60)
+        reason = f"the model reads {limit} tokens at most, and the prompt {prompt!r} has {len(longest)}"
         if room < 1:
             raise CommandLineError(f"{reason}; shorten it, or take another model")
         if max_new_tokens > room:
@@ -406,7 +407,8 @@ class Record:
     """Notes how probable the tokens are that `generate` draws, and the entropy of what it draws them from.
 
     It is a logits processor: `generate` calls it before each token, with the tokens so far (N, L) and the logits (N, V)
-    of the next one. Raises FloatingPointError if nothing can be drawn from those.
+    of the next one, to which neither the temperature nor TOP_P has been applied yet. Raises FloatingPointError if
+    nothing can be drawn from those.
     """
 
     def __init__(self, temperature):
@@ -416,7 +418,7 @@ class Record:
         self.of_next = None  # log-probabilities (N, V) of the token that is drawn next
 
     def __call__(self, tokens, logits):
-        check_finite("in an answer", logits=logits.logsumexp(-1))  # single ones may be minus infinity
+        check_finite("in an answer", logits=logits.logsumexp(-1))  # one token alone may have minus infinity
         self.note(tokens)
         self.of_next = F.log_softmax(logits.float() / self.temperature, dim=-1)
         self.entropy.append(torch.special.entr(self.of_next.exp()).sum(-1))
