@@ -65,6 +65,7 @@ class Training(NamedTuple):
     program: list[str]  # what follows `python` on its command line
     constants: Constants
     check: Any  # raises CommandLineError for constants that do not fit together
+    applied: Any = lambda c: c  # the constants as the training records them
     check_run: Any = None  # raises CommandLineError for a `Run` that was begun with another version of the game
     algorithm: Any = None  # the `Algorithm`; None for train_ppo, which plays no fresh games
 
@@ -74,7 +75,13 @@ def find_training(name):
     if name == "train_ppo":
         import train_ppo
 
-        return Training(["train_ppo.py"], train_ppo.CONSTANTS, train_ppo.check, train_ppo.check_board)
+        return Training(
+            ["train_ppo.py"],
+            train_ppo.CONSTANTS,
+            train_ppo.check,
+            applied=lambda c: train_ppo.applicable(c)[0],  # those that the game has nothing for are off
+            check_run=train_ppo.check_board,
+        )
     algorithm = importlib.import_module(f"algorithms.{name}").ALGORITHM
     return Training(["-m", f"algorithms.{name}"], algorithm.constants, algorithm.check, algorithm=algorithm)
 
@@ -349,7 +356,7 @@ def check_runs(training, out, grid):
         directory = directory_of(out, values)
         if directory.exists():
             with contextlib.suppress(filelock.Timeout), filelock.FileLock(f"{directory}.lock", timeout=0):
-                check_begun(directory, constants)  # if it is not training just now
+                check_begun(directory, vars(training.applied(Values(**constants))))  # if it is not training just now
                 if training.check_run:
                     with contextlib.suppress(CheckpointError):  # none yet, or damaged, which resuming it will report
                         training.check_run(Run(constants, directory, load_checkpoint(directory)))

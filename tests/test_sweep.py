@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import importlib
 import json
@@ -7,11 +8,13 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 import sweep
+import train_ppo
 from algorithms.parts.training import run_algorithm
 from harness.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from harness.options import CommandLineError
@@ -208,6 +211,21 @@ def test_the_constants_of_a_run_that_cannot_be_read(tmp_path, damaged):
     message = "config.json: is damaged; move its directory away, or name another --out"
     with pytest.raises(CommandLineError, match=message):
         main(["reinforce_cartpole", "--seed", "0", "--out", str(tmp_path)])
+
+
+def test_a_sweep_of_a_game_that_lacks_something_can_be_started_again(tmp_path, monkeypatch):
+    """Catch has no varied starts, so its runs record that these are off."""
+    words = "train_ppo --game games.catch:Catch-v0 --seed 0".split()
+    constants = train_ppo.CONSTANTS | {"GAME": "games.catch:Catch-v0", "SEED": 0}
+    run_dir = directory_of(tmp_path, {"GAME": "games.catch:Catch-v0", "SEED": 0})
+    run_dir.mkdir()
+    applied, _ = train_ppo.applicable(SimpleNamespace(**constants))
+    assert applied.VARIED_STARTS == 0 != constants["VARIED_STARTS"]
+    _, training, grid = sweep.read_command_line(words)
+    for recorded, message in (vars(applied), None), (vars(applied) | {"LR": 0.5}, "begun with other constants"):
+        (run_dir / "config.json").write_text(json.dumps(recorded))
+        with pytest.raises(CommandLineError, match=message) if message else contextlib.nullcontext():
+            sweep.check_runs(training, tmp_path, grid)
 
 
 def test_a_sweep_begun_with_other_constants_is_not_mixed(tmp_path, in_this_process):
