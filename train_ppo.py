@@ -57,7 +57,7 @@ BATCH_SIZE = 512  # [2, inf) samples in a minibatch; must divide the samples of 
 GAMMA = 0.995  # [0.0, 1.0] discount per step; 0.99 undervalues lives: the last bricks lie hundreds of steps apart
 LAMBD = 0.8  # [0.0, 1.0] lambda of GAE at the start: 0 trusts the critic alone, 1 the returns alone
 LAMBD_END = 0.98  # [0.0, 1.0] lambda rises evenly to this: a bounce hits the brick it aims at some thirty steps later
-LAMBD_STEPS = 4_000_000  # [1, inf) environment steps until lambda reaches LAMBD_END, whatever NUM_STEPS is
+LAMBD_STEPS = 4_000_000  # [1, inf) steps until lambda is LAMBD_END, whatever NUM_STEPS is: 3 million end at 0.935
 EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
 VALUE_LOSS_COEF = 0.5  # [0.0, inf) weight of half the squared error; Stable-Baselines3's vf_coef weighs the whole error
 VALUE_CLIP = 0.0  # [0.0, inf) values are clipped to the old one +- this, and the larger error counts; off if 0.0
@@ -227,10 +227,12 @@ def plan(c, ppo, run_dir, off=""):
             size = f"one line of {game.columns - 1} characters (for more, end each with a newline)"
         lines.append(f"A page of {game.made_by} has {size}.")
     lines += filter(None, [game.note, off])
+    if c.EVAL_INTERVAL:
+        at_random = levels(game, c.EVAL_EPISODES)["random play"]
     if c.EVAL_INTERVAL and game.id == BREAKOUT:
         lines.append(f"See it play in a second terminal: {program_command('breakout_ascii.py')} --watch")
         lines.append(
-            f"score: mean points of greedy play; random play has {levels(game)['random play']}, a cleared wall "
+            f"score: mean points of greedy play; random play has {at_random}, a cleared wall "
             f"{MOST_POINTS}. cleared: how many of these games clear the wall. varied: the share cleared of "
             f"{VARIED_GAMES} games with random serves or walls. in training: mean points of the last 100 training "
             "games."
@@ -238,7 +240,7 @@ def plan(c, ppo, run_dir, off=""):
     elif c.EVAL_INTERVAL:
         lines.append(
             f"score: mean return of greedy play in {c.EVAL_EPISODES} episodes; random play has "
-            f"{levels(game, c.EVAL_EPISODES)['random play']:g}. error: standard error of the score. in training: mean "
+            f"{at_random:g}. error: standard error of the score. in training: mean "
             "return of the last 100 training episodes."
         )
     if trains_on_gpu(ppo.device):
@@ -260,7 +262,7 @@ def estimate(c, ppo):
         set_threads(1)
         with_one, _ = measured_update(Values(**vars(c) | {"N_LAYER": 1}))
         torch.set_num_threads(threads)
-        line += f"; one layer takes {in_words(with_one * updates)}, and six would take 50 minutes on an H100"
+        line += f"; one layer takes {in_words(with_one * updates)}"
     return f"{line}."
 
 

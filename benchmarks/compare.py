@@ -44,7 +44,7 @@ def read_variants(paths, column="eval_score"):
         runs.setdefault(variant_of(run_dir), {})[seed] = scores(run_dir, column)
     names = sorted(runs)
     first = names[0]
-    if all(name == first or name.startswith(f"{first},") for name in names):
+    if all(not first or name == first or name.startswith(f"{first},") for name in names):
         labels = [name.removeprefix(first).strip(",") or "default" for name in names]
     else:
         labels = names

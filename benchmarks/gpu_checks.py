@@ -17,8 +17,10 @@ from breakout_ascii import BreakoutAsciiVec
 from fast import DeviceBreakout, DeviceGPT, FastGPT
 from fast.cuda_graphs import ShortcutFailed
 from fast.gpu_training import GPURunner, shortcuts_for
+from games.game import BREAKOUT
 from harness.device import GPUError, choose_device, gpu_name, set_threads
 from harness.messages import one_line
+from harness.options import CommandLineError
 from harness.runs import read_run
 from harness.supervise import memory_advice, run_script
 from ppo import PPO
@@ -26,7 +28,12 @@ from train_ppo import CONSTANTS, KEPT, check, check_board, check_ranks, gpt_conf
 
 
 def gpu_training(c, device, runner, kind=PPO):
-    """Return the PPO, or a subclass of it, that a GPU would run with these constants and this runner, on any device."""
+    """Return the PPO, or a subclass of it, that a GPU would run with these constants and this runner, on any device.
+
+    Raises CommandLineError for another game than Breakout.
+    """
+    if c.GAME != BREAKOUT:
+        raise CommandLineError(f"plays Breakout alone, not {c.GAME}; leave out --game")
     torch.manual_seed(c.SEED)
     gpt = DeviceGPT if c.N_LAYER == 1 else FastGPT
     policy = gpt(gpt_config(c)).to(device)

@@ -34,14 +34,20 @@ MARKS = (300, 600, 900, MOST_POINTS)
 
 
 def runs_in(paths):
-    """Return the directories of runs among these paths and in them. Raises CommandLineError if a path has none."""
-    runs = []
+    """Return the directories of runs among these paths and in them, each once.
+
+    Raises CommandLineError if a path has none, or if two have the same name, which is their variant and their seed.
+    """
+    runs = {}
     for path in map(Path, paths):
         found = [file.parent for pattern in ("metrics.csv", "*/metrics.csv") for file in sorted(path.glob(pattern))]
         if not found:
             raise CommandLineError(f"{path}: there are no runs; name a run, or the directory of a sweep")
-        runs += found
-    return runs
+        for run_dir in found:
+            other = runs.setdefault(run_dir.name, run_dir)
+            if other.resolve() != run_dir.resolve():
+                raise CommandLineError(f"{other} and {run_dir} have the same name; leave one out, or rename it")
+    return list(runs.values())
 
 
 def variant_of(run_dir):

@@ -224,6 +224,17 @@ def test_variants_beside_each_other(tmp_path, capsys):
         compare.main([tmp_path / "nowhere"])
 
 
+def test_runs_of_the_same_variant_and_seed_are_not_mixed(tmp_path):
+    """The default constants alone have no name. A run that is named twice counts once."""
+    leave_run(tmp_path / "a" / "seed=0", 0, CURVES[0])
+    leave_run(tmp_path / "a" / "gamma=0.9,seed=0", 0, CURVES[0])
+    assert list(compare.read_variants([tmp_path / "a", tmp_path / "a" / "seed=0"])) == ["default", "gamma=0.9"]
+    leave_run(tmp_path / "b" / "seed=0", 0, CURVES[1])
+    for read_variants in compare.read_variants, learning.read_variants:
+        with pytest.raises(CommandLineError, match="a.seed=0 and .*b.seed=0 have the same name"):
+            read_variants([tmp_path / "a", tmp_path / "b"])
+
+
 def test_the_tables_of_learning(tmp_path, monkeypatch, capsys):
     """The first table has every seed of every variant, the default constants first. Then come medians, then ranges."""
     for seed, curve in CURVES.items():
@@ -561,6 +572,11 @@ def test_the_gpu_checks_print_every_check(capsys, constants, kinds):
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match("  [A-E] ", line)]
     assert {row[0] for row in rows} == set(kinds) and {row[-1] for row in rows} == {"ok"}
     assert all(0 <= float(row[-3]) <= float(row[-2]) for row in rows)
+
+
+def test_the_gpu_checks_are_of_breakout():
+    with pytest.raises(CommandLineError, match="plays Breakout alone, not games.catch:Catch-v0; leave out --game"):
+        gpu_checks.main("--device cpu --game games.catch:Catch-v0".split())
 
 
 def test_the_gpu_checks_say_what_is_wrong(capsys, monkeypatch):

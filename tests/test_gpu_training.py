@@ -564,6 +564,15 @@ def test_amd_records_no_graphs_and_several_ranks_take_no_shortcut(monkeypatch):
     assert gpu_training.shortcuts_for(ppo) == []
 
 
+def test_going_back_to_a_snapshot_keeps_the_best_evaluation():
+    """A snapshot has its score alone, with which any model of the same score would be the best."""
+    ppo = checked()
+    ppo.best = best = {"score": 960.0, "varied": 0.8}
+    ppo.runner.ppo = ppo
+    ppo.runner.restore()
+    assert ppo.best == best
+
+
 def test_a_run_goes_on_with_the_cpu_in_a_fresh_process(monkeypatch, tmp_path, capsys):
     """Before it starts, the state before the failed update is saved and the callbacks are closed."""
     started, closed = [], 0
