@@ -16,7 +16,9 @@ An environment may name, as attributes, what a page alone does not show. All are
 
 import functools
 import importlib
+import os
 import re
+import traceback
 
 import gymnasium as gym
 import numpy as np
@@ -73,16 +75,20 @@ class Pages(gym.Wrapper):
         self.characters = characters_of(env)
         self.actions = self.named_actions()
         self.colours = named(env, "colours", {})
+        if not is_palette(self.colours):
+            raise PageError(f"{self.name}: colours must be like {{'o': (255, 255, 255)}}, not {self.colours!r}")
 
     def named_actions(self):
         """Return a name for each action: the environment's, or "action 0" and so on."""
         n = int(self.action_space.n)
         names = named(self.env, "actions", None)
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            names = None  # it means something else by it
         if names is None and self.env.has_wrapper_attr("get_action_meanings"):
             names = [name.lower() for name in self.env.get_wrapper_attr("get_action_meanings")()]
         if names is None:
             return tuple(f"action {i}" for i in range(n))
-        if len(names) != n or not all(isinstance(name, str) for name in names):
+        if len(names) != n:
             raise PageError(f"{self.name}: actions must be {n} names, not {names!r}")
         return tuple(names)
 
@@ -96,7 +102,7 @@ class Pages(gym.Wrapper):
 
     def page(self, obs):
         """Return an observation as a page. Raises PageError, which names the character, if one is unknown."""
-        page = self.page_of(obs).reshape(-1)
+        page = self.page_of(obs).reshape(-1).copy()  # the game may draw into the same array again
         if page.size != self.rows * self.columns:
             size = f"{page.size} characters, newlines among them, and the first one had {self.rows * self.columns}"
             raise PageError(f"{self.name} shows a page of {size}; all pages of a game have one size")
@@ -109,6 +115,14 @@ class Pages(gym.Wrapper):
 def named(env, name, default):
     """Return what an environment or one of its wrappers names, or a default."""
     return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default
+
+
+def is_palette(colours):
+    """Whether this maps characters to RGB colours, as tuples of three integers from 0 to 255."""
+    return isinstance(colours, dict) and all(
+        isinstance(character, str) and len(character) == 1 and len(colour) == 3 and set(colour) <= set(range(256))
+        for character, colour in colours.items()
+    )
 
 
 def characters_of(env):
@@ -161,10 +175,14 @@ def make_env(game_id, **kwargs):
         if gym.spec(name).max_episode_steps is None:
             kwargs["max_episode_steps"] = STEPS_WITHOUT_LIMIT
         return gym.make(name, disable_env_checker=True, **kwargs)
-    except (gym.error.Error, ImportError) as error:
+    except Exception as error:  # the module is the user's
         own = "; a game of your own has its module in front, as games.catch:Catch-v0"
         advice = "" if module or nethack.is_nethack(name) else own
-        raise PageError(f"{game_id} cannot be made: {' '.join(str(error).split()).rstrip('.')}{advice}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        if not isinstance(error, (gym.error.Error, ImportError)):
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {reason} ({os.path.basename(place.filename)}, line {place.lineno})"
+        raise PageError(f"{game_id} cannot be made: {reason}{advice}") from error
 
 
 # --- pages in observations --------------------------------------------------------------------------------------------
@@ -258,7 +276,10 @@ def random_frames(env):
         else:
             _, _, terminated, truncated, _ = env.step(env.action_space.sample())
             over = terminated or truncated
-        frames.append(str(env.render()))
+        frames.append(env.render())
+        if not isinstance(frames[-1], str):
+            found = shortened(repr(frames[-1]), 40)
+            raise PageError(f"{env.spec.id} renders no text, but {found}; let its `render` return some")
     return frames
 
 

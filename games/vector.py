@@ -35,7 +35,12 @@ class Repeatable(gym.Wrapper):
             self.number = 0
         self.played = []
         self.last_page, info = self.env.reset(seed=self.seed_of_episode(), options=options)
-        return self.last_page, info
+        return self.last_page, self.learned_from(info)
+
+    @staticmethod
+    def learned_from(info):
+        """Return what PPO reads of an info. Gymnasium could not put together all that games tell."""
+        return {"life_lost": bool(info["life_lost"])} if "life_lost" in info else {}
 
     def seed_of_episode(self):
         """Return the seed of the present episode. The first one has the seed that `reset` was given."""
@@ -45,8 +50,8 @@ class Repeatable(gym.Wrapper):
 
     def step(self, action):
         self.played.append(int(action))
-        self.last_page, *rest = self.env.step(action)
-        return self.last_page, *rest
+        self.last_page, *rest, info = self.env.step(action)
+        return self.last_page, *rest, self.learned_from(info)
 
     @property
     def episode(self):
@@ -148,6 +153,9 @@ class SharedVec(VectorEnv):
 
     def close_extras(self, **kwargs):
         for worker in self.workers:
+            worker.connection.close()  # its games end, and delete what files they have
+        for worker in self.workers:
+            worker.process.join(1)
             worker.process.kill()
 
 

@@ -165,7 +165,12 @@ def answer_to(function, data):
         return pickle.dumps((function(pickle.loads(data)), None))
     except Exception as error:
         error.add_note(traceback.format_exc())
-        return pickle.dumps((None, error))
+        try:
+            answer = pickle.dumps((None, error))
+            pickle.loads(answer)
+            return answer
+        except Exception:  # not all exceptions can be pickled and read again
+            return pickle.dumps((None, RuntimeError("".join(traceback.format_exception(error)))))
 
 
 def end_with_parent():

@@ -17,12 +17,21 @@ import torch
 from harness.background import Background, CannotStart
 
 
+class Odd(Exception):
+    """Can be pickled, and not read again."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} {second}")
+
+
 def work(x):
     """Fail or die if asked to, and otherwise return x and this process's number after a Ctrl-C that must be ignored."""
     if x == "die":
         os._exit(1)
     if x == "fail":
         raise ValueError("of the function")
+    if x == "odd":
+        raise Odd("of", "a game")
     if x == "precision":
         return torch.get_float32_matmul_precision()
     signal.raise_signal(signal.SIGINT)  # Ctrl-C reaches every process of a terminal.
@@ -40,6 +49,8 @@ def test_values_and_errors_come_back_from_other_processes():
         with pytest.raises(ValueError, match="of the function") as error:
             background.submit("fail").result()
         assert "in work" in error.value.__notes__[0]  # The traceback says where it happened.
+        with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in work.*Odd: of a game"):
+            background.submit("odd").result()
         for _ in range(3):  # Both processes die and stay dead.
             with pytest.raises(ChildProcessError, match="a background process has died"):
                 background.submit("die").result()

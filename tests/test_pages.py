@@ -170,6 +170,76 @@ def test_what_an_environment_names(register):
             pages.make(register(GRID, **wrong))
 
 
+@pytest.mark.parametrize("actions", [2, [0, 1], None])
+def test_actions_that_are_no_names_get_some(register, actions):
+    assert load_game(register(GRID, actions=actions)).actions == ("action 0", "action 1")
+
+
+@pytest.mark.parametrize("colours", [{"ball": (1, 2, 3)}, {"o": (1, 2)}, {"o": (0.5, 1, 1)}, {"o": (0, 0, 256)}, "red"])
+def test_colours_that_nothing_can_draw_are_refused_before_a_training(register, colours):
+    with pytest.raises(pages.PageError, match="colours must be like"):
+        pages.make(register(GRID, colours=colours))
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("def f(:\n", "SyntaxError: invalid syntax"),
+        ("import gymnasium\ngymnasium.register('Mine-v0', 'broken_game:Renamed')\n", "AttributeError: .*Renamed"),
+        ("1 / 0\n", r"ZeroDivisionError: division by zero \(broken_game.py, line 1\)"),
+        (
+            "import gymnasium\nclass Mine(gymnasium.Env):\n    def __init__(self, size):\n        pass\n"
+            "gymnasium.register('Mine-v0', 'broken_game:Mine')\n",
+            "TypeError: .*size",
+        ),
+    ],
+)
+def test_a_game_that_fails_is_one_line_that_says_where(tmp_path, monkeypatch, text, reason):
+    (tmp_path / "broken_game.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_game", raising=False)
+    with pytest.raises(pages.PageError, match=f"^broken_game:Mine-v0 cannot be made: {reason}") as error:
+        load_game("broken_game:Mine-v0")
+    assert "\n" not in str(error.value)
+
+
+def test_a_rendering_that_is_no_text_is_refused(register):
+    with pytest.raises(pages.PageError, match="renders no text, but None; let its `render` return some"):
+        pages.make(register(frames=[None]))
+
+
+class Drawing(gymnasium.Env):
+    """Draws each page into the same array."""
+
+    observation_space = Box(0, 127, (2, 2), np.uint8)
+    action_space = Discrete(2)
+    page = np.full((2, 2), ord("a"), np.uint8)
+
+    def reset(self, seed=None, options=None):
+        self.page[:] = ord("a")
+        return self.page, {"text": "abc"}
+
+    def step(self, action):
+        self.page[:] = ord("b")
+        self.steps = getattr(self, "steps", 0) + 1
+        return self.page, 0.0, False, True, {"seen": np.zeros(self.steps), "life_lost": np.bool_(self.steps == 2)}
+
+
+def test_pages_are_copies_and_infos_are_of_any_kind():
+    """The last page of a game that was cut off is valued when the next one has begun."""
+    gymnasium.register("Drawing-v0", Drawing)
+    try:
+        env = vector.make_vec("Drawing-v0", 2)
+        env.reset(seed=0)
+        for lost in False, True:
+            obs, *_, infos = env.step(np.zeros(2, int))
+            assert set(obs.ravel()) == {ord("a"), ord("\n")}
+            assert all(set(page) == {ord("b"), ord("\n")} for page in infos["final_obs"])
+            assert lost_lives(infos).tolist() == [lost, lost]
+    finally:
+        del gymnasium.registry["Drawing-v0"]
+
+
 def test_a_character_that_appears_later_is_an_error_that_names_it(register):
     observed = GRID.copy()
     env = pages.make(register(observed, characters="abcd\n"))
