@@ -95,7 +95,7 @@ def directory_of(out, values):
 def command_of(training, run_dir, values):
     """Return the command that starts a run, or goes on with it."""
     if (run_dir / LAST).exists():
-        return [sys.executable, *training.program, "--resume", run_dir, *named_again(values)]
+        return [sys.executable, *training.program, "--resume", run_dir, *named_again(training.constants | values)]
     options = [word for name, value in values.items() for word in (f"--{name.lower()}", value)]
     return [sys.executable, *training.program, "--run_dir", run_dir, *options]
 
@@ -119,7 +119,8 @@ def scores_of(rows):
 
 def fresh_scores(training, run_dir, values, episodes):
     """Score the best model of a run in games that no evaluation has played. Raises CheckpointError."""
-    trusted = {name: values[name] for name in foreign_code(values)}
+    constants = training.constants | values
+    trusted = {name: constants[name] for name in foreign_code(constants)}
     state, _, _ = load_policy_state(training.algorithm, run_dir / BEST, trusted)
     result = training.algorithm.evaluate(state, episodes, FRESH_SEED)
     columns = {"fresh": "score", "fresh error": "error", "fresh min": "min"}
@@ -276,7 +277,8 @@ class Sweep:
         """Tell the study the result of a run that does not go on, and let go of it."""
         rows = self.report(run)
         scores = scores_of(rows)
-        complete = is_finished(run.directory)
+        ended_well = run.process is not None and run.process.poll() == 0  # one that may stop early, too
+        complete = ended_well or is_finished(run.directory)
         result = None
         if scores and (complete or pruned):
             result = {"best": max(scores), "last": scores[-1], "steps": rows[-1]["global_step"]}
@@ -323,6 +325,12 @@ def open_study(out, name):
 # --- command line and output ------------------------------------------------------------------------------------------
 
 
+def absolute(text):
+    """The absolute path, if this is the path of a file or a folder, and not only a name that there is one of."""
+    path = os.path.expanduser(text)
+    return os.path.abspath(path) if os.path.dirname(path) and os.path.exists(path) else text
+
+
 def read_grid(words, training):
     """Return {name: values} for the constants and values that a command line names, all checked."""
     constants = training.constants
@@ -331,6 +339,7 @@ def read_grid(words, training):
         parser.add_argument(f"--{name.lower()}", dest=name, nargs="+", default=argparse.SUPPRESS)
     grid = {}
     for name, texts in vars(parser.parse_args(words)).items():
+        texts = map(absolute, texts)  # as its runs record them
         grid[name] = list(dict.fromkeys(constants.convert(name, text) for text in texts))  # without repetitions
         for value in grid[name]:
             constants.check({name: value})

@@ -153,10 +153,10 @@ class GPURunner:
             raise ShortcutFailed(f"wrong results on {gpu_name(self.ppo.device)} ({what})")
 
     def restore(self):
-        """Go back to the state before the update. What was the best evaluation remains so."""
-        best = self.ppo.best
+        """Go back to the state before the update. The best evaluation, and the time that has passed, remain."""
+        best, seconds = self.ppo.best, self.ppo.seconds
         self.ppo.load_state_dict(self.ppo.snapshot)
-        self.ppo.best = best  # a snapshot has its score alone
+        self.ppo.best, self.ppo.seconds = best, seconds  # a snapshot has the best score alone
         self.ppo.keep_snapshot()  # because ranks other than the first have started new games
 
     def drop_shortcut(self, failure):

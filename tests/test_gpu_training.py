@@ -564,13 +564,14 @@ def test_amd_records_no_graphs_and_several_ranks_take_no_shortcut(monkeypatch):
     assert gpu_training.shortcuts_for(ppo) == []
 
 
-def test_going_back_to_a_snapshot_keeps_the_best_evaluation():
+def test_going_back_to_a_snapshot_keeps_the_best_evaluation_and_the_time():
     """A snapshot has its score alone, with which any model of the same score would be the best."""
     ppo = checked()
     ppo.best = best = {"score": 960.0, "varied": 0.8}
+    ppo.seconds = ppo.snapshot["seconds"] + 7
     ppo.runner.ppo = ppo
     ppo.runner.restore()
-    assert ppo.best == best
+    assert ppo.best == best and ppo.seconds == ppo.snapshot["seconds"] > 6
 
 
 def test_a_run_goes_on_with_the_cpu_in_a_fresh_process(monkeypatch, tmp_path, capsys):
