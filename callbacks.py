@@ -244,8 +244,14 @@ class ProgressBar(Callback):
         if trainer.update_count > 0:
             steps = f"{trainer.global_step:,} of {trainer.total_steps:,} steps"
             say(f"resumed after {steps} and {format_duration(trainer.seconds)}{best_of(trainer)}")
-        if self.estimate and (line := self.estimate()):
-            say(line)
+        try:
+            if self.estimate and (line := self.estimate()):
+                say(line)
+        finally:  # without an estimate the rest goes on
+            self.begin(trainer)
+
+    def begin(self, trainer):
+        """Start the bar, and measure from here on."""
         self.best_score = trainer.best_score
         self.measure_from_here(trainer)
         self.printed_at = self.update_began_at = trainer.seconds

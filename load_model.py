@@ -229,7 +229,8 @@ def print_score(args, policy, meta, game):
         names = ("score", "error", "min", "max", "cleared", "games")
     else:
         number = args.episodes or meta.get("constants", {}).get("EVAL_EPISODES", EVAL_EPISODES)
-        result = episodes(policy, game, number, FIRST_SEED + args.seed, args.sample)
+        seed = FIRST_SEED + 1_000_000 * args.seed  # without an episode that another seed has
+        result = episodes(policy, game, number, seed, args.sample)
         names = (*OTHER_METRICS, "games")
     print(json.dumps({name: result[name] for name in names if name in result}))
 

@@ -12,6 +12,7 @@ To share the work among several cores or GPUs, each with its own games:
 
 import harness.start  # before the slow imports
 
+import contextlib
 import functools
 import math
 import time
@@ -40,7 +41,7 @@ from harness.options import CommandLineError, Constants, Values, check_at_most, 
 from harness.runs import going_on, load_state, named_again, new_run_dir, program_command, read_run, resume_command
 from harness.supervise import check_free_memory, less_memory, memory_advice, run_script, train
 from model import GPTConfig
-from policies import evaluate_state, fast, make_gpt
+from policies import config_of, evaluate_state, fast, make_gpt
 from ppo import PPO, PPOConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,6 +160,16 @@ def check_board(run):
     if run.state and "board" in run.state and (begun_with := other_board(run.state["board"])):
         advice = "put that back in breakout_ascii.py, or begin a new run"
         raise CommandLineError(f"{run.directory} was begun with {shortened(begun_with)}; {advice}")
+
+
+def check_pages(run, c):
+    """Raise CommandLineError if the pages or the actions of a run's game have changed since it began."""
+    difference = ""
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged state, for which `load_state` has an error
+        difference = game_of(c).misfit(config_of(run.state)) if run.state else ""
+    if difference:
+        advice = "put that back in the game, or begin a new run"
+        raise CommandLineError(f"{run.directory} was begun with {shortened(difference)}; {advice}")
 
 
 def applicable(c):
@@ -283,16 +294,16 @@ def measured_update(c):
     with torch.random.fork_rng(devices=[]):  # the training's own random numbers stay as they are
         trial = build(Values(**vars(c) | short | {"EPOCHS": 1}), torch.device("cpu"))
     quickest = math.inf
-    for _ in range(4 if c.N_LAYER == 1 else 1):  # the first time is slow, and other programs may disturb any of them
-        start = time.perf_counter()
-        trial.collect()
-        playing = time.perf_counter() - start
-        trial.update()
-        learning = c.EPOCHS * (time.perf_counter() - start - playing)
-        if playing + learning < quickest:
-            quickest = playing + learning
-            playing_share = playing / quickest
-    trial.env.close()
+    with contextlib.closing(trial.env):
+        for _ in range(4 if c.N_LAYER == 1 else 1):  # the first time is slow, and other programs may disturb any
+            start = time.perf_counter()
+            trial.collect()
+            playing = time.perf_counter() - start
+            trial.update()
+            learning = c.EPOCHS * (time.perf_counter() - start - playing)
+            if playing + learning < quickest:
+                quickest = playing + learning
+                playing_share = playing / quickest
     return quickest * samples / trial.samples_per_update, playing_share
 
 
@@ -355,6 +366,7 @@ def main(argv=()):
     c, off = applicable(Values(**run.constants))
     check_ranks(run, c)
     check_board(run)
+    check_pages(run, c)
     device = choose_device(c.DEVICE)
     set_threads(c.N_LAYER)
     check_memory(c, device)

@@ -28,7 +28,7 @@ from fast.cuda_graphs import BF16, COMPILE, GRAPHS, GraphRunner
 from fast.gpu_training import GPURunner
 from harness.device import choose_device, gpu_name, set_threads
 from harness.files import atomic_write
-from harness.options import Parser, given_path, within
+from harness.options import CommandLineError, Parser, given_path, within
 from harness.runs import read_run
 from harness.supervise import memory_advice, run_script
 from harness.tables import show_table
@@ -174,6 +174,8 @@ def main(argv=()):
     parser.add_argument("--json", type=given_path, help="a file to which all figures are written")
     args, rest = parser.parse_known_args(argv)
     run = read_run(rest, "-m benchmarks.first_update", __doc__, CONSTANTS, KEPT, check)
+    if run.state:
+        raise CommandLineError("measures a new training; leave out --resume")
     c = SimpleNamespace(**run.constants)
     before = Stopwatch()
     with before.part("start of the device"):

@@ -16,6 +16,7 @@ import harness.start  # before the slow imports
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import torch
@@ -23,6 +24,7 @@ import torch
 from algorithms import grpo_text as grpo
 from algorithms.parts.language_model import vocabulary_size
 from algorithms.parts.language_policy import Written
+from harness.device import out_of_memory
 from harness.messages import say
 from harness.options import Parser, Values, within
 from harness.supervise import run_script
@@ -67,9 +69,14 @@ def memory(model, num_samples, max_new_tokens):
         for checkpointing in False, True:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 task = pool.submit(peak_of_a_step, model, num_samples, max_new_tokens, size, checkpointing)
-                peak, seconds = task.result()
-            name = f"MICRO_BATCH_SIZE {size}, GRADIENT_CHECKPOINTING {str(checkpointing).lower()}"
-            say(f"{name}: {peak:.1f} GB, {seconds:.0f} s")
+                try:
+                    peak, seconds = task.result()
+                    result = f"{peak:.1f} GB, {seconds:.0f} s"
+                except Exception as error:
+                    if not out_of_memory(error) and not isinstance(error, BrokenProcessPool):  # which a kill breaks
+                        raise
+                    result = "does not fit into memory"
+            say(f"MICRO_BATCH_SIZE {size}, GRADIENT_CHECKPOINTING {str(checkpointing).lower()}: {result}")
 
 
 # the gap

@@ -79,6 +79,6 @@ def draw_scores(axes, rows, levels, column, unit, label):
     axes.plot([row[column] / unit for row in rows], returns, label=training_label, **training_style)
     axes.set(xlabel=label)
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=min([0, *scores, *levels.values()]))
+    axes.set_ylim(bottom=min([0, *scores, *levels.values(), *filter(math.isfinite, returns)]))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

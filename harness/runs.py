@@ -333,6 +333,8 @@ def load_state(trainer, run):
             raise
         line = f"{run.directory}: does not fit this program ({one_line(error)}); resume another run"
         raise CheckpointError(line) from None
+    if run.constants.get("EVAL_INTERVAL") == 0:
+        trainer.pending = []  # evaluations that a stop has interrupted, and that nobody begins again
     run_id = run.state.get("run_id")  # older versions gave a run no number
     trainer.metadata["run_id"] = run_id if isinstance(run_id, str) else None
     if trainer.global_step >= trainer.num_steps and not trainer.pending:

@@ -147,6 +147,39 @@ def test_a_run_keeps_its_game(tmp_path, without_processes):
         main(["--resume", str(tmp_path / "run"), "--game", "CliffWalking-v1"])
 
 
+def test_a_run_whose_game_has_changed_is_not_resumed(tmp_path, without_processes, monkeypatch):
+    """Characters in another order would be read as each other."""
+    run(tmp_path / "run", "--game", CATCH, "--num_steps", "64")
+    game = load_game(CATCH)
+    monkeypatch.setattr(game, "characters", game.characters[::-1])
+    with pytest.raises(CommandLineError, match="was begun with characters .*; put that back in the game, or begin"):
+        main(["--resume", str(tmp_path / "run"), "--num_steps", "128"])
+
+
+def test_a_pending_evaluation_goes_when_evaluations_are_switched_off(tmp_path, without_processes):
+    run(tmp_path / "run", "--game", CATCH, "--num_steps", "64")
+    state = load_checkpoint(tmp_path / "run")
+    model = {
+        name: state[name] for name in load_checkpoint(tmp_path / "run" / "best_model.safetensors") if name in state
+    }
+    save_checkpoint(tmp_path / "run" / "last.safetensors", state | {"evaluations": (model,)})
+    assert main(["--resume", str(tmp_path / "run"), "--num_steps", "128", "--eval_interval", "0"]) == 0
+    assert not load_checkpoint(tmp_path / "run")["evaluations"]
+
+
+def test_another_seed_scores_a_model_in_other_games(tmp_path, without_processes, monkeypatch):
+    run(tmp_path / "run", "--game", CATCH, "--num_steps", "64")
+    seeds = []
+    reset = Catch.reset
+    monkeypatch.setattr(
+        Catch, "reset", lambda self, seed=None, options=None: seeds.append(seed) or reset(self, seed=seed)
+    )
+    for seed in "01":
+        load_model.main([str(tmp_path / "run"), "--evaluate", "--episodes", "8", "--seed", seed])
+    played = [seed for seed in seeds if seed is not None and seed >= FIRST_SEED]
+    assert len(set(played)) == 16 and played[:8] == list(range(FIRST_SEED, FIRST_SEED + 8))
+
+
 def test_a_model_knows_its_game(tmp_path, without_processes):
     run(tmp_path / "run", "--game", CATCH, "--num_steps", "64")
     policy, meta = load_policy(tmp_path / "run")

@@ -422,6 +422,15 @@ def test_plain_lines_within_an_update(capsys):
     ]
 
 
+def test_scores_are_printed_also_if_the_estimate_fails(capsys):
+    def fail():
+        raise OSError("no more memory")
+
+    FakeTrainer([ProgressBar("the plan", estimate=fail)]).learn()
+    printed = capsys.readouterr().out
+    assert printed.count("warning: ") == printed.count("no more memory") == 1 and "score 400.0" in printed
+
+
 def test_an_estimate_comes_after_the_plan(capsys):
     """It takes a while, in which there is something to read. An empty one is not printed."""
     FakeTrainer([ProgressBar("the plan", estimate=lambda: print("measuring") or "the estimate")], scores={}).learn()

@@ -1069,7 +1069,7 @@ def test_all_weights_learn_if_asked(tmp_path, folder, without_processes, capsys)
     first = capsys.readouterr().out
     assert run(ALGORITHM, "--play", tmp_path / "run", "--seed", 3) == 0
     assert first.count("?") >= len(HELD_OUT) and capsys.readouterr().out != first
-    with pytest.raises(CommandLineError, match="--episodes and --out belong to a gif"):
+    with pytest.raises(CommandLineError, match="--episodes belongs to --evaluate"):
         run(ALGORITHM, "--play", tmp_path / "run", "--episodes", 2)
 
 

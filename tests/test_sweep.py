@@ -204,6 +204,20 @@ def test_a_run_that_is_resumed_names_a_module_of_the_user_again(name, values, na
     assert command[-2 - len(named) :] == ["--resume", tmp_path, *named]
 
 
+def test_a_run_that_stops_early_because_it_is_solved_has_a_result(tmp_path, in_this_process, capsys):
+    words = "reinforce_cartpole --num_steps 200 --episodes 120 --hidden 4 --stop_at 1 --seed 0".split()
+    assert main([*words, "--out", str(tmp_path)]) == 0 and len(in_this_process) == 1
+    assert "has finished" in capsys.readouterr().out and len(table_of(tmp_path)) == 1
+
+
+def test_paths_are_those_that_runs_record(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "p.txt").write_text("Why?\n")
+    _, _, grid = sweep.read_command_line("grpo_text --prompts_file ./p.txt --policy_model smollm2 ./smollm2".split())
+    assert grid == {"PROMPTS_FILE": [str(tmp_path / "p.txt")], "POLICY_MODEL": ["smollm2", str(tmp_path / "smollm2")]}
+
+
 @pytest.mark.parametrize("damaged", ["[1]", '"GAMMA"', "{", "7"])
 def test_the_constants_of_a_run_that_cannot_be_read(tmp_path, damaged):
     (tmp_path / "seed=0").mkdir()

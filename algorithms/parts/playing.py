@@ -69,7 +69,7 @@ def read_arguments(algorithm, argv):
     named = args.play if args.playing else args.evaluate
     args.checkpoint = None if named is True else named
     args.in_terminal = bool(args.playing and algorithm.play_in_terminal and (args.human or not algorithm.frames))
-    check_arguments(args)
+    check_arguments(args, bool(algorithm.frames))
     args.out = args.out or f"{algorithm.name}.gif"
     check_out(args.out)
     if args.episodes is None:
@@ -90,7 +90,8 @@ def make_parser(algorithm):
     modes.add_argument("--play", **model, help=f"{shows}, played {which}" if algorithm.frames else f"{shows} {which}")
     units, _ = algorithm.units
     modes.add_argument("--evaluate", **model, help=f"print the score of fresh {units}, as JSON")
-    many = f"how many {units} (default 1 to play, {algorithm.episodes} to evaluate)"
+    default = f"1 to play, {algorithm.episodes} to evaluate" if algorithm.frames else algorithm.episodes
+    many = f"how many {units} (default {default})"
     parser.add_argument("--episodes", type=within("[1, 1_000_000]"), metavar="N", help=many)
     seed_help = f"of the {units} (default {SEED}, far from the seeds of trainings; with a person drawn at random)"
     parser.add_argument("--seed", type=within("[0, 2_147_483_647]"), metavar="N", help=seed_help)
@@ -107,14 +108,18 @@ def make_parser(algorithm):
     return parser
 
 
-def check_arguments(args):
-    """Raises CommandLineError for options that do not go together."""
+def check_arguments(args, drawn):
+    """Raises CommandLineError for options that do not go together.
+
+    drawn: whether games can be drawn.
+    """
     if not args.playing and (args.human or args.out):
         raise CommandLineError("--human and --out belong to --play; leave them out")
     if args.out and (args.human or args.in_terminal):
         raise CommandLineError("--episodes and --out belong to a gif; leave them out")
     if args.episodes is not None and args.in_terminal:
-        raise CommandLineError("--episodes and --out belong to a gif; leave them out")
+        belongs = "--episodes and --out belong to a gif; leave them out"
+        raise CommandLineError(belongs if drawn else "--episodes belongs to --evaluate; leave it out")
 
 
 def check_out(out):
