@@ -45,7 +45,7 @@ from harness.checkpoint import (
     save_checkpoint,
     to_plain,
 )
-from harness.device import choose_device
+from harness.device import RANKS, choose_device
 from harness.files import atomic_write
 from harness.messages import one_line, quoted, shortened, shown, tell
 from harness.options import CommandLineError, Constants, Parser, check_at_most, given_path
@@ -416,7 +416,7 @@ def train_epochs(agent, directory, callback):
         bar.close()
         keep(directory)
         save_checkpoint(directory / FINAL, last_epoch)
-        if agent.epoch == config.num_epochs:
+        if agent.epoch == config.num_epochs and not diverged:
             evaluation = agent.evaluate()
             log.say("expected reward {score:.4f} of {optimum:.4f}, {share:.2%}".format(**evaluation))
             progress.evaluated = {"global_step": steps, "evaluation": evaluation}
@@ -445,18 +445,24 @@ def main(argv=()):
     doc = "\n".join([__doc__ or "", "The names in CONFIG:\n", *names])
     parser = Parser(f"-m algorithms.{NAME}", doc)
     config_help = "a JSON file (default: config.json)"
-    parser.add_argument("config", nargs="?", type=given_path, default="config.json", metavar="CONFIG", help=config_help)
-    parser.add_argument("--resume", type=given_path, metavar="RUN", help="a run's directory, or a checkpoint in it")
+    parser.add_argument("config", nargs="?", type=given_path, metavar="CONFIG", help=config_help)
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--resume", type=given_path, metavar="RUN", help="a run's directory, or a checkpoint in it")
     where = "where the run's directory is made (default: here)"
     parser.add_argument("--directory", type=given_path, default=".", metavar="FOLDER", help=where)
     parser.add_argument("--device", default=DEVICE, metavar="TEXT", help=CONSTANTS.explanation("DEVICE"))
     parser.add_argument("--wandb", default=WANDB, metavar="TEXT", help=CONSTANTS.explanation("WANDB"))
-    parser.add_argument("--evaluate", type=given_path, nargs="?", const=False, metavar="RUN", help="print its score")
-    parser.add_argument("--play", type=given_path, nargs="?", const=False, metavar="RUN", help="show what it does")
+    modes.add_argument("--evaluate", type=given_path, nargs="?", const=False, metavar="RUN", help="print its score")
+    modes.add_argument("--play", type=given_path, nargs="?", const=False, metavar="RUN", help="show what it does")
     for word in map(str, argv):
         if word.startswith("--") and word[2:].split("=")[0] in Config._fields:
-            raise CommandLineError(f'{word} is no option; it belongs into CONFIG, a JSON file such as {{"seed": 1}}')
+            raise CommandLineError(f'{word} is no option; it belongs in CONFIG, a JSON file such as {{"seed": 1}}')
     args = parser.parse_args(argv)
+    if RANKS > 1:
+        raise CommandLineError("runs in one process, without torchrun")
+    new = args.resume is args.evaluate is args.play is None
+    if args.config and not new:
+        raise CommandLineError(f"a run keeps its own constants; leave out {args.config}")
     torch.set_num_threads(1)  # small networks
     device = choose_device(args.device)
     if args.evaluate is not None:
@@ -467,7 +473,7 @@ def main(argv=()):
     check_wandb(args.wandb)
     if args.resume is not None:
         return resume(args.resume, device, args.wandb)
-    config = read_config(args.config)
+    config = read_config(args.config or "config.json")
     check_memory(config, device)
     return train(ActorCriticAgent(config, device), new_directory(args.directory), args.wandb)
 
@@ -506,7 +512,8 @@ def resume(run, device, wandb=""):
     path = find_checkpoint(run, (FINAL,))
     agent = load_run(path, device)
     if agent.epoch >= agent.config.num_epochs:
-        raise CommandLineError(f"{run} has done all of its {agent.epoch} epochs already")
+        done = f"{run} has done all of its {agent.epoch} epochs already"
+        raise CommandLineError(f"{done}; for more, begin a new run with a larger num_epochs")
     check_memory(agent.config, device)
     return train(agent, path.parent, wandb)
 

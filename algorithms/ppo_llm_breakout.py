@@ -68,7 +68,7 @@ MODEL: str = "tiny"  # made here, 0.2 million weights; or "smollm2", a name on t
 LORA_RANK = 16  # [1, 4096] rank of the adapters; the tiny model has none and learns with all its weights
 WIDTH = 64  # [1, 4096] of the tiny model's hidden states
 LAYERS = 2  # [1, 64] of the tiny model
-NUMBERS: str = "ordered"  # tiny model: near numbers begin alike; or "random" embeddings, or "digits" as their tokens
+NUMBERS: str = "ordered"  # tiny model: near numbers begin alike; "random": they do not; "digits": each digit is a token
 # game
 STICKY = 0.25  # [0.0, 0.99] probability that a frame repeats the action before instead (Machado et al. 2018)
 SKIP = 4  # [1, 100] frames that an action lasts

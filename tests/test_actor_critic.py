@@ -418,7 +418,21 @@ def test_a_checkpoint_of_a_stranger(small, change, message):
 @pytest.mark.parametrize("words", ["--seed 1", "--hidden_dim=8"])
 def test_a_name_of_the_configuration_is_no_option(words):
     """The message says where it belongs, because the other trainings have such options."""
-    with pytest.raises(CommandLineError, match="^--.* is no option; it belongs into CONFIG, a JSON file such as "):
+    with pytest.raises(CommandLineError, match="^--.* is no option; it belongs in CONFIG, a JSON file such as "):
+        main(words.split())
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--evaluate a --play b", "not allowed with argument"),
+        ("--evaluate --resume c", "not allowed with argument"),
+        ("mine.json --play", "a run keeps its own constants; leave out mine.json"),
+        ("mine.json --resume c", "a run keeps its own constants; leave out mine.json"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, message):
+    with pytest.raises(CommandLineError, match=message):
         main(words.split())
 
 

@@ -47,6 +47,12 @@ class Counting(gym.Env):
 
     observation_space, action_space = gym.spaces.Box(0, 255, (210, 160), np.uint8), gym.spaces.Discrete(3)
 
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return self.frame()
+
     def get_action_meanings(self):
         return ["NOOP", "RIGHT", "LEFT"]
 
@@ -74,6 +80,17 @@ def test_skipped_frames():
     env.step(0)
     frame, reward, terminated, *_ = env.step(0)  # the game ends in the second of four
     assert (frame[5, 5], reward, terminated) == (10, 19.0, True)
+
+
+def test_a_picture_is_of_one_action_alone():
+    """With one frame for each action, a sprite that is in every other frame comes and goes."""
+    env = SkipFrame(Counting(render_mode="rgb_array"), 1)
+    env.reset()
+    for t in range(1, 4):
+        env.step(0)
+        assert env.render()[0, 0] == (200 if t % 2 else t)
+    env.reset()
+    assert env.render()[0, 0] == 0
 
 
 def test_allowed_actions():

@@ -88,9 +88,14 @@ class SkipFrame(gym.Wrapper):
     def __init__(self, env, skip):
         super().__init__(env)
         self.skip = skip
-        self.pictures = deque(maxlen=2)
+        self.pictures = deque(maxlen=2)  # of the last two frames of this action
+
+    def reset(self, **arguments):
+        self.pictures.clear()
+        return self.env.reset(**arguments)
 
     def step(self, action):
+        self.pictures.clear()
         total = 0.0
         frames = deque(maxlen=2)
         for _ in range(self.skip):

@@ -143,7 +143,7 @@ class BreakoutText(gym.Wrapper):
 class ShapedReward(gym.Wrapper):
     """Adds hints to the points of `BreakoutText`, for training only.
 
-    A step in which the ball is on its way up to the bricks has a hint of 1; each returned ball takes five or six of
+    A step in which the ball is on its way up to the bricks has a hint of 1; each returned ball takes four to eight of
     them. A step in which the paddle comes nearer to the place below the ball has a hint of the distance, in paddle
     widths; with a discount below 1 this amounts to a reward for every step near the ball.
     """

@@ -139,7 +139,7 @@ def fingerprint(model):
 
 
 def train_tokenizer(texts, digits=False):
-    """Train a byte-level BPE tokenizer with an end token. It splits numbers only into digits, and only if `digits`."""
+    """Train a byte-level BPE tokenizer with an end token. If `digits`, each digit is a token."""
     tokenizers = need("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     # Numbers are separated from words, but words are not from each other: a text about the game is a dozen tokens.

@@ -116,7 +116,7 @@ def check_arguments(args, drawn):
     if not args.playing and (args.human or args.out):
         raise CommandLineError("--human and --out belong to --play; leave them out")
     if args.out and (args.human or args.in_terminal):
-        raise CommandLineError("--episodes and --out belong to a gif; leave them out")
+        raise CommandLineError("--out belongs to a gif; leave it out")
     if args.episodes is not None and args.in_terminal:
         belongs = "--episodes and --out belong to a gif; leave them out"
         raise CommandLineError(belongs if drawn else "--episodes belongs to --evaluate; leave it out")
