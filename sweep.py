@@ -209,6 +209,12 @@ class Sweep:
             for trial in self.candidates():
                 values = {name: self.suggest(trial, name) for name in self.grid}
                 directory = directory_of(self.out, values)
+                try:
+                    self.training.check(Values(**self.training.constants | values))
+                except CommandLineError as error:  # within a range, not all values fit together
+                    self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                    say(f"{directory.name} is left out: {error}")
+                    continue
                 lock = filelock.FileLock(f"{directory}.lock", timeout=0)
                 try:
                     lock.acquire()
@@ -218,10 +224,10 @@ class Sweep:
         return None
 
     def candidates(self):
-        """Yield the trials that may be free: those that others have begun, and then one that nobody has."""
+        """Yield the trials that may be free: those that others have begun, and then those that nobody has."""
         for trial in self.others():
             yield optuna.trial.Trial(self.study, trial._trial_id)
-        if self.trials("WAITING"):
+        while self.trials("WAITING"):
             yield self.study.ask()
 
     def trials(self, *states):
@@ -353,12 +359,16 @@ def combinations(grid):
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
-def check_runs(training, out, grid):
-    """Raises CommandLineError for a combination of values that cannot be trained, or not in its directory."""
+def check_runs(training, out, grid, search=None):
+    """Raises CommandLineError for a combination of values that cannot be trained, or not in its directory.
+
+    search: as in `Sweep`; which values of a search fit together turns out only when they are chosen.
+    """
     for values in combinations(grid):
         constants = training.constants | values
         training.constants.check(constants)
-        training.check(Values(**constants))
+        if not search:
+            training.check(Values(**constants))
         check_wandb(constants["WANDB"])
         if constants["EVAL_INTERVAL"] == 0:
             raise CommandLineError("without evaluations there is nothing to compare; leave --eval_interval 0 out")
@@ -403,7 +413,7 @@ def main(argv=()):
     need("optuna")
     args, training, grid = read_command_line(argv)
     out = Path(args.out or f"runs/sweep/{args.training}").resolve()
-    check_runs(training, out, grid)
+    check_runs(training, out, grid, args.search)
     out.mkdir(parents=True, exist_ok=True)
     sweep = Sweep(training, out, grid, args.search)
     say(f"{len(sweep.trials())} runs, {available_cores()} at a time, in {shown(out)}")

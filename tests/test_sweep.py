@@ -360,6 +360,15 @@ def test_a_search_draws_from_ranges(tmp_path, made_up):
     assert kinds["EPISODES"]["name"] == "IntDistribution" and kinds["HIDDEN"]["name"] == "CategoricalDistribution"
 
 
+def test_a_search_leaves_out_what_does_not_fit_together(tmp_path, made_up, capsys):
+    """The lowest learning rate may be above the highest end of its fall; such a trial is not tried again."""
+    words = "reinforce_cartpole --lr 0.01 0.02 0.03 --min_lr 0.001 0.015 0.025 --out".split()
+    assert main([*words, str(tmp_path), "--search", "12"]) == 0
+    left_out = capsys.readouterr().out.count("is left out: MIN_LR 0.0")
+    assert made_up and left_out > 0 and len(table_of(tmp_path)) == 12 - left_out
+    assert main([*words, str(tmp_path), "--search", "12"]) == 0 and "left out" not in capsys.readouterr().out
+
+
 def test_runs_without_hope_are_pruned(tmp_path, made_up, monkeypatch, capsys):
     """Five runs end well. The sixth lies below their median and is stopped. It is in the table, and not tried again."""
 
