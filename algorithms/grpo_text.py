@@ -96,7 +96,7 @@ EPOCHS = 1  # [1, inf) gradient steps on each batch of answers; clipping matters
 EPS_CLIP = 0.2  # (0.0, 1.0] the probability ratio is clipped to 1 +- this
 LOSS: str = "bnpo"  # how much each token counts: "bnpo", "grpo" or "dr_grpo"; see the docstring
 NORMALIZE: bool = True  # divide advantages by the standard deviation of their group, unless LOSS is "dr_grpo"
-KL_COEF = 0.05  # [0.0, inf) weight of the KL divergence from the initial model, which keeps answers sensible; off if 0
+KL_COEF = 0.2  # [0.0, inf) weight of the KL divergence from the initial model, which keeps answers sensible; off if 0
 # precision and memory
 BF16: bool = True  # compute in bfloat16 where the processor supports it; weights that learn remain in float32
 MICRO_BATCH_SIZE = 8  # [0, 65536] answers in a forward and backward pass; their gradients add up; all of a step if 0
