@@ -119,10 +119,11 @@ def named(env, name, default):
 
 def is_palette(colours):
     """Whether this maps characters to RGB colours, as tuples of three integers from 0 to 255."""
-    return isinstance(colours, dict) and all(
-        isinstance(character, str) and len(character) == 1 and len(colour) == 3 and set(colour) <= set(range(256))
-        for character, colour in colours.items()
-    )
+    if not isinstance(colours, dict):
+        return False
+    characters = all(isinstance(character, str) and len(character) == 1 for character in colours)
+    tuples = all(isinstance(colour, (tuple, list)) and len(colour) == 3 for colour in colours.values())
+    return characters and tuples and all(x in range(256) for colour in colours.values() for x in colour)
 
 
 def characters_of(env):

@@ -175,7 +175,9 @@ def test_actions_that_are_no_names_get_some(register, actions):
     assert load_game(register(GRID, actions=actions)).actions == ("action 0", "action 1")
 
 
-@pytest.mark.parametrize("colours", [{"ball": (1, 2, 3)}, {"o": (1, 2)}, {"o": (0.5, 1, 1)}, {"o": (0, 0, 256)}, "red"])
+@pytest.mark.parametrize(
+    "colours", [{"ball": (1, 2, 3)}, {"o": (1, 2)}, {"o": (0.5, 1, 1)}, {"o": (0, 0, 256)}, {"o": 7}, "red"]
+)
 def test_colours_that_nothing_can_draw_are_refused_before_a_training(register, colours):
     with pytest.raises(pages.PageError, match="colours must be like"):
         pages.make(register(GRID, colours=colours))
