@@ -104,7 +104,8 @@ def make_parser(algorithm):
         moved = "the folder that this model of the run has moved to, or its module:function once more"
         parser.add_argument(f"--{constant.lower()}", type=given_path, metavar="FOLDER", help=moved)
     if "ENV_ID" in algorithm.constants:
-        parser.add_argument("--env_id", metavar="ID", help="the game of the run once more, if it is a module's")
+        again = "the game of the run once more, if it is in a module of yours"
+        parser.add_argument("--env_id", metavar="ID", help=again)
     return parser
 
 
@@ -118,8 +119,7 @@ def check_arguments(args, drawn):
     if args.out and (args.human or args.in_terminal):
         raise CommandLineError("--out belongs to a gif; leave it out")
     if args.episodes is not None and args.in_terminal:
-        belongs = "--episodes and --out belong to a gif; leave them out"
-        raise CommandLineError(belongs if drawn else "--episodes belongs to --evaluate; leave it out")
+        raise CommandLineError(f"--episodes belongs to {'a gif' if drawn else '--evaluate'}; leave it out")
 
 
 def check_out(out):
